@@ -1,0 +1,50 @@
+"""Every exception and warning that sharpscope raises on purpose.
+
+Each message says what must hold, what came, and what to do. Each child also derives from the builtin that
+a caller who does not know sharpscope would catch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SharpscopeError(Exception):
+    """Anything wrong with what sharpscope was given; the command line prints it and exits with status 1."""
+
+
+class ArgumentError(SharpscopeError, ValueError):
+    """An argument outside its domain, such as ``k=0`` or an unknown method."""
+
+
+class ProblemError(SharpscopeError, ValueError):
+    """Model, loss and data do not fit together, or the loss has no Hessian that can be computed."""
+
+
+class DataError(SharpscopeError, ValueError):
+    """The data set is missing, empty, not finite, or not the one the loss can take."""
+
+
+class AuditError(SharpscopeError, RuntimeError):
+    """The loss is not one fixed function of the weights: two looks at the same batch disagree."""
+
+
+class CheckpointError(SharpscopeError, ValueError):
+    """A checkpoint file that cannot be read, trusted, or matched to its model."""
+
+
+class OutputError(SharpscopeError, OSError):
+    """A place that cannot be written, or that would be overwritten."""
+
+
+class ConvergenceWarning(UserWarning):
+    """A returned number whose bound does not meet the tolerance that was asked for."""
+
+
+def nearest(kind: str, name: str, known: Iterable[str]) -> str:
+    """The sentence for an unknown name: what came, the nearest known name, and all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}."
