@@ -1,0 +1,211 @@
+"""Walking a data set in micro-batches whose size is independent of the loader's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
+
+from sharpscope.errors import DataError, ProblemError
+
+TARGET_KEYS = ("target", "targets", "label", "labels", "y")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some consecutive examples, and where in the loader's batches they came from.
+
+    Attributes:
+        batch: the same structure as the loader's batches.
+        size: number of examples.
+        pieces: ``(loader batch, first example in it, number)`` of each run of examples.
+    """
+
+    batch: Any
+    size: int
+    pieces: tuple[tuple[int, int, int], ...]
+
+    def where(self, example: int) -> str:
+        """ "example 17 of batch 3", both counted from 0 in the loader's terms."""
+        for batch, start, count in self.pieces:
+            if example < count:
+                return f"example {start + example} of batch {batch}"
+            example -= count
+        return f"batch {self.pieces[0][0]}"
+
+    def part(self, start: int, stop: int) -> MicroBatch:
+        """Examples ``start`` to ``stop`` of this micro-batch, as views."""
+        pieces, position = [], 0
+        for batch, first, count in self.pieces:
+            low, high = max(start, position), min(stop, position + count)
+            if low < high:
+                pieces.append((batch, first + low - position, high - low))
+            position += count
+        return MicroBatch(map_tensors(self.batch, lambda t: t[start:stop]), stop - start, tuple(pieces))
+
+
+def walkable(data: Any) -> Iterable[Any]:
+    """``data`` as an iterable of batches that gives the same batches at every walk.
+
+    Raises: DataError for a generator, which can be walked only once, a shuffled loader, or what is no data at all.
+    """
+    if isinstance(data, tuple | Mapping) and all(isinstance(t, Tensor | np.ndarray) for t in _values(data)):
+        return [data]
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return DataLoader(data, batch_size=256)
+    if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
+        raise DataError(
+            "The data must come in the same order at every pass, but this DataLoader shuffles. Pass shuffle=False."
+        )
+    if isinstance(data, Tensor) or not hasattr(data, "__iter__"):
+        raise DataError(
+            f"data must be (inputs, target) tensors, batches, a Dataset or a DataLoader, got {type(data).__name__}."
+        )
+    if isinstance(data, Iterator):
+        raise DataError(
+            f"The data must be walked several times, but a {type(data).__name__} can be walked once. "
+            "Pass list(data), a DataLoader, or an object whose __iter__ starts anew."
+        )
+    return data  # type: ignore[no-any-return]
+
+
+def num_examples_hint(batches: Iterable[Any]) -> int | None:
+    """The number of examples where it is known without a walk, for a progress bar and the choice of sizes."""
+    if isinstance(batches, DataLoader):
+        try:
+            return len(batches.dataset)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+    if isinstance(batches, list | tuple):
+        return sum(batch_size(batch) for batch in batches)
+    return None
+
+
+def micro_batches(batches: Iterable[Any], size: int | None) -> Iterator[MicroBatch]:
+    """Regroup ``batches`` into micro-batches of ``size`` examples, the last one smaller; None keeps the loader's.
+
+    Batches that cannot be joined (padded to other lengths, say) are only split, and what has no common first
+    dimension is kept whole.
+    """
+    pending: list[MicroBatch] = []
+    for index, raw in enumerate(batches):
+        batch = _as_tensors(raw)
+        count = batch_size(batch)
+        whole = MicroBatch(batch, count, ((index, 0, count),))
+        if count == 0:
+            continue
+        if size is None or not _splittable(batch, count):
+            yield from _flush(pending)
+            yield whole
+            continue
+        if pending and not _joinable(pending[0].batch, batch):
+            yield from _flush(pending)
+        start = 0
+        while start < count:
+            take = min(size - sum(piece.size for piece in pending), count - start)
+            pending.append(whole if take == count else whole.part(start, start + take))
+            start += take
+            if sum(piece.size for piece in pending) == size:
+                yield from _flush(pending)
+    yield from _flush(pending)
+
+
+def arguments(batch: Any, accepts: Callable[[str], bool]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """``(args, kwargs, target)`` for ``loss(model(*args, **kwargs), target)``.
+
+    Raises: ProblemError when the batch is neither a pair nor a dict with a target.
+    """
+    if isinstance(batch, Mapping):
+        key = next((key for key in TARGET_KEYS if key in batch), None)
+        if key is None:
+            raise ProblemError(
+                f"A dict batch must have its target under one of {', '.join(TARGET_KEYS)}, "
+                f"got the keys {', '.join(map(str, batch))}."
+            )
+        return (), {name: value for name, value in batch.items() if name != key or accepts(name)}, batch[key]
+    if isinstance(batch, tuple | list) and len(batch) >= 2:
+        return tuple(batch[:-1]), {}, batch[-1]
+    came = f"a {type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
+    raise ProblemError(f"A batch must be (input, ..., target) or a dict with a target, got {came}.")
+
+
+def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
+    """The same structure with ``function`` applied to each tensor that has a first dimension."""
+    if isinstance(batch, Tensor):
+        return function(batch) if batch.dim() else batch
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(value, function) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(value, function) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(map_tensors(value, function) for value in batch)
+    return batch
+
+
+def leaves(batch: Any) -> list[Any]:
+    """The leaves of ``batch`` in order."""
+    if isinstance(batch, Mapping | tuple | list):
+        return [leaf for value in _values(batch) for leaf in leaves(value)]
+    return [batch]
+
+
+def batch_size(batch: Any) -> int:
+    """Number of examples: the first dimension of the first tensor, else 1."""
+    sizes = [len(leaf) for leaf in leaves(batch) if isinstance(leaf, Tensor | np.ndarray) and leaf.ndim]
+    return sizes[0] if sizes else 1
+
+
+def _flush(pending: list[MicroBatch]) -> Iterator[MicroBatch]:
+    if len(pending) == 1:
+        yield pending[0]
+    elif pending:
+        columns = iter([torch.cat(parts) for parts in zip(*(_tensors(p.batch) for p in pending), strict=True)])
+        pieces = tuple(piece for p in pending for piece in p.pieces)
+        yield MicroBatch(map_tensors(pending[0].batch, lambda _: next(columns)), sum(p.size for p in pending), pieces)
+    pending.clear()
+
+
+def _as_tensors(batch: Any) -> Any:
+    if isinstance(batch, np.ndarray):
+        return torch.as_tensor(batch)
+    if isinstance(batch, Mapping):
+        return {key: _as_tensors(value) for key, value in batch.items()}
+    if isinstance(batch, tuple | list) and not hasattr(batch, "_fields"):
+        return type(batch)(_as_tensors(value) for value in batch)
+    return batch
+
+
+def _splittable(batch: Any, count: int) -> bool:
+    for leaf in leaves(batch):
+        if isinstance(leaf, Tensor):
+            if leaf.dim() and len(leaf) != count:
+                return False
+        elif leaf is not None and not isinstance(leaf, bool | int | float):
+            return False
+    return True
+
+
+def _joinable(first: Any, second: Any) -> bool:
+    a, b = leaves(first), leaves(second)
+    if len(a) != len(b) or type(first) is not type(second):
+        return False
+    for left, right in zip(a, b, strict=True):
+        if isinstance(left, Tensor) and left.dim():
+            if not isinstance(right, Tensor) or left.shape[1:] != right.shape[1:] or left.dtype != right.dtype:
+                return False
+        elif isinstance(left, Tensor) or left is not right:
+            return False
+    return True
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
+
+
+def _values(batch: Any) -> Iterable[Any]:
+    return batch.values() if isinstance(batch, Mapping) else batch

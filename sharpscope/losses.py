@@ -1,0 +1,215 @@
+"""Losses as sums over loss terms: ``sum_i a_i l_i`` and ``sum_i a_i``, so that batches of any size add up."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sharpscope.errors import DataError, ProblemError
+
+Where = Callable[[int], str]
+
+
+@dataclass(frozen=True)
+class TermLoss:
+    """A loss that knows its terms.
+
+    Attributes:
+        name: what to call it in a result.
+        sums: ``sums(output, target, batch, size) -> (sum_i a_i l_i, sum_i a_i)``, the first differentiable.
+        check: ``check(output, target, where)`` raises DataError for a target that the loss cannot take.
+    """
+
+    name: str
+    sums: Callable[[Any, Any, Any, int], tuple[Tensor, Tensor]]
+    check: Callable[[Any, Any, Where], None] = lambda output, target, where: None
+
+
+def term_loss(loss: Callable[..., Any]) -> TermLoss:
+    """``loss`` as sums over its terms.
+
+    A module or functional form that is known here is summed whatever its ``reduction``; anything else must return
+    the mean over ``loss.terms(batch)`` terms, or over the examples where it has no such method.
+
+    Raises: ProblemError for an option of a known loss whose terms do not add up over batches.
+    """
+    if hasattr(loss, "terms"):
+        return TermLoss(_name(loss), functools.partial(_mean_times_terms, loss))
+    for module, build in _MODULES.items():
+        # A subclass with a forward of its own is another loss.
+        if isinstance(loss, module) and type(loss).forward is module.forward:
+            return build(**{option: getattr(loss, option) for option in _OPTIONS[build]})
+    function, options = (loss.func, loss.keywords) if isinstance(loss, functools.partial) else (loss, {})
+    if function in _FUNCTIONS:
+        if isinstance(loss, functools.partial) and loss.args:
+            raise ProblemError("Options of a functional loss must be keywords, got positional ones in partial().")
+        build = _FUNCTIONS[function]
+        unknown = sorted(set(options) - set(_OPTIONS[build]) - {"reduction"})
+        if unknown:
+            raise ProblemError(
+                f"The option {unknown[0]!r} of {_name(function)} has no loss terms that add up over batches here. "
+                "Pass a callable that returns the mean, with a terms(batch) method."
+            )
+        return build(**{name: value for name, value in options.items() if name != "reduction"})
+    return TermLoss(_name(loss), functools.partial(_mean_times_examples, loss))
+
+
+def _cross_entropy(weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> TermLoss:
+    def sums(output: Any, target: Tensor, batch: Any, size: int) -> tuple[Tensor, Tensor]:
+        logits = _logits(output)
+        scale = _like(weight, logits)
+        total = F.cross_entropy(
+            logits, target, scale, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+        )
+        if target.is_floating_point():  # class probabilities: torch divides by the examples, weighted or not
+            return total, total.new_tensor(logits.numel() / logits.shape[1])
+        return total, _class_weight(target, scale, ignore_index, total)
+
+    def check(output: Any, target: Any, where: Where) -> None:
+        _check_labels(_logits(output), target, ignore_index, where)
+
+    return TermLoss("cross_entropy", sums, check)
+
+
+def _nll(weight: Tensor | None = None, ignore_index: int = -100) -> TermLoss:
+    def sums(output: Any, target: Tensor, batch: Any, size: int) -> tuple[Tensor, Tensor]:
+        log_probabilities = _logits(output)
+        scale = _like(weight, log_probabilities)
+        total = F.nll_loss(log_probabilities, target, scale, ignore_index=ignore_index, reduction="sum")
+        return total, _class_weight(target, scale, ignore_index, total)
+
+    def check(output: Any, target: Any, where: Where) -> None:
+        _check_labels(_logits(output), target, ignore_index, where)
+
+    return TermLoss("nll", sums, check)
+
+
+def _mse() -> TermLoss:
+    def sums(output: Any, target: Tensor, batch: Any, size: int) -> tuple[Tensor, Tensor]:
+        prediction = _logits(output)
+        total = F.mse_loss(prediction, target.to(prediction), reduction="sum")
+        return total, total.new_tensor(prediction.numel())
+
+    return TermLoss("mse", sums, _check_same_shape)
+
+
+def _bce_with_logits(weight: Tensor | None = None, pos_weight: Tensor | None = None) -> TermLoss:
+    def sums(output: Any, target: Tensor, batch: Any, size: int) -> tuple[Tensor, Tensor]:
+        logits = _logits(output)
+        total = F.binary_cross_entropy_with_logits(
+            logits,
+            target.to(logits),
+            _like(weight, logits),
+            pos_weight=_like(pos_weight, logits),
+            reduction="sum",
+        )
+        # torch's mean divides by the elements, not by their weights.
+        return total, total.new_tensor(logits.numel())
+
+    def check(output: Any, target: Any, where: Where) -> None:
+        _check_same_shape(output, target, where)
+        dims = _logits(output).dim()
+        for name, value in (("weight", weight), ("pos_weight", pos_weight)):
+            if value is not None and value.dim() >= dims and value.shape[0] != 1:
+                raise ProblemError(
+                    f"{name} of BCEWithLogitsLoss must be the same for every example (fewer dimensions than the "
+                    f"output), got shape {tuple(value.shape)}. Put per-example weights into a loss with terms(batch)."
+                )
+
+    return TermLoss("bce_with_logits", sums, check)
+
+
+_OPTIONS: dict[Callable[..., TermLoss], tuple[str, ...]] = {
+    _cross_entropy: ("weight", "ignore_index", "label_smoothing"),
+    _nll: ("weight", "ignore_index"),
+    _mse: (),
+    _bce_with_logits: ("weight", "pos_weight"),
+}
+_MODULES: dict[type[nn.Module], Callable[..., TermLoss]] = {
+    nn.CrossEntropyLoss: _cross_entropy,
+    nn.NLLLoss: _nll,
+    nn.MSELoss: _mse,
+    nn.BCEWithLogitsLoss: _bce_with_logits,
+}
+_FUNCTIONS: dict[Any, Callable[..., TermLoss]] = {
+    F.cross_entropy: _cross_entropy,
+    F.nll_loss: _nll,
+    F.mse_loss: _mse,
+    F.binary_cross_entropy_with_logits: _bce_with_logits,
+}
+
+
+def _mean_times_terms(loss: Any, output: Any, target: Any, batch: Any, size: int) -> tuple[Tensor, Tensor]:
+    terms = loss.terms(batch)
+    value = _scalar(loss, output, target)
+    count = value.new_tensor(terms) if not isinstance(terms, Tensor) else terms.detach().to(value)
+    if count.numel() != 1:
+        raise ProblemError(f"terms(batch) must return one number, got shape {tuple(count.shape)}.")
+    # The mean over no terms is 0/0; a batch without terms counts for nothing.
+    return (value * count if float(count) else torch.zeros_like(value)), count.reshape(())
+
+
+def _mean_times_examples(loss: Any, output: Any, target: Any, batch: Any, size: int) -> tuple[Tensor, Tensor]:
+    value = _scalar(loss, output, target)
+    return value * size, value.new_tensor(size)
+
+
+def _scalar(loss: Any, output: Any, target: Any) -> Tensor:
+    value = loss(output, target)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ProblemError(f"loss(output, target) must return one number, the mean over the batch; got {came}.")
+    return value.reshape(())
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(found, Tensor):
+        return found
+    raise ProblemError(
+        f"The model must return a tensor, or an object with .logits, for this loss; got {type(output).__name__}. "
+        "Pass a loss(output, target) that picks what it needs."
+    )
+
+
+def _class_weight(target: Tensor, weight: Tensor | None, ignore_index: int, like: Tensor) -> Tensor:
+    counted = target != ignore_index
+    if weight is None:
+        return counted.sum().to(like)
+    return weight[target.clamp(0, len(weight) - 1)].mul(counted).sum()
+
+
+def _like(weight: Tensor | None, output: Tensor) -> Tensor | None:
+    return None if weight is None else weight.detach().to(output)
+
+
+def _check_labels(logits: Tensor, target: Any, ignore_index: int, where: Where) -> None:
+    if not isinstance(target, Tensor) or target.is_floating_point():
+        return
+    classes = logits.shape[1] if logits.dim() > 1 else logits.shape[0]
+    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if bool(wrong.any()):
+        position = int(wrong.reshape(len(target), -1).any(dim=1).nonzero()[0])
+        label = int(target[wrong][0])
+        raise DataError(f"Labels must lie in 0..{classes - 1}, got {label} in {where(position)}. Mend the data set.")
+
+
+def _check_same_shape(output: Any, target: Any, where: Where) -> None:
+    shape = _logits(output).shape
+    if target.shape != shape:
+        raise ProblemError(
+            f"Output and target must have the same shape, got {tuple(shape)} and {tuple(target.shape)}: "
+            "broadcasting would mix examples. Reshape one of them."
+        )
+
+
+def _name(loss: Any) -> str:
+    return getattr(loss, "__name__", None) or type(loss).__name__

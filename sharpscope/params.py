@@ -1,0 +1,55 @@
+"""Selecting parameters, and seeing them as one flat vector."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sharpscope.errors import ProblemError
+
+
+def select(model: nn.Module, patterns: str | Sequence[str] = "*") -> dict[str, nn.Parameter]:
+    """The trainable parameters of ``model`` that match, by first name, each once however often it is tied.
+
+    A parameter is chosen when any of its names matches any of ``patterns`` (as for file names). Frozen parameters
+    (``requires_grad`` False) are constants of the loss and are never chosen.
+
+    Raises: ProblemError when nothing is chosen, a chosen one is not finite, real and dense, or has a gradient hook.
+    """
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    matching = {
+        aliases[0]: parameter
+        for parameter, aliases in names.items()
+        if any(fnmatch.fnmatchcase(alias, pattern) for alias in aliases for pattern in wanted)
+    }
+    chosen = {name: parameter for name, parameter in matching.items() if parameter.requires_grad}
+    if not chosen:
+        some = ", ".join([aliases[0] for aliases in names.values()][:3])
+        raise ProblemError(
+            f"At least one trainable parameter must match {' '.join(wanted)}; "
+            + (
+                f"all {len(matching)} that match are frozen. Set requires_grad on them."
+                if matching
+                else f"none of {len(names)} does ({some}{', ...' if len(names) > 3 else ''})."
+            )
+        )
+    for name, parameter in chosen.items():
+        if not parameter.is_floating_point():
+            raise ProblemError(f"Parameters must be real floating point, but {name} is {parameter.dtype}.")
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            raise ProblemError(f"Every weight must be finite, but {name} holds NaN or infinity.")
+        if parameter._backward_hooks:
+            raise ProblemError(f"{name} has a gradient hook, which would change its Hessian. Remove the hook first.")
+    return chosen
+
+
+def views(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """The flat ``vector`` (n,) as views with the parameters' shapes, in their order."""
+    pieces = torch.split(vector, [p.numel() for p in params])
+    return [piece.view_as(p) for piece, p in zip(pieces, params, strict=True)]

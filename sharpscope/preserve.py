@@ -1,0 +1,73 @@
+"""Leaving a model, and the global random state, bit for bit as they were."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def preserved(*modules: Any, data: Any = None) -> Iterator[None]:
+    """Restore buffers, train/eval modes and every random state when the block ends, however it ends.
+
+    Covers what is no Module (a loss function) by passing over it; parameters and ``.grad`` are not touched by
+    a measurement, so they are not copied. Random states: torch (CPU and accelerators), NumPy, ``random``, and
+    the generators of a DataLoader ``data``.
+    """
+    with ExitStack() as stack:
+        for module in modules:
+            if isinstance(module, nn.Module):
+                stack.enter_context(_module(module))
+        stack.enter_context(_random_state(data))
+        yield
+
+
+@contextmanager
+def _module(module: nn.Module) -> Iterator[None]:
+    modes = [(child, child.training) for child in module.modules()]
+    buffers = [
+        (child, name, buffer, buffer.detach().clone())
+        for child in module.modules()
+        for name, buffer in child._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training
+        with torch.no_grad():
+            for child, name, buffer, copy in buffers:
+                child._buffers[name] = buffer
+                buffer.copy_(copy)
+
+
+@contextmanager
+def _random_state(data: Any) -> Iterator[None]:
+    generators = [generator for generator in _generators(data) if isinstance(generator, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _generators(data: Any) -> Iterator[Any]:
+    inner = getattr(getattr(data, "batch_sampler", None), "sampler", None)
+    for holder in (data, getattr(data, "sampler", None), inner):
+        yield getattr(holder, "generator", None)
