@@ -1,0 +1,65 @@
+"""Block power iteration on a shifted operator, for the largest algebraic eigenvalues."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sharpscope.linalg.ritz import Matmat, RitzPairs, SolverProgress, descending, rayleigh_ritz, rounding
+from sharpscope.linalg.vectors import BREAKDOWN, combine, inner, norms, orthonormalise, random_rows
+
+# Products with a block after which it gives up, unless told otherwise.
+PRODUCTS = 1000
+
+
+def power_iteration(
+    matmat: Matmat,
+    like: Tensor,
+    k: int,
+    *,
+    tol: float,
+    max_basis: int | None,
+    max_products: int | None,
+    generator: torch.Generator,
+    progress: SolverProgress | None,
+) -> RitzPairs:
+    """The k largest *algebraic* eigenpairs by power iteration on ``H + s I`` with a block of k + 1 random vectors.
+
+    Each vector is deflated by those before it (orthogonal iteration with Rayleigh-Ritz; Parlett 1998, ch. 14), so
+    multiplicities are found. The shift s keeps the most negative Ritz value seen from dominating: without one, +10
+    and -10 never separate. Stops when each residual proves ``tol |theta|``. Converges like
+    ``((lambda_{k+2} + s) / (lambda_k + s))^j``: slow, and simple enough to check the other solver with.
+    Cost: k + 1 products a step; memory, 3 (k + 1) vectors, whatever ``max_basis``.
+    """
+    n, dtype = like.shape[1], like.dtype
+    width = min(k + 1, n)
+    most = PRODUCTS if max_products is None else max_products
+    block, _ = orthonormalise(random_rows(width, like, generator), like, 0.0, generator)
+    scale, lowest, products = 0.0, 0.0, 0
+    while True:
+        image = matmat(block)
+        products += 1
+        values, rotation = descending(inner(block, image))
+        block, image = combine(rotation.T, block), combine(rotation.T, image)
+        lengths = norms(image)
+        scale = max(scale, float(lengths.max()))
+        # -||Hv|| bounds what can lie below in the span of the block; it grows to ||H|| if the negative end dominates.
+        lowest = min(lowest, float(values[-1]), -float(lengths[-1]) if values[-1] < 0 else 0.0)
+        residuals = norms(image - values.to(block)[:, None] * block)
+        floor = rounding(scale, dtype)
+        worst = float((residuals[:k] / values[:k].abs().clamp_min(floor / max(tol, 1e-300))).max()) if scale else 0.0
+        if progress is not None:
+            progress(products, worst)
+        # sqrt(k): what holds for k pairs together is their residuals' joint norm.
+        met = residuals[:k] <= (tol * values[:k].abs() / k**0.5).clamp_min(floor / k)
+        if bool(met.all()) or products >= most:
+            return rayleigh_ritz(
+                *(block[:k], image[:k]),
+                next_above=None,  # the last Ritz value of a power iteration lags too far behind to bound a gap
+                scale=scale,
+                tol=tol,
+                num_matvecs=products * width,
+                num_products=products,
+            )
+        image -= 1.1 * lowest * block
+        block, _ = orthonormalise(image, like, BREAKDOWN * torch.finfo(dtype).eps * scale, generator)

@@ -1,0 +1,80 @@
+"""Rayleigh-Ritz pairs from true products: where every solver ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sharpscope.errors import ArgumentError
+from sharpscope.linalg.bounds import ROUNDING, ritz_bounds
+from sharpscope.linalg.vectors import combine, inner, norms
+
+Matmat = Callable[[Tensor], Tensor]
+SolverProgress = Callable[[int, float], None]
+
+
+@dataclass(frozen=True)
+class RitzPairs:
+    """Descending Ritz values (k,), orthonormal vectors as rows (k, n), and how sure they are."""
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    bounds: Tensor
+    converged: Tensor
+    num_matvecs: int
+    num_products: int
+
+
+def rayleigh_ritz(
+    vectors: Tensor,
+    images: Tensor,
+    *,
+    next_above: float | None,
+    scale: float,
+    tol: float,
+    num_matvecs: int,
+    num_products: int,
+) -> RitzPairs:
+    """The Ritz pairs of the span of orthonormal rows ``vectors``, given their true products ``images``.
+
+    ``scale`` is the operator's norm as far as it is known: rounding, ``ROUNDING * eps * scale``, widens every bound.
+    """
+    projected = inner(vectors, images)
+    require_symmetric(projected, scale, vectors.dtype)
+    values, rotation = descending(projected)
+    vectors, images = combine(rotation.T, vectors), combine(rotation.T, images)
+    residuals = images - values.to(vectors)[:, None] * vectors
+    floor = rounding(scale, vectors.dtype)
+    bounds = ritz_bounds(values, inner(residuals, residuals), next_above) + floor
+    return RitzPairs(
+        values=values,
+        vectors=vectors,
+        residuals=norms(residuals),
+        bounds=bounds,
+        # An eigenvalue whose interval holds zero and is as narrow as rounding allows is zero, to rounding.
+        converged=(bounds <= tol * values.abs()) | ((bounds <= 2 * floor) & (values.abs() <= bounds)),
+        num_matvecs=num_matvecs,
+        num_products=num_products,
+    )
+
+
+def rounding(scale: float, dtype: torch.dtype) -> float:
+    """What rounding alone does to an eigenvalue of an operator of norm ``scale``."""
+    return ROUNDING * torch.finfo(dtype).eps * scale
+
+
+def descending(projected: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, largest first, and eigenvectors (columns) of a small symmetric float64 matrix."""
+    values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
+    return values.flip(0), vectors.flip(1)
+
+
+def require_symmetric(projected: Tensor, scale: float, dtype: torch.dtype) -> None:
+    """Raise ArgumentError when ``v_i' H v_j`` is not symmetric beyond what rounding explains."""
+    apart = float((projected - projected.T).abs().max())
+    if apart > 10 * torch.finfo(dtype).eps ** 0.5 * scale:
+        raise ArgumentError(f"H must be symmetric, but v'Hu and u'Hv differ by {apart:.2g} at a norm of {scale:.2g}.")
