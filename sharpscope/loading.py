@@ -1,0 +1,180 @@
+"""From a checkpoint file to the Problem it stands for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharpscope.checkpoint import Checkpoint, load_weights, read_checkpoint
+from sharpscope.errors import ArgumentError, CheckpointError, nearest
+from sharpscope.problem import Problem
+from sharpscope.zoo import MODELS, DataSet, load_data, make_model, model_arguments
+
+Factory = Callable[..., nn.Module]
+
+LOSSES: dict[str, Callable[[], nn.Module]] = {
+    "cross_entropy": nn.CrossEntropyLoss,
+    "mse": nn.MSELoss,
+    "bce_with_logits": nn.BCEWithLogitsLoss,
+    "nll": nn.NLLLoss,
+}
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: str | Factory | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    data: Any = None,
+    data_root: str | os.PathLike[str] | None = None,
+    split: str = "train",
+    examples: int | None = None,
+    seed: int = 0,
+    params: str | Sequence[str] = "*",
+    mode: str = "eval",
+    weight_decay: float = 0.0,
+    trust: bool = False,
+) -> Problem:
+    """The Problem of a checkpoint: its model at its weights, its loss, and the data it was trained on.
+
+    Args:
+        path: a file of ``sharpscope train``, or a plain state dict (then ``model`` and ``data`` are needed).
+        model: in place of the file's: a bundled name, a function that builds the model, or
+            "package.module:function", which is imported.
+        model_args: keyword arguments for the model. They are laid over the file's when the model is the file's;
+            a bundled model without ``shape`` or ``classes`` takes those of a bundled data set.
+        data: in place of the file's: the name of a bundled set, with its true labels, or anything that
+            ``Problem`` takes as data. The file's own set comes with the label noise that it was trained on.
+        data_root: the folder of a bundled set that is read from files.
+        split: "train" or "test", of a bundled set.
+        examples: take only so many examples, drawn without replacement; needs a bundled set or a tuple of tensors.
+        seed: decides which examples.
+        params, mode, weight_decay: as in ``Problem``.
+        trust: import the factory that the *file* names when it is not a bundled one. This runs other people's code.
+
+    Raises: CheckpointError for a file that cannot be read, trusted or matched; ArgumentError for an unknown name or
+        a wrong argument; DataError when the data are missing.
+    """
+    checkpoint = read_checkpoint(path)
+    source, label_noise = _data(checkpoint, data, data_root, split)
+    bundled = isinstance(source, DataSet)
+    batches = (source.inputs, source.targets) if isinstance(source, DataSet) else source
+    total = _count(batches)
+    if examples is not None:
+        batches = _subset(batches, examples, total, seed)
+
+    built_from, args = _model(checkpoint, model, model_args, source, trust)
+    network = make_model(built_from, **args) if built_from in MODELS else _factory(built_from)(**args)
+    load_weights(network, checkpoint.state_dict)
+    if checkpoint.loss not in LOSSES:
+        raise CheckpointError(f"The checkpoint {path}: {nearest('loss', checkpoint.loss, LOSSES)}")
+    return Problem(
+        model=network,
+        loss=LOSSES[checkpoint.loss](),
+        data=batches,
+        params=params,
+        mode=mode,
+        weight_decay=weight_decay,
+        provenance={
+            "checkpoint": os.fspath(path),
+            "sha256": checkpoint.sha256,
+            "data": source.name if isinstance(source, DataSet) else type(source).__name__,
+            "split": source.split if isinstance(source, DataSet) else None,
+            "examples": total,
+            "label_noise": label_noise if bundled else None,
+            "model": built_from if isinstance(built_from, str) else _name(built_from),
+            "model_args": dict(args),
+            "recipe": dict(checkpoint.recipe),
+            "epoch": checkpoint.epoch,
+            "metrics": dict(checkpoint.metrics),
+        },
+    )
+
+
+def _data(checkpoint: Checkpoint, data: Any, root: str | os.PathLike[str] | None, split: str) -> tuple[Any, float]:
+    """The data, a DataSet if bundled, and the fraction of its labels that is noise."""
+    if isinstance(data, str):
+        return load_data(data, split, root=root), 0.0
+    if data is not None:
+        return data, 0.0
+    spec = checkpoint.data
+    if not spec:
+        raise CheckpointError(
+            f"The checkpoint {checkpoint.path} is a plain state dict, which does not say what it was trained on. "
+            "Pass --model and --data."
+        )
+    noise = spec.get("label_noise", 0.0)
+    loaded = load_data(spec["name"], split, root=root, label_noise=noise, noise_seed=spec.get("noise_seed", 0))
+    return loaded, noise if split == "train" else 0.0
+
+
+def _count(batches: Any) -> int | None:
+    if isinstance(batches, tuple) and batches and all(isinstance(part, Tensor) for part in batches):
+        return len(batches[0])
+    return None
+
+
+def _subset(batches: Any, examples: int, total: int | None, seed: int) -> tuple[Tensor, ...]:
+    if total is None:
+        raise ArgumentError(
+            f"examples needs data given by name or as a tuple of tensors, got {type(batches).__name__}. "
+            "Draw the subset before passing it."
+        )
+    if not 1 <= examples <= total:
+        raise ArgumentError(f"examples must be from 1 to the {total} of the data, got {examples}.")
+    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:examples]
+    return tuple(part[chosen.to(part.device)] for part in batches)
+
+
+def _model(
+    checkpoint: Checkpoint, model: str | Factory | None, given: Mapping[str, Any] | None, source: Any, trust: bool
+) -> tuple[str | Factory, dict[str, Any]]:
+    """What builds the network, and with which arguments."""
+    wanted = checkpoint.model if model is None else model
+    if wanted is None:
+        raise CheckpointError(
+            f"The checkpoint {checkpoint.path} is a plain state dict, which does not say what model it belongs to. "
+            "Pass --model and --data."
+        )
+    if model is None and ":" in str(wanted) and not trust:
+        raise CheckpointError(
+            f"The checkpoint {checkpoint.path} wants its model built by {wanted}, which is other people's code. "
+            "Pass --model to name it yourself, or --trust if you trust the file."
+        )
+    args = {**(checkpoint.model_args if wanted == checkpoint.model else {}), **(given or {})}
+    if wanted not in MODELS:
+        return wanted, args
+    if isinstance(source, DataSet):
+        args = {"shape": source.shape, "classes": source.classes, **args}
+    return wanted, model_arguments(wanted, **args) if isinstance(wanted, str) else args
+
+
+def _factory(wanted: str | Factory) -> Factory:
+    if isinstance(wanted, nn.Module):
+        raise ArgumentError("model must be a name or a function that builds the model, got a model. Pass its class.")
+    if not isinstance(wanted, str):
+        return wanted
+    module, colon, function = wanted.partition(":")
+    if not colon:
+        raise ArgumentError(f"{nearest('model', wanted, MODELS)} Or name a function, as package.module:function.")
+    try:
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # A module that the user's own module fails to import is another matter: it keeps its traceback.
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise ArgumentError(f"There is no module {error.name} to import {wanted} from. Check PYTHONPATH.") from error
+    factory = getattr(imported, function, None)
+    if not callable(factory):
+        raise ArgumentError(f"{module} has no function {function!r}. Name one, as package.module:function.")
+    build: Factory = factory
+    return build
+
+
+def _name(factory: Factory) -> str:
+    return f"{getattr(factory, '__module__', '?')}:{getattr(factory, '__qualname__', type(factory).__name__)}"
