@@ -1,0 +1,287 @@
+"""The training loop behind ``sharpscope train`` and ``sharpscope demo``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sharpscope.checkpoint import Checkpoint, load_weights, read_checkpoint, write_checkpoint
+from sharpscope.errors import ArgumentError, CheckpointError, OutputError, SharpscopeError
+from sharpscope.files import require_writable
+from sharpscope.optim import SAM
+from sharpscope.recipe import Recipe, learning_rate, make_optimizer, parse_epochs
+from sharpscope.zoo import DataSet, load_data, make_model, model_arguments
+
+__all__ = ["Recipe", "evaluate", "parse_epochs", "snapshot_path", "train"]
+
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+def train(
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    save_epochs: str | Iterable[int | str] = (),
+    data_root: str | os.PathLike[str] | None = None,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Train as the recipe says and return the checkpoint that ``out`` then holds.
+
+    ``out`` is replaced whole after every epoch, so that a run stopped at any moment, even by kill -9, is resumed from
+    its last finished epoch and, on the CPU, ends in the same bits. The global random state is left as it was.
+
+    Args:
+        recipe: what to train, and how.
+        out: the checkpoint file.
+        resume: go on with the run in ``out``; start it if there is none, and return it if it is finished.
+        overwrite: start anew even if there are files of an earlier run.
+        save_epochs: epochs to keep besides, as ``parse_epochs`` reads them, in the files named by
+            ``snapshot_path``; 0 is the initial weights. When resuming, epochs already passed are not kept.
+        data_root: the folder of a data set that is read from files.
+        device: where to train.
+        progress: called after every step with the steps done, all steps, and the epoch's mean ``loss`` and
+            ``accuracy`` so far.
+
+    Cost: a gradient a step, two with SAM, and an evaluation of both splits an epoch.
+
+    Raises: ArgumentError for what the recipe or the arguments get wrong; OutputError when ``out`` cannot be written or
+        would be overwritten; DataError without the data; SharpscopeError when the loss is no longer finite.
+    """
+    target = require_writable(out)
+    kept = parse_epochs(save_epochs, recipe.epochs)
+    earlier = _earlier_run(recipe, target, kept, resume, overwrite)
+    if earlier is not None and earlier.training is None:
+        return earlier
+    run = _start(recipe, data_root, _usable(device))
+    done = 0
+    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+        if earlier is not None and earlier.training is not None and earlier.epoch is not None:
+            done = earlier.epoch
+            load_weights(run.model, earlier.state_dict)
+            run.optimizer.load_state_dict(earlier.training["optimizer"])
+        elif 0 in kept:
+            _write(run, snapshot_path(target, 0), 0)
+        for epoch in range(done + 1, recipe.epochs + 1):
+            _train_epoch(run, epoch, progress)
+            metrics = _metrics(run, epoch)
+            if not math.isfinite(metrics["train_loss"]):
+                raise _diverged(epoch, run.steps_per_epoch)
+            if epoch in kept:
+                _write(run, snapshot_path(target, epoch), epoch, metrics)
+            unfinished = epoch < recipe.epochs
+            state = {"optimizer": run.optimizer.state_dict()} if unfinished else None
+            _write(run, target, epoch, metrics, state)
+    return read_checkpoint(target)
+
+
+def snapshot_path(out: str | os.PathLike[str], epoch: int) -> Path:
+    """Where the weights after ``epoch`` epochs are kept: ``runs/sam.pt`` gives ``runs/sam-epoch3.pt``."""
+    path = Path(out)
+    return path.with_name(f"{path.stem}-epoch{epoch}{path.suffix}")
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: DataSet, batch_size: int = 1024) -> tuple[float, float]:
+    """Mean cross-entropy (nats) and accuracy of ``model`` on ``data`` in eval mode, summed in float64.
+
+    The model's modes are put back, each module's own.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    like = next(model.parameters())
+    loss = correct = torch.zeros((), dtype=torch.float64)
+    model.eval()
+    try:
+        for start in range(0, len(data), batch_size):
+            part = slice(start, start + batch_size)
+            logits, labels = model(data.inputs[part].to(like)), data.targets[part].to(like.device)
+            loss = loss + nn.functional.cross_entropy(logits, labels, reduction="none").double().sum().cpu()
+            correct = correct + (logits.argmax(1) == labels).sum().cpu()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return float(loss) / len(data), float(correct) / len(data)
+
+
+@dataclass(frozen=True)
+class _Run:
+    recipe: Recipe
+    model: nn.Module
+    model_args: dict[str, Any]
+    optimizer: Optimizer
+    train_set: DataSet
+    test_set: DataSet
+    device: torch.device
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.train_set) / self.recipe.batch_size)
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(self.recipe, step, self.steps_per_epoch * self.recipe.epochs)
+
+
+def _start(recipe: Recipe, data_root: str | os.PathLike[str] | None, device: torch.device) -> _Run:
+    load = functools.partial(
+        load_data, recipe.data, root=data_root, label_noise=recipe.label_noise, noise_seed=recipe.noise_seed
+    )
+    train_set, test_set = (
+        dataclasses.replace(data, inputs=data.inputs.to(device), targets=data.targets.to(device))
+        for data in map(load, ("train", "test"))
+    )
+    args = model_arguments(
+        recipe.model, **{"shape": train_set.shape, "classes": train_set.classes, **recipe.model_args}
+    )
+    if args["shape"] != train_set.shape or args["classes"] < train_set.classes:
+        raise ArgumentError(
+            f"{recipe.data} has inputs of shape {train_set.shape} in {train_set.classes} classes, but model_args "
+            f"say {args['shape']} and {args['classes']}. Leave both out."
+        )
+    model = make_model(recipe.model, seed=recipe.seed, **args).to(device)
+    return _Run(recipe, model, args, make_optimizer(recipe, model), train_set, test_set, device)
+
+
+def _train_epoch(run: _Run, epoch: int, progress: Progress | None) -> None:
+    recipe, model, optimizer = run.recipe, run.model, run.optimizer
+    _reseed(run.device, _derived_seed("dropout", recipe.seed, epoch))
+    generator = torch.Generator().manual_seed(_derived_seed("order", recipe.seed, epoch))
+    order = torch.randperm(len(run.train_set), generator=generator).to(run.device)
+    # SAM and LBFGS take several gradients a step; the others must not see the weights move before their only one.
+    closed = isinstance(optimizer, SAM) or _needs_closure(optimizer)
+    seen, loss_sum, correct = 0, 0.0, 0
+    model.train()
+    for i in range(run.steps_per_epoch):
+        batch = order[i * recipe.batch_size : (i + 1) * recipe.batch_size]
+        step = (epoch - 1) * run.steps_per_epoch + i
+        inputs, targets = run.train_set.inputs[batch], run.train_set.targets[batch]
+        first: list[tuple[float, int]] = []
+
+        def closure(inputs: Tensor = inputs, targets: Tensor = targets, first: Any = first, i: int = i) -> Tensor:
+            optimizer.zero_grad()
+            logits = model(inputs)
+            loss: Tensor = nn.functional.cross_entropy(logits, targets)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise _diverged(epoch, i + 1)
+            if not first:
+                first.append((value, int((logits.argmax(1) == targets).sum())))
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        for group in optimizer.param_groups:
+            group["lr"] = run.learning_rate(step)
+        if closed:
+            optimizer.step(closure)  # type: ignore[arg-type]
+        else:
+            closure()
+            optimizer.step()
+        seen, loss_sum, correct = seen + len(batch), loss_sum + first[0][0] * len(batch), correct + first[0][1]
+        if progress is not None:
+            total = run.steps_per_epoch * recipe.epochs
+            progress(step + 1, total, {"loss": loss_sum / seen, "accuracy": correct / seen})
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    return inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty
+
+
+def _metrics(run: _Run, epoch: int) -> dict[str, float]:
+    """Loss and accuracy of both splits, and the learning rate of the epoch's last step (for 0, of the first)."""
+    train_loss, train_accuracy = evaluate(run.model, run.train_set)
+    test_loss, test_accuracy = evaluate(run.model, run.test_set)
+    return {
+        "train_loss": train_loss,
+        "train_accuracy": train_accuracy,
+        "test_loss": test_loss,
+        "test_accuracy": test_accuracy,
+        "lr": run.learning_rate(max(epoch * run.steps_per_epoch - 1, 0)),
+    }
+
+
+def _diverged(epoch: int, step: int) -> SharpscopeError:
+    return SharpscopeError(
+        f"The training loss must stay finite, but it is NaN or infinite in epoch {epoch}, step {step}. "
+        "Lower the learning rate (--lr). What finished epochs wrote is kept."
+    )
+
+
+def _write(
+    run: _Run, path: Path, epoch: int, metrics: dict[str, float] | None = None, state: dict[str, Any] | None = None
+) -> None:
+    recipe = dataclasses.asdict(run.recipe)
+    write_checkpoint(
+        path,
+        state_dict=run.model.state_dict(),
+        model=run.recipe.model,
+        model_args=run.model_args,
+        data={"name": run.recipe.data, "label_noise": run.recipe.label_noise, "noise_seed": run.recipe.noise_seed},
+        recipe=recipe,
+        epoch=epoch,
+        metrics=_metrics(run, epoch) if metrics is None else metrics,
+        training=state,
+    )
+
+
+def _earlier_run(recipe: Recipe, target: Path, kept: set[int], resume: bool, overwrite: bool) -> Checkpoint | None:
+    """The run to go on with, or None to start one, when nothing that must stay would be overwritten."""
+    if resume and overwrite:
+        raise ArgumentError("A run is either resumed or overwritten. Pass one of --resume and --overwrite.")
+    present = [path for path in (target, *(snapshot_path(target, epoch) for epoch in sorted(kept))) if path.exists()]
+    if present and not resume and not overwrite:
+        raise OutputError(f"{present[0]} exists already. Pass --resume to go on with it, or --overwrite.")
+    if overwrite or not target.exists():
+        return None
+    earlier = read_checkpoint(target)
+    ours = dataclasses.asdict(recipe)
+    for key, value in ours.items():
+        # By way of JSON, in which a tuple and a list of the same sizes are the same recipe.
+        if key not in earlier.recipe or _as_json(earlier.recipe[key]) != _as_json(value):
+            raise ArgumentError(
+                f"A run is resumed by its own recipe, but {key} is {value!r} and in {target} "
+                f"{earlier.recipe.get(key, 'missing')!r}. Change it back, or pass --overwrite to start anew."
+            )
+    if earlier.training is None and earlier.epoch != recipe.epochs:
+        raise CheckpointError(f"{target} keeps one epoch's weights and cannot be resumed. Name the run's own file.")
+    return earlier
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    # torch raises AssertionError for a backend that it was built without.
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"The device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return place
+
+
+def _reseed(device: torch.device, seed: int) -> None:
+    # Not torch.manual_seed, which would reseed devices whose state is not forked.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+def _derived_seed(purpose: str, seed: int, epoch: int) -> int:
+    """Unrelated seeds for each purpose and epoch; Random seeds itself from a string by SHA-512."""
+    return random.Random(f"{purpose} {seed} {epoch}").getrandbits(63)
