@@ -1,0 +1,63 @@
+"""The command line: ``sharpscope COMMAND``, one command a module."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+
+from sharpscope.cli import demo, eigen, inspect, train
+
+from sharpscope.errors import ConvergenceWarning, SharpscopeError
+from sharpscope.version import __version__
+
+COMMANDS = (demo, train, eigen, inspect)
+
+EXIT_STATUS = """\
+exit status: 0 done, 1 the input is wrong (one sentence on stderr), 2 wrong usage,
+3 a number has not converged, 130 interrupted.
+
+examples:
+  sharpscope demo
+  sharpscope train --model cnn --data digits --optimizer sam --rho 0.05 --out sam.pt
+  sharpscope eigen sgd.pt sam.pt
+  sharpscope inspect sam.pt
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line's parser."""
+    main_parser = argparse.ArgumentParser(
+        prog="sharpscope",
+        description="How sharp is this minimum, and did SAM make it flatter?",
+        epilog=EXIT_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    main_parser.add_argument("--version", action="version", version=f"sharpscope {__version__}")
+    commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands).set_defaults(run=command.run)
+    return main_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. An exception that nobody foresaw keeps its traceback."""
+    args = parser().parse_args(argv)
+    with warnings.catch_warnings():
+        # The table and the exit status say so already.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.showwarning = _one_line
+        try:
+            status: int = args.run(args)
+            return status
+        except SharpscopeError as error:
+            print(f"sharpscope: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("sharpscope: interrupted; what was finished is kept.", file=sys.stderr)
+            return 130
+
+
+def _one_line(message: Warning | str, category: type[Warning], *args: object, **kwargs: object) -> None:
+    print(f"sharpscope: warning: {message}", file=sys.stderr)

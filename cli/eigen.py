@@ -1,0 +1,135 @@
+"""``sharpscope eigen``: the top of the Hessian's spectrum of one or more checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from sharpscope.cli import options
+
+DESCRIPTION = """\
+lambda_1 >= ... >= lambda_k, the largest eigenvalues of the Hessian of the mean training loss at the checkpoint's
+weights, with multiplicity, and lambda_max/lambda_k. Each comes with an interval (value ± half-width); "?" marks what
+has not converged to --tol. "gradients" counts everything done in units of one gradient over the whole data set.
+"""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """The command's options."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "eigen",
+        help="lambda_max and lambda_max/lambda_k of checkpoints",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="checkpoint file")
+    parser.add_argument("--k", type=int, default=5, help="number of eigenvalues (default 5)")
+    parser.add_argument("--tol", type=float, default=1e-3, help="relative tolerance of each (default 1e-3)")
+    parser.add_argument("--method", default="auto", help="auto, lanczos or power (default auto: lanczos)")
+    parser.add_argument("--split", default="train", choices=("train", "test"), help="part of the data (default train)")
+    parser.add_argument("--examples", type=int, metavar="N", help="measure on N examples drawn at random, not on all")
+    parser.add_argument("--params", nargs="+", default=["*"], metavar="PATTERN", help="only parameters of these names")
+    parser.add_argument("--dtype", choices=options.DTYPES, help="precision of the computation (default: the weights')")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the solver's random start and of --examples (default 0)"
+    )
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="examples a graph (default: chosen by measuring)")
+    parser.add_argument(
+        "--max-passes", type=int, metavar="N", help="give up after N passes over the data (default 100)"
+    )
+    options.add_device(parser)
+    parser.add_argument(
+        "--out", metavar="PATH", help="write the result as JSON to this file; a folder for several CKPT"
+    )
+    parser.add_argument("--vectors", action="store_true", help="with --out: the eigenvectors beside it, as .npz")
+    parser.add_argument("--overwrite", action="store_true", help="replace results that exist already")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON in place of the table (an array for several CKPT)"
+    )
+    options.add_model_and_data(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure one checkpoint after another; what is finished is shown and kept whatever happens to the next."""
+    import torch
+
+    import sharpscope
+    from sharpscope.results import EigenResult, table
+
+    outputs = _outputs(args)
+    for path in dict.fromkeys(args.checkpoints):  # every file is read once before the first long measurement
+        _load(args, path)
+    results: list[EigenResult] = []
+    bar = options.Bar("")
+    try:
+        for path, out in zip(args.checkpoints, outputs, strict=True):
+            bar = options.Bar(Path(path).name)
+            result = sharpscope.top_eigenvalues(
+                _load(args, path),
+                args.k,
+                args.tol,
+                args.method,
+                torch.Generator().manual_seed(args.seed),
+                bar,
+                dtype=getattr(torch, args.dtype) if args.dtype else None,
+                device=options.device(args.device),
+                micro_batch=args.micro_batch,
+                max_passes=args.max_passes,
+                vectors=args.vectors,
+            )
+            if out is not None:
+                result.save(out, vectors=args.vectors)
+            results.append(result)
+    finally:
+        bar.close()
+        if args.json and (results or len(args.checkpoints) > 1):
+            shown = [result.to_dict() for result in results]
+            print(json.dumps(shown[0] if len(args.checkpoints) == 1 else shown, indent=2, allow_nan=False))
+        elif results:
+            print(table(results))
+        sys.stdout.flush()
+    return 0 if all(result.converged.all() for result in results) else 3
+
+
+def _load(args: argparse.Namespace, path: str) -> Any:
+    import sharpscope
+
+    return sharpscope.load(
+        path,
+        model=args.model,
+        model_args=options.key_values(args.model_args),
+        data=args.data,
+        data_root=args.data_root,
+        split=args.split,
+        examples=args.examples,
+        seed=args.seed,
+        params=args.params,
+        trust=args.trust,
+    )
+
+
+def _outputs(args: argparse.Namespace) -> list[Path | None]:
+    """The JSON file of each checkpoint, made sure to be writable and new."""
+    from sharpscope.errors import ArgumentError, OutputError
+    from sharpscope.files import require_writable
+
+    if args.out is None:
+        if args.vectors:
+            raise ArgumentError("--vectors must come with --out, which says where to. Pass --out PATH.")
+        return [None] * len(args.checkpoints)
+    if len(args.checkpoints) == 1:
+        outputs = [Path(args.out)]
+    else:
+        names = [Path(path).stem for path in args.checkpoints]
+        unique = [name if names.count(name) == 1 else f"{i + 1}-{name}" for i, name in enumerate(names)]
+        outputs = [Path(args.out) / f"{name}.json" for name in unique]
+    for out in outputs:
+        require_writable(out)
+        for file in (out, out.with_suffix(".npz")) if args.vectors else (out,):
+            if file.exists() and not args.overwrite:
+                raise OutputError(f"{file} exists already. Name another place, or pass --overwrite.")
+    return list(outputs)

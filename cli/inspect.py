@@ -1,0 +1,56 @@
+"""``sharpscope inspect``: what a checkpoint file holds."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """The command's options."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "inspect",
+        help="layout, parameters and recipe of a checkpoint file",
+        description="What a checkpoint file holds: its layout, tensors, model, data and recipe. No code of it is run.",
+    )
+    parser.add_argument("file", metavar="FILE", help="checkpoint file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what the file says."""
+    from sharpscope.checkpoint import read_checkpoint
+
+    checkpoint = read_checkpoint(args.file)
+    tensors = [(name, list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in checkpoint.state_dict.items()]
+    count = sum(t.numel() for t in checkpoint.state_dict.values())
+    layout = "plain state dict" if checkpoint.model is None else "sharpscope checkpoint"
+    if args.json:
+        said = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name not in LEFT_OUT}
+        said |= {"layout": layout, "num_elements": count, "resumable": checkpoint.training is not None}
+        said["tensors"] = [{"name": name, "shape": shape, "dtype": dtype} for name, shape, dtype in tensors]
+        print(json.dumps(said, indent=2, default=str))
+        return 0
+    print(f"{args.file}: {layout}, sha256 {checkpoint.sha256}")
+    if checkpoint.model is not None:
+        print(f"model    {checkpoint.model} {_flat(checkpoint.model_args)}")
+        print(f"data     {_flat(checkpoint.data)}")
+        print(f"loss     {checkpoint.loss}")
+        print(f"recipe   {_flat(checkpoint.recipe)}")
+        print(f"epoch    {checkpoint.epoch}{' (unfinished, can be resumed)' if checkpoint.training else ''}")
+        print(f"metrics  {_flat(checkpoint.metrics)}")
+    print(f"{len(tensors)} tensors, {count} elements:")
+    width = max(len(name) for name, _, _ in tensors)
+    for name, shape, dtype in tensors:
+        print(f"  {name.ljust(width)}  {'x'.join(map(str, shape)) or 'scalar'}  {dtype}")
+    return 0
+
+
+LEFT_OUT = ("state_dict", "training")
+
+
+def _flat(values: Any) -> str:
+    return " ".join(f"{key}={f'{value:.6g}' if isinstance(value, float) else value}" for key, value in values.items())

@@ -1,0 +1,97 @@
+"""``sharpscope train``: train a bundled model, with or without SAM, into a self-describing checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from typing import Any
+
+from sharpscope.cli import options
+from tqdm import tqdm
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """The command's options."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "train",
+        help="train a bundled model with or without SAM",
+        description="Train a bundled model on a bundled data set, with SGD or any torch optimizer, with or without SAM "
+        "around it. OUT is replaced whole after every epoch; --resume goes on after an interruption, to the same bits.",
+    )
+    parser.add_argument("--out", required=True, help="checkpoint file to write")
+    parser.add_argument("--model", default="cnn", help="mlp, cnn or wide_resnet (default cnn)")
+    parser.add_argument("--model-args", metavar="K=V", nargs="+", help="such as depth=16 norm=none, or hidden=64,64")
+    parser.add_argument("--data", default="digits", help="digits or fashion-mnist (default digits)")
+    options.add_data_root(parser)
+    parser.add_argument("--optimizer", default="sgd", help="sam (SAM around SGD) or any torch optimizer (default sgd)")
+    parser.add_argument(
+        "--rho", type=float, help="SAM's radius; puts SAM around any --optimizer (default for sam: 0.05)"
+    )
+    parser.add_argument("--p", default="2", choices=("2", "inf"), help="norm of SAM's ball (default 2)")
+    parser.add_argument("--lr", type=float, default=0.05, help="initial learning rate (default 0.05)")
+    parser.add_argument("--momentum", type=float, help="default 0.9 for SGD, torch's own elsewhere")
+    parser.add_argument("--weight-decay", type=float, default=5e-4, help="default 5e-4")
+    parser.add_argument(
+        "--decoupled", action="store_true", help="decay the weights by lr * weight decay, not the gradient"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="default 64")
+    parser.add_argument("--epochs", type=int, default=40, help="default 40")
+    parser.add_argument("--schedule", default="cosine", help="cosine or constant (default cosine)")
+    parser.add_argument("--label-noise", type=float, default=0.0, metavar="F", help="fraction of wrong training labels")
+    parser.add_argument("--noise-seed", type=int, default=0, help="decides which labels are wrong (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of initial weights, order and dropout (default 0)")
+    parser.add_argument("--save-epochs", default="", metavar="LIST", help="epochs to keep besides: 0,1,50%%,last")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in OUT, or start it")
+    parser.add_argument("--overwrite", action="store_true", help="start anew in place of an earlier run")
+    options.add_device(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train with a bar on stderr and print the last epoch's metrics."""
+    from sharpscope.train import Recipe, train
+
+    recipe = Recipe(
+        model=args.model,
+        model_args=options.key_values(args.model_args),
+        data=args.data,
+        optimizer=args.optimizer,
+        rho=args.rho,
+        p=math.inf if args.p == "inf" else 2.0,
+        lr=args.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        decoupled=args.decoupled,
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        schedule=args.schedule,
+        label_noise=args.label_noise,
+        noise_seed=args.noise_seed,
+        seed=args.seed,
+    )
+    with tqdm(unit=" steps", file=sys.stderr, disable=None, dynamic_ncols=True, leave=False) as bar:
+        checkpoint = train(
+            recipe,
+            args.out,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            save_epochs=args.save_epochs.split(",") if args.save_epochs else (),
+            data_root=args.data_root,
+            device=options.device(args.device),
+            progress=lambda done, total, metrics: advance(bar, done, total, metrics),
+        )
+    m = checkpoint.metrics
+    print(
+        f"{args.out}: epoch {checkpoint.epoch}, train loss {m['train_loss']:.4f} accuracy {m['train_accuracy']:.2%}, "
+        f"test loss {m['test_loss']:.4f} accuracy {m['test_accuracy']:.2%}"
+    )
+    print(f"Next: sharpscope eigen {args.out}")
+    return 0
+
+
+def advance(bar: Any, done: int, total: int, metrics: dict[str, float]) -> None:
+    """Show ``done`` of ``total`` steps with the epoch's mean loss and accuracy so far."""
+    bar.total = total
+    bar.set_postfix_str(f"loss {metrics['loss']:.4f} accuracy {metrics['accuracy']:.2%}", refresh=False)
+    bar.update(done - bar.n)

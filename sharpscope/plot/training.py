@@ -1,0 +1,82 @@
+"""Sharpness against training time, run beside run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sharpscope.errors import DataError
+from sharpscope.results import EigenResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def sharpness_over_training(
+    runs: Mapping[str, Sequence[EigenResult]], axes: Sequence[Axes] | None = None
+) -> tuple[Axes, Axes]:
+    """lambda_max and lambda_max/lambda_k against the epoch, a line a run, with intervals; returns the two Axes.
+
+    A dash in the run's colour shows ``2/eta``, the edge of stability of plain gradient descent at the learning rate
+    in force (Cohen et al. 2021), unless a small rate takes it far above the picture.
+
+    Args:
+        runs: by label, the results of one training run; their provenance must hold ``epoch`` and ``metrics``.
+        axes: two Axes to draw on; by default a new figure.
+
+    Raises: DataError when a result does not say its epoch.
+    """
+    import matplotlib.pyplot as plt
+
+    if axes is None:
+        _, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left, right = axes
+    k = 0
+    for colour, (label, results) in zip(_cycle(len(runs)), runs.items(), strict=True):
+        if any(r.provenance.get("epoch") is None for r in results):
+            raise DataError(f"Every result of {label!r} must say its epoch, as those of sharpscope checkpoints do.")
+        ordered = sorted(results, key=lambda r: r.provenance["epoch"])
+        epochs = [r.provenance["epoch"] for r in ordered]
+        values = [r.lambda_max for r in ordered]
+        error = [
+            [r.lambda_max - float(r.lower[0]) for r in ordered],
+            [float(r.upper[0]) - r.lambda_max for r in ordered],
+        ]
+        left.errorbar(epochs, values, yerr=error, color=colour, marker="o", capsize=3, label=label)
+        rates = [(r.provenance["epoch"], (r.provenance.get("metrics") or {}).get("lr")) for r in ordered]
+        edges = [(epoch, 2 / rate) for epoch, rate in rates if rate]
+        if edges:
+            left.plot(*zip(*edges, strict=True), color=colour, marker="_", linestyle="", label=f"2/eta, {label}")
+        told = [(r.provenance["epoch"], r.ratio) for r in ordered if r.ratio.value is not None]
+        k = max([k, *(ratio.k for _, ratio in told)])
+        right.errorbar(
+            [epoch for epoch, _ in told],
+            [float(ratio.value or 0) for _, ratio in told],
+            yerr=[
+                [_gap(ratio.value, ratio.lower) for _, ratio in told],
+                [_gap(ratio.upper, ratio.value) for _, ratio in told],
+            ],
+            color=colour,
+            marker="o",
+            capsize=3,
+            label=label,
+        )
+    everything = [r.lambda_max for results in runs.values() for r in results if r.lambda_max > 0]
+    left.set(xlabel="epoch", ylabel=r"$\lambda_{\max}$", yscale="log")
+    if everything:
+        left.set_ylim(min(everything) / 2, max(*everything, 1e-300) * 100)
+    right.set(xlabel="epoch", ylabel=rf"$\lambda_{{\max}}/\lambda_{{{k or 'k'}}}$", ylim=(0, None))
+    left.legend(fontsize="small")
+    right.legend(fontsize="small")
+    return left, right
+
+
+def _cycle(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def _gap(high: Any, low: Any) -> float:
+    return max(float(high) - float(low), 0.0)
