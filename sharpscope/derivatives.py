@@ -66,6 +66,9 @@ def accumulate(
     for part in parts:
         with _derivative_errors():
             value, terms = term_sums(part)
+            examples += part.size
+            if not value.requires_grad and not float(terms):
+                continue  # no loss terms in this part, so no graph either
             # materialize_grads: a parameter that the loss does not use has zero curvature, it is no error.
             grads = torch.autograd.grad(value, params, create_graph=count > 0, materialize_grads=True)
             detached = [g.detach() for g in grads]
@@ -83,7 +86,6 @@ def accumulate(
         loss += value.detach()
         weight += terms
         spread += torch.stack(torch._foreach_norm(detached)).to(loss).norm()
-        examples += part.size
         if progress is not None:
             progress(examples)
     return Sums(loss, weight, sums[0], sums[1:], spread, examples)

@@ -156,8 +156,12 @@ class Objective:
     ) -> Sums:
         """Sums over ``parts`` of loss, gradient and the products with the rows of ``block`` (K, n), counted as cost."""
         sums = accumulate(self._term_sums, parts, self.params, block, progress)
-        self._example_gradients += sums.examples * (GRADIENT + PRODUCT * len(block))
+        self.charge(sums.examples * (GRADIENT + PRODUCT * len(block)))
         return sums
+
+    def charge(self, example_gradients: float) -> None:
+        """Add work done outside ``accumulate``, in gradients of one example, to the bill."""
+        self._example_gradients += example_gradients
 
     def _pass(self, block: Tensor, progress: Progress | None) -> Tensor:
         """One full walk: sets loss and gradient, returns the products (K, n)."""

@@ -49,6 +49,12 @@ def select(model: nn.Module, patterns: str | Sequence[str] = "*") -> dict[str, n
     return chosen
 
 
+@torch.no_grad()
+def assign(params: Sequence[Tensor], vector: Tensor) -> None:
+    """Write the flat ``vector`` (n,) into the parameters, in place."""
+    torch._foreach_copy_(list(params), views(vector, params))
+
+
 def views(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
     """The flat ``vector`` (n,) as views with the parameters' shapes, in their order."""
     pieces = torch.split(vector, [p.numel() for p in params])

@@ -132,8 +132,9 @@ class EigenResult:
 
         Raises: DataError when a key is missing or it is another analysis.
         """
-        if values.get("analysis") != "eigen":
-            raise DataError(f"An eigen result must have analysis 'eigen', got {values.get('analysis')!r}.")
+        analysis = values.get("analysis") if isinstance(values, Mapping) else None
+        if analysis != "eigen":
+            raise DataError(f"An eigen result must be an object with analysis 'eigen', got {analysis!r}.")
         rest = dict(values)
         try:
             measured = {key: rest.pop(key) for key in ("eigenvalues", "residuals", "lower", "upper", "converged")}
@@ -196,14 +197,17 @@ class EigenResult:
 
 
 def with_bound(value: float, lower: float, upper: float) -> str:
-    """``value`` to the digits that its interval supports, with the half-width: "1.2345 ±0.0002"."""
+    """``value`` to the digits that its interval supports, with the half-width rounded up: "1.2345 ±0.0002"."""
     half = max(upper - value, value - lower)
     if not np.isfinite(half) or half <= 0:
         return f"{value:.6g}"
-    digits = int(-np.floor(np.log10(half)))
-    if -3 <= digits <= 9 and abs(value) < 1e6:
-        return f"{value:.{max(digits, 0)}f} ±{np.ceil(half * 10**digits) / 10**digits:.{max(digits, 0)}f}"
-    return f"{value:.4g} ±{half:.1g}"
+    last = int(np.floor(np.log10(half)))
+    # Less a little, or the difference of two floats that stands for 0.01 would be rounded up to 0.02.
+    half = float(np.ceil(half / 10.0**last * (1 - 1e-6)) * 10.0**last)
+    first = int(np.floor(np.log10(abs(value)))) if value else last
+    if -4 <= max(first, last) < 6:
+        return f"{value:.{max(-last, 0)}f} ±{half:.{max(-last, 0)}f}"
+    return f"{value:.{max(first - last, 0)}e} ±{half:.0e}"
 
 
 def rows_of(results: Sequence[EigenResult]) -> list[list[str]]:

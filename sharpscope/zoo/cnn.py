@@ -11,7 +11,7 @@ from sharpscope.errors import ArgumentError
 
 
 def cnn(
-    shape: Sequence[int] = (1, 8, 8), classes: int = 10, channels: Sequence[int] = (16, 32), hidden: int = 64
+    shape: Sequence[int] = (1, 8, 8), classes: int = 10, channels: Sequence[int] = (8, 16), hidden: int = 64
 ) -> nn.Sequential:
     """Per entry of ``channels`` a padded 3x3 convolution, ReLU and 2x2 max-pooling; then Linear, ReLU, Linear.
 

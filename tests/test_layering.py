@@ -1,0 +1,105 @@
+"""Nothing right of the matvec knows a model; nothing right of a result knows torch; only the command line prints."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "sharpscope"
+
+# What each module or package may import of the project; all may import errors and precision.
+GROUND = {"errors", "precision", "version"}
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "version": set(),
+    "precision": set(),
+    "files": set(),
+    "preserve": set(),
+    "problem": set(),
+    "params": set(),
+    "batches": set(),
+    "losses": set(),
+    "linalg": set(),
+    "results": {"files"},
+    "derivatives": {"batches", "params"},
+    "objective": {"batches", "derivatives", "losses", "params", "preserve", "problem"},
+    "audit": {"batches", "derivatives", "objective", "params"},
+    "spectrum": {"audit", "linalg", "objective", "problem", "results"},
+    "optim": set(),
+    "zoo": set(),
+    "checkpoint": {"files"},
+    "loading": {"checkpoint", "problem", "zoo"},
+    "recipe": {"optim", "zoo"},
+    "train": {"checkpoint", "files", "optim", "recipe", "zoo"},
+    "plot": {"results"},
+    "__main__": {"cli"},
+    "__init__": {"errors", "loading", "objective", "problem", "results", "spectrum", "version"},
+}
+THIRD_PARTY = {"torch", "numpy", "scipy", "matplotlib", "tqdm"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "results": {"numpy"},
+    "errors": set(),
+    "files": set(),
+    "plot": {"numpy", "matplotlib"},
+    "linalg": {"torch", "scipy"},
+    "optim": {"torch"},
+    "zoo": {"torch", "numpy"},
+    "checkpoint": {"torch"},
+    "loading": {"torch"},
+}
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+def place(path: Path) -> str:
+    """The row of the table that a file belongs to."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of everything that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_follow_the_layering(path: Path) -> None:
+    """Each file imports of the project only what the table allows its place."""
+    here = place(path)
+    own = {name.split(".")[1] for name in imports(path) if name.startswith("sharpscope.")}
+    assert own <= ALLOWED[here] | GROUND | {here}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_third_party_imports_stay_in_their_layer(path: Path) -> None:
+    """A result needs NumPy alone, a solver torch and SciPy, and nobody what is not a core dependency."""
+    heads = {name.split(".")[0] for name in imports(path)}
+    foreign = heads & (THIRD_PARTY | {"sklearn", "pandas"})
+    assert foreign <= MAY_IMPORT.get(place(path), {"torch", "numpy", "scipy"})
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_command_line_prints(path: Path) -> None:
+    """No core module calls print, or touches the standard streams."""
+    if place(path) == "__main__":
+        return
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert "print" not in names
+    assert not {"stdout", "stderr"} & attributes
+
+
+def test_every_module_has_a_row() -> None:
+    """A new module must say where it stands."""
+    assert {place(path) for path in FILES} == set(ALLOWED)

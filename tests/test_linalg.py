@@ -1,0 +1,245 @@
+"""Eigensolvers against spectra that are known because the operator was built from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from sharpscope import ArgumentError
+from sharpscope.linalg import METHODS, top_eigenpairs
+from sharpscope.linalg.bounds import ritz_bounds
+from sharpscope.linalg.vectors import inner, orthonormalise, project_out, random_rows
+
+DTYPES = (torch.float64, torch.float32)
+
+
+def operator(spectrum: list[float], n: int, seed: int = 0) -> Tensor:
+    """A dense symmetric matrix with the given eigenvalues, and zeros up to order n, in a random basis."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.zeros(n, dtype=torch.float64)
+    values[: len(spectrum)] = torch.tensor(spectrum, dtype=torch.float64)
+    basis, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    matrix = (basis * values) @ basis.T
+    return (matrix + matrix.T) / 2
+
+
+def product(matrix: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda block: matrix @ block
+
+
+SPECTRA = {
+    "triple": ([10, 10, 10, 5, 4], 100),
+    "whole space": ([10, 10, 10, 5, 4], 5),
+    "above a tail": ([10, 10, 10, 5, 4, *[2 / (1 + i) for i in range(200)]], 300),
+    "plus and minus": ([10, -10, 9, -9, 3, 2, 1], 60),
+    "rank two": ([7, 3], 80),
+    "scale 1e-6": ([5e-6, 4e-6, 3e-6, 2e-6, 1e-6], 80),
+    "scale 1e6": ([5e6, 4e6, 3e6, 2e6, 1e6], 80),
+    "tight cluster": ([1 + 1e-6, 1, 1 - 1e-6, 0.5, 0.4, 0.3], 200),
+    "tight cluster above a tail": ([1 + 1e-6, 1, 1 - 1e-6, 0.9, 0.8, *[0.7 - 0.003 * i for i in range(200)]], 250),
+    "zero": ([0.0], 30),
+    "negative": ([-1.0 - i for i in range(40)], 40),
+    "negative outlier": ([-1000.0, 5, 4, 3, 2, 1, *[0.5 - 0.01 * i for i in range(40)]], 60),
+    "power law": ([1 / (1 + i) ** 1.5 for i in range(300)], 300),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SPECTRA)
+def test_chosen_spectra_come_back_with_their_multiplicity(name: str, dtype: torch.dtype, method: str) -> None:
+    """Every value called converged is within tolerance of its eigenvalue and inside its interval, and k come back."""
+    spectrum, n = SPECTRA[name]
+    matrix = operator(spectrum, n).to(dtype)
+    pairs = top_eigenpairs(product(matrix), n, 5, tol=1e-3, dtype=dtype, method=method, max_products=300)
+    true = torch.linalg.eigvalsh(matrix.double()).flip(0)[:5]
+    rounding = 64 * torch.finfo(dtype).eps * float(true.abs().max().clamp_min(max(map(abs, spectrum))))
+    assert len(pairs.eigenvalues) == 5
+    off = (pairs.eigenvalues - true).abs()
+    assert bool((off <= 1e-3 * true.abs() + rounding)[pairs.converged].all())
+    assert bool((pairs.lower <= true)[pairs.converged].all())
+    assert bool((true <= pairs.upper)[pairs.converged].all())
+    if method == "lanczos" and (name, dtype) != ("negative outlier", torch.float32):
+        # There the rounding of 1000 in float32 is more than a thousandth of 1.
+        assert bool(pairs.converged.all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_residual_is_that_of_the_returned_vector(dtype: torch.dtype) -> None:
+    """residuals equal ||H v - lambda v|| recomputed here, and the vectors are orthonormal."""
+    matrix = operator([1 / (1 + i) for i in range(200)], 200).to(dtype)
+    pairs = top_eigenpairs(product(matrix), 200, 5, tol=1e-2, dtype=dtype)
+    v = pairs.eigenvectors.double()
+    again = torch.linalg.vector_norm(matrix.double() @ v - v * pairs.eigenvalues, dim=0)
+    eps = torch.finfo(dtype).eps
+    assert torch.allclose(pairs.residuals, again, rtol=1e-3, atol=20 * eps)
+    assert torch.allclose(v.T @ v, torch.eye(5, dtype=torch.float64), atol=20 * eps)
+
+
+@pytest.mark.parametrize("max_basis", [60, 1200], ids=["restarted", "unrestarted"])
+def test_no_ghosts_in_a_run_of_200_steps(max_basis: int) -> None:
+    """Outliers that converge in few steps stay single while the edge of a dense bulk takes 200 steps to come."""
+    spectrum = [100.0, 50.0, 25.0, *[1 - i / 1500 for i in range(1500)]]
+    matrix = operator(spectrum, 1503)
+    pairs = top_eigenpairs(product(matrix), 1503, 5, tol=1e-13, max_basis=max_basis, max_products=200)
+    assert pairs.num_products >= 90  # 200 unless the basis may grow to most of the space
+    assert torch.allclose(pairs.eigenvalues, torch.tensor(spectrum[:5], dtype=torch.float64), rtol=1e-9)
+    assert torch.allclose(pairs.eigenvectors.T @ pairs.eigenvectors, torch.eye(5, dtype=torch.float64), atol=1e-12)
+
+
+def test_full_depth_lanczos_is_exact() -> None:
+    """When the basis spans the space the eigenvalues are those of the matrix, to rounding."""
+    matrix = operator([float(i) for i in range(-10, 11)], 21)
+    pairs = top_eigenpairs(product(matrix), 21, 21, tol=1e-12)
+    assert torch.allclose(pairs.eigenvalues, torch.linalg.eigvalsh(matrix).flip(0), atol=1e-12)
+    assert bool(pairs.converged.all())
+
+
+def test_restart_with_a_bounded_basis_finds_the_same() -> None:
+    """The smallest basis allowed gives the eigenvalues of an unbounded one, with more products."""
+    matrix = operator([1 / (1 + i) ** 0.5 for i in range(400)], 400)
+    wide = top_eigenpairs(product(matrix), 400, 5, tol=1e-6, max_basis=400)
+    narrow = top_eigenpairs(product(matrix), 400, 5, tol=1e-6, max_basis=17)
+    assert torch.allclose(wide.eigenvalues, narrow.eigenvalues, rtol=2e-6)
+    assert narrow.num_matvecs > wide.num_matvecs
+    assert bool(narrow.converged.all())
+
+
+def test_unconverged_is_said() -> None:
+    """Too few products for the tolerance give k values, none of which is called converged while it is wrong."""
+    matrix = operator([1 - i / 1000 for i in range(1000)], 1000)
+    for method in METHODS:
+        pairs = top_eigenpairs(product(matrix), 1000, 5, tol=1e-6, max_products=5, method=method)
+        assert len(pairs.eigenvalues) == 5
+        assert not bool(pairs.converged.any())
+        assert pairs.num_products <= 5
+
+
+def test_a_tolerance_below_rounding_is_not_called_met() -> None:
+    """float32 cannot prove 1e-9; the run ends soon and says so, and float64 can."""
+    matrix = operator([10.0, 5.0, 3.0, 2.0, 1.0, 0.5], 50)
+    coarse = top_eigenpairs(product(matrix.float()), 50, 5, tol=1e-9, dtype=torch.float32)
+    fine = top_eigenpairs(product(matrix), 50, 5, tol=1e-9)
+    assert not bool(coarse.converged.any())
+    assert coarse.num_products < 20
+    assert bool(fine.converged.all())
+
+
+def test_an_operator_that_changes_never_converges() -> None:
+    """An operator that is another one at each product is found out, though its vectors stay the same."""
+    matrix = operator([5.0, 4.0, 3.0, 2.0, 1.0], 40)
+    generator = torch.Generator().manual_seed(1)
+
+    def noisy(block: Tensor) -> Tensor:
+        return (1 + 0.3 * torch.rand((), generator=generator, dtype=torch.float64)) * (matrix @ block)
+
+    for _ in range(10):
+        assert not bool(top_eigenpairs(noisy, 40, 5, tol=1e-3, max_products=30).converged.any())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_smallest_mirrors_largest(method: str) -> None:
+    """The smallest eigenvalues of H are the negated largest ones of -H, intervals included."""
+    matrix = operator([3.0, 2.0, 1.0, -4.0, -6.0, -8.0], 30)
+    low = top_eigenpairs(product(matrix), 30, 3, which="smallest", method=method)
+    high = top_eigenpairs(product(-matrix), 30, 3, method=method)
+    assert torch.equal(low.eigenvalues, -high.eigenvalues)
+    assert torch.equal(low.lower, -high.upper)
+    assert torch.allclose(low.eigenvalues, torch.tensor([-8.0, -6.0, -4.0], dtype=torch.float64), rtol=1e-3)
+
+
+def test_the_bound_holds_over_random_spectra() -> None:
+    """Over 120 random operators the true eigenvalue lies in the interval of every converged pair."""
+    generator = torch.Generator().manual_seed(5)
+    for trial in range(120):
+        n = int(torch.randint(6, 120, (1,), generator=generator))
+        kinds = (
+            torch.randn(n, generator=generator, dtype=torch.float64),
+            torch.randint(0, 4, (n,), generator=generator).double(),
+            1 / (1 + torch.arange(n, dtype=torch.float64)) ** 1.2,
+            torch.cat(
+                [10 + 1e-5 * torch.rand(3, generator=generator), 9 * torch.rand(n - 3, generator=generator)]
+            ).double(),
+        )
+        matrix = operator(kinds[trial % 4].tolist(), n, seed=trial)
+        for tol in (1e-2, 1e-3, 1e-6):
+            pairs = top_eigenpairs(product(matrix), n, 5, tol=tol, generator=generator)
+            true = torch.linalg.eigvalsh(matrix).flip(0)[:5]
+            inside = (pairs.lower <= true) & (true <= pairs.upper)
+            assert bool(inside[pairs.converged].all()), (trial, tol)
+
+
+def test_the_quadratic_bound_is_met_with_equality_by_two_by_two() -> None:
+    """For [[a, r], [r, b]] and the Ritz vector e_1 the bound is lambda_1 - a exactly."""
+    a, b, r = 3.0, 1.0, 0.2
+    true = torch.linalg.eigvalsh(torch.tensor([[a, r], [r, b]], dtype=torch.float64))[-1]
+    bound = ritz_bounds(torch.tensor([a], dtype=torch.float64), torch.tensor([[r * r]], dtype=torch.float64), b)
+    assert abs(float(bound[0]) - float(true - a)) < 1e-14
+
+
+def test_inner_products_are_float64_whatever_the_vectors() -> None:
+    """The float32 inner product of vectors longer than a chunk equals the float64 one of the same numbers."""
+    rows = random_rows(3, torch.empty(0, 200_003, dtype=torch.float32), torch.Generator().manual_seed(0))
+    assert torch.allclose(inner(rows, rows), rows.double() @ rows.double().T, rtol=1e-14)
+
+
+def test_a_block_that_breaks_down_is_filled_with_new_directions() -> None:
+    """Dependent rows are replaced by orthonormal ones with no coupling, and the factorisation still holds."""
+    generator = torch.Generator().manual_seed(0)
+    like = torch.empty(0, 12, dtype=torch.float64)
+    basis, _ = orthonormalise(random_rows(4, like, generator), like, 0.0, generator)
+    row, _ = project_out(random_rows(1, like, generator), basis)
+    block = torch.cat([row, 2 * row, torch.zeros_like(row)])
+    new, factors = orthonormalise(block, basis, 1e-10, generator)
+    assert torch.allclose(inner(torch.cat([basis, new]), torch.cat([basis, new])), torch.eye(7, dtype=torch.float64))
+    assert torch.allclose(factors.T @ new, block, atol=1e-12)
+    assert bool((factors[1:] == 0).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "k must be at least 1"),
+        ({"k": 31}, "at most n"),
+        ({"tol": -1.0}, "tol must be finite"),
+        ({"tol": float("nan")}, "tol must be finite"),
+        ({"method": "lanzcos"}, "Did you mean 'lanczos'"),
+        ({"which": "top"}, "largest, smallest"),
+        ({"dtype": torch.bfloat16}, "float32 or torch.float64"),
+        ({"max_basis": 3}, "max_basis must be at least"),
+        ({"max_products": 1}, "max_products must be at least 2"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
+    """Each bad argument is an ArgumentError that says what must hold."""
+    with pytest.raises(ArgumentError, match=message):
+        top_eigenpairs(product(operator([1.0], 30)), 30, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("matmat", "message"),
+    [
+        (lambda block: block[:-1], "shape"),
+        (lambda block: block / 0, "finite"),
+        (lambda block: torch.roll(block, 1, 0), "symmetric"),
+    ],
+)
+def test_a_matmat_that_is_no_symmetric_operator_is_refused(matmat: Callable[[Tensor], Tensor], message: str) -> None:
+    """A wrong shape, NaN and an unsymmetric product are told apart by name."""
+    with pytest.raises(ArgumentError, match=message):
+        top_eigenpairs(matmat, 30, 3)
+
+
+def test_the_same_generator_gives_the_same_bits() -> None:
+    """Two runs from equal generators agree bit for bit, and the global random state is not used."""
+    matrix = operator([1 / (1 + i) for i in range(100)], 100)
+    before = torch.get_rng_state()
+    runs = [
+        top_eigenpairs(product(matrix), 100, 3, generator=torch.Generator().manual_seed(3)).eigenvalues
+        for _ in range(2)
+    ]
+    assert torch.equal(*runs)
+    assert torch.equal(before, torch.get_rng_state())

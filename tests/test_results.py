@@ -1,0 +1,153 @@
+"""Ratios, intervals and tables of results built by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sharpscope import Cost, DataError, EigenResult, OutputError, Ratio
+from sharpscope.files import atomic, require_writable
+from sharpscope.plot import sharpness_over_training
+from sharpscope.results import table, with_bound
+
+
+def result(values: list[float], half: float = 0.01, converged: bool = True, **provenance: object) -> EigenResult:
+    array = np.array(values)
+    return EigenResult(
+        eigenvalues=array,
+        residuals=np.full(len(array), half),
+        lower=array - half,
+        upper=array + half,
+        converged=np.full(len(array), converged),
+        loss=0.5,
+        gradient_norm=0.1,
+        cost=Cost(3, 20, 43.5, 1.25),
+        provenance=provenance,
+    )
+
+
+def test_the_ratio_holds_every_pair_of_values_in_the_intervals() -> None:
+    """The ratio's interval runs from lower_1/upper_k to upper_1/lower_k."""
+    ratio = result([8.0, 4.0, 2.0], 0.5).ratio
+    assert (ratio.k, ratio.value) == (3, 4.0)
+    assert (ratio.lower, ratio.upper) == (7.5 / 2.5, 8.5 / 1.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "half", "reason"),
+    [
+        ([3.0, -1.0], 0.1, "lambda_2 is not positive"),
+        ([3.0, 0.0], 0.1, "lambda_2 is not positive"),
+        ([3.0, 0.05], 0.1, "the interval of lambda_2 reaches zero"),
+        ([3.0], 0.1, "a ratio needs k of at least 2"),
+    ],
+)
+def test_a_meaningless_ratio_is_none_with_a_reason(values: list[float], half: float, reason: str) -> None:
+    """No number is printed where lambda_k is not surely positive, in the table neither."""
+    r = result(values, half)
+    assert r.ratio == Ratio(len(values), None, None, None, reason)
+    assert reason in r.summary()
+
+
+def test_the_json_has_the_agreed_keys(tmp_path: Path) -> None:
+    """The saved object carries the analysis, the numbers with their intervals, the ratio and the cost."""
+    result([2.0, 1.0], checkpoint="a.pt", sha256="0").save(tmp_path / "r.json")
+    said = json.loads((tmp_path / "r.json").read_text())
+    assert said["analysis"] == "eigen"
+    assert said["lambda_max"] == 2.0
+    assert set(said["ratio"]) == {"k", "value", "lower", "upper", "reason"}
+    assert said["cost"] == {"passes": 3, "hvps": 20, "gradients": 43.5, "seconds": 1.25}
+    keys = {"checkpoint", "sha256", "loss", "gradient_norm", "eigenvalues", "residuals", "lower", "upper", "converged"}
+    assert keys <= set(said)
+
+
+def test_vectors_of_another_run_are_not_taken_for_this_ones(tmp_path: Path) -> None:
+    """An .npz beside the JSON whose eigenvalues differ is ignored."""
+    np.savez(tmp_path / "r.npz", eigenvectors=np.eye(2), eigenvalues=np.array([9.0, 1.0]))
+    result([2.0, 1.0]).save(tmp_path / "r.json")
+    assert EigenResult.load(tmp_path / "r.json").eigenvectors is None
+    with pytest.raises(DataError, match="vectors=True"):
+        result([2.0, 1.0]).save(tmp_path / "r.json", vectors=True)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"analysis": "eigen"}', '{"analysis": "slice"}'])
+def test_other_files_are_no_results(text: str, tmp_path: Path) -> None:
+    """What save did not write ends in a DataError."""
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(DataError):
+        EigenResult.load(tmp_path / "r.json")
+    with pytest.raises(DataError):
+        EigenResult.load(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    ("value", "half", "shown"),
+    [
+        (1.23456, 0.0002, "1.2346 ±0.0002"),
+        (1.23456, 0.00021, "1.2346 ±0.0003"),
+        (123.4, 7.0, "123 ±7"),
+        (123.4, 70.0, "123 ±70"),
+        (1.5e-6, 1e-9, "1.500e-06 ±1e-09"),
+        (2.5e7, 3e3, "2.5000e+07 ±3e+03"),
+        (2.0, 0.0, "2"),
+    ],
+)
+def test_a_number_is_shown_to_the_digits_it_has(value: float, half: float, shown: str) -> None:
+    """The half-width is rounded up, and the value to its last digit."""
+    assert with_bound(value, value - half, value + half) == shown
+
+
+def test_the_table_marks_what_has_not_converged() -> None:
+    """Each unsure value carries a question mark, and a note says so."""
+    text = table([result([2.0, 1.0], converged=False, checkpoint="x/a.pt", tol=1e-3), result([3.0, 1.0, 0.5])])
+    assert text.count("±0.01 ?") == 2
+    assert "a.pt: NOT CONVERGED to the tolerance 0.001 (marked ?): lambda_1, lambda_2." in text
+    assert "lambda_max/lambda_3" in text
+
+
+def test_a_result_shows_itself_in_a_notebook() -> None:
+    """The HTML holds the numbers and escapes names."""
+    html = result([2.0, 1.0], checkpoint="<b>.pt")._repr_html_()
+    assert "2.00 ±0.01" in html
+    assert "&lt;b&gt;.pt" in html
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    """An exception while writing leaves the target as it was and no temporary file."""
+    (tmp_path / "a").write_text("old")
+
+    def fail() -> None:
+        with atomic(tmp_path / "a") as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (tmp_path / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_places_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    """A folder, and a path below a file, are no places for a result."""
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file" / "r.json"):
+        with pytest.raises(OutputError):
+            require_writable(place)
+
+
+def test_the_training_figure_shows_the_results_numbers() -> None:
+    """Lines run through lambda_max and the ratio at each epoch, sorted, with the intervals as bars."""
+    runs = {
+        "a": [result([v, 1.0], epoch=e, metrics={"lr": 0.1}) for e, v in ((2, 3.0), (0, 1.0))],
+        "b": [result([2.0, -1.0], epoch=0, metrics={})],
+    }
+    left, right = sharpness_over_training(runs)
+    points = [line.get_xydata().tolist() for line in left.lines]
+    assert [[0, 1.0], [2, 3.0]] in points
+    assert [[0, 20.0], [2, 20.0]] in points  # 2/eta at lr 0.1
+    assert [[0, 1.0], [2, 3.0]] in [line.get_xydata().tolist() for line in right.lines]
+    with pytest.raises(DataError, match="epoch"):
+        sharpness_over_training({"c": [result([1.0, 0.5])]})
