@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Sequence
 
 from sharpscope.cli import demo, eigen, inspect, train
-
 from sharpscope.errors import ConvergenceWarning, SharpscopeError
 from sharpscope.version import __version__
 

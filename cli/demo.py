@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from sharpscope.cli import options
 from sharpscope.cli.train import advance
-from tqdm import tqdm
 
 DESCRIPTION = """\
 Trains the bundled cnn on 1,438 real handwritten digits with SGD, with SAM, and (the fairness rule of Foret et al.

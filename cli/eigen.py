@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace, path: str) -> Any:
     import sharpscope
 
+    if ":" in (args.model or "") or args.trust:
+        sys.path.insert(0, os.getcwd())  # a console script, unlike python -m, does not look where the user stands
     return sharpscope.load(
         path,
         model=args.model,

@@ -7,8 +7,9 @@ import math
 import sys
 from typing import Any
 
-from sharpscope.cli import options
 from tqdm import tqdm
+
+from sharpscope.cli import options
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:

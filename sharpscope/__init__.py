@@ -1,28 +1,27 @@
 """sharpscope: how sharp is this minimum, and did SAM make it flatter?"""
 
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-# In a checkout cli/ lies beside this package, not in it as once installed; `python -m sharpscope` works there too.
-_beside = Path(__file__).parent.parent
-if (_beside / "setup.cfg").is_file() and (_beside / "cli" / "__init__.py").is_file():
-    __path__.append(str(_beside))
+from sharpscope.version import __version__
 
-from sharpscope.errors import (  # noqa: E402
-    ArgumentError,
-    AuditError,
-    CheckpointError,
-    ConvergenceWarning,
-    DataError,
-    OutputError,
-    ProblemError,
-    SharpscopeError,
-)
-from sharpscope.loading import load  # noqa: E402
-from sharpscope.objective import Objective  # noqa: E402
-from sharpscope.problem import Problem  # noqa: E402
-from sharpscope.results import Cost, EigenResult, Ratio  # noqa: E402
-from sharpscope.spectrum import top_eigenvalues  # noqa: E402
-from sharpscope.version import __version__  # noqa: E402
+if TYPE_CHECKING:
+    from sharpscope.errors import (
+        ArgumentError,
+        AuditError,
+        CheckpointError,
+        ConvergenceWarning,
+        DataError,
+        OutputError,
+        ProblemError,
+        SharpscopeError,
+    )
+    from sharpscope.loading import load
+    from sharpscope.objective import Objective
+    from sharpscope.problem import Problem
+    from sharpscope.results import Cost, EigenResult, Ratio
+    from sharpscope.spectrum import top_eigenvalues
 
 __all__ = [
     "ArgumentError",
@@ -42,3 +41,24 @@ __all__ = [
     "load",
     "top_eigenvalues",
 ]
+
+# In a checkout cli/ lies beside this package, not in it as once installed; `python -m sharpscope` works there too.
+_beside = Path(__file__).parent.parent
+if (_beside / "setup.cfg").is_file() and (_beside / "cli" / "__init__.py").is_file():
+    __path__.append(str(_beside))
+
+# Public names are imported when first used: torch takes 1.5 s, which `sharpscope --help` need not wait for.
+_HOMES = {"load": "loading", "Objective": "objective", "Problem": "problem", "top_eigenvalues": "spectrum"}
+_HOMES |= dict.fromkeys(("Cost", "EigenResult", "Ratio"), "results")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"sharpscope.{_HOMES.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

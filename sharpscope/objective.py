@@ -16,7 +16,7 @@ from sharpscope.batches import MicroBatch, arguments, leaves, map_tensors, micro
 from sharpscope.derivatives import GRADIENT, PRODUCT, Sums, accumulate
 from sharpscope.errors import ArgumentError, AuditError, DataError
 from sharpscope.losses import term_loss
-from sharpscope.precision import compute_dtype, placed, wide
+from sharpscope.precision import compute_dtype, placed, usable, wide
 from sharpscope.preserve import preserved
 from sharpscope.problem import Problem
 
@@ -59,7 +59,7 @@ class Objective:
         chosen = params.select(problem.model, problem.params)
         self.problem = problem
         self.dtype = compute_dtype(chosen.values(), dtype)
-        self.device = torch.device(device) if device is not None else next(iter(chosen.values())).device
+        self.device = usable(device) if device is not None else next(iter(chosen.values())).device
         self.model = placed(problem.model, self.dtype, self.device)
         self.params: list[Tensor] = list(params.select(self.model, problem.params).values())
         self.num_params = sum(p.numel() for p in self.params)

@@ -16,6 +16,20 @@ def wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def usable(device: torch.device | str) -> torch.device:
+    """``device``, after making sure that a tensor can be there.
+
+    Raises: ArgumentError for a name that is none, or a backend that is not there.
+    """
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    # torch raises AssertionError for a backend that it was built without.
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"The device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return place
+
+
 def compute_dtype(params: Iterable[Tensor], wanted: torch.dtype | None) -> torch.dtype:
     """``wanted``, or the widest dtype of ``params`` and float32: Hessians in 16 bits would be noise.
 

@@ -22,6 +22,7 @@ from sharpscope.checkpoint import Checkpoint, load_weights, read_checkpoint, wri
 from sharpscope.errors import ArgumentError, CheckpointError, OutputError, SharpscopeError
 from sharpscope.files import require_writable
 from sharpscope.optim import SAM
+from sharpscope.precision import usable
 from sharpscope.recipe import Recipe, learning_rate, make_optimizer, parse_epochs
 from sharpscope.zoo import DataSet, load_data, make_model, model_arguments
 
@@ -68,7 +69,7 @@ def train(
     earlier = _earlier_run(recipe, target, kept, resume, overwrite)
     if earlier is not None and earlier.training is None:
         return earlier
-    run = _start(recipe, data_root, _usable(device))
+    run = _start(recipe, data_root, usable(device))
     done = 0
     with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
         if earlier is not None and earlier.training is not None and earlier.epoch is not None:
@@ -262,16 +263,6 @@ def _earlier_run(recipe: Recipe, target: Path, kept: set[int], resume: bool, ove
 
 def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
-
-
-def _usable(device: str | torch.device) -> torch.device:
-    try:
-        place = torch.device(device)
-        torch.empty(1, device=place)
-    # torch raises AssertionError for a backend that it was built without.
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"The device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return place
 
 
 def _reseed(device: torch.device, seed: int) -> None:

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import dense_hessian
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from dense import dense_hessian
 from sharpscope import ArgumentError, AuditError, DataError, Objective, Problem, ProblemError, top_eigenvalues
 from sharpscope.zoo import load_data, make_model
 

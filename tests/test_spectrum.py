@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import dense_hessian, top
 from torch import Tensor, nn
 
+from dense import dense_hessian, top
 from sharpscope import ConvergenceWarning, EigenResult, Problem, top_eigenvalues
 from sharpscope.zoo import load_data, make_model
 

@@ -1,0 +1,343 @@
+"""The command line: what it prints, its exit status, and what it leaves on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sharpscope
+from sharpscope.cli import main, options
+from sharpscope.train import Recipe, train
+
+KEYS = [
+    "analysis",
+    "checkpoint",
+    "sha256",
+    "num_params",
+    "num_examples",
+    "loss",
+    "gradient_norm",
+    "eigenvalues",
+    "residuals",
+    "lower",
+    "upper",
+    "converged",
+    "lambda_max",
+    "ratio",
+    "cost",
+    "method",
+    "dtype",
+    "device",
+    "mode",
+    "seed",
+    "versions",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small mlp on digits after two epochs."""
+    out = tmp_path_factory.mktemp("trained") / "mlp.pt"
+    train(Recipe(model="mlp", model_args={"hidden": (8,)}, epochs=2), out)
+    return out
+
+
+def run(*argv: str | Path) -> int:
+    return main([str(arg) for arg in argv])
+
+
+def test_eigen_prints_a_table_with_intervals(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One row a checkpoint: eigenvalues, ratio, loss, gradient norm and cost, on stdout alone."""
+    assert run("eigen", trained, "--device", "cpu") == 0
+    out, err = capsys.readouterr()
+    head, row, *_ = out.splitlines()
+    assert head.split()[:3] == ["checkpoint", "lambda_max", "lambda_2"]
+    assert "lambda_max/lambda_5" in head
+    assert row.startswith("mlp.pt")
+    assert row.count("±") == 6
+    assert "1437 examples of digits (train)" in out
+    assert err == ""
+
+
+def test_json_is_one_object_with_the_agreed_keys(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--json prints exactly one object, which agrees with the library, or an array for several checkpoints."""
+    assert run("eigen", trained, "--json", "--k", "2", "--seed", "3", "--micro-batch", "256") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert set(KEYS) <= set(said)
+    again = sharpscope.top_eigenvalues(
+        sharpscope.load(trained), k=2, generator=torch.Generator().manual_seed(3), micro_batch=256
+    )
+    assert said["eigenvalues"] == again.eigenvalues.tolist()
+    assert said["sha256"] == again.provenance["sha256"]
+    assert run("eigen", trained, trained, "--json", "--k", "1") == 0
+    assert [entry["analysis"] for entry in json.loads(capsys.readouterr().out)] == ["eigen", "eigen"]
+
+
+def test_options_reach_the_measurement(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--split, --examples, --params, --dtype, --method and --seed are in the result."""
+    argv = ["--k", "1", "--json", "--split", "test", "--examples", "50", "--params", "*.bias", "--dtype", "float64"]
+    assert run("eigen", trained, *argv, "--method", "power", "--tol", "0.01", "--seed", "5") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["split"], said["num_examples"], said["num_params"]) == ("test", 50, 18)
+    assert (said["dtype"], said["method"], said["seed"], said["tol"]) == ("float64", "power", 5, 0.01)
+
+
+def test_not_converged_exits_3(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tolerance that the passes do not reach is marked, and the exit status says so."""
+    assert run("eigen", trained, "--tol", "1e-6", "--max-passes", "2") == 3
+    assert "NOT CONVERGED" in capsys.readouterr().out
+
+
+def test_results_are_written_once_and_never_over(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--out and --vectors write JSON and .npz; a second run refuses until --overwrite; several make a folder."""
+    out = tmp_path / "r.json"
+    assert run("eigen", trained, "--k", "2", "--out", out, "--vectors") == 0
+    result = sharpscope.EigenResult.load(out)
+    assert result.eigenvectors is not None
+    before = out.read_bytes()
+    assert run("eigen", trained, "--k", "1", "--out", out) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert run("eigen", trained, "--k", "1", "--out", out, "--overwrite") == 0
+    assert len(sharpscope.EigenResult.load(out).eigenvalues) == 1
+    assert run("eigen", trained, trained, "--k", "1", "--out", tmp_path / "both") == 0
+    assert sorted(p.name for p in (tmp_path / "both").iterdir()) == ["1-mlp.json", "2-mlp.json"]
+
+
+def test_what_was_finished_is_kept_when_interrupted(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C during the second checkpoint exits 130 with the first in the table and on disk."""
+    calls = []
+    measure = sharpscope.top_eigenvalues
+
+    def second_is_interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(sharpscope, "top_eigenvalues", second_is_interrupted)
+    assert run("eigen", trained, trained, "--k", "1", "--out", tmp_path) == 130
+    out, err = capsys.readouterr()
+    assert "mlp.pt" in out
+    assert "interrupted" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["1-mlp.json"]
+
+
+class Touch:
+    """Pickles to a call that creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def bad_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
+    """Checkpoints that must be refused, with a part of the sentence."""
+    content = good.read_bytes()
+    files = {
+        "missing": (b"", "There is no checkpoint"),
+        "empty": (b"", "empty"),
+        "truncated": (content[: len(content) // 2], "truncated"),
+        "foreign": (b"\x89PNG\r\n\x1a\n" + bytes(100), "must be a PyTorch checkpoint"),
+        "corrupt": (content[:3000] + bytes([content[3000] ^ 255]) + content[3001:], "damaged"),
+    }
+    made = {}
+    for name, (data, message) in files.items():
+        path = folder / f"{name}.pt"
+        if name != "missing":
+            path.write_bytes(data)
+        made[name] = (path, message)
+    torch.save({"w": Touch(folder / "touched")}, folder / "pickled.pt")
+    made["pickled"] = (folder / "pickled.pt", "pickled Python objects")
+    torch.save({"0.weight": torch.zeros(3), "extra": torch.zeros(1)}, folder / "keys.pt")
+    made["keys"] = (folder / "keys.pt", "keys that the model lacks")
+    return made
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "truncated", "foreign", "corrupt", "pickled", "keys"])
+def test_bad_checkpoints_end_in_one_sentence(
+    name: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 1, one line on stderr, nothing on stdout, no code run, before any other checkpoint is measured."""
+    path, message = bad_files(tmp_path, trained)[name]
+    assert run("eigen", trained, path, "--model", "mlp", "--data", "digits", "--model-args", "hidden=8,") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--k", "0"], "k must be at least 1"),
+        (["--k", "100000"], "at most the number of parameters (610), got 100000"),
+        (["--tol", "-1"], "tol must be"),
+        (["--method", "lanzcos"], "Did you mean 'lanczos'?"),
+        (["--data", "digit"], "Did you mean 'digits'?"),
+        (["--model", "cn"], "Did you mean 'cnn'?"),
+        (["--examples", "0"], "examples must be"),
+        (["--params", "fc.*"], "must match fc.*"),
+        (["--vectors"], "Pass --out PATH"),
+        (["--out", "/proc/nowhere/r.json"], "Cannot write"),
+        (["--data", "fashion-mnist", "--data-root", "/nonexistent"], "apt install dataset-fashion-mnist"),
+        (["--model-args", "hidden"], "KEY=VALUE"),
+        (["--device", "nonsense"], "device"),
+    ],
+)
+def test_bad_options_end_in_one_sentence(
+    argv: list[str], message: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 1 and one line on stderr that says what must hold."""
+    assert run("eigen", trained, *argv) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_wrong_usage_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """An unknown command, a missing argument and a word for a number are usage errors."""
+    for argv in (["nonsense"], ["eigen"], ["eigen", "a.pt", "--k", "many"], ["train"], []):
+        with pytest.raises(SystemExit) as ending:
+            main(argv)
+        assert ending.value.code == 2
+        assert "usage:" in capsys.readouterr().err
+
+
+def test_a_plain_state_dict_is_measured_with_model_and_data(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--model, --model-args and --data stand in for what a plain file does not say; the numbers are the same."""
+    weights = torch.load(trained, weights_only=True)["state_dict"]
+    torch.save(weights, tmp_path / "plain.pt")
+    assert run("eigen", tmp_path / "plain.pt") == 1
+    assert "Pass --model and --data" in capsys.readouterr().err
+    argv = ["--model", "mlp", "--model-args", "hidden=8,", "--data", "digits", "--micro-batch", "256"]
+    assert run("eigen", tmp_path / "plain.pt", *argv, "--json") == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert run("eigen", trained, "--json", "--micro-batch", "256") == 0
+    assert plain["eigenvalues"] == json.loads(capsys.readouterr().out)["eigenvalues"]
+
+
+def test_a_users_own_factory_is_found_beside_him(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--model module:function is imported from the working directory, since the user named it."""
+    (tmp_path / "his_models.py").write_text(
+        "from torch import nn\ndef make(hidden=8):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))\n"
+    )
+    torch.save(torch.load(trained, weights_only=True)["state_dict"], tmp_path / "plain.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert run("eigen", "plain.pt", "--model", "his_models:make", "--data", "digits", "--k", "1") == 0
+    assert "plain.pt" in capsys.readouterr().out
+
+
+def test_inspect_shows_what_the_file_holds(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Layout, model, data, recipe, metrics and each tensor's name, shape and dtype."""
+    assert run("inspect", trained) == 0
+    text = capsys.readouterr().out
+    for part in ("sharpscope checkpoint", "mlp", "digits", "cross_entropy", "lr=0.05", "epoch    2", "8x64  float32"):
+        assert part in text
+    assert run("inspect", trained, "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["num_elements"] == 610
+    assert said["model"] == "mlp"
+    assert run("inspect", trained.with_name("nope.pt")) == 1
+
+
+def test_train_writes_a_checkpoint_and_refuses_to_lose_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """train exits 0 with its metrics on stdout; again it refuses, resumes, or overwrites as told."""
+    argv = ["train", "--model", "mlp", "--optimizer", "sam", "--rho", "0.1", "--p", "inf", "--epochs", "1"]
+    out = tmp_path / "m.pt"
+    assert run(*argv, "--out", out, "--save-epochs", "0,last") == 0
+    assert "test loss" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m-epoch0.pt", "m-epoch1.pt", "m.pt"]
+    before = out.read_bytes()
+    assert run(*argv, "--out", out) == 1
+    assert run(*argv, "--out", out, "--resume") == 0
+    assert out.read_bytes() == before
+    assert run(*argv, "--out", out, "--seed", "1", "--overwrite") == 0
+    assert out.read_bytes() != before
+    capsys.readouterr()
+    assert run("train", "--out", out, "--optimizer", "adm") == 1
+    assert "Did you mean 'adam'?" in capsys.readouterr().err
+    assert run("train", "--out", tmp_path, "--epochs", "1") == 1
+
+
+def test_demo_leaves_all_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A short demo writes table, figure, JSON and checkpoints, and a second run measures the same again."""
+    argv = ["demo", "--out", str(tmp_path / "d"), "--epochs", "2"]
+    assert run(*argv) == 0
+    first = capsys.readouterr().out
+    names = {p.name for p in (tmp_path / "d").iterdir()}
+    assert {"demo.json", "demo.png", "sgd.pt", "sam.pt", "sgd-2x.pt", "sgd-epoch0.pt", "sgd-2x-epoch4.pt"} <= names
+    rows = json.loads((tmp_path / "d" / "demo.json").read_text())
+    assert len(rows) == 9
+    assert {row["run"] for row in rows} == {"SGD", "SAM rho=0.1", "SGD, 2x epochs"}
+    assert (tmp_path / "d" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert "2/eta" in first
+    assert "Next: sharpscope eigen" in first
+    assert run(*argv) == 0
+    again = json.loads((tmp_path / "d" / "demo.json").read_text())
+    assert [r["sha256"] for r in again] == [r["sha256"] for r in rows]
+    assert np.allclose([r["lambda_max"] for r in again], [r["lambda_max"] for r in rows], rtol=1e-4)
+
+
+def test_python_dash_m_and_a_real_interrupt(trained: Path) -> None:
+    """As its own process: --version exits 0, and SIGINT during work exits 130 without a traceback."""
+    command = [sys.executable, "-m", "sharpscope"]
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert version.stdout.strip() == f"sharpscope {sharpscope.__version__}"
+    argv = [*command, "eigen", str(trained), "--tol", "1e-15", "--dtype", "float64", "--micro-batch", "1", "--k", "20"]
+    with subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    ) as child:
+        time.sleep(8)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert out == ""
+    assert err.strip() == "sharpscope: interrupted; what was finished is kept."
+
+
+def test_values_on_the_command_line_become_python_values() -> None:
+    """Numbers, lists and words are told apart."""
+    assert options.key_values(["depth=16", "norm=none", "channels=8,16", "x=(1,)"]) == {
+        "depth": 16,
+        "norm": "none",
+        "channels": (8, 16),
+        "x": (1,),
+    }
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    """Importing the package and the command line leaves torch, SciPy and matplotlib alone."""
+    code = "import sys, sharpscope.cli; sys.exit(bool({'torch', 'scipy', 'matplotlib'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_public_name_is_there() -> None:
+    """Each name of sharpscope.__all__ resolves, and an unknown one is an AttributeError."""
+    assert all(getattr(sharpscope, name) is not None for name in sharpscope.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'top_eigenvalue'"):
+        _ = sharpscope.top_eigenvalue  # type: ignore[attr-defined]
