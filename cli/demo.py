@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from sharpscope.cli import options
 from sharpscope.cli.train import advance
 
 DESCRIPTION = """\
-Trains the bundled cnn on 1,438 real handwritten digits with SGD, with SAM, and (the fairness rule of Foret et al.
+Trains the bundled cnn on 1,437 real handwritten digits with SGD, with SAM, and (the fairness rule of Foret et al.
 2021: SAM takes two gradients a step) with SGD for twice the epochs; then measures lambda_max and lambda_max/lambda_5
 at the start, the middle and the end of each run. A run that was interrupted is gone on with.
 """
@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """The command's options."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "demo",
-        help="SGD against SAM on real digits: table, figure, checkpoints (about a minute)",
+        help="SGD against SAM on real digits: table, figure, checkpoints (half a minute)",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -37,6 +37,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"epochs of SGD and of SAM (default {EPOCHS})")
     parser.add_argument("--seed", type=int, default=0, help="of training and of the solver's start (default 0)")
+    parser.add_argument("--overwrite", action="store_true", help="train anew in place of runs in DIR")
     return parser
 
 
@@ -49,11 +50,11 @@ def run(args: argparse.Namespace) -> int:
     require_writable(folder / "demo.json")
     sgd = Recipe(model="cnn", data="digits", epochs=args.epochs, seed=args.seed)
     runs = {
-        "SGD": ("sgd", sgd),
-        f"SAM rho={RHO:g}": ("sam", Recipe(model="cnn", data="digits", rho=RHO, epochs=args.epochs, seed=args.seed)),
-        "SGD, 2x epochs": ("sgd-2x", Recipe(model="cnn", data="digits", epochs=2 * args.epochs, seed=args.seed)),
+        "SGD": ("sgd.pt", sgd),
+        f"SAM rho={RHO:g}": ("sam.pt", replace(sgd, rho=RHO)),
+        "SGD, 2x epochs": ("sgd-2x.pt", replace(sgd, epochs=2 * args.epochs)),
     }
-    files = {label: _train(label, recipe, folder / f"{stem}.pt") for label, (stem, recipe) in runs.items()}
+    files = {label: _train(label, recipe, folder / name, args.overwrite) for label, (name, recipe) in runs.items()}
     results = {label: [_measure(label, path, args.seed) for path in paths] for label, paths in files.items()}
 
     flat = [{"run": label, **result.to_dict()} for label, measured in results.items() for result in measured]
@@ -67,18 +68,17 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(r.converged.all() for measured in results.values() for r in measured) else 3
 
 
-def _train(label: str, recipe: Any, out: Path) -> list[Path]:
+def _train(label: str, recipe: Any, out: Path, overwrite: bool) -> list[Path]:
     """Train, or go on with, one run; the checkpoints at its start, middle and end."""
     from sharpscope.train import parse_epochs, snapshot_path, train
 
     epochs = sorted(parse_epochs("0,50%,last", recipe.epochs))
-    with tqdm(
-        desc=f"train {label}", unit=" steps", file=sys.stderr, disable=None, dynamic_ncols=True, leave=False
-    ) as bar:
+    with tqdm(desc=f"train {label}", unit=" steps", **options.TQDM) as bar:
         train(
             recipe,
             out,
-            resume=True,
+            resume=not overwrite,
+            overwrite=overwrite,
             save_epochs=epochs,
             progress=lambda done, total, metrics: advance(bar, done, total, metrics),
         )
@@ -90,13 +90,9 @@ def _measure(label: str, path: Path, seed: int) -> Any:
 
     import sharpscope
 
-    bar = options.Bar(f"measure {label} {path.stem}")
-    try:
-        return sharpscope.top_eigenvalues(
-            sharpscope.load(path), generator=torch.Generator().manual_seed(seed), progress=bar
-        )
-    finally:
-        bar.close()
+    source = torch.Generator().manual_seed(seed)
+    with options.progress_bar(f"measure {label} {path.stem}") as progress:
+        return sharpscope.top_eigenvalues(sharpscope.load(path), generator=source, progress=progress)
 
 
 def _table(results: dict[str, Any]) -> str:

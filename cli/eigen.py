@@ -38,9 +38,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="of the solver's random start and of --examples (default 0)"
     )
     parser.add_argument("--micro-batch", type=int, metavar="N", help="examples a graph (default: chosen by measuring)")
-    parser.add_argument(
-        "--max-passes", type=int, metavar="N", help="give up after N passes over the data (default 100)"
-    )
+    parser.add_argument("--max-passes", type=int, metavar="N", help="give up after N passes (default 100; power 1000)")
     options.add_device(parser)
     parser.add_argument(
         "--out", metavar="PATH", help="write the result as JSON to this file; a folder for several CKPT"
@@ -65,28 +63,26 @@ def run(args: argparse.Namespace) -> int:
     for path in dict.fromkeys(args.checkpoints):  # every file is read once before the first long measurement
         _load(args, path)
     results: list[EigenResult] = []
-    bar = options.Bar("")
     try:
         for path, out in zip(args.checkpoints, outputs, strict=True):
-            bar = options.Bar(Path(path).name)
-            result = sharpscope.top_eigenvalues(
-                _load(args, path),
-                args.k,
-                args.tol,
-                args.method,
-                torch.Generator().manual_seed(args.seed),
-                bar,
-                dtype=getattr(torch, args.dtype) if args.dtype else None,
-                device=options.device(args.device),
-                micro_batch=args.micro_batch,
-                max_passes=args.max_passes,
-                vectors=args.vectors,
-            )
+            with options.progress_bar(Path(path).name) as progress:
+                result = sharpscope.top_eigenvalues(
+                    _load(args, path),
+                    args.k,
+                    args.tol,
+                    args.method,
+                    torch.Generator().manual_seed(args.seed),
+                    progress,
+                    dtype=getattr(torch, args.dtype) if args.dtype else None,
+                    device=options.device(args.device),
+                    micro_batch=args.micro_batch,
+                    max_passes=args.max_passes,
+                    vectors=args.vectors,
+                )
             if out is not None:
                 result.save(out, vectors=args.vectors)
             results.append(result)
     finally:
-        bar.close()
         if args.json and (results or len(args.checkpoints) > 1):
             shown = [result.to_dict() for result in results]
             print(json.dumps(shown[0] if len(args.checkpoints) == 1 else shown, indent=2, allow_nan=False))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import ast
-import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
 DTYPES = ("float32", "float64")
+
+# disable=None: silent where stderr is no terminal.
+TQDM: dict[str, Any] = {"disable": None, "dynamic_ncols": True, "leave": False}
 
 
 def add_model_and_data(parser: argparse.ArgumentParser) -> None:
@@ -68,31 +72,20 @@ def key_values(pairs: list[str] | None) -> dict[str, Any]:
     return values
 
 
-class Bar:
-    """A progress bar on stderr, one line that is reused for every stage; silent where stderr is no terminal."""
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar on stderr with the time left, one line that is reused for every stage; silent where that is no terminal."""
+    stage, bar = "", tqdm(disable=True)
 
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._stage = ""
-        self._bar: Any = None
+    def show(now: str, done: int, total: int | None) -> None:
+        nonlocal stage, bar
+        if now != stage:
+            bar.close()
+            stage = now
+            bar = tqdm(total=total, desc=f"{what}: {now}", unit=" examples", **TQDM)
+        bar.update(done - bar.n)
 
-    def __call__(self, stage: str, done: int, total: int | None) -> None:
-        if self._bar is None or stage != self._stage:
-            self.close()
-            self._stage = stage
-            self._bar = tqdm(
-                total=total,
-                desc=f"{self._what}: {stage}",
-                unit=" examples",
-                file=sys.stderr,
-                leave=False,
-                disable=None,
-                dynamic_ncols=True,
-            )
-        self._bar.update(done - self._bar.n)
-
-    def close(self) -> None:
-        """Take the bar off the screen."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+    try:
+        yield show
+    finally:
+        bar.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from typing import Any
 
 from tqdm import tqdm
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         noise_seed=args.noise_seed,
         seed=args.seed,
     )
-    with tqdm(unit=" steps", file=sys.stderr, disable=None, dynamic_ncols=True, leave=False) as bar:
+    with tqdm(unit=" steps", **options.TQDM) as bar:
         checkpoint = train(
             recipe,
             args.out,
