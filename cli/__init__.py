@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -53,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except SharpscopeError as error:
             print(f"sharpscope: {error}", file=sys.stderr)
             return 1
+        except BrokenPipeError:
+            # Whoever read stdout has had enough; the interpreter must not try to flush the rest at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141  # 128 + SIGPIPE, what a shell shows for a program that this signal ended
         except KeyboardInterrupt:
             print("sharpscope: interrupted; what was finished is kept.", file=sys.stderr)
             return 130

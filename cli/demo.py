@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--out", default="sharpscope-demo", metavar="DIR", help="folder to write (default sharpscope-demo)"
     )
     parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"epochs of SGD and of SAM (default {EPOCHS})")
-    parser.add_argument("--seed", type=int, default=0, help="of training and of the solver's start (default 0)")
+    options.add_seed(parser, "of training and of the solver's start")
     parser.add_argument("--overwrite", action="store_true", help="train anew in place of runs in DIR")
     return parser
 
@@ -61,10 +61,11 @@ def run(args: argparse.Namespace) -> int:
     with atomic(folder / "demo.json") as temporary:
         temporary.write_text(json.dumps(flat, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     _draw(results, folder / "demo.png")
-    print(_table(results))
-    print(_said(results))
-    print(f"\nFigure {folder / 'demo.png'}, every number {folder / 'demo.json'}, checkpoints {folder}/*.pt")
-    print(f"Next: sharpscope eigen {folder / 'sgd.pt'} {folder / 'sam.pt'} --split test")
+    options.emit(
+        f"{_table(results)}\n{_said(results)}\n\n"
+        f"Figure {folder / 'demo.png'}, every number {folder / 'demo.json'}, checkpoints {folder}/*.pt\n"
+        f"Next: sharpscope eigen {folder / 'sgd.pt'} {folder / 'sam.pt'} --split test"
+    )
     return 0 if all(r.converged.all() for measured in results.values() for r in measured) else 3
 
 

@@ -34,9 +34,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--examples", type=int, metavar="N", help="measure on N examples drawn at random, not on all")
     parser.add_argument("--params", nargs="+", default=["*"], metavar="PATTERN", help="only parameters of these names")
     parser.add_argument("--dtype", choices=options.DTYPES, help="precision of the computation (default: the weights')")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the solver's random start and of --examples (default 0)"
-    )
+    options.add_seed(parser, "of the solver's random start and of --examples")
     parser.add_argument("--micro-batch", type=int, metavar="N", help="examples a graph (default: chosen by measuring)")
     parser.add_argument("--max-passes", type=int, metavar="N", help="give up after N passes (default 100; power 1000)")
     options.add_device(parser)
@@ -85,10 +83,9 @@ def run(args: argparse.Namespace) -> int:
     finally:
         if args.json and (results or len(args.checkpoints) > 1):
             shown = [result.to_dict() for result in results]
-            print(json.dumps(shown[0] if len(args.checkpoints) == 1 else shown, indent=2, allow_nan=False))
+            options.emit(json.dumps(shown[0] if len(args.checkpoints) == 1 else shown, indent=2, allow_nan=False))
         elif results:
-            print(table(results))
-        sys.stdout.flush()
+            options.emit(table(results))
     return 0 if all(result.converged.all() for result in results) else 3
 
 
@@ -124,9 +121,14 @@ def _outputs(args: argparse.Namespace) -> list[Path | None]:
         outputs = [Path(args.out)]
     else:
         names = [Path(path).stem for path in args.checkpoints]
-        unique = [name if names.count(name) == 1 else f"{i + 1}-{name}" for i, name in enumerate(names)]
-        outputs = [Path(args.out) / f"{name}.json" for name in unique]
+        if len(set(names)) < len(names):
+            names = [f"{i}-{name}" for i, name in enumerate(names, start=1)]
+        outputs = [Path(args.out) / f"{name}.json" for name in names]
     for out in outputs:
+        if out.resolve() in {Path(path).resolve() for path in args.checkpoints}:
+            raise OutputError(f"{out} is a checkpoint to be measured. Name another place for the result.")
+        if out.suffix == ".npz":
+            raise OutputError(f"The result is JSON, and its vectors go beside it as .npz, got {out}. Name it .json.")
         require_writable(out)
         for file in (out, out.with_suffix(".npz")) if args.vectors else (out,):
             if file.exists() and not args.overwrite:

@@ -7,6 +7,8 @@ import dataclasses
 import json
 from typing import Any
 
+from sharpscope.cli import options
+
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """The command's options."""
@@ -32,20 +34,24 @@ def run(args: argparse.Namespace) -> int:
         said = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name not in LEFT_OUT}
         said |= {"layout": layout, "num_elements": count, "resumable": checkpoint.training is not None}
         said["tensors"] = [{"name": name, "shape": shape, "dtype": dtype} for name, shape, dtype in tensors]
-        print(json.dumps(said, indent=2, default=str))
+        options.emit(json.dumps(said, indent=2, default=str))
         return 0
-    print(f"{args.file}: {layout}, sha256 {checkpoint.sha256}")
+    lines = [f"{args.file}: {layout}, sha256 {checkpoint.sha256}"]
     if checkpoint.model is not None:
-        print(f"model    {checkpoint.model} {_flat(checkpoint.model_args)}")
-        print(f"data     {_flat(checkpoint.data)}")
-        print(f"loss     {checkpoint.loss}")
-        print(f"recipe   {_flat(checkpoint.recipe)}")
-        print(f"epoch    {checkpoint.epoch}{' (unfinished, can be resumed)' if checkpoint.training else ''}")
-        print(f"metrics  {_flat(checkpoint.metrics)}")
-    print(f"{len(tensors)} tensors, {count} elements:")
+        lines += [
+            f"model    {checkpoint.model} {_flat(checkpoint.model_args)}",
+            f"data     {_flat(checkpoint.data)}",
+            f"loss     {checkpoint.loss}",
+            f"recipe   {_flat(checkpoint.recipe)}",
+            f"epoch    {checkpoint.epoch}{' (unfinished, can be resumed)' if checkpoint.training else ''}",
+            f"metrics  {_flat(checkpoint.metrics)}",
+        ]
+    lines.append(f"{len(tensors)} tensors, {count} elements:")
     width = max(len(name) for name, _, _ in tensors)
-    for name, shape, dtype in tensors:
-        print(f"  {name.ljust(width)}  {'x'.join(map(str, shape)) or 'scalar'}  {dtype}")
+    lines += [
+        f"  {name.ljust(width)}  {'x'.join(map(str, shape)) or 'scalar'}  {dtype}" for name, shape, dtype in tensors
+    ]
+    options.emit("\n".join(lines))
     return 0
 
 

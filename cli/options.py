@@ -44,6 +44,33 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_seed(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--seed", type=seed, default=0, help=f"{what} (default 0)")
+
+
+def seed(text: str) -> int:
+    """The seed meant by ``--seed``."""
+    value = int(text)
+    if not 0 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"a seed must be from 0 to 2^63 - 1, got {text}")
+    return value
+
+
+def emit(text: str) -> None:
+    """Print ``text`` on stdout, now.
+
+    Raises: OutputError when stdout cannot be written; BrokenPipeError when nobody reads it any more.
+    """
+    from sharpscope.errors import OutputError
+
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"Cannot write to standard output: {error.strerror}.") from error
+
+
 def device(name: str) -> str:
     """The device meant by ``--device``."""
     import torch

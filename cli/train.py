@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--schedule", default="cosine", help="cosine or constant (default cosine)")
     parser.add_argument("--label-noise", type=float, default=0.0, metavar="F", help="fraction of wrong training labels")
     parser.add_argument("--noise-seed", type=int, default=0, help="decides which labels are wrong (default 0)")
-    parser.add_argument("--seed", type=int, default=0, help="of initial weights, order and dropout (default 0)")
+    options.add_seed(parser, "of initial weights, order and dropout")
     parser.add_argument("--save-epochs", default="", metavar="LIST", help="epochs to keep besides: 0,1,50%%,last")
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT, or start it")
     parser.add_argument("--overwrite", action="store_true", help="start anew in place of an earlier run")
@@ -82,11 +82,10 @@ def run(args: argparse.Namespace) -> int:
             progress=lambda done, total, metrics: advance(bar, done, total, metrics),
         )
     m = checkpoint.metrics
-    print(
+    options.emit(
         f"{args.out}: epoch {checkpoint.epoch}, train loss {m['train_loss']:.4f} accuracy {m['train_accuracy']:.2%}, "
-        f"test loss {m['test_loss']:.4f} accuracy {m['test_accuracy']:.2%}"
+        f"test loss {m['test_loss']:.4f} accuracy {m['test_accuracy']:.2%}\nNext: sharpscope eigen {args.out}"
     )
-    print(f"Next: sharpscope eigen {args.out}")
     return 0
 
 

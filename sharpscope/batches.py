@@ -30,6 +30,11 @@ class MicroBatch:
     size: int
     pieces: tuple[tuple[int, int, int], ...]
 
+    @property
+    def splittable(self) -> bool:
+        """Whether every tensor has one row an example, so that the batch may be cut and joined."""
+        return _splittable(self.batch, self.size)
+
     def where(self, example: int) -> str:
         """ "example 17 of batch 3", both counted from 0 in the loader's terms."""
         for batch, start, count in self.pieces:
@@ -99,7 +104,7 @@ def micro_batches(batches: Iterable[Any], size: int | None) -> Iterator[MicroBat
         whole = MicroBatch(batch, count, ((index, 0, count),))
         if count == 0:
             continue
-        if size is None or not _splittable(batch, count):
+        if size is None or not whole.splittable:
             yield from _flush(pending)
             yield whole
             continue
@@ -129,6 +134,11 @@ def arguments(batch: Any, accepts: Callable[[str], bool]) -> tuple[tuple[Any, ..
             )
         return (), {name: value for name, value in batch.items() if name != key or accepts(name)}, batch[key]
     if isinstance(batch, tuple | list) and len(batch) >= 2:
+        if isinstance(batch[-1], int | float) or (isinstance(batch[-1], Tensor) and batch[-1].dim() == 0):
+            raise ProblemError(
+                "The data must come in batches, but these look like single examples: the target is one number. "
+                "Wrap them in a DataLoader with a batch_size."
+            )
         return tuple(batch[:-1]), {}, batch[-1]
     came = f"a {type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
     raise ProblemError(f"A batch must be (input, ..., target) or a dict with a target, got {came}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -69,7 +70,7 @@ def load(
         batches = _subset(batches, examples, total, seed)
 
     built_from, args = _model(checkpoint, model, model_args, source, trust)
-    network = make_model(built_from, **args) if built_from in MODELS else _factory(built_from)(**args)
+    network = make_model(built_from, **args) if built_from in MODELS else _built(built_from, args)
     load_weights(network, checkpoint.state_dict)
     if checkpoint.loss not in LOSSES:
         raise CheckpointError(f"The checkpoint {path}: {nearest('loss', checkpoint.loss, LOSSES)}")
@@ -127,6 +128,8 @@ def _subset(batches: Any, examples: int, total: int | None, seed: int) -> tuple[
         )
     if not 1 <= examples <= total:
         raise ArgumentError(f"examples must be from 1 to the {total} of the data, got {examples}.")
+    if not 0 <= seed < 1 << 63:
+        raise ArgumentError(f"seed must be an integer from 0 to 2^63 - 1, got {seed}.")
     chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:examples]
     return tuple(part[chosen.to(part.device)] for part in batches)
 
@@ -152,6 +155,22 @@ def _model(
     if isinstance(source, DataSet):
         args = {"shape": source.shape, "classes": source.classes, **args}
     return wanted, model_arguments(wanted, **args) if isinstance(wanted, str) else args
+
+
+def _built(wanted: str | Factory, args: Mapping[str, Any]) -> nn.Module:
+    factory = _factory(wanted)
+    try:
+        inspect.signature(factory).bind(**args)
+    except TypeError as error:
+        raise ArgumentError(
+            f"{_name(factory)} does not take these model arguments: {error}. Pass --model-args."
+        ) from error
+    except ValueError:
+        pass  # a builtin without a signature
+    network = factory(**args)
+    if not isinstance(network, nn.Module):
+        raise ArgumentError(f"{_name(factory)} must return a torch.nn.Module, got {type(network).__name__}.")
+    return network
 
 
 def _factory(wanted: str | Factory) -> Factory:

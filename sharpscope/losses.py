@@ -24,11 +24,13 @@ class TermLoss:
         name: what to call it in a result.
         sums: ``sums(output, target, batch, size) -> (sum_i a_i l_i, sum_i a_i)``, the first differentiable.
         check: ``check(output, target, where)`` raises DataError for a target that the loss cannot take.
+        counted: whether the terms are counted here, not stated or implied by the loss's author.
     """
 
     name: str
     sums: Callable[[Any, Any, Any, int], tuple[Tensor, Tensor]]
     check: Callable[[Any, Any, Where], None] = lambda output, target, where: None
+    counted: bool = True
 
 
 def term_loss(loss: Callable[..., Any]) -> TermLoss:
@@ -40,30 +42,32 @@ def term_loss(loss: Callable[..., Any]) -> TermLoss:
     Raises: ProblemError for an option of a known loss whose terms do not add up over batches.
     """
     if hasattr(loss, "terms"):
-        return TermLoss(_name(loss), functools.partial(_mean_times_terms, loss))
+        return TermLoss(_name(loss), functools.partial(_mean_times_terms, loss), counted=False)
     for module, build in _MODULES.items():
         # A subclass with a forward of its own is another loss.
         if isinstance(loss, module) and type(loss).forward is module.forward:
             return build(**{option: getattr(loss, option) for option in _OPTIONS[build]})
     function, options = (loss.func, loss.keywords) if isinstance(loss, functools.partial) else (loss, {})
-    if function in _FUNCTIONS:
+    # By identity: a callable need not be hashable.
+    known = next((build for known, build in _FUNCTIONS.items() if known is function), None)
+    if known is not None:
         if isinstance(loss, functools.partial) and loss.args:
             raise ProblemError("Options of a functional loss must be keywords, got positional ones in partial().")
-        build = _FUNCTIONS[function]
-        unknown = sorted(set(options) - set(_OPTIONS[build]) - {"reduction"})
+        unknown = sorted(set(options) - set(_OPTIONS[known]) - {"reduction"})
         if unknown:
             raise ProblemError(
                 f"The option {unknown[0]!r} of {_name(function)} has no loss terms that add up over batches here. "
                 "Pass a callable that returns the mean, with a terms(batch) method."
             )
-        return build(**{name: value for name, value in options.items() if name != "reduction"})
-    return TermLoss(_name(loss), functools.partial(_mean_times_examples, loss))
+        return known(**{name: value for name, value in options.items() if name != "reduction"})
+    return TermLoss(_name(loss), functools.partial(_mean_times_examples, loss), counted=False)
 
 
 def _cross_entropy(weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> TermLoss:
     def sums(output: Any, target: Tensor, batch: Any, size: int) -> tuple[Tensor, Tensor]:
         logits = _logits(output)
         scale = _like(weight, logits)
+        target = target if target.is_floating_point() else target.long()
         total = F.cross_entropy(
             logits, target, scale, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
         )
@@ -80,7 +84,7 @@ def _cross_entropy(weight: Tensor | None = None, ignore_index: int = -100, label
 def _nll(weight: Tensor | None = None, ignore_index: int = -100) -> TermLoss:
     def sums(output: Any, target: Tensor, batch: Any, size: int) -> tuple[Tensor, Tensor]:
         log_probabilities = _logits(output)
-        scale = _like(weight, log_probabilities)
+        scale, target = _like(weight, log_probabilities), target.long()
         total = F.nll_loss(log_probabilities, target, scale, ignore_index=ignore_index, reduction="sum")
         return total, _class_weight(target, scale, ignore_index, total)
 
@@ -194,7 +198,13 @@ def _like(weight: Tensor | None, output: Tensor) -> Tensor | None:
 def _check_labels(logits: Tensor, target: Any, ignore_index: int, where: Where) -> None:
     if not isinstance(target, Tensor) or target.is_floating_point():
         return
+    expected = (*logits.shape[:1], *logits.shape[2:])
+    if target.shape != expected:
+        raise ProblemError(
+            f"Labels for logits of shape {tuple(logits.shape)} must have shape {expected}, got {tuple(target.shape)}."
+        )
     classes = logits.shape[1] if logits.dim() > 1 else logits.shape[0]
+    target = target.long()
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if bool(wrong.any()):
         position = int(wrong.reshape(len(target), -1).any(dim=1).nonzero()[0])

@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from sharpscope.batches import MicroBatch, arguments, leaves, map_tensors, micro
 from sharpscope.derivatives import GRADIENT, PRODUCT, Sums, accumulate
 from sharpscope.errors import ArgumentError, AuditError, DataError
 from sharpscope.losses import term_loss
-from sharpscope.precision import compute_dtype, placed, usable, wide
+from sharpscope.precision import compute_dtype, converted, placed, usable, wide
 from sharpscope.preserve import preserved
 from sharpscope.problem import Problem
 
@@ -60,7 +61,7 @@ class Objective:
         self.problem = problem
         self.dtype = compute_dtype(chosen.values(), dtype)
         self.device = usable(device) if device is not None else next(iter(chosen.values())).device
-        self.model = placed(problem.model, self.dtype, self.device)
+        self.model, loss = placed(problem.model, problem.loss, self.dtype, self.device)
         self.params: list[Tensor] = list(params.select(self.model, problem.params).values())
         self.num_params = sum(p.numel() for p in self.params)
         self.data = walkable(problem.data)
@@ -71,18 +72,22 @@ class Objective:
         self.passes = 0
         self.hvps = 0
         self.seconds = 0.0
-        loss = problem.loss
-        self._loss_function = placed(loss, self.dtype, self.device) if isinstance(loss, nn.Module) else loss
-        self._loss = term_loss(self._loss_function)
+        self.loss_function = loss
+        self._loss = term_loss(loss)
         self._accepts = _forward_names(problem.model)
         self._spread = 0.0
-        self._example_gradients = 0.0
+        self.example_gradients = 0.0
         self._active = False
 
     @property
     def loss_name(self) -> str:
         """The loss's name, for a result."""
         return self._loss.name
+
+    @property
+    def counts_terms(self) -> bool:
+        """Whether the loss is one whose terms are counted here, so that they cannot be miscounted by its author."""
+        return self._loss.counted
 
     @property
     def batchnorm(self) -> str:
@@ -97,7 +102,7 @@ class Objective:
     @property
     def gradients(self) -> float:
         """Everything done so far, in units of one gradient over the whole data set."""
-        return self._example_gradients / self.num_examples if self.num_examples else 0.0
+        return self.example_gradients / self.num_examples if self.num_examples else 0.0
 
     def loss_and_gradient(self, progress: Progress | None = None) -> tuple[float, Tensor]:
         """``L(w)`` and its gradient (n,), in one pass; cost 1 gradient.
@@ -129,7 +134,7 @@ class Objective:
             yield
             return
         with ExitStack() as stack:
-            stack.enter_context(preserved(self.model, self._loss_function, data=self.data))
+            stack.enter_context(preserved(self.model, self.loss_function, data=self.data))
             # Fused attention kernels have no second derivative; autocast would round it.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
@@ -155,13 +160,13 @@ class Objective:
         self, parts: Iterable[MicroBatch], block: Tensor, progress: Callable[[int], None] | None = None
     ) -> Sums:
         """Sums over ``parts`` of loss, gradient and the products with the rows of ``block`` (K, n), counted as cost."""
-        sums = accumulate(self._term_sums, parts, self.params, block, progress)
+        sums = accumulate(self.term_sums, parts, self.params, block, progress)
         self.charge(sums.examples * (GRADIENT + PRODUCT * len(block)))
         return sums
 
     def charge(self, example_gradients: float) -> None:
         """Add work done outside ``accumulate``, in gradients of one example, to the bill."""
-        self._example_gradients += example_gradients
+        self.example_gradients += example_gradients
 
     def _pass(self, block: Tensor, progress: Progress | None) -> Tensor:
         """One full walk: sets loss and gradient, returns the products (K, n)."""
@@ -214,16 +219,22 @@ class Objective:
                 )
         self.num_examples, self.loss, self.gradient, self._spread = sums.examples, loss, gradient, spread
 
-    def _term_sums(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, part: MicroBatch) -> tuple[Any, Any, Any]:
+        """``(output, target, batch)`` of one micro-batch, on the device and in the dtype of the computation."""
         batch = map_tensors(part.batch, self._placed)
         args, kwargs, target = arguments(batch, self._accepts)
-        output = self.model(*args, **kwargs)
+        return self.model(*args, **kwargs), target, batch
+
+    def term_sums(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
+        """``(sum_i a_i l_i, sum_i a_i)`` over one micro-batch, the first differentiable; cost one forward pass."""
+        output, target, batch = self.forward(part)
         if self.loss is None:  # the first pass: later ones see the same data, and each check waits for the device
             self._loss.check(output, target, part.where)
         return self._loss.sums(output, target, batch, part.size)
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+        # A copy: a model may write into its input, or ask for its gradient, and the user's data are his.
+        return tensor.detach().to(self.device, converted(tensor, self.dtype), copy=True)
 
     def blame(self) -> None:
         """Name the first example whose loss or derivatives are not finite."""

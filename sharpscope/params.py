@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from sharpscope.errors import ProblemError
 
@@ -40,6 +41,8 @@ def select(model: nn.Module, patterns: str | Sequence[str] = "*") -> dict[str, n
             )
         )
     for name, parameter in chosen.items():
+        if isinstance(parameter, UninitializedParameter):
+            raise ProblemError(f"{name} has no shape yet. Run one batch through the model first.")
         if not parameter.is_floating_point():
             raise ProblemError(f"Parameters must be real floating point, but {name} is {parameter.dtype}.")
         if not bool(torch.isfinite(parameter.detach()).all()):

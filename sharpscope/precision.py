@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,18 +46,34 @@ def compute_dtype(params: Iterable[Tensor], wanted: torch.dtype | None) -> torch
     return widest
 
 
-def placed(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """``module`` itself where all of it is in ``dtype`` on ``device``, else a copy that is.
+def converted(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What ``tensor`` becomes in a computation in ``dtype``: real numbers follow it, complex ones keep both parts."""
+    if tensor.is_complex():
+        return torch.complex128 if dtype == torch.float64 else torch.complex64
+    return dtype if tensor.is_floating_point() else tensor.dtype
 
-    Raises: ProblemError when it cannot be copied.
+
+def placed(
+    model: nn.Module, loss: Callable[..., Any], dtype: torch.dtype, device: torch.device, *, copied: bool = False
+) -> tuple[nn.Module, Callable[..., Any]]:
+    """``model`` and ``loss`` themselves where all of them is in ``dtype`` on ``device``, else copies that are.
+
+    One copy of both, so that a loss that holds the model holds the model's copy. ``copied`` asks for a copy anyway.
+
+    Raises: ProblemError when they cannot be copied.
     """
-    tensors = [*module.parameters(), *module.buffers()]
-    if all(t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in tensors):
-        return module
+    modules = [module for module in (model, loss) if isinstance(module, nn.Module)]
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    if not copied and all(t.device == device and t.dtype == converted(t, dtype) for t in tensors):
+        return model, loss
     try:
-        return copy.deepcopy(module).to(device=device, dtype=dtype)
+        model, loss = copy.deepcopy((model, loss))
+        for module in (model, loss):
+            if isinstance(module, nn.Module):
+                # What Module.to does, except that it would drop the imaginary parts of complex buffers.
+                module._apply(lambda t: t.to(device=device, dtype=converted(t, dtype)))  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise ProblemError(
-            f"The {type(module).__name__} cannot be copied to {dtype} on {device} ({error}). "
-            "Convert it yourself: module.to(...)."
+            f"The model cannot be copied to {dtype} on {device} ({error}). Convert it yourself: model.to(...)."
         ) from error
+    return model, loss

@@ -30,22 +30,30 @@ def preserved(*modules: Any, data: Any = None) -> Iterator[None]:
 
 @contextmanager
 def _module(module: nn.Module) -> Iterator[None]:
-    modes = [(child, child.training) for child in module.modules()]
-    buffers = [
-        (child, name, buffer, buffer.detach().clone())
-        for child in module.modules()
-        for name, buffer in child._buffers.items()
-        if buffer is not None
+    children = list(module.modules())
+    modes = [(child, child.training) for child in children]
+    slots = [(child, dict(child._buffers)) for child in children]
+    # An inference tensor cannot be written to outside inference mode.
+    copies = [
+        (buffer, buffer.detach().clone())
+        for _, buffers in slots
+        for buffer in buffers.values()
+        if buffer is not None and not buffer.is_inference()
     ]
     try:
         yield
     finally:
         for child, training in modes:
             child.training = training
+        for child, buffers in slots:
+            child._buffers.clear()
+            child._buffers.update(buffers)
         with torch.no_grad():
-            for child, name, buffer, copy in buffers:
-                child._buffers[name] = buffer
-                buffer.copy_(copy)
+            for buffer, copy in copies:
+                # Compared by value: BatchNorm's kernels write without counting up the version, and an expanded buffer
+                # refuses to be written to.
+                if not torch.equal(buffer, copy):
+                    buffer.copy_(copy)
 
 
 @contextmanager

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sharpscope.errors import DataError
+from sharpscope.errors import DataError, OutputError
 from sharpscope.files import atomic
 
 Array = NDArray[np.float64]
+
+# What np.load raises for a file of another making.
+_UNREADABLE = (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class EigenResult:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], eigenvectors: NDArray[Any] | None = None) -> EigenResult:
+    def from_dict(cls, values: Mapping[str, Any]) -> EigenResult:
         """The inverse of ``to_dict``.
 
         Raises: DataError when a key is missing or it is another analysis.
@@ -149,7 +154,6 @@ class EigenResult:
             gradient_norm=gradient_norm,
             cost=cost,
             provenance=rest,
-            eigenvectors=eigenvectors,
         )
 
     def save(self, path: str | os.PathLike[str], *, vectors: bool = False) -> None:
@@ -157,6 +161,8 @@ class EigenResult:
 
         Raises: OutputError when it cannot be written, DataError when there are no vectors to write.
         """
+        if Path(path).suffix == ".npz":
+            raise OutputError(f"The result is JSON, and its vectors go beside it as .npz, got {path}. Name it .json.")
         if vectors:
             if self.eigenvectors is None:
                 raise DataError("The result must hold eigenvectors to save them. Measure with vectors=True.")
@@ -175,14 +181,14 @@ class EigenResult:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{path} must be a JSON file written by sharpscope; problem: {error}.") from error
+        result = cls.from_dict(values)
         beside = Path(path).with_suffix(".npz")
-        vectors = None
         if beside.is_file():
-            with np.load(beside) as arrays:
-                # A file of another run that only shares the name must not pass for this one's vectors.
-                if np.array_equal(arrays["eigenvalues"], np.array(values.get("eigenvalues"))):
-                    vectors = arrays["eigenvectors"]
-        return cls.from_dict(values, vectors)
+            # A file of another run, or of another making, that only shares the name is not this one's vectors.
+            with contextlib.suppress(*_UNREADABLE), np.load(beside) as arrays:
+                if np.array_equal(arrays["eigenvalues"], result.eigenvalues):
+                    return replace(result, eigenvectors=arrays["eigenvectors"])
+        return result
 
     def summary(self) -> str:
         """The result as a table of text."""

@@ -63,6 +63,10 @@ def top_eigenvalues(
     n = objective.num_params
     if not 1 <= k <= n:
         raise ArgumentError(f"k must be at least 1 and at most the number of parameters ({n}), got {k}.")
+    if max_passes is not None and max_passes < 2:
+        raise ArgumentError(
+            f"max_passes must be at least 2 (a step, and the product that checks it), got {max_passes}."
+        )
     source = generator if generator is not None else torch.Generator().manual_seed(0)
     seed = source.initial_seed()
     with objective.measuring():

@@ -116,6 +116,30 @@ def test_results_are_written_once_and_never_over(
     assert sorted(p.name for p in (tmp_path / "both").iterdir()) == ["1-mlp.json", "2-mlp.json"]
 
 
+def test_a_result_never_takes_the_place_of_another_or_of_a_checkpoint(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints of equal or numbered names get a file each, and --overwrite does not reach what is measured."""
+    for name in ("a.pt", "1-a.pt"):
+        (tmp_path / name).write_bytes(trained.read_bytes())
+    files = [tmp_path / "a.pt", tmp_path / "a.pt", tmp_path / "1-a.pt"]
+    assert run("eigen", *files, "--k", "1", "--out", tmp_path / "out") == 0
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert run("eigen", files[0], "--k", "1", "--out", files[0], "--overwrite") == 1
+    assert "is a checkpoint to be measured" in capsys.readouterr().err
+    assert files[0].read_bytes() == trained.read_bytes()
+
+
+def test_a_reader_that_goes_away_is_no_error(trained: Path) -> None:
+    """A closed pipe ends the command quietly, and a full device in one sentence."""
+    command = f"{sys.executable} -m sharpscope inspect {trained}"
+    gone = subprocess.run(f"{command} --json | true", shell=True, capture_output=True, text=True, check=False)
+    assert gone.stderr == ""
+    full = subprocess.run(f"{command} > /dev/full", shell=True, capture_output=True, text=True, check=False)
+    assert full.returncode == 1
+    assert full.stderr.startswith("sharpscope: Cannot write to standard output")
+
+
 def test_what_was_finished_is_kept_when_interrupted(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,6 +224,10 @@ def test_bad_checkpoints_end_in_one_sentence(
         (["--data", "fashion-mnist", "--data-root", "/nonexistent"], "apt install dataset-fashion-mnist"),
         (["--model-args", "hidden"], "KEY=VALUE"),
         (["--device", "nonsense"], "device"),
+        (["--model", "os:getcwd"], "must return a torch.nn.Module, got str"),
+        (["--model", "os:getcwd", "--model-args", "a=1"], "does not take these model arguments"),
+        (["--max-passes", "1"], "max_passes must be at least 2"),
+        (["--out", "r.npz"], "Name it .json"),
     ],
 )
 def test_bad_options_end_in_one_sentence(
@@ -215,7 +243,7 @@ def test_bad_options_end_in_one_sentence(
 
 def test_wrong_usage_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     """An unknown command, a missing argument and a word for a number are usage errors."""
-    for argv in (["nonsense"], ["eigen"], ["eigen", "a.pt", "--k", "many"], ["train"], []):
+    for argv in (["nonsense"], ["eigen"], ["eigen", "a.pt", "--k", "many"], ["train"], [], ["demo", "--seed", "-1"]):
         with pytest.raises(SystemExit) as ending:
             main(argv)
         assert ending.value.code == 2

@@ -233,6 +233,32 @@ def test_a_matmat_that_is_no_symmetric_operator_is_refused(matmat: Callable[[Ten
         top_eigenpairs(matmat, 30, 3)
 
 
+def test_a_matmat_may_write_into_its_argument() -> None:
+    """The solver hands out a copy of its block, so a product in place gives the same eigenvalues."""
+    diagonal = torch.linspace(-1, 1, 200, dtype=torch.float64)[:, None]
+
+    def destroying(block: Tensor) -> Tensor:
+        image = diagonal * block
+        block.zero_()
+        return image
+
+    for method in METHODS:
+        for matmat in (destroying, lambda block: block.mul_(diagonal)):
+            pairs = top_eigenpairs(matmat, 200, 2, method=method)
+            assert torch.allclose(pairs.eigenvalues, torch.tensor([1, 1 - 2 / 199]).double(), rtol=1e-3)
+            assert bool(pairs.converged.all())
+
+
+@pytest.mark.parametrize("exponent", [-100, -30, 30, 150])
+def test_the_scale_of_the_operator_does_not_matter(exponent: int) -> None:
+    """Spectra scaled by powers of ten from 1e-100 to 1e150 give scaled eigenvalues, without overflow."""
+    scale = 10.0**exponent
+    diagonal = scale * torch.linspace(-1, 1, 200, dtype=torch.float64)[:, None]
+    pairs = top_eigenpairs(lambda block: diagonal * block, 200, 2)
+    assert torch.allclose(pairs.eigenvalues / scale, torch.tensor([1, 1 - 2 / 199]).double(), rtol=1e-3)
+    assert bool(pairs.converged.all())
+
+
 def test_the_same_generator_gives_the_same_bits() -> None:
     """Two runs from equal generators agree bit for bit, and the global random state is not used."""
     matrix = operator([1 / (1 + i) for i in range(100)], 100)

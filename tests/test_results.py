@@ -71,6 +71,11 @@ def test_vectors_of_another_run_are_not_taken_for_this_ones(tmp_path: Path) -> N
     assert EigenResult.load(tmp_path / "r.json").eigenvectors is None
     with pytest.raises(DataError, match="vectors=True"):
         result([2.0, 1.0]).save(tmp_path / "r.json", vectors=True)
+    for foreign in (b"junk", b""):
+        (tmp_path / "r.npz").write_bytes(foreign)
+        assert EigenResult.load(tmp_path / "r.json").eigenvectors is None
+    with pytest.raises(OutputError, match=r"Name it \.json"):
+        result([2.0, 1.0]).save(tmp_path / "r.npz")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"analysis": "eigen"}', '{"analysis": "slice"}'])

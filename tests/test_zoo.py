@@ -86,7 +86,8 @@ def test_parameter_counts_match_the_literature() -> None:
     with torch.device("meta"):
         assert round(parameters(wide_resnet((3, 32, 32), 10, depth=28, widen=10)) / 1e6, 1) == 36.5
     assert parameters(make_model("mlp")) == 64 * 64 + 64 + 64 * 10 + 10
-    assert parameters(make_model("cnn")) == (9 + 1) * 16 + (16 * 9 + 1) * 32 + (32 * 4 + 1) * 64 + 65 * 10
+    assert parameters(make_model("cnn")) == (9 + 1) * 8 + (8 * 9 + 1) * 16 + (16 * 4 + 1) * 64 + 65 * 10
+    assert parameters(make_model("cnn", shape=(1, 28, 28))) == 52_138
 
 
 def test_unnormalised_blocks_start_as_their_shortcut() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,6 @@ def ritz_bounds(ritz_values: Tensor, residual_gram: Tensor, next_above: float | 
             gap = float(ritz_values[i] - rest[s])
             size = float(spectral[s])
             if gap > SEPARATION * size:
-                quadratic = 2 * size**2 / (gap + (gap**2 + 4 * size**2) ** 0.5)
+                quadratic = 2 * size * (size / (gap + math.hypot(gap, 2 * size)))
                 bounds[i] = min(float(bounds[i]), quadratic)
     return bounds

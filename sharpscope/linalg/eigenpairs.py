@@ -122,7 +122,7 @@ def _checked(matmat: Matmat, n: int, sign: float, dtype: torch.dtype, device: to
     """``sign * matmat`` on rows, (b, n) to (b, n), after a look at what came back."""
 
     def rows(block: Tensor) -> Tensor:
-        product = matmat(block.T)
+        product = matmat(block.T.clone())  # a copy: matmat may write into its argument
         if not isinstance(product, Tensor) or product.shape != (n, len(block)):
             came = tuple(product.shape) if isinstance(product, Tensor) else type(product).__name__
             raise ArgumentError(f"matmat must return a tensor of shape ({n}, {len(block)}), got {came}.")

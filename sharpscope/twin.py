@@ -1,0 +1,109 @@
+"""What an audit asks of a copy of the model in float64, where the answers have digits to spare."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sharpscope import params
+from sharpscope.agreement import require_additive, require_repeatable
+from sharpscope.batches import MicroBatch
+from sharpscope.derivatives import Sums
+from sharpscope.errors import ProblemError
+from sharpscope.objective import Objective
+from sharpscope.precision import placed
+
+# How many examples the copy sees, and the largest it may be (0.8 GB).
+EXAMPLES = 32
+LARGEST = 100_000_000
+
+# Sums that agree in exact arithmetic agree to this in float64, relative to the sizes that were added.
+TOLERANCE = 1e-9
+
+# The step of its differences relative to the weights. It is so short that a ReLU's kink rarely lies in it; where one
+# does, the differences to the left and to the right disagree, and another direction is drawn.
+STEP = 1e-8
+TRIES = 3
+
+
+def audit_in_float64(objective: Objective, first: MicroBatch, generator: torch.Generator | None) -> None:
+    """Check that sums repeat and batches add up, and that gradient and Hessian products are true derivatives.
+
+    Derivatives are held against differences, of the loss and of the gradient. That finds an operation whose backward is
+    right but cannot be differentiated: torch does not always say so. Passes over a model that cannot be copied, or whose
+    loss reads it.
+
+    Cost: about 10 gradients over 32 examples.
+
+    Raises: AuditError, ProblemError, naming what to look for.
+    """
+    if objective.num_params > LARGEST or objective.device.type == "mps":  # MPS has no float64
+        return
+    try:
+        model, loss = placed(objective.model, objective.loss_function, torch.float64, objective.device, copied=True)
+    except ProblemError:
+        return
+    problem = dataclasses.replace(objective.problem, model=model, loss=loss)
+    twin = Objective(problem, dtype=torch.float64, micro_batch=objective.micro_batch)
+    whole = objective.micro_batch == "loader" or not first.splittable
+    few = first if whole else first.part(0, min(first.size, EXAMPLES))
+    originals = [p for p in (*objective.params, *objective.problem.model.parameters()) if p.requires_grad]
+    with twin.measuring():
+        if reads(twin, few, originals):
+            return
+        nothing = torch.empty(0, twin.num_params, dtype=torch.float64, device=twin.device)
+        require_repeatable(twin, twin.accumulate([few], nothing), twin.accumulate([few], nothing), TOLERANCE)
+        if objective.micro_batch != "loader":
+            require_additive(twin, few, TOLERANCE)
+        _require_derivatives(twin, few, generator)
+    objective.charge(twin.example_gradients)
+
+
+def reads(objective: Objective, part: MicroBatch, others: Sequence[Tensor]) -> bool:
+    """Whether the loss of ``part`` depends on tensors that are not of the objective's model."""
+    value, _ = objective.term_sums(part)
+    if not value.requires_grad or not others:
+        return False
+    return any(g is not None for g in torch.autograd.grad(value, list(others), allow_unused=True))
+
+
+def _require_derivatives(twin: Objective, few: MicroBatch, generator: torch.Generator | None) -> None:
+    weights = torch.cat([p.detach().reshape(-1) for p in twin.params])
+
+    def direction() -> Tensor:
+        u = torch.randn(weights.shape, generator=generator, dtype=torch.float64).to(twin.device)
+        scaled: Tensor = u * ((float(weights.norm()) or 1.0) / float(u.norm()))
+        return scaled
+
+    def sums(at: Tensor, block: Tensor) -> Sums:
+        params.assign(twin.params, at)
+        return twin.accumulate([few], block)
+
+    for _ in range(TRIES):
+        # Near w, not at it: where an input and a bias are both zero, w itself lies on a ReLU's kink.
+        base, u = weights + 0.01 * direction(), direction()
+        here = sums(base, u[None])
+        before, after = (sums(base + sign * STEP * u, u.new_empty(0, len(u))) for sign in (-1, 1))
+        left, right = (here.gradient - before.gradient) / STEP, (after.gradient - here.gradient) / STEP
+        rounding = 100 * torch.finfo(torch.float64).eps / STEP
+        noise = rounding * float(here.spread)
+        size = max(float(left.norm()), float(right.norm()))
+        if float((left - right).norm()) > 1e-3 * size + noise:
+            continue
+        slope, rise = float(here.gradient @ u), float(after.loss - before.loss) / (2 * STEP)
+        if abs(slope - rise) > 1e-2 * abs(rise) + rounding * (abs(float(here.loss)) + float(here.spread)):
+            raise ProblemError(
+                f"The gradient must be the derivative of the loss, but along one direction it says {slope:.4g} where "
+                f"the loss changes by {rise:.4g}. Look for custom autograd functions and gradient scaling."
+            )
+        apart = float((here.products[0] - (left + right) / 2).norm())
+        if apart > 1e-2 * size + noise:
+            raise ProblemError(
+                "Hessian products must be the derivative of the gradient, but are off its finite differences by "
+                f"{apart:.2g} of {size:.2g}: an operation has no true second derivative. Look for once_differentiable, "
+                "detach and saved numbers in the backward of custom autograd functions."
+            )
+        return
