@@ -33,7 +33,7 @@ def audit_in_float64(objective: Objective, first: MicroBatch, generator: torch.G
     """Check that sums repeat and batches add up, and that gradient and Hessian products are true derivatives.
 
     Derivatives are held against differences, of the loss and of the gradient. That finds an operation whose backward is
-    right but cannot be differentiated: torch does not always say so. Passes over a model that cannot be copied, or whose
+    right but cannot be differentiated: torch does not always say so. Passes over a model that cannot be copied or whose
     loss reads it.
 
     Cost: about 10 gradients over 32 examples.
