@@ -14,7 +14,7 @@ from sharpscope.version import __version__
 
 COMMANDS = (demo, train, eigen, inspect)
 
-EXIT_STATUS = """\
+EPILOG = """\
 exit status: 0 done, 1 the input is wrong (one sentence on stderr), 2 wrong usage,
 3 a number has not converged, 130 interrupted.
 
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     main_parser = argparse.ArgumentParser(
         prog="sharpscope",
         description="How sharp is this minimum, and did SAM make it flatter?",
-        epilog=EXIT_STATUS,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     main_parser.add_argument("--version", action="version", version=f"sharpscope {__version__}")

@@ -10,8 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sharpscope.cli import options
-from sharpscope.cli.train import advance
+from sharpscope.cli import options, terminal
 
 DESCRIPTION = """\
 Trains the bundled cnn on 1,437 real handwritten digits with SGD, with SAM, and (the fairness rule of Foret et al.
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     with atomic(folder / "demo.json") as temporary:
         temporary.write_text(json.dumps(flat, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     _draw(results, folder / "demo.png")
-    options.emit(
+    terminal.emit(
         f"{_table(results)}\n{_said(results)}\n\n"
         f"Figure {folder / 'demo.png'}, every number {folder / 'demo.json'}, checkpoints {folder}/*.pt\n"
         f"Next: sharpscope eigen {folder / 'sgd.pt'} {folder / 'sam.pt'} --split test"
@@ -74,14 +73,14 @@ def _train(label: str, recipe: Any, out: Path, overwrite: bool) -> list[Path]:
     from sharpscope.train import parse_epochs, snapshot_path, train
 
     epochs = sorted(parse_epochs("0,50%,last", recipe.epochs))
-    with tqdm(desc=f"train {label}", unit=" steps", **options.TQDM) as bar:
+    with tqdm(desc=f"train {label}", unit=" steps", **terminal.TQDM) as bar:
         train(
             recipe,
             out,
             resume=not overwrite,
             overwrite=overwrite,
             save_epochs=epochs,
-            progress=lambda done, total, metrics: advance(bar, done, total, metrics),
+            progress=lambda done, total, metrics: terminal.advance(bar, done, total, metrics),
         )
     return [snapshot_path(out, epoch) for epoch in epochs]
 
@@ -92,12 +91,12 @@ def _measure(label: str, path: Path, seed: int) -> Any:
     import sharpscope
 
     source = torch.Generator().manual_seed(seed)
-    with options.progress_bar(f"measure {label} {path.stem}") as progress:
+    with terminal.progress_bar(f"measure {label} {path.stem}") as progress:
         return sharpscope.top_eigenvalues(sharpscope.load(path), generator=source, progress=progress)
 
 
 def _table(results: dict[str, Any]) -> str:
-    from sharpscope.results import aligned, with_bound
+    from sharpscope.tables import aligned, with_bound
 
     rows = [["run", "epoch", "train loss", "test accuracy", "lambda_max", "lambda_max/lambda_5", "2/eta"]]
     for label, measured in results.items():

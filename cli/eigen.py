@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sharpscope.cli import options
+from sharpscope.cli import options, terminal
 
 DESCRIPTION = """\
-lambda_1 >= ... >= lambda_k, the largest eigenvalues of the Hessian of the mean training loss at the checkpoint's
+lambda_1 >= ... >= lambda_k, the largest eigenvalues of the Hessian of the mean loss over the data at the checkpoint's
 weights, with multiplicity, and lambda_max/lambda_k. Each comes with an interval (value ± half-width); "?" marks what
 has not converged to --tol. "gradients" counts everything done in units of one gradient over the whole data set.
 """
@@ -32,10 +32,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--method", default="auto", help="auto, lanczos or power (default auto: lanczos)")
     parser.add_argument("--split", default="train", choices=("train", "test"), help="part of the data (default train)")
     parser.add_argument("--examples", type=int, metavar="N", help="measure on N examples drawn at random, not on all")
-    parser.add_argument("--params", nargs="+", default=["*"], metavar="PATTERN", help="only parameters of these names")
+    parser.add_argument(
+        "--params", action="append", metavar="PATTERN", help="only parameters of such names; may be given again"
+    )
+    parser.add_argument("--weight-decay", type=float, default=0.0, metavar="C", help="add C to each eigenvalue")
     parser.add_argument("--dtype", choices=options.DTYPES, help="precision of the computation (default: the weights')")
     options.add_seed(parser, "of the solver's random start and of --examples")
-    parser.add_argument("--micro-batch", type=int, metavar="N", help="examples a graph (default: chosen by measuring)")
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="examples a graph (default: measured)")
     parser.add_argument("--max-passes", type=int, metavar="N", help="give up after N passes (default 100; power 1000)")
     options.add_device(parser)
     parser.add_argument(
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     results: list[EigenResult] = []
     try:
         for path, out in zip(args.checkpoints, outputs, strict=True):
-            with options.progress_bar(Path(path).name) as progress:
+            with terminal.progress_bar(Path(path).name) as progress:
                 result = sharpscope.top_eigenvalues(
                     _load(args, path),
                     args.k,
@@ -77,15 +80,15 @@ def run(args: argparse.Namespace) -> int:
                     max_passes=args.max_passes,
                     vectors=args.vectors,
                 )
+            results.append(result)
             if out is not None:
                 result.save(out, vectors=args.vectors)
-            results.append(result)
     finally:
         if args.json and (results or len(args.checkpoints) > 1):
             shown = [result.to_dict() for result in results]
-            options.emit(json.dumps(shown[0] if len(args.checkpoints) == 1 else shown, indent=2, allow_nan=False))
+            terminal.emit(json.dumps(shown[0] if len(args.checkpoints) == 1 else shown, indent=2, allow_nan=False))
         elif results:
-            options.emit(table(results))
+            terminal.emit(table(results))
     return 0 if all(result.converged.all() for result in results) else 3
 
 
@@ -103,7 +106,9 @@ def _load(args: argparse.Namespace, path: str) -> Any:
         split=args.split,
         examples=args.examples,
         seed=args.seed,
-        params=args.params,
+        params=args.params or "*",
+        weight_decay=args.weight_decay,
+        loss=args.loss,
         trust=args.trust,
     )
 
@@ -117,13 +122,16 @@ def _outputs(args: argparse.Namespace) -> list[Path | None]:
         if args.vectors:
             raise ArgumentError("--vectors must come with --out, which says where to. Pass --out PATH.")
         return [None] * len(args.checkpoints)
+    out = Path(args.out)
     if len(args.checkpoints) == 1:
-        outputs = [Path(args.out)]
+        outputs = [out / f"{Path(args.checkpoints[0]).stem}.json" if out.is_dir() else out]
     else:
         names = [Path(path).stem for path in args.checkpoints]
         if len(set(names)) < len(names):
             names = [f"{i}-{name}" for i, name in enumerate(names, start=1)]
-        outputs = [Path(args.out) / f"{name}.json" for name in names]
+        if out.is_file():
+            raise OutputError(f"With several checkpoints --out must be a folder, but {out} is a file.")
+        outputs = [out / f"{name}.json" for name in names]
     for out in outputs:
         if out.resolve() in {Path(path).resolve() for path in args.checkpoints}:
             raise OutputError(f"{out} is a checkpoint to be measured. Name another place for the result.")

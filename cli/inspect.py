@@ -7,7 +7,10 @@ import dataclasses
 import json
 from typing import Any
 
-from sharpscope.cli import options
+from sharpscope.cli import terminal
+
+# Shown in another form, or not at all.
+LEFT_OUT = ("state_dict", "training")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -34,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         said = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name not in LEFT_OUT}
         said |= {"layout": layout, "num_elements": count, "resumable": checkpoint.training is not None}
         said["tensors"] = [{"name": name, "shape": shape, "dtype": dtype} for name, shape, dtype in tensors]
-        options.emit(json.dumps(said, indent=2, default=str))
+        terminal.emit(json.dumps(said, indent=2, default=str))
         return 0
     lines = [f"{args.file}: {layout}, sha256 {checkpoint.sha256}"]
     if checkpoint.model is not None:
@@ -42,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             f"model    {checkpoint.model} {_flat(checkpoint.model_args)}",
             f"data     {_flat(checkpoint.data)}",
             f"loss     {checkpoint.loss}",
-            f"recipe   {_flat(checkpoint.recipe)}",
+            f"recipe   {_flat(_named(checkpoint.recipe))}",
             f"epoch    {checkpoint.epoch}{' (unfinished, can be resumed)' if checkpoint.training else ''}",
             f"metrics  {_flat(checkpoint.metrics)}",
         ]
@@ -51,11 +54,15 @@ def run(args: argparse.Namespace) -> int:
     lines += [
         f"  {name.ljust(width)}  {'x'.join(map(str, shape)) or 'scalar'}  {dtype}" for name, shape, dtype in tensors
     ]
-    options.emit("\n".join(lines))
+    terminal.emit("\n".join(lines))
     return 0
 
 
-LEFT_OUT = ("state_dict", "training")
+def _named(recipe: Any) -> dict[str, Any]:
+    """The recipe with SAM called so, and without SAM's options where there is none."""
+    if recipe.get("rho") is None:
+        return {key: value for key, value in recipe.items() if key not in ("rho", "p")}
+    return {**recipe, "optimizer": f"SAM({recipe.get('optimizer')})"}
 
 
 def _flat(values: Any) -> str:

@@ -1,19 +1,12 @@
-"""Options, values and progress bars that several commands share."""
+"""Options, and what their values mean, that several commands share."""
 
 from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from tqdm import tqdm
-
 DTYPES = ("float32", "float64")
-
-# disable=None: silent where stderr is no terminal.
-TQDM: dict[str, Any] = {"disable": None, "dynamic_ncols": True, "leave": False}
 
 
 def add_model_and_data(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +16,13 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="NAME", help="bundled model (mlp, cnn, wide_resnet) or package.module:function"
     )
     group.add_argument(
-        "--model-args", metavar="K=V", nargs="+", help="arguments of the model, such as depth=16 norm=none"
+        "--model-args",
+        metavar="K=V",
+        nargs="+",
+        help="the model's arguments, as depth=16 norm=none; CKPT before it",
     )
     group.add_argument("--data", metavar="NAME", help="bundled data set: digits or fashion-mnist")
+    group.add_argument("--loss", metavar="NAME", help="cross_entropy, mse, bce_with_logits or nll")
     group.add_argument(
         "--trust", action="store_true", help="import the model factory that the file names: runs its code"
     )
@@ -56,21 +53,6 @@ def seed(text: str) -> int:
     return value
 
 
-def emit(text: str) -> None:
-    """Print ``text`` on stdout, now.
-
-    Raises: OutputError when stdout cannot be written; BrokenPipeError when nobody reads it any more.
-    """
-    from sharpscope.errors import OutputError
-
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise OutputError(f"Cannot write to standard output: {error.strerror}.") from error
-
-
 def device(name: str) -> str:
     """The device meant by ``--device``."""
     import torch
@@ -97,22 +79,3 @@ def key_values(pairs: list[str] | None) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             values[key] = text
     return values
-
-
-@contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[str, int, int | None], None]]:
-    """A bar on stderr with the time left, one line that is reused for every stage; silent where that is no terminal."""
-    stage, bar = "", tqdm(disable=True)
-
-    def show(now: str, done: int, total: int | None) -> None:
-        nonlocal stage, bar
-        if now != stage:
-            bar.close()
-            stage = now
-            bar = tqdm(total=total, desc=f"{what}: {now}", unit=" examples", **TQDM)
-        bar.update(done - bar.n)
-
-    try:
-        yield show
-    finally:
-        bar.close()

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sharpscope.cli import options
+from sharpscope.cli import options, terminal
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         noise_seed=args.noise_seed,
         seed=args.seed,
     )
-    with tqdm(unit=" steps", **options.TQDM) as bar:
+    with tqdm(unit=" steps", **terminal.TQDM) as bar:
         checkpoint = train(
             recipe,
             args.out,
@@ -79,18 +79,11 @@ def run(args: argparse.Namespace) -> int:
             save_epochs=args.save_epochs.split(",") if args.save_epochs else (),
             data_root=args.data_root,
             device=options.device(args.device),
-            progress=lambda done, total, metrics: advance(bar, done, total, metrics),
+            progress=lambda done, total, metrics: terminal.advance(bar, done, total, metrics),
         )
     m = checkpoint.metrics
-    options.emit(
+    terminal.emit(
         f"{args.out}: epoch {checkpoint.epoch}, train loss {m['train_loss']:.4f} accuracy {m['train_accuracy']:.2%}, "
         f"test loss {m['test_loss']:.4f} accuracy {m['test_accuracy']:.2%}\nNext: sharpscope eigen {args.out}"
     )
     return 0
-
-
-def advance(bar: Any, done: int, total: int, metrics: dict[str, float]) -> None:
-    """Show ``done`` of ``total`` steps with the epoch's mean loss and accuracy so far."""
-    bar.total = total
-    bar.set_postfix_str(f"loss {metrics['loss']:.4f} accuracy {metrics['accuracy']:.2%}", refresh=False)
-    bar.update(done - bar.n)

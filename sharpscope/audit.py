@@ -29,9 +29,6 @@ def audit(objective: Objective, generator: torch.Generator | None = None) -> Non
     Raises: AuditError naming the likely cause (dropout, a shuffled or augmented loader) and the remedy;
     ProblemError when the mean over a batch is not the mean over its parts; DataError.
     """
-    if objective.micro_batch is None and objective.batchnorm == "batch statistics":
-        # The loss of an example depends on its neighbours, so only the loader's own batches define L.
-        objective.micro_batch = "loader"
     with objective.measuring():
         first, again = objective.first_examples(EXAMPLES), objective.first_examples(EXAMPLES)
         if not _same(first, again):

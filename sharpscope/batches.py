@@ -185,8 +185,10 @@ def _as_tensors(batch: Any) -> Any:
         return torch.as_tensor(batch)
     if isinstance(batch, Mapping):
         return {key: _as_tensors(value) for key, value in batch.items()}
-    if isinstance(batch, tuple | list) and not hasattr(batch, "_fields"):
-        return type(batch)(_as_tensors(value) for value in batch)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(_as_tensors, batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(map(_as_tensors, batch))
     return batch
 
 

@@ -44,7 +44,7 @@ class Checkpoint:
     model: str | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
-    loss: str = "cross_entropy"
+    loss: str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     epoch: int | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -145,7 +145,10 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     if differing:
         faults.append(f"has {len(differing)} of another shape or kind ({_first(differing, '; ')})")
     if faults:
-        raise CheckpointError(f"The checkpoint {', '.join(faults)}. Check --model and --model-args.")
+        first = next(iter(state_dict), "").partition(".")[0] + "."
+        wrapped = all(key.startswith(first) for key in state_dict) and not any(key.startswith(first) for key in own)
+        hint = f"All its keys start with {first!r}: save the wrapped model's own state_dict()" if wrapped else ""
+        raise CheckpointError(f"The checkpoint {', '.join(faults)}. {hint or 'Check --model and --model-args'}.")
     for key, tensor in own.items():
         if tensor.is_floating_point() and tensor.dtype != state_dict[key].dtype:
             tensor.data = tensor.data.to(state_dict[key].dtype)

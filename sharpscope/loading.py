@@ -36,6 +36,7 @@ def load(
     split: str = "train",
     examples: int | None = None,
     seed: int = 0,
+    loss: str | Callable[..., Any] | None = None,
     params: str | Sequence[str] = "*",
     mode: str = "eval",
     weight_decay: float = 0.0,
@@ -55,6 +56,8 @@ def load(
         split: "train" or "test", of a bundled set.
         examples: take only so many examples, drawn without replacement; needs a bundled set or a tuple of tensors.
         seed: decides which examples.
+        loss: in place of the file's: a key of ``LOSSES`` or a callable. A file that does not say takes cross-entropy on
+            a bundled data set.
         params, mode, weight_decay: as in ``Problem``.
         trust: import the factory that the *file* names when it is not a bundled one. This runs other people's code.
 
@@ -71,12 +74,13 @@ def load(
 
     built_from, args = _model(checkpoint, model, model_args, source, trust)
     network = make_model(built_from, **args) if built_from in MODELS else _built(built_from, args)
-    load_weights(network, checkpoint.state_dict)
-    if checkpoint.loss not in LOSSES:
-        raise CheckpointError(f"The checkpoint {path}: {nearest('loss', checkpoint.loss, LOSSES)}")
+    try:
+        load_weights(network, checkpoint.state_dict)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     return Problem(
         model=network,
-        loss=LOSSES[checkpoint.loss](),
+        loss=_loss(checkpoint, loss, bundled),
         data=batches,
         params=params,
         mode=mode,
@@ -86,7 +90,7 @@ def load(
             "sha256": checkpoint.sha256,
             "data": source.name if isinstance(source, DataSet) else type(source).__name__,
             "split": source.split if isinstance(source, DataSet) else None,
-            "examples": total,
+            "split_examples": total,
             "label_noise": label_noise if bundled else None,
             "model": built_from if isinstance(built_from, str) else _name(built_from),
             "model_args": dict(args),
@@ -112,6 +116,20 @@ def _data(checkpoint: Checkpoint, data: Any, root: str | os.PathLike[str] | None
     noise = spec.get("label_noise", 0.0)
     loaded = load_data(spec["name"], split, root=root, label_noise=noise, noise_seed=spec.get("noise_seed", 0))
     return loaded, noise if split == "train" else 0.0
+
+
+def _loss(checkpoint: Checkpoint, loss: str | Callable[..., Any] | None, bundled: bool) -> Callable[..., Any]:
+    if callable(loss):
+        return loss
+    name = loss or checkpoint.loss or ("cross_entropy" if bundled else None)
+    if name is None:
+        raise ArgumentError(
+            f"The checkpoint {checkpoint.path} is a plain state dict, which does not say its loss. "
+            f"Pass loss= (--loss), one of {', '.join(LOSSES)} or a callable."
+        )
+    if name not in LOSSES:
+        raise ArgumentError(nearest("loss", name, LOSSES))
+    return LOSSES[name]()
 
 
 def _count(batches: Any) -> int | None:

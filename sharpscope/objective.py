@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sharpscope import params
 from sharpscope.batches import MicroBatch, arguments, leaves, map_tensors, micro_batches, num_examples_hint, walkable
 from sharpscope.derivatives import GRADIENT, PRODUCT, Sums, accumulate
-from sharpscope.errors import ArgumentError, AuditError, DataError
+from sharpscope.errors import ArgumentError, AuditError, DataError, ProblemError
 from sharpscope.losses import term_loss
 from sharpscope.precision import compute_dtype, converted, placed, usable, wide
 from sharpscope.preserve import preserved
@@ -33,10 +33,10 @@ DEFAULT_MICRO_BATCH = 256
 class Objective:
     """``L(w) = sum_i a_i l_i(w) / sum_i a_i`` over exactly the data of ``problem``, to be differentiated.
 
-    Vectors are in ``dtype`` (the parameters' own by default, float32 for bfloat16 and float16 ones); sums over
-    micro-batches of loss terms are exact in the sense that neither the loader's nor the micro-batch size changes
-    them beyond rounding. The model, its buffers, modes and gradients and all random states are restored after
-    each call, on exceptions too; parameters are never written.
+    Vectors are in ``dtype`` (the parameters' own by default, float32 for bfloat16 and float16 ones). Neither the
+    loader's nor the micro-batch size changes L beyond rounding, unless BatchNorm takes its statistics from the batch:
+    then the loader's batches are kept. The model, its buffers, modes and gradients and all random states are restored
+    after each call, on exceptions too; parameters are never written.
 
     Args:
         problem: model, loss and data.
@@ -44,7 +44,7 @@ class Objective:
         device: compute there, on a copy of the model when it is elsewhere.
         micro_batch: examples a graph; "loader" keeps the loader's batches; None measures which is fastest.
 
-    Raises: ProblemError, DataError.
+    Raises: ArgumentError, ProblemError, DataError.
     """
 
     def __init__(
@@ -57,6 +57,8 @@ class Objective:
     ) -> None:
         if not (micro_batch in (None, "loader") or (isinstance(micro_batch, int) and micro_batch >= 1)):
             raise ArgumentError(f"micro_batch must be a positive integer, 'loader' or None, got {micro_batch!r}.")
+        if not isinstance(problem, Problem):
+            raise ProblemError(f"A Problem(model=, loss=, data=) is needed, got {type(problem).__name__}.")
         chosen = params.select(problem.model, problem.params)
         self.problem = problem
         self.dtype = compute_dtype(chosen.values(), dtype)
@@ -65,7 +67,8 @@ class Objective:
         self.params: list[Tensor] = list(params.select(self.model, problem.params).values())
         self.num_params = sum(p.numel() for p in self.params)
         self.data = walkable(problem.data)
-        self.micro_batch = micro_batch
+        # Where the loss of an example depends on its neighbours, only the loader's own batches define L.
+        self.micro_batch = "loader" if micro_batch is None and self.batchnorm == "batch statistics" else micro_batch
         self.num_examples: int | None = num_examples_hint(self.data)
         self.loss: float | None = None
         self.gradient: Tensor | None = None
@@ -95,7 +98,6 @@ class Objective:
         norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         if not norms:
             return "none"
-        # Then the loss of an example depends on its neighbours.
         from_batch = any(self.problem.mode == "train" or m.running_mean is None for m in norms)
         return "batch statistics" if from_batch else "running statistics"
 
@@ -223,7 +225,17 @@ class Objective:
         """``(output, target, batch)`` of one micro-batch, on the device and in the dtype of the computation."""
         batch = map_tensors(part.batch, self._placed)
         args, kwargs, target = arguments(batch, self._accepts)
-        return self.model(*args, **kwargs), target, batch
+        try:
+            output = self.model(*args, **kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if self.loss is not None:
+                raise
+            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            raise ProblemError(
+                f"The model cannot take the data, here inputs of shape {shapes}: {str(error).splitlines()[0]}. "
+                "Check that model and data belong together."
+            ) from error
+        return output, target, batch
 
     def term_sums(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
         """``(sum_i a_i l_i, sum_i a_i)`` over one micro-batch, the first differentiable; cost one forward pass."""
@@ -259,6 +271,8 @@ class Objective:
         if self.num_examples is None or self.num_examples < SMALL_DATA:
             return DEFAULT_MICRO_BATCH
         sample = self.first_examples(CANDIDATES[-1])
+        if not sample.splittable:
+            return DEFAULT_MICRO_BATCH
         block = torch.ones(1, self.num_params, dtype=self.dtype, device=self.device)
         best, fastest = DEFAULT_MICRO_BATCH, float("inf")
         for size in CANDIDATES:

@@ -24,11 +24,11 @@ def usable(device: torch.device | str) -> torch.device:
     """
     try:
         place = torch.device(device)
-        torch.empty(1, device=place)
+        return torch.empty(1, device=place).device  # with its index: "cuda" is "cuda:0"
     # torch raises AssertionError for a backend that it was built without.
     except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"The device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return place
+        # torch's own words list twenty kinds of device.
+        raise ArgumentError(f"The device {str(device)!r} cannot be used. Name cpu, cuda, cuda:1 or mps.") from error
 
 
 def compute_dtype(params: Iterable[Tensor], wanted: torch.dtype | None) -> torch.dtype:

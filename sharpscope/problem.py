@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -52,5 +53,10 @@ class Problem:
             raise ProblemError(f"model must be a torch.nn.Module, got {type(self.model).__name__}.")
         if not callable(self.loss):
             raise ProblemError(f"loss must be callable as loss(output, target), got {type(self.loss).__name__}.")
+        if not (isinstance(self.weight_decay, int | float) and math.isfinite(self.weight_decay)):
+            raise ProblemError(f"weight_decay must be a finite number, got {self.weight_decay!r}.")
+        patterns = [self.params] if isinstance(self.params, str) else self.params
+        if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise ProblemError(f"params must be a pattern or a list of patterns, got {self.params!r}.")
         if self.mode not in MODES:
             raise ProblemError(f"mode must be 'eval' or 'train', got {self.mode!r}.")

@@ -8,7 +8,7 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,13 @@ from numpy.typing import NDArray
 
 from sharpscope.errors import DataError, OutputError
 from sharpscope.files import atomic
+from sharpscope.tables import aligned, with_bound
 
 Array = NDArray[np.float64]
+
+# The layout of the saved JSON; a reader refuses a later one.
+FORMAT = 1
+_MEASURED = ("loss", "gradient_norm", "eigenvalues", "residuals", "lower", "upper", "converged", "cost")
 
 # What np.load raises for a file of another making.
 _UNREADABLE = (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile)
@@ -92,6 +97,11 @@ class EigenResult:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     eigenvectors: NDArray[Any] | None = None
 
+    def __post_init__(self) -> None:
+        taken = sorted({"format", "analysis", "lambda_max", "ratio", *_MEASURED} & set(self.provenance))
+        if taken:
+            raise DataError(f"Provenance must not use the result's own keys, got {', '.join(taken)}. Rename them.")
+
     @property
     def lambda_max(self) -> float:
         """The largest eigenvalue."""
@@ -104,10 +114,10 @@ class EigenResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the eigenvectors, as plain JSON values."""
-        ratio, cost = self.ratio, self.cost
         return {
+            "format": FORMAT,
             "analysis": "eigen",
-            **dict(self.provenance),
+            **{str(key): _plain(value) for key, value in self.provenance.items()},
             "loss": self.loss,
             "gradient_norm": self.gradient_norm,
             "eigenvalues": self.eigenvalues.tolist(),
@@ -116,19 +126,8 @@ class EigenResult:
             "upper": self.upper.tolist(),
             "converged": self.converged.tolist(),
             "lambda_max": self.lambda_max,
-            "ratio": {
-                "k": ratio.k,
-                "value": ratio.value,
-                "lower": ratio.lower,
-                "upper": ratio.upper,
-                "reason": ratio.reason,
-            },
-            "cost": {
-                "passes": cost.passes,
-                "hvps": cost.hvps,
-                "gradients": cost.gradients,
-                "seconds": cost.seconds,
-            },
+            "ratio": asdict(self.ratio),
+            "cost": asdict(self.cost),
         }
 
     @classmethod
@@ -140,13 +139,15 @@ class EigenResult:
         analysis = values.get("analysis") if isinstance(values, Mapping) else None
         if analysis != "eigen":
             raise DataError(f"An eigen result must be an object with analysis 'eigen', got {analysis!r}.")
+        if values.get("format", FORMAT) != FORMAT:
+            raise DataError(f"The result has format {values['format']!r}, and this sharpscope reads {FORMAT}.")
         rest = dict(values)
         try:
             measured = {key: rest.pop(key) for key in ("eigenvalues", "residuals", "lower", "upper", "converged")}
             loss, gradient_norm, cost = rest.pop("loss"), rest.pop("gradient_norm"), Cost(**rest.pop("cost"))
         except (KeyError, TypeError) as error:
             raise DataError(f"An eigen result must have the keys of EigenResult.to_dict(), got: {error}.") from error
-        for derived in ("analysis", "lambda_max", "ratio"):
+        for derived in ("format", "analysis", "lambda_max", "ratio"):
             rest.pop(derived, None)
         return cls(
             **{key: np.array(value, bool if key == "converged" else float) for key, value in measured.items()},
@@ -194,6 +195,9 @@ class EigenResult:
         """The result as a table of text."""
         return table([self])
 
+    def __str__(self) -> str:
+        return self.summary()
+
     def _repr_html_(self) -> str:
         head, *rows = rows_of([self])
         cells = "".join(f"<th>{html.escape(c)}</th>" for c in head)
@@ -202,61 +206,71 @@ class EigenResult:
         return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>{notes}"
 
 
-def with_bound(value: float, lower: float, upper: float) -> str:
-    """``value`` to the digits that its interval supports, with the half-width rounded up: "1.2345 ±0.0002"."""
-    half = max(upper - value, value - lower)
-    if not np.isfinite(half) or half <= 0:
-        return f"{value:.6g}"
-    last = int(np.floor(np.log10(half)))
-    # Less a little, or the difference of two floats that stands for 0.01 would be rounded up to 0.02.
-    half = float(np.ceil(half / 10.0**last * (1 - 1e-6)) * 10.0**last)
-    first = int(np.floor(np.log10(abs(value)))) if value else last
-    if -4 <= max(first, last) < 6:
-        return f"{value:.{max(-last, 0)}f} ±{half:.{max(-last, 0)}f}"
-    return f"{value:.{max(first - last, 0)}e} ±{half:.0e}"
-
-
 def rows_of(results: Sequence[EigenResult]) -> list[list[str]]:
-    """A heading and one row a result: checkpoint, lambda_1..lambda_k, ratio, loss, gradient norm, cost."""
-    k = max(len(result.eigenvalues) for result in results)
-    head = ["checkpoint", "lambda_max", *(f"lambda_{i}" for i in range(2, k + 1)), f"lambda_max/lambda_{k}"]
+    """A heading and one row a result: checkpoint, lambda_1..lambda_k, ratio (for k > 1), loss, gradient norm, cost."""
+    ks = {len(result.eigenvalues) for result in results}
+    k = max(ks)
+    ratio_head = [f"lambda_max/lambda_{k if len(ks) == 1 else 'k'}"] if k > 1 else []
+    head = ["checkpoint", "lambda_max", *(f"lambda_{i}" for i in range(2, k + 1)), *ratio_head]
     rows = [[*head, "loss", "|grad|", "gradients", "passes", "seconds"]]
-    for r in results:
+    for r, name in zip(results, _names(results), strict=True):
         intervals = zip(r.eigenvalues, r.lower, r.upper, r.converged, strict=True)
         values = [with_bound(v, low, up) + ("" if sure else " ?") for v, low, up, sure in intervals]
         ratio, cost = r.ratio, r.cost
         shown = "-" if ratio.value is None else with_bound(ratio.value, ratio.lower or 0.0, ratio.upper or np.inf)
-        rows.append(
-            [
-                Path(str(r.provenance.get("checkpoint") or "-")).name,
-                *values,
-                *[""] * (k - len(values)),
-                shown,
-                f"{r.loss:.4g}",
-                f"{r.gradient_norm:.2g}",
-                f"{cost.gradients:.1f}",
-                str(cost.passes),
-                f"{cost.seconds:.1f}",
-            ]
-        )
+        if len(ks) > 1:
+            shown += f" (k={ratio.k})"
+        measured = [*values, *[""] * (k - len(values)), *([shown] if k > 1 else [])]
+        paid = [f"{cost.gradients:.1f}", str(cost.passes), f"{cost.seconds:.1f}"]
+        rows.append([name, *measured, f"{r.loss:.4g}", f"{r.gradient_norm:.2g}", *paid])
     return rows
 
 
 def notes_of(results: Sequence[EigenResult]) -> list[str]:
     """What a reader of the table must know: the data, the mode, what has not converged, ratios that mean nothing."""
     notes = []
-    for r in results:
+    for r, name in zip(results, _names(results), strict=True):
         p = r.provenance
-        name = Path(str(p.get("checkpoint") or "model")).name
-        where = f"{p.get('num_examples', '?')} examples" + (f" of {p['data']} ({p['split']})" if p.get("data") else "")
+        where = f"{p.get('num_examples', '?')} examples"
+        if p.get("data") and p.get("split"):
+            noise = p.get("label_noise")
+            where += f" of {p['data']} ({p['split']}{f', {100 * noise:.3g}% wrong labels' if noise else ''})"
         how = f"{p.get('num_params', '?')} parameters, {p.get('mode', '?')} mode, {p.get('dtype', '?')}"
-        notes.append(f"{name}: {where}, {how}.")
-        if r.ratio.value is None:
+        notes.append(f"{name}: {where}, {how}{_training(p)}.")
+        if r.ratio.value is None and r.ratio.k > 1:
             notes.append(f"{name}: no ratio, since {r.ratio.reason}.")
         if not r.converged.all():
-            which = ", ".join(f"lambda_{i + 1}" for i in np.flatnonzero(~r.converged))
-            notes.append(f"{name}: NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?): {which}.")
+            missing = np.flatnonzero(~r.converged)
+            which = "all" if len(missing) == len(r.converged) > 5 else ", ".join(f"lambda_{i + 1}" for i in missing)
+            notes.append(
+                f"{name}: NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?): {which}. {_remedy(r)}"
+            )
     return notes
+
+
+def _names(results: Sequence[EigenResult]) -> list[str]:
+    """File names, or whole paths where names come twice."""
+    paths = [str(r.provenance.get("checkpoint") or "model") for r in results]
+    names = [Path(path).name for path in paths]
+    return names if len(set(names)) == len(names) else paths
+
+
+def _training(provenance: Mapping[str, Any]) -> str:
+    """How the weights came about, as far as the checkpoint says."""
+    recipe, epoch = provenance.get("recipe") or {}, provenance.get("epoch")
+    said = ""
+    if recipe.get("optimizer"):
+        rho = recipe.get("rho")
+        said += f", {recipe['optimizer']}" if rho is None else f", SAM around {recipe['optimizer']}, rho {rho:g}"
+    return said + (f", epoch {epoch}" if epoch is not None else "")
+
+
+def _remedy(result: EigenResult) -> str:
+    half = float((result.upper - result.lower).max()) / 2
+    rounding = 64 * float(np.finfo(np.float32).eps) * float(np.abs(result.eigenvalues).max())
+    if result.provenance.get("dtype") == "float32" and half <= rounding:
+        return f"float32 rounding leaves ±{half:.0e}: lift the computation to float64 (--dtype float64)."
+    return "Allow more passes (--max-passes), or a larger tolerance (--tol)."
 
 
 def table(results: Sequence[EigenResult]) -> str:
@@ -264,11 +278,14 @@ def table(results: Sequence[EigenResult]) -> str:
     return "\n".join([aligned(rows_of(results)), "", *notes_of(results)])
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines of text, the first column to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        others = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-        lines.append("  ".join([row[0].ljust(widths[0]), *others]).rstrip())
-    return "\n".join(lines)
+def _plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: a number that is not finite becomes null, what is no plain value its name."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

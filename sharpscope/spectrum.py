@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sharpscope.audit import audit
-from sharpscope.errors import ArgumentError, ConvergenceWarning
-from sharpscope.linalg import top_eigenpairs
+from sharpscope.errors import ConvergenceWarning
+from sharpscope.linalg import require_arguments, top_eigenpairs
 from sharpscope.objective import Objective, Progress
 from sharpscope.problem import Problem
 from sharpscope.results import Cost, EigenResult
@@ -61,16 +61,13 @@ def top_eigenvalues(
     """
     objective = Objective(problem, dtype=dtype, device=device, micro_batch=micro_batch)
     n = objective.num_params
-    if not 1 <= k <= n:
-        raise ArgumentError(f"k must be at least 1 and at most the number of parameters ({n}), got {k}.")
-    if max_passes is not None and max_passes < 2:
-        raise ArgumentError(
-            f"max_passes must be at least 2 (a step, and the product that checks it), got {max_passes}."
-        )
+    require_arguments(n, k, tol, method, max_passes)
     source = generator if generator is not None else torch.Generator().manual_seed(0)
     seed = source.initial_seed()
+    # A generator that has been drawn from does not start where its seed says, so the seed would not repeat the run.
+    fresh = torch.equal(source.get_state(), torch.Generator().manual_seed(seed).get_state())
     with objective.measuring():
-        audit(objective)
+        audit(objective, torch.Generator().manual_seed(seed))
         worst = [float("inf")]
 
         def stage(label: str, done: int, total: int | None) -> None:
@@ -133,7 +130,7 @@ def top_eigenvalues(
             "mode": problem.mode,
             "batchnorm": objective.batchnorm,
             "micro_batch": objective.micro_batch,
-            "seed": seed,
+            "seed": seed if fresh else None,
             "versions": {
                 "sharpscope": __version__,
                 "torch": torch.__version__,

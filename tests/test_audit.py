@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from dense import dense_hessian, top
-from sharpscope import Problem, ProblemError, top_eigenvalues
+from sharpscope import Objective, Problem, ProblemError, top_eigenvalues
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.randint(0, 3, (60,), generator=torch.Generator().manual_seed(1))
@@ -150,7 +150,9 @@ def test_a_gradient_that_is_not_the_losses_is_refused() -> None:
 
 def test_spectral_norm_is_measured_in_eval_mode_and_refused_in_train_mode() -> None:
     """Its power iteration moves buffers at every forward in train mode, so the loss is no fixed function."""
-    model = nn.Sequential(spectral_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 3))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)  # with some seeds the iteration has converged to the last bit, and the loss is fixed
+        model = nn.Sequential(spectral_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 3))
     assert top_eigenvalues(Problem(model=model, loss=nn.CrossEntropyLoss(), data=(X, Y)), k=1).converged.all()
     with pytest.raises(Exception, match="changes its own buffers"):
         top_eigenvalues(Problem(model=model, loss=nn.CrossEntropyLoss(), data=(X, Y), mode="train"), k=1)
@@ -275,3 +277,35 @@ def test_common_slips_end_in_a_sentence(make: Callable[[], nn.Module], data: Any
     """Lazy modules, single examples and (N, 1) labels are named, not left to torch."""
     with pytest.raises(ProblemError, match=message):
         top_eigenvalues(Problem(model=make(), loss=nn.CrossEntropyLoss(), data=data), k=1)
+
+
+def test_batch_statistics_are_the_loaders_with_or_without_an_audit() -> None:
+    """An Objective by itself measures what top_eigenvalues does when BatchNorm is in train mode."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    data = [(X[i : i + 20].double(), Y[i : i + 20]) for i in (0, 20, 40)]
+    problem = Problem(model=model, loss=nn.CrossEntropyLoss(), data=data, mode="train")
+    objective = Objective(problem)
+    hessian = objective.hvp(torch.eye(objective.num_params, dtype=torch.float64))
+    assert abs(float(top(hessian, 1)[0]) - top_eigenvalues(problem, k=1, tol=1e-9).lambda_max) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"weight_decay": float("nan")}, "weight_decay"),
+        ({"weight_decay": "x"}, "weight_decay"),
+        ({"params": 3}, "params"),
+    ],
+)
+def test_a_problem_of_wrong_values_is_refused(parts: dict[str, Any], message: str) -> None:
+    """Weight decay and parameter patterns are checked when the Problem is made."""
+    with pytest.raises(ProblemError, match=message):
+        Problem(model=net(), loss=nn.CrossEntropyLoss(), data=(X, Y), **parts)
+
+
+def test_data_that_do_not_fit_the_model_are_named() -> None:
+    """Inputs of a wrong shape, and a model in place of a Problem, end in a ProblemError that shows what came."""
+    with pytest.raises(ProblemError, match=r"The model cannot take the data.*\(60, 3\)"):
+        top_eigenvalues(Problem(model=net(), loss=nn.CrossEntropyLoss(), data=(X[:, :3], Y)), k=1)
+    with pytest.raises(ProblemError, match="Problem"):
+        top_eigenvalues(net())  # type: ignore[arg-type]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +216,10 @@ def test_bad_checkpoints_end_in_one_sentence(
         (["--data", "digit"], "Did you mean 'digits'?"),
         (["--model", "cn"], "Did you mean 'cnn'?"),
         (["--examples", "0"], "examples must be"),
-        (["--params", "fc.*"], "must match fc.*"),
+        (["--params", "fc.*", "--params", "head.*"], "must match fc.* head.*"),
+        (["--loss", "mes"], "Did you mean 'mse'?"),
+        (["--tol", "2"], "between 0 and 1"),
+        (["--data", "fashion-mnist"], "The model cannot take the data"),
         (["--vectors"], "Pass --out PATH"),
         (["--out", "/proc/nowhere/r.json"], "Cannot write"),
         (["--data", "fashion-mnist", "--data-root", "/nonexistent"], "apt install dataset-fashion-mnist"),
@@ -226,7 +227,7 @@ def test_bad_checkpoints_end_in_one_sentence(
         (["--device", "nonsense"], "device"),
         (["--model", "os:getcwd"], "must return a torch.nn.Module, got str"),
         (["--model", "os:getcwd", "--model-args", "a=1"], "does not take these model arguments"),
-        (["--max-passes", "1"], "max_passes must be at least 2"),
+        (["--max-passes", "1"], "at least 2 products"),
         (["--out", "r.npz"], "Name it .json"),
     ],
 )
@@ -336,16 +337,25 @@ def test_python_dash_m_and_a_real_interrupt(trained: Path) -> None:
     command = [sys.executable, "-m", "sharpscope"]
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     assert version.stdout.strip() == f"sharpscope {sharpscope.__version__}"
-    argv = [*command, "eigen", str(trained), "--tol", "1e-15", "--dtype", "float64", "--micro-batch", "1", "--k", "20"]
-    with subprocess.Popen(
-        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
-    ) as child:
-        time.sleep(8)
+    # The child says when it is at work, so that the signal meets it there.
+    code = (
+        "import contextlib, sys; from sharpscope import cli; from sharpscope.cli import terminal\n"
+        "@contextlib.contextmanager\n"
+        "def loud(what):\n"
+        "    yield lambda *progress: print('at work', file=sys.stderr, flush=True)\n"
+        "terminal.progress_bar = loud\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    argv = ["eigen", str(trained), "--tol", "1e-15", "--dtype", "float64", "--micro-batch", "1", "--k", "20"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code, *argv], stdout=pipe, stderr=pipe, text=True) as child:
+        assert child.stderr is not None
+        assert child.stderr.readline() == "at work\n"
         child.send_signal(signal.SIGINT)
         out, err = child.communicate(timeout=60)
     assert child.returncode == 130
     assert out == ""
-    assert err.strip() == "sharpscope: interrupted; what was finished is kept."
+    assert err.replace("at work\n", "").strip() == "sharpscope: interrupted; what was finished is kept."
 
 
 def test_values_on_the_command_line_become_python_values() -> None:

@@ -62,8 +62,8 @@ def test_chosen_spectra_come_back_with_their_multiplicity(name: str, dtype: torc
     assert bool((off <= 1e-3 * true.abs() + rounding)[pairs.converged].all())
     assert bool((pairs.lower <= true)[pairs.converged].all())
     assert bool((true <= pairs.upper)[pairs.converged].all())
-    if method == "lanczos" and (name, dtype) != ("negative outlier", torch.float32):
-        # There the rounding of 1000 in float32 is more than a thousandth of 1.
+    if name != "negative outlier":
+        # There the rounding of 1000 in float32 is more than a thousandth of 1, and the shift of 1000 slows the power.
         assert bool(pairs.converged.all())
 
 
@@ -186,6 +186,17 @@ def test_inner_products_are_float64_whatever_the_vectors() -> None:
     assert torch.allclose(inner(rows, rows), rows.double() @ rows.double().T, rtol=1e-14)
 
 
+def test_what_is_projected_out_is_gone_however_little_is_left() -> None:
+    """A block that is all but 1e-9 in the span of the basis comes out orthogonal to it, to rounding of what is left."""
+    generator = torch.Generator().manual_seed(0)
+    like = torch.empty(0, 500, dtype=torch.float64)
+    basis, _ = orthonormalise(random_rows(20, like, generator), like, 0.0, generator)
+    block = random_rows(3, basis[:, :20], generator) @ basis + 1e-9 * random_rows(3, like, generator)
+    rest, coefficients = project_out(block, basis)
+    assert float(inner(basis, rest).abs().max()) < 1e-14 * float(rest.norm())
+    assert torch.allclose(coefficients.T @ basis + rest, block, atol=1e-13)
+
+
 def test_a_block_that_breaks_down_is_filled_with_new_directions() -> None:
     """Dependent rows are replaced by orthonormal ones with no coupling, and the factorisation still holds."""
     generator = torch.Generator().manual_seed(0)
@@ -203,14 +214,16 @@ def test_a_block_that_breaks_down_is_filled_with_new_directions() -> None:
     ("options", "message"),
     [
         ({"k": 0}, "k must be at least 1"),
-        ({"k": 31}, "at most n"),
-        ({"tol": -1.0}, "tol must be finite"),
-        ({"tol": float("nan")}, "tol must be finite"),
+        ({"k": 31}, "at most the number"),
+        ({"tol": -1.0}, "tol must be"),
+        ({"tol": 0.0}, "tol must be"),
+        ({"tol": 2.0}, "tol must be"),
+        ({"tol": float("nan")}, "tol must be"),
         ({"method": "lanzcos"}, "Did you mean 'lanczos'"),
         ({"which": "top"}, "largest, smallest"),
         ({"dtype": torch.bfloat16}, "float32 or torch.float64"),
         ({"max_basis": 3}, "max_basis must be at least"),
-        ({"max_products": 1}, "max_products must be at least 2"),
+        ({"max_products": 1}, "at least 2 products"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options: dict[str, object], message: str) -> None:

@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import random
+import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -542,8 +543,9 @@ def test_attention_is_differentiated_twice() -> None:
             self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            q, k, v = self.qkv(x).chunk(3, -1)
-            return self.head(F.scaled_dot_product_attention(q, k, v).mean(1))
+            # Four dimensions, heads and all: only those reach a fused kernel.
+            q, k, v = (t.view(len(x), -1, 2, 2).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            return self.head(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).mean(1))
 
     model = Attention().double()
     inputs = torch.randn(40, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -669,12 +671,17 @@ def test_a_loss_without_terms_is_refused() -> None:
 
 
 def test_gradients_are_not_accumulated_nor_graphs_kept() -> None:
-    """.grad stays None, and no graph outlives a call."""
+    """.grad stays None, and no output of the model outlives a call."""
     model = net()
+    outputs: list[weakref.ref[Tensor]] = []
+    handle = model.register_forward_hook(lambda module, args, output: outputs.append(weakref.ref(output)))
     problem = Problem(model=model, loss=nn.CrossEntropyLoss(), data=(X, Y))
     product = Objective(problem).hvp(torch.eye(sum(p.numel() for p in model.parameters()), dtype=torch.float64))
+    handle.remove()
     assert not product.requires_grad
     assert all(p.grad is None for p in model.parameters())
+    assert outputs
+    assert all(reference() is None for reference in outputs)
 
 
 def test_cost_is_counted_in_gradients() -> None:

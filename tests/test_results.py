@@ -11,7 +11,8 @@ import pytest
 from sharpscope import Cost, DataError, EigenResult, OutputError, Ratio
 from sharpscope.files import atomic, require_writable
 from sharpscope.plot import sharpness_over_training
-from sharpscope.results import table, with_bound
+from sharpscope.results import table
+from sharpscope.tables import with_bound
 
 
 def result(values: list[float], half: float = 0.01, converged: bool = True, **provenance: object) -> EigenResult:
@@ -49,7 +50,8 @@ def test_a_meaningless_ratio_is_none_with_a_reason(values: list[float], half: fl
     """No number is printed where lambda_k is not surely positive, in the table neither."""
     r = result(values, half)
     assert r.ratio == Ratio(len(values), None, None, None, reason)
-    assert reason in r.summary()
+    assert len(values) == 1 or reason in r.summary()
+    assert str(r) == r.summary()
 
 
 def test_the_json_has_the_agreed_keys(tmp_path: Path) -> None:
@@ -62,6 +64,40 @@ def test_the_json_has_the_agreed_keys(tmp_path: Path) -> None:
     assert said["cost"] == {"passes": 3, "hvps": 20, "gradients": 43.5, "seconds": 1.25}
     keys = {"checkpoint", "sha256", "loss", "gradient_norm", "eigenvalues", "residuals", "lower", "upper", "converged"}
     assert keys <= set(said)
+
+
+def test_provenance_is_kept_as_json_can_hold_it(tmp_path: Path) -> None:
+    """What is not finite becomes null, NumPy's numbers plain ones, and a key of the result's own is refused."""
+    given = {"metrics": {"test_loss": float("inf"), "n": np.int64(3)}, "shape": (1, 8), "where": tmp_path}
+    result([2.0, 1.0], **given).save(tmp_path / "r.json")
+    said = json.loads((tmp_path / "r.json").read_text())
+    assert said["metrics"] == {"test_loss": None, "n": 3}
+    assert (said["shape"], said["where"], said["format"]) == ([1, 8], str(tmp_path), 1)
+    for key in ("analysis", "loss", "cost"):
+        with pytest.raises(DataError, match=key):
+            result([2.0, 1.0], **{key: 1})
+
+
+def test_ratios_of_different_k_are_told_apart() -> None:
+    """In a table of results with different k each ratio names its own; with k = 1 there is no such column."""
+    text = table([result([4.0, 2.0]), result([4.0, 2.0, 1.0])])
+    assert "lambda_max/lambda_k" in text
+    assert "(k=2)" in text
+    assert "(k=3)" in text
+    alone = table([result([4.0])])
+    assert "/" not in alone.splitlines()[0]
+    assert "ratio" not in alone
+
+
+def test_the_notes_say_what_was_measured_on_what() -> None:
+    """Wrong labels, SAM, the epoch, and which of two files of one name, stand below the table."""
+    recipe = {"optimizer": "sgd", "rho": 0.1}
+    given = {"data": "digits", "split": "train", "label_noise": 0.2, "recipe": recipe, "epoch": 3, "num_examples": 9}
+    text = table([result([2.0, 1.0], checkpoint=f"{folder}/last.pt", **given) for folder in ("sgd", "sam")])
+    assert "9 examples of digits (train, 20% wrong labels)" in text
+    assert "SAM around sgd, rho 0.1, epoch 3" in text
+    assert text.splitlines()[1].startswith("sgd/last.pt")
+    assert text.splitlines()[2].startswith("sam/last.pt")
 
 
 def test_vectors_of_another_run_are_not_taken_for_this_ones(tmp_path: Path) -> None:
@@ -110,7 +146,7 @@ def test_the_table_marks_what_has_not_converged() -> None:
     text = table([result([2.0, 1.0], converged=False, checkpoint="x/a.pt", tol=1e-3), result([3.0, 1.0, 0.5])])
     assert text.count("±0.01 ?") == 2
     assert "a.pt: NOT CONVERGED to the tolerance 0.001 (marked ?): lambda_1, lambda_2." in text
-    assert "lambda_max/lambda_3" in text
+    assert "lambda_max/lambda_k" in text
 
 
 def test_a_result_shows_itself_in_a_notebook() -> None:

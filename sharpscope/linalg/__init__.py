@@ -1,5 +1,5 @@
 """Eigensolvers for large symmetric operators that are known only by their products with a block of vectors."""
 
-from sharpscope.linalg.eigenpairs import METHODS, Eigenpairs, top_eigenpairs
+from sharpscope.linalg.eigenpairs import METHODS, Eigenpairs, require_arguments, top_eigenpairs
 
-__all__ = ["METHODS", "Eigenpairs", "top_eigenpairs"]
+__all__ = ["METHODS", "Eigenpairs", "require_arguments", "top_eigenpairs"]

@@ -25,7 +25,8 @@ def ritz_bounds(ritz_values: Tensor, residual_gram: Tensor, next_above: float | 
     Args:
         ritz_values: descending, float64 (k,).
         residual_gram: ``R' R`` (k, k), R the residual vectors.
-        next_above: an upper bound of ``lambda_{k+1}``, -inf where there is none left; None uses ``||R_i||`` alone.
+        next_above: an estimate from above of ``lambda_{k+1}`` (a Ritz value and its residual), -inf where there is none
+            left; None uses ``||R_i||`` alone.
 
     The bounds presume that the k pairs stand for the k largest eigenvalues: no residual can prove that.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -25,7 +24,7 @@ class Eigenpairs:
     Attributes:
         eigenvalues: float64 (k,), ordered from that end inwards.
         eigenvectors: (n, k), orthonormal columns in the dtype of the computation.
-        residuals: ``||H v - lambda v||`` (k,), each from a product computed for it alone.
+        residuals: ``||H v - lambda v||`` (k,), from true products, not from a recurrence; with "lanczos" from one more.
         lower, upper: float64 (k,), an interval for each eigenvalue from its residual and gap, with rounding.
         converged: bool (k,), whether the interval's half-width is at most ``tol |lambda|``, or lambda is zero to
             rounding.
@@ -70,7 +69,7 @@ def top_eigenpairs(
         which: "largest" or "smallest".
         method: "lanczos" (block Lanczos with thick restart; also "auto") or "power" (deflated power iteration).
         max_basis: vectors of length n that the solver may keep.
-        max_products: calls of ``matmat`` after which it gives up (by default 100 for "lanczos", 500 k for "power");
+        max_products: calls of ``matmat`` after which it gives up (by default 100 for "lanczos", 1000 for "power");
             the result then says what has not converged.
         dtype, device: of the vectors; inner products and small matrices are float64.
         generator: source of the random start, on the CPU; by default one seeded with 0.
@@ -78,18 +77,11 @@ def top_eigenpairs(
 
     Raises: ArgumentError for arguments out of range, a matmat with a wrong shape, NaN, or that is not symmetric.
     """
-    if method not in ("auto", *METHODS):
-        raise ArgumentError(nearest("method", method, ("auto", *METHODS)))
+    require_arguments(n, k, tol, method, max_products)
     if which not in WHICH:
         raise ArgumentError(f"which must be one of {', '.join(WHICH)}, got {which!r}.")
-    if n < 1 or not 1 <= k <= n:
-        raise ArgumentError(f"k must be at least 1 and at most n ({n}), got {k}.")
-    if not (math.isfinite(tol) and tol >= 0):
-        raise ArgumentError(f"tol must be finite and not negative, got {tol}.")
     if dtype not in (torch.float32, torch.float64):
         raise ArgumentError(f"dtype must be torch.float32 or torch.float64, got {dtype}.")
-    if max_products is not None and max_products < 2:
-        raise ArgumentError(f"max_products must be at least 2 (a step and the final product), got {max_products}.")
     name = "lanczos" if method == "auto" else method
     sign = 1.0 if which == "largest" else -1.0
     pairs = METHODS[name](
@@ -116,6 +108,21 @@ def top_eigenpairs(
     if which == "smallest":
         result = replace(result, eigenvalues=-result.eigenvalues, lower=-result.upper, upper=-result.lower)
     return result
+
+
+def require_arguments(n: int, k: int, tol: float, method: str, max_products: int | None) -> None:
+    """What every solver asks of its arguments, to be asked before anything is paid for.
+
+    Raises: ArgumentError.
+    """
+    if method not in ("auto", *METHODS):
+        raise ArgumentError(nearest("method", str(method), ("auto", *METHODS)))
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:
+        raise ArgumentError(f"k must be at least 1 and at most the number of parameters ({n}), got {k}.")
+    if not isinstance(tol, float | int) or not 0 < tol < 1:
+        raise ArgumentError(f"tol must be a number between 0 and 1, got {tol!r}.")
+    if max_products is not None and max_products < 2:
+        raise ArgumentError(f"There must be at least 2 products, a step and its check, got a limit of {max_products}.")
 
 
 def _checked(matmat: Matmat, n: int, sign: float, dtype: torch.dtype, device: torch.device) -> Matmat:

@@ -82,33 +82,33 @@ def lanczos(
         scale = max(scale, float(values.abs().max()))
         floor = rounding(scale, dtype)
         residuals = coupling @ rotation
-        if size >= k:
-            rest_above = float(values[k] + residuals[:, k].norm()) if size > k else float("-inf")
-            bounds = ritz_bounds(values[:k], residuals[:, :k].T @ residuals[:, :k], rest_above)
-            worst = float((bounds / values[:k].abs().clamp_min(floor / max(tol, 1e-300))).max()) if scale else 0.0
-            if progress is not None:
-                progress(products, worst)
-            met = (bounds + floor <= inner_tol * values[:k].abs()) | (bounds <= floor)
-            streak = streak + 1 if bool(met.all()) else 0
-            if streak >= CONFIRMED or size == n or products + 1 >= most:
-                vectors = combine(rotation[:, :k].T, basis[:size])
-                products, matvecs = products + 1, matvecs + k
-                pairs = rayleigh_ritz(
-                    *(vectors, matmat(vectors)),
-                    next_above=rest_above,
-                    scale=scale,
-                    tol=tol,
-                    num_matvecs=matvecs,
-                    num_products=products,
-                )
-                # A fixed operator gives the same values again; one that changes betrays itself here.
-                same = (pairs.values - values[:k]).abs() <= bounds + pairs.bounds
-                pairs = replace(pairs, converged=pairs.converged & same)
-                failures += 1
-                stuck = bool((bounds <= floor).all()) or failures == VERIFICATIONS
-                if bool(pairs.converged.all()) or size == n or stuck or products >= most:
-                    return pairs
-                inner_tol /= 10
+        rest_above = float(values[k] + residuals[:, k].norm()) if size > k else float("-inf")
+        bounds = ritz_bounds(values[:k], residuals[:, :k].T @ residuals[:, :k], rest_above)
+        worst = float((bounds / values[:k].abs().clamp_min(floor / max(tol, 1e-300))).max()) if scale else 0.0
+        if progress is not None:
+            progress(products, worst)
+        met = (bounds + floor <= inner_tol * values[:k].abs()) | (bounds <= floor)
+        streak = streak + 1 if bool(met.all()) else 0
+        if streak >= CONFIRMED or size == n or products + 1 >= most:
+            vectors = combine(rotation[:, :k].T, basis[:size])
+            products, matvecs = products + 1, matvecs + k
+            pairs = rayleigh_ritz(
+                vectors,
+                matmat(vectors),
+                next_above=rest_above,
+                scale=scale,
+                tol=tol,
+                num_matvecs=matvecs,
+                num_products=products,
+            )
+            # A fixed operator gives the same values again; one that changes betrays itself here.
+            same = (pairs.values - values[:k]).abs() <= bounds + pairs.bounds
+            pairs = replace(pairs, converged=pairs.converged & same)
+            failures += 1
+            stuck = bool((bounds <= floor).all()) or failures == VERIFICATIONS
+            if bool(pairs.converged.all()) or size == n or stuck or products >= most:
+                return pairs
+            inner_tol /= 10
         if size + len(block) > limit:
             kept = max(k + 1, (limit - width) // 2)
             basis[:kept] = combine(rotation[:, :kept].T, basis[:size])

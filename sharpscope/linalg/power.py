@@ -54,7 +54,8 @@ def power_iteration(
         met = residuals[:k] <= (tol * values[:k].abs() / k**0.5).clamp_min(floor / k)
         if bool(met.all()) or products >= most:
             return rayleigh_ritz(
-                *(block[:k], image[:k]),
+                block[:k],
+                image[:k],
                 next_above=None,  # the last Ritz value of a power iteration lags too far behind to bound a gap
                 scale=scale,
                 tol=tol,

@@ -20,7 +20,7 @@ def sharpness_over_training(
 ) -> tuple[Axes, Axes]:
     """lambda_max and lambda_max/lambda_k against the epoch, a line a run, with intervals; returns the two Axes.
 
-    A dash in the run's colour shows ``2/eta``, the edge of stability of plain gradient descent at the learning rate
+    A triangle in the run's colour shows ``2/eta``, the edge of stability of plain gradient descent at the learning rate
     in force (Cohen et al. 2021), unless a small rate takes it far above the picture.
 
     Args:
@@ -34,7 +34,7 @@ def sharpness_over_training(
     if axes is None:
         _, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left, right = axes
-    k = 0
+    ks: set[int] = set()
     for colour, (label, results) in zip(_cycle(len(runs)), runs.items(), strict=True):
         if any(r.provenance.get("epoch") is None for r in results):
             raise DataError(f"Every result of {label!r} must say its epoch, as those of sharpscope checkpoints do.")
@@ -49,9 +49,9 @@ def sharpness_over_training(
         rates = [(r.provenance["epoch"], (r.provenance.get("metrics") or {}).get("lr")) for r in ordered]
         edges = [(epoch, 2 / rate) for epoch, rate in rates if rate]
         if edges:
-            left.plot(*zip(*edges, strict=True), color=colour, marker="_", linestyle="", label=f"2/eta, {label}")
+            left.plot(*zip(*edges, strict=True), color=colour, marker="v", fillstyle="none", linestyle="")
         told = [(r.provenance["epoch"], r.ratio) for r in ordered if r.ratio.value is not None]
-        k = max([k, *(ratio.k for _, ratio in told)])
+        ks |= {ratio.k for _, ratio in told}
         right.errorbar(
             [epoch for epoch, _ in told],
             [float(ratio.value or 0) for _, ratio in told],
@@ -65,10 +65,12 @@ def sharpness_over_training(
             label=label,
         )
     everything = [r.lambda_max for results in runs.values() for r in results if r.lambda_max > 0]
+    left.plot([], [], color="grey", marker="v", fillstyle="none", linestyle="", label="2/eta, where in the picture")
     left.set(xlabel="epoch", ylabel=r"$\lambda_{\max}$", yscale="log")
     if everything:
         left.set_ylim(min(everything) / 2, max(*everything, 1e-300) * 100)
-    right.set(xlabel="epoch", ylabel=rf"$\lambda_{{\max}}/\lambda_{{{k or 'k'}}}$", ylim=(0, None))
+    last = ks.pop() if len(ks) == 1 else "k"
+    right.set(xlabel="epoch", ylabel=rf"$\lambda_{{\max}}/\lambda_{{{last}}}$", ylim=(0, None))
     left.legend(fontsize="small")
     right.legend(fontsize="small")
     return left, right

@@ -1,0 +1,53 @@
+"""What several commands show: lines on stdout, progress bars on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+# disable=None: silent where stderr is no terminal.
+TQDM: dict[str, Any] = {"disable": None, "dynamic_ncols": True, "leave": False}
+
+
+def emit(text: str) -> None:
+    """Print ``text`` on stdout, now.
+
+    Raises: OutputError when stdout cannot be written; BrokenPipeError when nobody reads it any more.
+    """
+    from sharpscope.errors import OutputError
+
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"Cannot write to standard output: {error.strerror}.") from error
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar on stderr with the time left, one line that is reused for every stage; silent where that is no terminal."""
+    stage, bar = "", tqdm(disable=True)
+
+    def show(now: str, done: int, total: int | None) -> None:
+        nonlocal stage, bar
+        if now != stage:
+            bar.close()
+            stage = now
+            bar = tqdm(total=total, desc=f"{what}: {now}", unit=" examples", **TQDM)
+        bar.update(done - bar.n)
+
+    try:
+        yield show
+    finally:
+        bar.close()
+
+
+def advance(bar: Any, done: int, total: int, metrics: dict[str, float]) -> None:
+    """Show ``done`` of ``total`` steps with the epoch's mean loss and accuracy so far."""
+    bar.total = total
+    bar.set_postfix_str(f"loss {metrics['loss']:.4f} accuracy {metrics['accuracy']:.2%}", refresh=False)
+    bar.update(done - bar.n)
