@@ -60,8 +60,7 @@ def audit(objective: Objective, generator: torch.Generator | None = None) -> Non
 
 
 def _require_symmetric(probes: Tensor, sums: Sums, tolerance: float) -> None:
-    u, v = probes.double().cpu() if probes.device.type != "mps" else probes.cpu().double()
-    hu, hv = sums.products.cpu().double()
+    (u, v), (hu, hv) = probes.cpu().double(), sums.products.cpu().double()
     apart = abs(float(u @ hv - v @ hu))
     size = float(u.norm() * hv.norm() + v.norm() * hu.norm())
     if apart > tolerance * size:
@@ -94,6 +93,7 @@ def _require_same_mean(objective: Objective) -> None:
     one, two = (
         objective.accumulate(micro_batches(objective.data, cut), nothing) for cut in (size, max(1, 2 * size // 5))
     )
+    objective.passes += 2
     if one.finite and two.finite:
         require_same(one, two, "micro-batches", 1e3 * torch.finfo(objective.dtype).eps)
 

@@ -693,6 +693,9 @@ def test_cost_is_counted_in_gradients() -> None:
     assert (objective.gradients, objective.passes, objective.hvps) == (8.0, 2, 3)
     result = top_eigenvalues(Problem(model=net(), loss=nn.CrossEntropyLoss(), data=(X, Y)))
     assert result.cost.gradients > result.cost.passes + 2 * result.cost.hvps
+    ours = lambda output, target: F.cross_entropy(output, target)  # noqa: E731
+    audited = top_eigenvalues(Problem(model=net(), loss=ours, data=(X, Y)))
+    assert audited.cost.passes == result.cost.passes + 2  # the data set is cut in two ways to see that ours is a mean
 
 
 def test_the_micro_batch_is_chosen_by_measuring_on_large_data() -> None:
