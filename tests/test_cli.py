@@ -337,9 +337,11 @@ def test_python_dash_m_and_a_real_interrupt(trained: Path) -> None:
     command = [sys.executable, "-m", "sharpscope"]
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     assert version.stdout.strip() == f"sharpscope {sharpscope.__version__}"
-    # The child says when it is at work, so that the signal meets it there.
+    # The child says when it is at work, so that the signal meets it there; a shell's background job, as this may be
+    # part of, ignores SIGINT unless told otherwise.
     code = (
-        "import contextlib, sys; from sharpscope import cli; from sharpscope.cli import terminal\n"
+        "import contextlib, signal, sys; from sharpscope import cli; from sharpscope.cli import terminal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "@contextlib.contextmanager\n"
         "def loud(what):\n"
         "    yield lambda *progress: print('at work', file=sys.stderr, flush=True)\n"
