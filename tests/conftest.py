@@ -1,8 +1,13 @@
 """What holds for every test."""
 
+import os
+
 import matplotlib
 import pytest
 import torch
+
+from sharpscope import DataError
+from sharpscope.zoo import load_data
 
 # Figures are drawn, never shown.
 matplotlib.use("Agg")
@@ -12,3 +17,14 @@ matplotlib.use("Agg")
 def _same_start() -> None:
     """Models that a test makes are the same at every run, in whatever order tests run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def _fashion_mnist() -> None:
+    """The real Fashion-MNIST is here; in CI it must be, elsewhere the test is skipped and pytest says why."""
+    try:
+        load_data("fashion-mnist", "test")
+    except DataError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))

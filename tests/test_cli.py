@@ -16,6 +16,7 @@ import torch
 import sharpscope
 from sharpscope.cli import main, options
 from sharpscope.train import Recipe, train
+from sharpscope.zoo import make_model
 
 KEYS = [
     "analysis",
@@ -219,7 +220,6 @@ def test_bad_checkpoints_end_in_one_sentence(
         (["--params", "fc.*", "--params", "head.*"], "must match fc.* head.*"),
         (["--loss", "mes"], "Did you mean 'mse'?"),
         (["--tol", "2"], "between 0 and 1"),
-        (["--data", "fashion-mnist"], "The model cannot take the data"),
         (["--vectors"], "Pass --out PATH"),
         (["--out", "/proc/nowhere/r.json"], "Cannot write"),
         (["--data", "fashion-mnist", "--data-root", "/nonexistent"], "apt install dataset-fashion-mnist"),
@@ -240,6 +240,21 @@ def test_bad_options_end_in_one_sentence(
     assert out == ""
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.usefixtures("_fashion_mnist")
+def test_real_images_are_measured_and_what_does_not_fit_them_is_named(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """eigen runs on Fashion-MNIST for a model of its shape; a model of digits ends in one sentence."""
+    assert run("eigen", trained, "--data", "fashion-mnist", "--examples", "100") == 1
+    assert "The model cannot take the data, here inputs of shape (100, 1, 28, 28)" in capsys.readouterr().err
+    torch.save(make_model("cnn", seed=0, shape=(1, 28, 28)).state_dict(), tmp_path / "cnn.pt")
+    argv = ["--model", "cnn", "--data", "fashion-mnist", "--examples", "200", "--k", "2", "--json"]
+    assert run("eigen", tmp_path / "cnn.pt", *argv) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["num_params"], said["num_examples"], said["split_examples"]) == (52138, 200, 60000)
+    assert said["lower"][0] < said["lambda_max"] < said["upper"][0]
 
 
 def test_wrong_usage_exits_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,6 +154,7 @@ def test_bad_data_requests_are_explained() -> None:
         load_data("digits", label_noise=1.5)
 
 
+@pytest.mark.usefixtures("_fashion_mnist")
 def test_real_fashion_mnist_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """From Debian's package: 60,000 and 10,000 images, balanced, standardised, first labels as published."""
     monkeypatch.delenv("SHARPSCOPE_DATA", raising=False)
