@@ -3,7 +3,7 @@
 For each model: the time of one gradient over the examples, and of one block of K products, in turn, several rounds;
 the ratio per vector is taken within each round and its median is printed.
 
-    python benchmarks/hvp_cost.py [--block 5] [--rounds 7] [--examples 2048]
+    python benchmarks/hvp_cost.py [--block 5] [--rounds 5] [--examples 512] [--micro-batch 32]
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def main() -> None:
     """Print one row a model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--block", type=int, default=5, help="vectors in a block")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--examples", type=int, default=2048)
-    parser.add_argument("--micro-batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--examples", type=int, default=512)
+    parser.add_argument("--micro-batch", type=int, default=32)
     parser.add_argument("--data", default="fashion-mnist", help="digits or fashion-mnist")
     args = parser.parse_args()
     data = load_data(args.data)
