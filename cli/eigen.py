@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from sharpscope.results import EigenResult, table
 
     outputs = _outputs(args)
+    if ":" in (args.model or "") or args.trust:
+        sys.path.insert(0, os.getcwd())  # a console script, unlike python -m, does not look where the user stands
     for path in dict.fromkeys(args.checkpoints):  # every file is read once before the first long measurement
         _load(args, path)
     results: list[EigenResult] = []
@@ -95,8 +97,6 @@ def run(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace, path: str) -> Any:
     import sharpscope
 
-    if ":" in (args.model or "") or args.trust:
-        sys.path.insert(0, os.getcwd())  # a console script, unlike python -m, does not look where the user stands
     return sharpscope.load(
         path,
         model=args.model,

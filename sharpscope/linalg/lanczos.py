@@ -14,6 +14,7 @@ from sharpscope.linalg.ritz import (
     RitzPairs,
     SolverProgress,
     descending,
+    largest_relative,
     rayleigh_ritz,
     require_symmetric,
     rounding,
@@ -84,9 +85,8 @@ def lanczos(
         residuals = coupling @ rotation
         rest_above = float(values[k] + residuals[:, k].norm()) if size > k else float("-inf")
         bounds = ritz_bounds(values[:k], residuals[:, :k].T @ residuals[:, :k], rest_above)
-        worst = float((bounds / values[:k].abs().clamp_min(floor / max(tol, 1e-300))).max()) if scale else 0.0
         if progress is not None:
-            progress(products, worst)
+            progress(products, largest_relative(bounds, values[:k], floor, tol))
         met = (bounds + floor <= inner_tol * values[:k].abs()) | (bounds <= floor)
         streak = streak + 1 if bool(met.all()) else 0
         if streak >= CONFIRMED or size == n or products + 1 >= most:

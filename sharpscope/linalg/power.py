@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sharpscope.linalg.ritz import Matmat, RitzPairs, SolverProgress, descending, rayleigh_ritz, rounding
+from sharpscope.linalg.ritz import (
+    Matmat,
+    RitzPairs,
+    SolverProgress,
+    descending,
+    largest_relative,
+    rayleigh_ritz,
+    rounding,
+)
 from sharpscope.linalg.vectors import BREAKDOWN, combine, inner, norms, orthonormalise, random_rows
 
 # Products with a block after which it gives up, unless told otherwise.
@@ -47,9 +55,8 @@ def power_iteration(
         lowest = min(lowest, float(values[-1]), -float(lengths[-1]) if values[-1] < 0 else 0.0)
         residuals = norms(image - values.to(block)[:, None] * block)
         floor = rounding(scale, dtype)
-        worst = float((residuals[:k] / values[:k].abs().clamp_min(floor / max(tol, 1e-300))).max()) if scale else 0.0
         if progress is not None:
-            progress(products, worst)
+            progress(products, largest_relative(residuals[:k], values[:k], floor, tol))
         # sqrt(k): what holds for k pairs together is their residuals' joint norm.
         met = residuals[:k] <= (tol * values[:k].abs() / k**0.5).clamp_min(floor / k)
         if bool(met.all()) or products >= most:

@@ -67,6 +67,11 @@ def rounding(scale: float, dtype: torch.dtype) -> float:
     return ROUNDING * torch.finfo(dtype).eps * scale
 
 
+def largest_relative(bounds: Tensor, values: Tensor, floor: float, tol: float) -> float:
+    """The largest ``bound / |theta|``, to show; what is zero to rounding counts as ``floor / tol``."""
+    return float((bounds / values.abs().clamp_min(floor / tol)).max()) if floor else 0.0
+
+
 def descending(projected: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, largest first, and eigenvectors (columns) of a small symmetric float64 matrix."""
     values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
