@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,3 +30,12 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
         others = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
         lines.append("  ".join([row[0].ljust(widths[0]), *others]).rstrip())
     return "\n".join(lines)
+
+
+def as_html(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """Rows of cells, the first the heading, as an HTML table with notes below, for notebooks."""
+    head, *body = rows
+    heading = "".join(f"<th>{html.escape(c)}</th>" for c in head)
+    cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in body)
+    said = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    return f"<table><thead><tr>{heading}</tr></thead><tbody>{cells}</tbody></table>{said}"

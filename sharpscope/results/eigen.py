@@ -1,10 +1,8 @@
-"""Results: what was measured, how surely, at what cost, and where it came from. NumPy only."""
+"""The largest eigenvalues: ratios of them, the result that holds them, and the table that shows results."""
 
 from __future__ import annotations
 
 import contextlib
-import html
-import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -15,35 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sharpscope.errors import DataError, OutputError
+from sharpscope.errors import DataError
 from sharpscope.files import atomic
-from sharpscope.tables import aligned, with_bound
+from sharpscope.results.cost import Cost
+from sharpscope.results.record import head, names_of, opened, origin, read, refuse_taken, require_json_name, write
+from sharpscope.tables import aligned, as_html, with_bound
 
 Array = NDArray[np.float64]
 
-# The layout of the saved JSON; a reader refuses a later one.
-FORMAT = 1
 _MEASURED = ("loss", "gradient_norm", "eigenvalues", "residuals", "lower", "upper", "converged", "cost")
+_DERIVED = ("lambda_max", "ratio")
 
 # What np.load raises for a file of another making.
 _UNREADABLE = (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a measurement took.
-
-    Attributes:
-        passes: full walks over the data.
-        hvps: Hessian-vector products over the whole data set.
-        gradients: everything done, audit included, in units of one gradient (forward and backward) over the data set.
-        seconds: wall-clock.
-    """
-
-    passes: int
-    hvps: int
-    gradients: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -98,9 +80,7 @@ class EigenResult:
     eigenvectors: NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
-        taken = sorted({"format", "analysis", "lambda_max", "ratio", *_MEASURED} & set(self.provenance))
-        if taken:
-            raise DataError(f"Provenance must not use the result's own keys, got {', '.join(taken)}. Rename them.")
+        refuse_taken(self.provenance, (*_MEASURED, *_DERIVED))
 
     @property
     def lambda_max(self) -> float:
@@ -115,9 +95,7 @@ class EigenResult:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the eigenvectors, as plain JSON values."""
         return {
-            "format": FORMAT,
-            "analysis": "eigen",
-            **{str(key): _plain(value) for key, value in self.provenance.items()},
+            **head("eigen", self.provenance),
             "loss": self.loss,
             "gradient_norm": self.gradient_norm,
             "eigenvalues": self.eigenvalues.tolist(),
@@ -136,18 +114,13 @@ class EigenResult:
 
         Raises: DataError when a key is missing or it is another analysis.
         """
-        analysis = values.get("analysis") if isinstance(values, Mapping) else None
-        if analysis != "eigen":
-            raise DataError(f"An eigen result must be an object with analysis 'eigen', got {analysis!r}.")
-        if values.get("format", FORMAT) != FORMAT:
-            raise DataError(f"The result has format {values['format']!r}, and this sharpscope reads {FORMAT}.")
-        rest = dict(values)
+        rest = opened(values, "eigen")
         try:
             measured = {key: rest.pop(key) for key in ("eigenvalues", "residuals", "lower", "upper", "converged")}
             loss, gradient_norm, cost = rest.pop("loss"), rest.pop("gradient_norm"), Cost(**rest.pop("cost"))
         except (KeyError, TypeError) as error:
             raise DataError(f"An eigen result must have the keys of EigenResult.to_dict(), got: {error}.") from error
-        for derived in ("format", "analysis", "lambda_max", "ratio"):
+        for derived in _DERIVED:
             rest.pop(derived, None)
         return cls(
             **{key: np.array(value, bool if key == "converged" else float) for key, value in measured.items()},
@@ -162,15 +135,13 @@ class EigenResult:
 
         Raises: OutputError when it cannot be written, DataError when there are no vectors to write.
         """
-        if Path(path).suffix == ".npz":
-            raise OutputError(f"The result is JSON, and its vectors go beside it as .npz, got {path}. Name it .json.")
+        require_json_name(path)
         if vectors:
             if self.eigenvectors is None:
                 raise DataError("The result must hold eigenvectors to save them. Measure with vectors=True.")
             with atomic(Path(path).with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
                 np.savez(file, eigenvectors=self.eigenvectors, eigenvalues=self.eigenvalues)
-        with atomic(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EigenResult:
@@ -178,11 +149,7 @@ class EigenResult:
 
         Raises: DataError when ``path`` holds something else.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} must be a JSON file written by sharpscope; problem: {error}.") from error
-        result = cls.from_dict(values)
+        result = cls.from_dict(read(path))
         beside = Path(path).with_suffix(".npz")
         if beside.is_file():
             # A file of another run, or of another making, that only shares the name is not this one's vectors.
@@ -199,11 +166,7 @@ class EigenResult:
         return self.summary()
 
     def _repr_html_(self) -> str:
-        head, *rows = rows_of([self])
-        cells = "".join(f"<th>{html.escape(c)}</th>" for c in head)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in notes_of([self]))
-        return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>{notes}"
+        return as_html(rows_of([self]), notes_of([self]))
 
 
 def rows_of(results: Sequence[EigenResult]) -> list[list[str]]:
@@ -211,9 +174,9 @@ def rows_of(results: Sequence[EigenResult]) -> list[list[str]]:
     ks = {len(result.eigenvalues) for result in results}
     k = max(ks)
     ratio_head = [f"lambda_max/lambda_{k if len(ks) == 1 else 'k'}"] if k > 1 else []
-    head = ["checkpoint", "lambda_max", *(f"lambda_{i}" for i in range(2, k + 1)), *ratio_head]
-    rows = [[*head, "loss", "|grad|", "gradients", "passes", "seconds"]]
-    for r, name in zip(results, _names(results), strict=True):
+    columns = ["lambda_max", *(f"lambda_{i}" for i in range(2, k + 1)), *ratio_head]
+    rows = [["checkpoint", *columns, "loss", "|grad|", "gradients", "passes", "seconds"]]
+    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
         intervals = zip(r.eigenvalues, r.lower, r.upper, r.converged, strict=True)
         values = [with_bound(v, low, up) + ("" if sure else " ?") for v, low, up, sure in intervals]
         ratio, cost = r.ratio, r.cost
@@ -229,14 +192,9 @@ def rows_of(results: Sequence[EigenResult]) -> list[list[str]]:
 def notes_of(results: Sequence[EigenResult]) -> list[str]:
     """What a reader of the table must know: the data, the mode, what has not converged, ratios that mean nothing."""
     notes = []
-    for r, name in zip(results, _names(results), strict=True):
+    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
         p = r.provenance
-        where = f"{p.get('num_examples', '?')} examples"
-        if p.get("data") and p.get("split"):
-            noise = p.get("label_noise")
-            where += f" of {p['data']} ({p['split']}{f', {100 * noise:.3g}% wrong labels' if noise else ''})"
-        how = f"{p.get('num_params', '?')} parameters, {p.get('mode', '?')} mode, {p.get('dtype', '?')}"
-        notes.append(f"{name}: {where}, {how}{_training(p)}.")
+        notes.append(f"{name}: {origin(p)}")
         if r.ratio.value is None and r.ratio.k > 1:
             notes.append(f"{name}: no ratio, since {r.ratio.reason}.")
         if not r.converged.all():
@@ -246,23 +204,6 @@ def notes_of(results: Sequence[EigenResult]) -> list[str]:
                 f"{name}: NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?): {which}. {_remedy(r)}"
             )
     return notes
-
-
-def _names(results: Sequence[EigenResult]) -> list[str]:
-    """File names, or whole paths where names come twice."""
-    paths = [str(r.provenance.get("checkpoint") or "model") for r in results]
-    names = [Path(path).name for path in paths]
-    return names if len(set(names)) == len(names) else paths
-
-
-def _training(provenance: Mapping[str, Any]) -> str:
-    """How the weights came about, as far as the checkpoint says."""
-    recipe, epoch = provenance.get("recipe") or {}, provenance.get("epoch")
-    said = ""
-    if recipe.get("optimizer"):
-        rho = recipe.get("rho")
-        said += f", {recipe['optimizer']}" if rho is None else f", SAM around {recipe['optimizer']}, rho {rho:g}"
-    return said + (f", epoch {epoch}" if epoch is not None else "")
 
 
 def _remedy(result: EigenResult) -> str:
@@ -276,16 +217,3 @@ def _remedy(result: EigenResult) -> str:
 def table(results: Sequence[EigenResult]) -> str:
     """Results row by row as aligned text, with the notes below."""
     return "\n".join([aligned(rows_of(results)), "", *notes_of(results)])
-
-
-def _plain(value: Any) -> Any:
-    """``value`` as JSON can hold it: a number that is not finite becomes null, what is no plain value its name."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

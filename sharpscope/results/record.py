@@ -1,0 +1,110 @@
+"""A result's record, whatever the analysis: its JSON on disk, and what its provenance says to a reader."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sharpscope.errors import DataError, OutputError
+from sharpscope.files import atomic
+
+# The layout of the saved JSON; a reader refuses a later one.
+FORMAT = 1
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: a number that is not finite becomes null, what is no plain value its name."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def refuse_taken(provenance: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Raise DataError when ``provenance``, which stands beside them in the record, uses one of a result's ``keys``."""
+    taken = sorted({"format", "analysis", *keys} & set(provenance))
+    if taken:
+        raise DataError(f"Provenance must not use the result's own keys, got {', '.join(taken)}. Rename them.")
+
+
+def head(analysis: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that open every record: format, analysis, and the provenance as plain values."""
+    return {"format": FORMAT, "analysis": analysis, **{str(key): plain(value) for key, value in provenance.items()}}
+
+
+def opened(values: Any, analysis: str) -> dict[str, Any]:
+    """A copy of a record without its format and analysis.
+
+    Raises: DataError when it is no object, of another analysis, or of a later format.
+    """
+    said = values.get("analysis") if isinstance(values, Mapping) else None
+    if said != analysis:
+        article = "An" if analysis[0] in "aeiou" else "A"
+        raise DataError(f"{article} {analysis} result must be an object with analysis {analysis!r}, got {said!r}.")
+    if values.get("format", FORMAT) != FORMAT:
+        raise DataError(f"The result has format {values['format']!r}, and this sharpscope reads {FORMAT}.")
+    return {key: value for key, value in values.items() if key not in ("format", "analysis")}
+
+
+def require_json_name(path: str | os.PathLike[str]) -> None:
+    """Raise OutputError where ``path`` is named for the arrays beside the record, not for the record."""
+    if Path(path).suffix == ".npz":
+        raise OutputError(f"The result is JSON, and its vectors go beside it as .npz, got {path}. Name it .json.")
+
+
+def write(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
+    """Write a record to ``path`` as JSON, atomically.
+
+    Raises: OutputError when it cannot be written.
+    """
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read(path: str | os.PathLike[str]) -> Any:
+    """What the JSON file at ``path`` holds.
+
+    Raises: DataError when there is none.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} must be a JSON file written by sharpscope; problem: {error}.") from error
+
+
+def names_of(provenances: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The checkpoints' file names, or whole paths where names come twice."""
+    paths = [str(provenance.get("checkpoint") or "model") for provenance in provenances]
+    names = [Path(path).name for path in paths]
+    return names if len(set(names)) == len(names) else paths
+
+
+def origin(provenance: Mapping[str, Any]) -> str:
+    """One sentence: which examples, how many parameters, which mode and precision, how the weights came about."""
+    where = f"{provenance.get('num_examples', '?')} examples"
+    if provenance.get("data") and provenance.get("split"):
+        noise = provenance.get("label_noise")
+        wrong = f", {100 * noise:.3g}% wrong labels" if noise else ""
+        where += f" of {provenance['data']} ({provenance['split']}{wrong})"
+    how = f"{provenance.get('num_params', '?')} parameters, {provenance.get('mode', '?')} mode"
+    return f"{where}, {how}, {provenance.get('dtype', '?')}{_training(provenance)}."
+
+
+def _training(provenance: Mapping[str, Any]) -> str:
+    """How the weights came about, as far as the checkpoint says."""
+    recipe, epoch = provenance.get("recipe") or {}, provenance.get("epoch")
+    said = ""
+    if recipe.get("optimizer"):
+        rho = recipe.get("rho")
+        said += f", {recipe['optimizer']}" if rho is None else f", SAM around {recipe['optimizer']}, rho {rho:g}"
+    return said + (f", epoch {epoch}" if epoch is not None else "")
