@@ -1,5 +1,16 @@
-"""Eigensolvers for large symmetric operators that are known only by their products with a block of vectors."""
+"""Eigenvalues, trace and density of large symmetric operators known only by their products with a block of vectors."""
 
 from sharpscope.linalg.eigenpairs import METHODS, Eigenpairs, require_arguments, top_eigenpairs
+from sharpscope.linalg.quadrature import Quadrature, lanczos_quadrature
+from sharpscope.linalg.trace import TraceEstimate, trace_and_frobenius
 
-__all__ = ["METHODS", "Eigenpairs", "require_arguments", "top_eigenpairs"]
+__all__ = [
+    "METHODS",
+    "Eigenpairs",
+    "Quadrature",
+    "TraceEstimate",
+    "lanczos_quadrature",
+    "require_arguments",
+    "top_eigenpairs",
+    "trace_and_frobenius",
+]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError, nearest
 from sharpscope.linalg.lanczos import lanczos
+from sharpscope.linalg.operator import on_rows, require_dtype
 from sharpscope.linalg.power import power_iteration
 from sharpscope.linalg.ritz import Matmat, RitzPairs, SolverProgress
 
@@ -80,12 +81,11 @@ def top_eigenpairs(
     require_arguments(n, k, tol, method, max_products)
     if which not in WHICH:
         raise ArgumentError(f"which must be one of {', '.join(WHICH)}, got {which!r}.")
-    if dtype not in (torch.float32, torch.float64):
-        raise ArgumentError(f"dtype must be torch.float32 or torch.float64, got {dtype}.")
+    require_dtype(dtype)
     name = "lanczos" if method == "auto" else method
     sign = 1.0 if which == "largest" else -1.0
     pairs = METHODS[name](
-        _checked(matmat, n, sign, dtype, torch.device(device)),
+        on_rows(matmat, n, dtype, torch.device(device), sign),
         torch.empty(0, n, dtype=dtype, device=device),
         k,
         tol=tol,
@@ -123,19 +123,3 @@ def require_arguments(n: int, k: int, tol: float, method: str, max_products: int
         raise ArgumentError(f"tol must be a number between 0 and 1, got {tol!r}.")
     if max_products is not None and max_products < 2:
         raise ArgumentError(f"There must be at least 2 products, a step and its check, got a limit of {max_products}.")
-
-
-def _checked(matmat: Matmat, n: int, sign: float, dtype: torch.dtype, device: torch.device) -> Matmat:
-    """``sign * matmat`` on rows, (b, n) to (b, n), after a look at what came back."""
-
-    def rows(block: Tensor) -> Tensor:
-        product = matmat(block.T.clone())  # a copy: matmat may write into its argument
-        if not isinstance(product, Tensor) or product.shape != (n, len(block)):
-            came = tuple(product.shape) if isinstance(product, Tensor) else type(product).__name__
-            raise ArgumentError(f"matmat must return a tensor of shape ({n}, {len(block)}), got {came}.")
-        product = sign * product.detach().to(device, dtype).T
-        if not bool(torch.isfinite(product).all()):
-            raise ArgumentError("matmat must return finite numbers, got NaN or infinity.")
-        return product.contiguous()
-
-    return rows

@@ -1,0 +1,171 @@
+"""Stochastic Lanczos quadrature: how an operator's eigenvalues are distributed, from a few random vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sharpscope.errors import ArgumentError
+from sharpscope.linalg.operator import on_rows, outside, require_dtype
+from sharpscope.linalg.ritz import Matmat
+from sharpscope.linalg.vectors import BREAKDOWN, norms, project_out, random_rows
+
+
+@dataclass(frozen=True)
+class Quadrature:
+    """``v' f(H) v ~ sum_j weights_j f(nodes_j)`` for each probe v; on average over probes that is ``tr f(H) / n``.
+
+    Attributes:
+        nodes: float64 (K, d + s). In each row the d known eigenvalues, then the Ritz values of that probe, ascending.
+        weights: float64 (K, d + s), not negative, each row's sum 1: 1/n for a known eigenvalue, and (n - d)/n times the
+            squared first components of T's eigenvectors for the others. Where a run ended before s steps the row is
+            filled up with copies of a node, of weight 0.
+        probes: (K, n), the unit vectors that the runs started from, orthogonal to what is known.
+        images: (K, n), ``(I - P) H`` of the probes, P the projector on what is known: for a trace at no further cost.
+        num_products: products with a block of vectors, and ``num_matvecs``: with one vector.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    probes: Tensor
+    images: Tensor
+    num_products: int
+    num_matvecs: int
+
+
+def lanczos_quadrature(
+    matmat: Matmat,
+    n: int,
+    probes: int = 6,
+    steps: int = 32,
+    *,
+    known: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> Quadrature:
+    """Gauss quadratures of the spectral measures of ``probes`` independent random vectors (Golub and Meurant 2010).
+
+    Each probe, uniform on the sphere, has its own Lanczos run with full reorthogonalisation against its own basis; all
+    runs advance together, so a step is one product with a block of at most ``probes`` vectors. A run whose next vector
+    is rounding only has found an invariant subspace: its quadrature is exact and it drops out of the block.
+
+    Args:
+        matmat: ``V`` (n, b) to ``H V`` (n, b), H symmetric.
+        n: the order of H.
+        probes: independent vectors K.
+        steps: of Lanczos, s: a row is exact for polynomials up to degree 2s - 1; at most n - d are taken.
+        known: eigenvalues (d,) and orthonormal eigenvectors (n, d) that are taken out and put back with weight 1/n
+            each. The others are then resolved on their own scale.
+        dtype, device: of the vectors; inner products and small matrices are float64.
+        generator: source of the probes, on the CPU; by default one seeded with 0.
+
+    Cost: ``steps`` products with a block; memory, ``probes * steps`` vectors.
+
+    Raises: ArgumentError for arguments out of range, a matmat with a wrong shape, NaN, or that is not symmetric.
+    """
+    require_probes(n, probes, steps)
+    require_dtype(dtype)
+    source = generator if generator is not None else torch.Generator().manual_seed(0)
+    like = torch.empty(0, n, dtype=dtype, device=device)
+    values, vectors = taken_out(known, like)
+    operator = outside(on_rows(matmat, n, dtype, like.device), vectors)
+    depth = min(steps, n - len(vectors))
+    alphas, betas = (torch.zeros(probes, depth, dtype=torch.float64) for _ in range(2))
+    lengths = [depth] * probes
+    bases = torch.empty(probes, depth, n, dtype=dtype, device=device)
+    start = unit_rows(probes, like, vectors, source)
+    block, running, scale, matvecs, images = start, list(range(probes)), 0.0, 0, start
+    for step in range(depth):
+        image = operator(block)
+        matvecs += len(block)
+        if step == 0:
+            images = image
+        scale = max(scale, float(norms(image).max()))
+        rests, going = [], []
+        for row, probe in enumerate(running):
+            bases[probe, step] = block[row]
+            rest, coefficients = project_out(image[row : row + 1], bases[probe, : step + 1])
+            _require_three_terms(coefficients[:, 0], float(betas[probe, step - 1]) if step else 0.0, scale, dtype)
+            alphas[probe, step] = coefficients[step, 0]
+            length = float(norms(rest)[0])
+            if length <= BREAKDOWN * torch.finfo(dtype).eps * scale or step + 1 == depth:
+                lengths[probe] = step + 1
+                continue
+            betas[probe, step] = length
+            rests.append(rest / length)
+            going.append(probe)
+        running = going
+        if not running:
+            break
+        block = torch.cat(rests)
+    rules = [_rule(alphas[p, :size], betas[p, : size - 1], depth) for p, size in enumerate(lengths)]
+    share = (n - len(values)) / n
+    return Quadrature(
+        nodes=torch.stack([torch.cat([values, nodes]) for nodes, _ in rules]),
+        weights=torch.stack([torch.cat([torch.full_like(values, 1 / n), share * w]) for _, w in rules]),
+        probes=start,
+        images=images,
+        num_products=max(lengths),
+        num_matvecs=matvecs,
+    )
+
+
+def require_probes(n: int, probes: int, steps: int = 1) -> None:
+    """What the estimates from random vectors ask of their arguments, to be asked before anything is paid for.
+
+    Raises: ArgumentError.
+    """
+    if not isinstance(probes, int) or isinstance(probes, bool) or not 2 <= probes <= n:
+        raise ArgumentError(
+            f"probes must be at least 2, or nothing says how far they scatter, and at most the number of parameters "
+            f"({n}), got {probes}."
+        )
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ArgumentError(f"steps must be at least 1, got {steps}.")
+
+
+def taken_out(known: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Known eigenvalues in float64 (d,) on the CPU and eigenvectors as rows (d, n) like ``like`` (0, n).
+
+    Raises: ArgumentError when they do not belong together or are not orthonormal.
+    """
+    if known is None:
+        return torch.zeros(0, dtype=torch.float64), like
+    values, n = known[0].detach().cpu().double(), like.shape[1]
+    if values.dim() != 1 or known[1].shape != (n, len(values)) or len(values) >= n:
+        came = f"{tuple(values.shape)} and {tuple(known[1].shape)}"
+        raise ArgumentError(f"Known pairs must be of shapes (d,) and ({n}, d) with d < {n}, got {came}.")
+    vectors = known[1].detach().T.to(like).contiguous()
+    apart = float((vectors.double() @ vectors.double().T - torch.eye(len(values)).to(vectors).double()).abs().max())
+    if not apart <= torch.finfo(like.dtype).eps ** 0.5:
+        raise ArgumentError(f"Known eigenvectors must be orthonormal, but V'V is off by {apart:.2g}.")
+    return values, vectors
+
+
+def unit_rows(count: int, like: Tensor, vectors: Tensor, generator: torch.Generator) -> Tensor:
+    """``count`` independent rows, uniform on the unit sphere of what is orthogonal to the rows ``vectors``."""
+    rows, _ = project_out(random_rows(count, like, generator), vectors)
+    return rows / norms(rows).to(rows)[:, None]
+
+
+def _rule(alphas: Tensor, betas: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of a Jacobi matrix (Golub and Welsch 1969), filled up to ``depth`` with weight 0."""
+    values, vectors = torch.linalg.eigh(torch.diag(alphas) + torch.diag(betas, 1) + torch.diag(betas, -1))
+    weights = vectors[0].square()
+    missing = depth - len(values)
+    return torch.cat([values, values[-1:].expand(missing)]), torch.cat([weights / weights.sum(), torch.zeros(missing)])
+
+
+def _require_three_terms(coefficients: Tensor, beta: float, scale: float, dtype: torch.dtype) -> None:
+    """A symmetric H gives ``q_{j-1}' H q_j = beta_{j-1}`` and nothing before that; raise ArgumentError otherwise."""
+    before = coefficients[:-1].clone()
+    if len(before):
+        before[-1] -= beta
+        apart = float(before.abs().max())
+        if apart > 10 * torch.finfo(dtype).eps ** 0.5 * scale:
+            raise ArgumentError(
+                f"H must be symmetric, but v'Hu and u'Hv differ by {apart:.2g} at a norm of {scale:.2g}."
+            )
