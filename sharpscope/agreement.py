@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from sharpscope.batches import MicroBatch
-from sharpscope.derivatives import Sums
 from sharpscope.errors import AuditError, ProblemError
 from sharpscope.objective import Objective
+from sharpscope.sums import Sums
 
 
 def require_repeatable(objective: Objective, one: Sums, two: Sums, tolerance: float) -> None:
@@ -21,7 +21,7 @@ def require_repeatable(objective: Objective, one: Sums, two: Sums, tolerance: fl
     if not changed and moved <= tolerance * float(one.spread):
         return
     dropout = nn.modules.dropout._DropoutNd
-    dropping = [name for name, m in objective.model.named_modules() if isinstance(m, dropout) and m.training]
+    dropping = [name for name, m in objective.terms.model.named_modules() if isinstance(m, dropout) and m.training]
     cause = (
         f"dropout is on in {dropping[0]} ({len(dropping)} in all). Measure in mode 'eval'"
         if dropping
@@ -41,7 +41,7 @@ def require_additive(objective: Objective, whole: MicroBatch, tolerance: float) 
     """
     if not whole.splittable or whole.size < 2:
         return
-    nothing = torch.empty(0, objective.num_params, dtype=objective.dtype, device=objective.device)
+    nothing = objective.no_vectors()
     half = whole.size // 2
     one = objective.accumulate([whole], nothing)
     two = objective.accumulate([whole.part(0, half), whole.part(half, whole.size)], nothing)

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpscope import sizes
 from sharpscope.agreement import require_additive, require_repeatable, require_same
 from sharpscope.batches import MicroBatch, leaves, map_tensors, micro_batches
-from sharpscope.derivatives import Sums
 from sharpscope.errors import AuditError, ProblemError
-from sharpscope.objective import DEFAULT_MICRO_BATCH, Objective
+from sharpscope.objective import Objective
+from sharpscope.sums import Sums
 from sharpscope.twin import audit_in_float64, reads
 
 EXAMPLES = 256
@@ -44,16 +45,16 @@ def audit(objective: Objective, generator: torch.Generator | None = None) -> Non
         require_repeatable(objective, one, two, 1e3 * eps)
         _require_symmetric(probes, one, 10 * eps**0.5)
         originals = [p for p in objective.problem.model.parameters() if p.requires_grad]
-        if objective.model is not objective.problem.model and reads(objective, first, originals):
+        if objective.terms.model is not objective.problem.model and reads(objective, first, originals):
             raise ProblemError(
                 f"The loss reads the model's own parameters, which a copy in {objective.dtype} on {objective.device} "
                 "does not have. Convert the model yourself, with model.to(...), and pass no dtype or device."
             )
         audit_in_float64(objective, first, generator)
         if objective.micro_batch == "loader":
-            if not objective.counts_terms:
+            if not objective.terms.loss.counted:
                 _require_no_sum(objective, first)
-        elif not objective.counts_terms:
+        elif not objective.terms.loss.counted:
             _require_same_mean(objective)
         else:
             require_additive(objective, first, 1e4 * eps)
@@ -76,10 +77,10 @@ def _require_no_sum(objective: Objective, first: MicroBatch) -> None:
     def twice(value: Any) -> Any:
         return map_tensors(value, lambda t: torch.cat([t, t]))
 
-    output, target, _ = objective.forward(first)
+    output, target, _ = objective.terms.forward(first)
     try:
-        once = objective.loss_function(output, target).detach()
-        again = objective.loss_function(twice(output), twice(target)).detach()
+        once = objective.terms.loss_function(output, target).detach()
+        again = objective.terms.loss_function(twice(output), twice(target)).detach()
     except (RuntimeError, ValueError, IndexError):
         return  # a loss that takes no other batch size
     if float(once) and abs(float(again / once) - 2) < 1e-3:
@@ -88,12 +89,12 @@ def _require_no_sum(objective: Objective, first: MicroBatch) -> None:
 
 def _require_same_mean(objective: Objective) -> None:
     """The mean over the whole data set, cut into micro-batches of two sizes that share few boundaries."""
-    size = objective.micro_batch if isinstance(objective.micro_batch, int) else DEFAULT_MICRO_BATCH
-    nothing = torch.empty(0, objective.num_params, dtype=objective.dtype, device=objective.device)
+    size = objective.micro_batch if isinstance(objective.micro_batch, int) else sizes.DEFAULT
+    nothing = objective.no_vectors()
     one, two = (
         objective.accumulate(micro_batches(objective.data, cut), nothing) for cut in (size, max(1, 2 * size // 5))
     )
-    objective.passes += 2
+    objective.meter.passes += 2
     if one.finite and two.finite:
         require_same(one, two, "micro-batches", 1e3 * torch.finfo(objective.dtype).eps)
 

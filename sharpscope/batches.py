@@ -24,11 +24,13 @@ class MicroBatch:
         batch: the same structure as the loader's batches.
         size: number of examples.
         pieces: ``(loader batch, first example in it, number)`` of each run of examples.
+        scale: what each of its loss terms counts, 1 unless it stands for others in a weighted subset.
     """
 
     batch: Any
     size: int
     pieces: tuple[tuple[int, int, int], ...]
+    scale: float = 1.0
 
     @property
     def splittable(self) -> bool:
@@ -51,7 +53,8 @@ class MicroBatch:
             if low < high:
                 pieces.append((batch, first + low - position, high - low))
             position += count
-        return MicroBatch(map_tensors(self.batch, lambda t: t[start:stop]), stop - start, tuple(pieces))
+        cut = map_tensors(self.batch, lambda t: t[start:stop])
+        return MicroBatch(cut, stop - start, tuple(pieces), self.scale)
 
 
 def walkable(data: Any) -> Iterable[Any]:

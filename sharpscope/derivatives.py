@@ -1,10 +1,11 @@
-"""Gradient and Hessian-vector products of a sum over micro-batches, by double backprop."""
+"""Gradient and Hessian products of one micro-batch, by double backprop on a graph that is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,87 +13,103 @@ from torch import Tensor
 from sharpscope.batches import MicroBatch
 from sharpscope.errors import ProblemError
 from sharpscope.params import views
-from sharpscope.precision import wide
+from sharpscope.terms import LossTerms
 
-# Costs in gradients (forward and backward): a gradient on a graph that is kept, and a product on that graph.
-GRADIENT, PRODUCT = 1.0, 2.0
+# The unit of cost is a gradient (forward and backward), which is also the price of building a kept graph.
+GRADIENT = 1.0
+
+
+class Products(Protocol):
+    """``products(block, last=False)``: those of a kept graph with the rows of ``block`` (K, n), as a new (K, n).
+
+    ``last`` frees the graph on the way, which saves memory; the graph cannot be used again.
+    """
+
+    def __call__(self, block: Tensor, last: bool = False) -> Tensor: ...
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Sums over examples, not means.
+class Graph:
+    """One micro-batch, differentiated once and kept, so that vectors can be pushed through it. Sums, not means.
 
     Attributes:
-        loss: ``sum_i a_i l_i``, and ``weight``: ``sum_i a_i``, both in float64 where the device has it.
-        gradient: (n,), and ``products``: (K, n), of the loss.
-        spread: the sum of the micro-batches' gradient norms: what rounding errors of the gradient are relative to.
+        loss: ``sum_i a_i l_i``, and ``weight``: ``sum_i a_i``, both times the micro-batch's scale.
+        gradient: of ``loss``, a tensor for each parameter.
+        products: with the rows of a block, of the curvature of ``loss``.
         examples: their number.
     """
 
     loss: Tensor
     weight: Tensor
-    gradient: Tensor
-    products: Tensor
-    spread: Tensor
+    gradient: Sequence[Tensor]
+    products: Products
     examples: int
 
-    @property
-    def finite(self) -> bool:
-        """Whether loss, gradient and products are all finite."""
-        return all(bool(torch.isfinite(t).all()) for t in (self.loss, self.gradient, self.products))
 
+@dataclass(frozen=True)
+class Curvature:
+    """A symmetric matrix that is a sum over loss terms, as a function of one micro-batch.
 
-def accumulate(
-    term_sums: Callable[[MicroBatch], tuple[Tensor, Tensor]],
-    parts: Iterable[MicroBatch],
-    params: Sequence[Tensor],
-    block: Tensor,
-    progress: Callable[[int], None] | None = None,
-) -> Sums:
-    """Loss, gradient and Hessian products with the rows of ``block`` (K, n), summed over ``parts``.
-
-    ``term_sums(part)`` is the pair ``(sum_i a_i l_i, sum_i a_i)``. Each part's graph is built once, every row goes
-    through it, and it is freed. Cost: 1 + 2K gradients.
-
-    Raises: ProblemError when an operation has no second derivative, or the loss does not depend on ``params``.
+    Attributes:
+        name: what to call it in a result.
+        graph: ``graph(terms, part, keep)`` differentiates a micro-batch; ``keep`` says that products will be wanted.
+        cost: gradients a product on a kept graph.
+        twice: whether the model's second derivative enters.
     """
-    count, device = len(block), block.device
-    loss = torch.zeros((), dtype=wide(device), device=device)
-    weight, spread = torch.zeros_like(loss), torch.zeros_like(loss)
-    sums = torch.zeros(1 + count, block.shape[1], dtype=block.dtype, device=device)
-    targets = [views(row, params) for row in sums]
-    vectors = [views(row, params) for row in block]
-    examples = 0
-    for part in parts:
-        with _derivative_errors():
-            value, terms = term_sums(part)
-            examples += part.size
-            if not value.requires_grad and not float(terms):
-                continue  # no loss terms in this part, so no graph either
-            # materialize_grads: a parameter that the loss does not use has zero curvature, it is no error.
-            grads = torch.autograd.grad(value, params, create_graph=count > 0, materialize_grads=True)
-            detached = [g.detach() for g in grads]
-            torch._foreach_add_(targets[0], detached)
-            live = [i for i, g in enumerate(grads) if g.requires_grad]
-            for k in range(count if live else 0):
-                products = torch.autograd.grad(
+
+    name: str
+    graph: Callable[[LossTerms, MicroBatch, bool], Graph]
+    cost: float
+    twice: bool = False
+
+
+def hessian(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:
+    """The graph of gradient and products ``(sum_i a_i H_i) v``; cost 1 gradient, and 2 a product.
+
+    Pearlmutter 1994, as the gradient of ``g'v``.
+
+    Raises: ProblemError when an operation has no second derivative, or the loss does not depend on the parameters.
+    """
+    with derivative_errors():
+        value, weight = terms.sums(part)
+        if not value.requires_grad and not float(weight):
+            return nothing(terms, part, value, weight)
+        # materialize_grads: a parameter that the loss does not use has zero curvature, it is no error.
+        grads = torch.autograd.grad(value, terms.params, create_graph=keep, materialize_grads=True)
+    live = [i for i, g in enumerate(grads) if g.requires_grad]
+
+    def products(block: Tensor, last: bool = False) -> Tensor:
+        rows = torch.zeros_like(block)
+        for k in range(len(block) if live else 0):
+            vector = views(block[k], terms.params)
+            with derivative_errors():
+                found = torch.autograd.grad(
                     [grads[i] for i in live],
-                    params,
-                    [vectors[k][i] for i in live],
-                    retain_graph=k + 1 < count,
+                    terms.params,
+                    [vector[i] for i in live],
+                    retain_graph=not last or k + 1 < len(block),
                     materialize_grads=True,
                 )
-                torch._foreach_add_(targets[1 + k], list(products))
-        loss += value.detach()
-        weight += terms
-        spread += torch.stack(torch._foreach_norm(detached)).to(loss).norm()
-        if progress is not None:
-            progress(examples)
-    return Sums(loss, weight, sums[0], sums[1:], spread, examples)
+            torch._foreach_copy_(views(rows[k], terms.params), list(found))
+        return rows
+
+    return Graph(value.detach(), weight, [g.detach() for g in grads], products, part.size)
+
+
+HESSIAN = Curvature("hessian", hessian, cost=2.0, twice=True)
+
+
+def nothing(terms: LossTerms, part: MicroBatch, value: Tensor, weight: Tensor) -> Graph:
+    """The graph of a micro-batch without loss terms, which need not depend on the parameters."""
+
+    def products(block: Tensor, last: bool = False) -> Tensor:
+        return torch.zeros_like(block)
+
+    return Graph(value.detach(), weight, [torch.zeros_like(p) for p in terms.params], products, part.size)
 
 
 @contextmanager
-def _derivative_errors() -> Iterator[None]:
+def derivative_errors() -> Iterator[None]:
     """What torch says of a model that cannot be differentiated twice, as a ProblemError."""
     try:
         yield

@@ -11,10 +11,10 @@ from torch import Tensor
 from sharpscope import params
 from sharpscope.agreement import require_additive, require_repeatable
 from sharpscope.batches import MicroBatch
-from sharpscope.derivatives import Sums
 from sharpscope.errors import ProblemError
 from sharpscope.objective import Objective
 from sharpscope.precision import placed
+from sharpscope.sums import Sums
 
 # How many examples the copy sees, and the largest it may be (0.8 GB).
 EXAMPLES = 32
@@ -43,35 +43,37 @@ def audit_in_float64(objective: Objective, first: MicroBatch, generator: torch.G
     if objective.num_params > LARGEST or objective.device.type == "mps":  # MPS has no float64
         return
     try:
-        model, loss = placed(objective.model, objective.loss_function, torch.float64, objective.device, copied=True)
+        model, loss = placed(
+            objective.terms.model, objective.terms.loss_function, torch.float64, objective.device, copied=True
+        )
     except ProblemError:
         return
     problem = dataclasses.replace(objective.problem, model=model, loss=loss)
     twin = Objective(problem, dtype=torch.float64, micro_batch=objective.micro_batch)
     whole = objective.micro_batch == "loader" or not first.splittable
     few = first if whole else first.part(0, min(first.size, EXAMPLES))
-    originals = [p for p in (*objective.params, *objective.problem.model.parameters()) if p.requires_grad]
+    originals = [p for p in (*objective.terms.params, *objective.problem.model.parameters()) if p.requires_grad]
     with twin.measuring():
         if reads(twin, few, originals):
             return
-        nothing = torch.empty(0, twin.num_params, dtype=torch.float64, device=twin.device)
+        nothing = twin.no_vectors()
         require_repeatable(twin, twin.accumulate([few], nothing), twin.accumulate([few], nothing), TOLERANCE)
         if objective.micro_batch != "loader":
             require_additive(twin, few, TOLERANCE)
         _require_derivatives(twin, few, generator)
-    objective.charge(twin.example_gradients)
+    objective.charge(twin.meter.example_gradients)
 
 
 def reads(objective: Objective, part: MicroBatch, others: Sequence[Tensor]) -> bool:
     """Whether the loss of ``part`` depends on tensors that are not of the objective's model."""
-    value, _ = objective.term_sums(part)
+    value, _ = objective.terms.sums(part)
     if not value.requires_grad or not others:
         return False
     return any(g is not None for g in torch.autograd.grad(value, list(others), allow_unused=True))
 
 
 def _require_derivatives(twin: Objective, few: MicroBatch, generator: torch.Generator | None) -> None:
-    weights = torch.cat([p.detach().reshape(-1) for p in twin.params])
+    weights = torch.cat([p.detach().reshape(-1) for p in twin.terms.params])
 
     def direction() -> Tensor:
         u = torch.randn(weights.shape, generator=generator, dtype=torch.float64).to(twin.device)
@@ -79,7 +81,7 @@ def _require_derivatives(twin: Objective, few: MicroBatch, generator: torch.Gene
         return scaled
 
     def sums(at: Tensor, block: Tensor) -> Sums:
-        params.assign(twin.params, at)
+        params.assign(twin.terms.params, at)
         return twin.accumulate([few], block)
 
     for _ in range(TRIES):

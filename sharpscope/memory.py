@@ -1,0 +1,74 @@
+"""Fitting a micro-batch's graph into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+
+from sharpscope.batches import MicroBatch
+from sharpscope.errors import ProblemError
+
+T = TypeVar("T")
+
+# How the allocators that have no exception of their own say it: CPU, older CPU, MPS.
+SAYINGS = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` is an allocator's, on whatever device."""
+    if isinstance(error, MemoryError | getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(saying in str(error).lower() for saying in SAYINGS)
+
+
+class Room:
+    """The size of micro-batch that fits: a part that does not is halved, and so are all later ones.
+
+    Args:
+        largest: examples that are tried at once, or None for whatever comes.
+        fixed: why no micro-batch may be cut, or "".
+    """
+
+    def __init__(self, largest: int | None = None, fixed: str = "") -> None:
+        self.largest = largest
+        self.fixed = fixed
+
+    def run(self, part: MicroBatch, work: Callable[[MicroBatch], T]) -> Iterator[T]:
+        """``work(part)``, or that of its pieces where the whole does not fit; each example is in one of what is given.
+
+        Raises: ProblemError when a part that cannot be cut does not fit.
+        """
+        if self.largest is not None and part.size > self.largest and not self.fixed and part.splittable:
+            for start in range(0, part.size, self.largest):
+                yield from self._halving(part.part(start, min(start + self.largest, part.size)), work)
+        else:
+            yield from self._halving(part, work)
+
+    def _halving(self, part: MicroBatch, work: Callable[[MicroBatch], T]) -> Iterator[T]:
+        try:
+            done = work(part)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            self._require_cuttable(part, error)
+        else:
+            yield done
+            return
+        # Out here the exception is gone, and with it the frames that hold the graph which did not fit.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.largest = (part.size + 1) // 2
+        yield from self.run(part, work)
+
+    def _require_cuttable(self, part: MicroBatch, error: BaseException) -> None:
+        if part.size > 1 and not self.fixed and part.splittable:
+            return
+        what = part.where(0) if part.size == 1 else f"batch {part.pieces[0][0]} of {part.size} examples"
+        why = "" if part.size == 1 else f", and it may not be cut: {self.fixed or 'its tensors have unequal lengths'}"
+        raise ProblemError(
+            f"The graph of {what} must fit into memory, but does not{why} ({str(error).splitlines()[0]}). "
+            f"{'Choose' if part.size == 1 else 'Make the batches smaller, or choose'} a device with more memory, a "
+            "narrower dtype, or fewer vectors a block."
+        ) from error

@@ -1,0 +1,100 @@
+"""The loss terms of one micro-batch, summed on the device and in the dtype of the computation."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharpscope import params
+from sharpscope.batches import MicroBatch, arguments, leaves, map_tensors
+from sharpscope.errors import ProblemError
+from sharpscope.losses import term_loss
+from sharpscope.memory import out_of_memory
+from sharpscope.precision import compute_dtype, converted, placed, usable
+from sharpscope.problem import Problem
+
+
+class LossTerms:
+    """``sum_i a_i l_i(w)`` and ``sum_i a_i`` over any micro-batch of ``problem``, differentiable in ``params``.
+
+    Attributes:
+        model, loss_function: the user's own, or copies in ``dtype`` on ``device``.
+        loss: ``loss_function`` as a sum over its terms.
+        params: the tensors that form w, and ``num_params``: how many numbers they hold.
+        checked: set once every example has been seen. Later walks see the same data, and each check waits for the
+            device.
+
+    Raises: ArgumentError, ProblemError.
+    """
+
+    def __init__(
+        self, problem: Problem, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> None:
+        if not isinstance(problem, Problem):
+            raise ProblemError(f"A Problem(model=, loss=, data=) is needed, got {type(problem).__name__}.")
+        chosen = params.select(problem.model, problem.params)
+        self.problem = problem
+        self.dtype = compute_dtype(chosen.values(), dtype)
+        self.device = usable(device) if device is not None else next(iter(chosen.values())).device
+        self.model, self.loss_function = placed(problem.model, problem.loss, self.dtype, self.device)
+        self.params: list[Tensor] = list(params.select(self.model, problem.params).values())
+        self.num_params = sum(p.numel() for p in self.params)
+        self.loss = term_loss(self.loss_function)
+        self.checked = False
+        self._accepts = _forward_names(problem.model)
+
+    @property
+    def batchnorm(self) -> str:
+        """How BatchNorm is treated: "none" (there is none), "running statistics" or "batch statistics"."""
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if not norms:
+            return "none"
+        from_batch = any(self.problem.mode == "train" or m.running_mean is None for m in norms)
+        return "batch statistics" if from_batch else "running statistics"
+
+    def forward(self, part: MicroBatch) -> tuple[Any, Any, Any]:
+        """``(output, target, batch)`` of one micro-batch; cost one forward pass.
+
+        Raises: ProblemError when the model cannot take the data.
+        """
+        batch = map_tensors(part.batch, self._placed)
+        args, kwargs, target = arguments(batch, self._accepts)
+        try:
+            output = self.model(*args, **kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if self.checked or out_of_memory(error):
+                raise
+            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            raise ProblemError(
+                f"The model cannot take the data, here inputs of shape {shapes}: {str(error).splitlines()[0]}. "
+                "Check that model and data belong together."
+            ) from error
+        return output, target, batch
+
+    def sums(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
+        """``(sum_i a_i l_i, sum_i a_i)`` over one micro-batch, both times ``part.scale``, the first differentiable."""
+        return self.sums_of(part, *self.forward(part))
+
+    def sums_of(self, part: MicroBatch, output: Any, target: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        """``sums(part)`` of an output that ``forward(part)`` gave."""
+        if not self.checked:
+            self.loss.check(output, target, part.where)
+        value, weight = self.loss.sums(output, target, batch, part.size)
+        return (value, weight) if part.scale == 1 else (value * part.scale, weight * part.scale)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        # A copy: a model may write into its input, or ask for its gradient, and the user's data are his.
+        return tensor.detach().to(self.device, converted(tensor, self.dtype), copy=True)
+
+
+def _forward_names(model: nn.Module) -> Callable[[str], bool]:
+    """Whether ``model.forward`` names an argument, so that a dict batch's target is passed on."""
+    try:
+        named = set(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):
+        named = set()
+    return named.__contains__
