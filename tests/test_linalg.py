@@ -151,6 +151,131 @@ def test_smallest_mirrors_largest(method: str) -> None:
     assert torch.allclose(low.eigenvalues, torch.tensor([-8.0, -6.0, -4.0], dtype=torch.float64), rtol=1e-3)
 
 
+def wanted(matrix: Tensor, k: int, which: str) -> Tensor:
+    """The eigenvalues that ``which`` names, from a dense solver; ties in magnitude with the positive one first."""
+    true = torch.linalg.eigvalsh(matrix.double()).flip(0)
+    if which == "both":
+        return torch.cat([true[:k], true[-k:]])
+    if which == "smallest":
+        return true.flip(0)[:k]
+    return true[torch.argsort(true.abs(), descending=True, stable=True)][:k] if which == "magnitude" else true[:k]
+
+
+@pytest.mark.parametrize("which", ["both", "magnitude"])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_both_ends_come_back_with_their_multiplicity(name: str, which: str) -> None:
+    """At two ends, too, what is called converged is within tolerance and inside its interval, in float32, restarted."""
+    spectrum, n = SPECTRA[name]
+    k = min(5, n // 2)
+    matrix = operator(spectrum, n).float()
+    pairs = top_eigenpairs(product(matrix), n, k, tol=1e-3, dtype=torch.float32, which=which, max_products=200)
+    every = torch.linalg.eigvalsh(matrix.double())
+    true = wanted(matrix, k, which)
+    rounding = 64 * torch.finfo(torch.float32).eps * float(every.abs().max())
+    found = pairs.eigenvalues
+    assert len(found) == len(true) == len(pairs.converged)
+    if which == "magnitude":
+        # Of +a and -a either may come first.
+        found, true = found.abs(), true.abs()
+        inside = ((pairs.lower[:, None] <= every) & (every <= pairs.upper[:, None])).any(1)
+    else:
+        inside = (pairs.lower <= true) & (true <= pairs.upper)
+    assert bool(((found - true).abs() <= 1e-3 * true.abs() + rounding)[pairs.converged].all())
+    assert bool(inside[pairs.converged].all())
+    # What float32 rounds by more than a thousandth cannot be proved.
+    assert bool(pairs.converged[(true.abs() == 0) | (1e-3 * true.abs() > rounding)].all())
+    v = pairs.eigenvectors.double()
+    assert torch.allclose(v.T @ v, torch.eye(len(true), dtype=torch.float64), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["whole space", "rank two", "plus and minus"])
+@pytest.mark.parametrize("which", ["both", "magnitude"])
+def test_two_runs_find_what_one_run_for_two_ends_finds(name: str, which: str) -> None:
+    """Power iteration at each end agrees with the one Lanczos run, and the products of both runs are counted."""
+    spectrum, n = SPECTRA[name]
+    k = 2
+    matrix = operator(spectrum, n)
+    calls = [0]
+
+    def counted(block: Tensor) -> Tensor:
+        calls[0] += 1
+        return matrix @ block
+
+    power = top_eigenpairs(counted, n, k, tol=1e-3, which=which, method="power", max_products=2000)
+    assert power.num_products == calls[0]
+    lanczos = top_eigenpairs(product(matrix), n, k, tol=1e-3, which=which)
+    true = wanted(matrix, k, which)
+    for pairs in (power, lanczos):
+        found = pairs.eigenvalues
+        assert torch.allclose(found.abs(), true.abs(), rtol=1e-3, atol=1e-12)
+        assert bool(pairs.converged.all())
+
+
+def test_plus_and_minus_both_count_in_magnitude() -> None:
+    """Of [10, 10, -10, -10, -10, 9, -9, 1] the five largest are 10 twice and -10 three times, the next two 9 and -9."""
+    spectrum = [10.0, 10, -10, -10, -10, 9, -9, 1]
+    for k in (5, 7):
+        found = top_eigenpairs(product(operator(spectrum, 60)), 60, k, which="magnitude", tol=1e-6).eigenvalues
+        true = torch.tensor(sorted(spectrum, key=abs, reverse=True)[:k], dtype=torch.float64)
+        assert torch.allclose(found.sort().values, true.sort().values, rtol=1e-6)
+        assert bool((found.abs().diff() <= 1e-6).all())
+
+
+def test_one_run_for_both_ends_takes_no_more_products_than_two() -> None:
+    """The Krylov space of one run holds both ends, so it takes fewer products with a vector than a run for each."""
+    matrix = operator([*[1 / (1 + i) for i in range(150)], *[-1 / (1 + i) for i in range(150)]], 300)
+    both = top_eigenpairs(product(matrix), 300, 3, which="both", tol=1e-6)
+    single = [top_eigenpairs(product(matrix), 300, 3, which=which, tol=1e-6) for which in ("largest", "smallest")]
+    assert both.num_products < sum(pairs.num_products for pairs in single)
+    assert both.num_matvecs < sum(pairs.num_matvecs for pairs in single)
+    assert torch.allclose(both.eigenvalues[:3], single[0].eigenvalues, rtol=1e-6)
+    assert torch.allclose(both.eigenvalues[3:].flip(0), single[1].eigenvalues, rtol=1e-6)
+
+
+def test_a_late_end_is_waited_for_in_the_order_of_magnitude() -> None:
+    """-9.6 at the edge of a dense negative bulk is the second largest, not the 9.5 that converges long before."""
+    spectrum = [10.0, 9.5, *[-9.6 + 0.004 * i for i in range(1000)], *[0.1] * 98]
+    diagonal = torch.tensor(spectrum, dtype=torch.float64)[:, None]
+    pairs = top_eigenpairs(lambda block: diagonal * block, 1100, 2, which="magnitude", tol=1e-3)
+    off = (pairs.eigenvalues - torch.tensor([10.0, -9.6]).double()).abs()
+    assert bool((off <= 1e-2).all() | ~pairs.converged[1])
+    few = top_eigenpairs(lambda block: diagonal * block, 1100, 2, which="magnitude", tol=1e-3, max_products=9)
+    assert not bool(few.converged[1]) or abs(float(few.eigenvalues[1]) + 9.6) < 1e-2
+
+
+def test_two_ends_that_share_a_small_basis_are_not_called_converged() -> None:
+    """Where one block is fewer than 2k vectors, nothing is converged after it, though the rank is exhausted."""
+    pairs = top_eigenpairs(product(operator([7.0, 3.0], 80)), 80, 5, which="both", max_products=2)
+    assert len(pairs.eigenvalues) == 10
+    assert not bool(pairs.converged.any())
+
+
+def test_every_end_holds_over_random_spectra() -> None:
+    """Over 40 random operators, whichever pairs are wanted, what converged is one of them within its interval."""
+    generator = torch.Generator().manual_seed(6)
+    for trial in range(40):
+        n = int(torch.randint(8, 60, (1,), generator=generator))
+        spectrum = (
+            torch.randn(n, generator=generator, dtype=torch.float64),
+            torch.randint(-3, 4, (n,), generator=generator).double(),
+        )[trial % 2]
+        matrix = operator(spectrum.tolist(), n, seed=trial)
+        for which in ("smallest", "both", "magnitude"):
+            basis = None if trial % 3 else 16
+            pairs = top_eigenpairs(
+                product(matrix), n, 3, tol=1e-3, which=which, generator=generator, max_basis=basis, max_products=400
+            )
+            true = wanted(matrix, 3, which)
+            if which == "magnitude":
+                assert torch.allclose(pairs.eigenvalues.abs(), true.abs(), rtol=1e-3, atol=1e-9), (trial, which)
+                every = torch.linalg.eigvalsh(matrix)
+                inside = ((pairs.lower[:, None] <= every) & (every <= pairs.upper[:, None])).any(1)
+            else:
+                inside = (pairs.lower <= true) & (true <= pairs.upper)
+            assert bool(inside[pairs.converged].all()), (trial, which)
+            assert bool(pairs.converged.all()), (trial, which)
+
+
 def test_the_bound_holds_over_random_spectra() -> None:
     """Over 120 random operators the true eigenvalue lies in the interval of every converged pair."""
     generator = torch.Generator().manual_seed(5)
@@ -220,7 +345,10 @@ def test_a_block_that_breaks_down_is_filled_with_new_directions() -> None:
         ({"tol": 2.0}, "tol must be"),
         ({"tol": float("nan")}, "tol must be"),
         ({"method": "lanzcos"}, "Did you mean 'lanczos'"),
-        ({"which": "top"}, "largest, smallest"),
+        ({"which": "top"}, "largest, smallest, both, magnitude"),
+        ({"which": "both", "k": 16}, "half the number"),
+        ({"which": "both", "max_basis": 19}, "max_basis must be at least 22"),
+        ({"which": "both", "method": "power", "max_products": 3}, "at least 4 products"),
         ({"dtype": torch.bfloat16}, "float32 or torch.float64"),
         ({"max_basis": 3}, "max_basis must be at least"),
         ({"max_products": 1}, "at least 2 products"),

@@ -9,22 +9,25 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError, nearest
+from sharpscope.linalg.ends import joined, leading, ranked, shares
 from sharpscope.linalg.lanczos import lanczos
 from sharpscope.linalg.operator import on_rows, require_dtype
 from sharpscope.linalg.power import power_iteration
-from sharpscope.linalg.ritz import Matmat, RitzPairs, SolverProgress
+from sharpscope.linalg.ritz import Matmat, RitzPairs, SolverProgress, rounding
 
 METHODS: dict[str, Callable[..., RitzPairs]] = {"lanczos": lanczos, "power": power_iteration}
-WHICH = ("largest", "smallest")
+WHICH = ("largest", "smallest", "both", "magnitude")
 
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """The k eigenvalues at one end of a symmetric operator's spectrum, with multiplicity.
+    """The k eigenvalues at one end of a symmetric operator's spectrum, with multiplicity, or those at both ends.
 
     Attributes:
-        eigenvalues: float64 (k,), ordered from that end inwards.
-        eigenvectors: (n, k), orthonormal columns in the dtype of the computation.
+        eigenvalues: float64 (k,), ordered from that end inwards; with "magnitude" by ``|lambda|``, descending; with
+            "both" (2k,), descending: the k largest, then the k smallest, the smallest last.
+        eigenvectors: (n, k), or (n, 2k), orthonormal columns in the dtype of the computation. Where two runs made two
+            ends, vectors of one are orthogonal to those of the other only to residual over distance.
         residuals: ``||H v - lambda v||`` (k,), from true products, not from a recurrence; with "lanczos" from one more.
         lower, upper: float64 (k,), an interval for each eigenvalue from its residual and gap, with rounding.
         converged: bool (k,), whether the interval's half-width is at most ``tol |lambda|``, or lambda is zero to
@@ -60,14 +63,16 @@ def top_eigenpairs(
     generator: torch.Generator | None = None,
     progress: SolverProgress | None = None,
 ) -> Eigenpairs:
-    """``H v_i = lambda_i v_i`` for the k largest (or smallest) *algebraic* eigenvalues, counted with multiplicity.
+    """``H v_i = lambda_i v_i`` for the k largest *algebraic* eigenvalues, counted with multiplicity, or others.
 
     Args:
         matmat: ``V`` (n, b) to ``H V`` (n, b), H symmetric.
         n: the order of H.
-        k: number of pairs, 1 <= k <= n.
+        k: number of pairs, 1 <= k <= n; with "both" at each end, 2k <= n.
         tol: relative to each eigenvalue: stop when ``|lambda - theta| <= tol |theta|`` is proved by the residuals.
-        which: "largest" or "smallest".
+        which: "largest", "smallest", "both" (the k largest and the k smallest), or "magnitude" (the k of largest
+            ``|lambda|``, +a and -a both counted; of more equals than fit, any). For two ends "lanczos" makes one run
+            of block products, other methods one for each end.
         method: "lanczos" (block Lanczos with thick restart; also "auto") or "power" (deflated power iteration).
         max_basis: vectors of length n that the solver may keep.
         max_products: calls of ``matmat`` after which it gives up (by default 100 for "lanczos", 1000 for "power");
@@ -81,20 +86,34 @@ def top_eigenpairs(
     require_arguments(n, k, tol, method, max_products)
     if which not in WHICH:
         raise ArgumentError(f"which must be one of {', '.join(WHICH)}, got {which!r}.")
+    if which == "both" and 2 * k > n:
+        raise ArgumentError(f"k must be at most half the number of parameters ({n}) for both ends, got {k}.")
     require_dtype(dtype)
     name = "lanczos" if method == "auto" else method
-    sign = 1.0 if which == "largest" else -1.0
-    pairs = METHODS[name](
-        on_rows(matmat, n, dtype, torch.device(device), sign),
-        torch.empty(0, n, dtype=dtype, device=device),
-        k,
-        tol=tol,
-        max_basis=max_basis,
-        max_products=max_products,
-        generator=generator if generator is not None else torch.Generator().manual_seed(0),
-        progress=progress,
-    )
-    result = Eigenpairs(
+    source = generator if generator is not None else torch.Generator().manual_seed(0)
+
+    def run(sign: float, limit: int | None, note: SolverProgress | None, **options: str) -> RitzPairs:
+        return METHODS[name](
+            on_rows(matmat, n, dtype, torch.device(device), sign),
+            torch.empty(0, n, dtype=dtype, device=device),
+            k,
+            tol=tol,
+            max_basis=max_basis,
+            max_products=limit,
+            generator=source,
+            progress=note,
+            **options,
+        )
+
+    if which in ("largest", "smallest"):
+        sign = 1.0 if which == "largest" else -1.0
+        pairs = run(sign, max_products, progress)
+        pairs = replace(pairs, values=sign * pairs.values)
+    elif METHODS[name] is lanczos:
+        pairs = run(1.0, max_products, progress, which=which)
+    else:
+        pairs = _two_runs(run, k, which, tol, dtype, max_products, progress)
+    return Eigenpairs(
         eigenvalues=pairs.values,
         eigenvectors=pairs.vectors.T,
         residuals=pairs.residuals,
@@ -105,9 +124,33 @@ def top_eigenpairs(
         num_products=pairs.num_products,
         method=name,
     )
-    if which == "smallest":
-        result = replace(result, eigenvalues=-result.eigenvalues, lower=-result.upper, upper=-result.lower)
-    return result
+
+
+def _two_runs(
+    run: Callable[[float, int | None, SolverProgress | None], RitzPairs],
+    k: int,
+    which: str,
+    tol: float,
+    dtype: torch.dtype,
+    max_products: int | None,
+    progress: SolverProgress | None,
+) -> RitzPairs:
+    """Both ends by a method that finds one: k pairs at each, of which "magnitude" keeps k."""
+    if max_products is not None and max_products < 4:
+        raise ArgumentError(f"There must be at least 4 products for a run at each end, got a limit of {max_products}.")
+    top = run(1.0, None if max_products is None else max_products // 2, progress)
+    done = top.num_products
+    later = None if progress is None else (lambda products, worst: progress(done + products, worst))
+    bottom = run(-1.0, None if max_products is None else max_products - done, later)
+    bottom = replace(bottom, num_matvecs=top.num_matvecs + bottom.num_matvecs, num_products=done + bottom.num_products)
+    if which == "both":
+        return joined([(1.0, top), (-1.0, bottom)], which)
+    first, last = shares(top.values, bottom.values, k)
+    # What the kept pair of least magnitude is held against: the first pair left out at the other end.
+    rivals = [float(end.values[i] + end.bounds[i]) for end, i in ((top, first), (bottom, last)) if i < k]
+    floor = rounding(float(torch.stack([top.values.abs().max(), bottom.values.abs().max()]).max()), dtype)
+    parts = [(1.0, leading(top, first)), (-1.0, leading(bottom, last))]
+    return joined([(sign, ranked(pairs, max(rivals), tol, floor)) for sign, pairs in parts], which)
 
 
 def require_arguments(n: int, k: int, tol: float, method: str, max_products: int | None) -> None:

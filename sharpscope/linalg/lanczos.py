@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.bounds import ritz_bounds
+from sharpscope.linalg.ends import End, joined, ranked, rival, wanted_ends
 from sharpscope.linalg.ritz import (
     Matmat,
     RitzPairs,
@@ -42,6 +42,7 @@ def lanczos(
     max_products: int | None,
     generator: torch.Generator,
     progress: SolverProgress | None,
+    which: str = "largest",
 ) -> RitzPairs:
     """The k largest eigenpairs by block Lanczos (Golub and Underwood 1977) with thick restart (Wu and Simon 2000).
 
@@ -50,15 +51,19 @@ def lanczos(
     ``H Q = Q T + P S`` with Q the basis, P the next block. Cost: k + 1 products a step; the last step is a product
     with the k Ritz vectors, from which residuals and bounds come.
 
-    Args: as ``top_eigenpairs``; ``like`` (0, n) carries n, dtype and device.
+    Args: as ``top_eigenpairs``; ``like`` (0, n) carries n, dtype and device. ``which`` is "largest", "both" (2k pairs,
+        descending) or "magnitude" (by ``|lambda|``): one Krylov space serves both ends, and a restart keeps both.
     """
     n, dtype = like.shape[1], like.dtype
     width = min(k + 1, n)
-    # Six blocks before a restart, of which half are kept: more costs memory, fewer costs products.
-    limit = min(n, 6 * width) if max_basis is None else min(n, max_basis)
-    if limit < min(n, 2 * width + k):
-        least = min(n, 2 * width + k)
-        raise ArgumentError(f"max_basis must be at least {least} for k = {k} (two blocks and k), got {max_basis}.")
+    ends_kept, pairs_wanted = (1, k) if which == "largest" else (2, 2 * k)
+    # Six blocks before a restart, of which half are kept: more costs memory, fewer costs products. Nine for two ends.
+    limit = min(n, 3 * (ends_kept + 1) * width) if max_basis is None else min(n, max_basis)
+    if limit < min(n, 2 * width + pairs_wanted):
+        least = min(n, 2 * width + pairs_wanted)
+        raise ArgumentError(
+            f"max_basis must be at least {least} for k = {k} (two blocks and {pairs_wanted}), got {max_basis}."
+        )
     most = PRODUCTS if max_products is None else max_products
     basis = torch.empty(limit, n, dtype=dtype, device=like.device)
     size, scale, products, matvecs, failures, streak = 0, 0.0, 0, 0, 0, 0
@@ -83,34 +88,67 @@ def lanczos(
         scale = max(scale, float(values.abs().max()))
         floor = rounding(scale, dtype)
         residuals = coupling @ rotation
-        rest_above = float(values[k] + residuals[:, k].norm()) if size > k else float("-inf")
-        bounds = ritz_bounds(values[:k], residuals[:, :k].T @ residuals[:, :k], rest_above)
+        ends = wanted_ends(values, residuals, k, which)
+        chosen, bounds = torch.cat([end.values for end in ends]), torch.cat([end.bounds for end in ends])
         if progress is not None:
-            progress(products, largest_relative(bounds, values[:k], floor, tol))
-        met = (bounds + floor <= inner_tol * values[:k].abs()) | (bounds <= floor)
-        streak = streak + 1 if bool(met.all()) else 0
+            progress(products, largest_relative(bounds, chosen, floor, tol))
+        met = (bounds + floor <= inner_tol * chosen.abs()) | (bounds <= floor)
+        most_missed = rival(values, residuals, ends, k) if which == "magnitude" else float("-inf")
+        enough = size >= len(chosen)  # else the two ends share Ritz pairs
+        settled = enough and most_missed <= float(chosen.abs().min()) * (1 + tol) + floor
+        streak = streak + 1 if settled and bool(met.all()) else 0
         if streak >= CONFIRMED or size == n or products + 1 >= most:
-            vectors = combine(rotation[:, :k].T, basis[:size])
-            products, matvecs = products + 1, matvecs + k
-            pairs = rayleigh_ritz(
-                vectors,
-                matmat(vectors),
-                next_above=rest_above,
-                scale=scale,
-                tol=tol,
-                num_matvecs=matvecs,
-                num_products=products,
-            )
-            # A fixed operator gives the same values again; one that changes betrays itself here.
-            same = (pairs.values - values[:k]).abs() <= bounds + pairs.bounds
-            pairs = replace(pairs, converged=pairs.converged & same)
+            # Restarts wear the basis down by some eps each, which a Rayleigh quotient would feel twice.
+            ritz = [combine(rotation[:, end.columns].T, basis[:size]) for end in ends]
+            vectors = torch.cat([orthonormalise(rows, like, 0.0, generator)[0] for rows in ritz])
+            products, matvecs = products + 1, matvecs + len(vectors)
+            pairs = _verified(vectors, matmat(vectors), ends, which, scale, tol, matvecs, products)
+            pairs = ranked(pairs, most_missed if enough else float("inf"), tol, floor)
             failures += 1
-            stuck = bool((bounds <= floor).all()) or failures == VERIFICATIONS
+            stuck = (settled and bool((bounds <= floor).all())) or failures == VERIFICATIONS
             if bool(pairs.converged.all()) or size == n or stuck or products >= most:
                 return pairs
             inner_tol /= 10
         if size + len(block) > limit:
-            kept = max(k + 1, (limit - width) // 2)
-            basis[:kept] = combine(rotation[:, :kept].T, basis[:size])
-            projected, size = torch.diag(values[:kept]), kept
-            coupling = residuals[:, :kept]
+            kept = _kept(size, max(pairs_wanted + ends_kept, (limit - width) // 2), ends_kept)
+            basis[: len(kept)] = combine(rotation[:, kept].T, basis[:size])
+            projected, size = torch.diag(values[kept]), len(kept)
+            coupling = residuals[:, kept]
+
+
+def _verified(
+    vectors: Tensor,
+    images: Tensor,
+    ends: list[End],
+    which: str,
+    scale: float,
+    tol: float,
+    num_matvecs: int,
+    num_products: int,
+) -> RitzPairs:
+    """The pairs of every end from true products, held against what the recurrence said of them."""
+    parts, start = [], 0
+    for end in ends:
+        own = slice(start, start + len(end.values))
+        start = own.stop
+        pairs = rayleigh_ritz(
+            vectors[own],
+            end.sign * images[own],
+            next_above=end.next_above,
+            scale=scale,
+            tol=tol,
+            num_matvecs=num_matvecs,
+            num_products=num_products,
+        )
+        # A fixed operator gives the same values again; one that changes betrays itself here. The recurrence's values
+        # carry the rounding of all its steps and restarts (seen: 1.2 times that of one product after 37).
+        slack = 8 * rounding(scale, vectors.dtype)
+        same = (pairs.values - end.values).abs() <= end.bounds + pairs.bounds + slack
+        parts.append((end.sign, replace(pairs, converged=pairs.converged & same)))
+    return joined(parts, which)
+
+
+def _kept(size: int, count: int, ends: int) -> Tensor:
+    """Which of ``size`` descending Ritz values outlive a restart: the ``count`` at the first end, or half at each."""
+    first = count if ends == 1 else (count + 1) // 2
+    return torch.cat([torch.arange(first), torch.arange(size - (count - first), size)])
