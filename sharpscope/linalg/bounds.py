@@ -18,9 +18,10 @@ SEPARATION = 4.0
 def ritz_bounds(ritz_values: Tensor, residual_gram: Tensor, next_above: float | None) -> Tensor:
     """``e_i`` (k,) with ``|lambda_i - theta_i| <= e_i``, in exact arithmetic.
 
-    For the leading s Ritz pairs with residuals ``R_s = H V_s - V_s Theta_s``, s >= i, and with the rest of the
-    spectrum at most ``mu_s < theta_i``: ``e_i = min(||R_i||, 2 ||R_s||^2 / (g + sqrt(g^2 + 4 ||R_s||^2)))`` with
-    ``g = theta_i - mu_s`` (Li and Li 2005, the quadratic bound of Kato and Temple for a cluster), the least over s.
+    For Ritz pairs a to b, a <= i <= b, with residuals ``R = H V - V Theta`` and the rest of the spectrum at least g away
+    from theta_i: ``e_i = 2 ||R||^2 / (g + sqrt(g^2 + 4 ||R||^2))`` (Li and Li 2005, the quadratic bound of Kato and Temple
+    for a cluster), the least over all such clusters and ``||R_1..i||``. What is above a cluster is at least the Ritz
+    value next to it (Cauchy), what is below at most the next Ritz value and its residual, or ``next_above``.
 
     Args:
         ritz_values: descending, float64 (k,).
@@ -31,19 +32,20 @@ def ritz_bounds(ritz_values: Tensor, residual_gram: Tensor, next_above: float | 
     The bounds presume that the k pairs stand for the k largest eigenvalues: no residual can prove that.
     """
     k = len(ritz_values)
-    spectral = torch.stack(
+    leading = torch.stack(
         [torch.linalg.eigvalsh(residual_gram[:s, :s])[-1].clamp_min(0).sqrt() for s in range(1, k + 1)]
     )
     if next_above is None:
-        return spectral
-    own = residual_gram.diagonal().clamp_min(0).sqrt()
-    rest = torch.cat([ritz_values[1:] + own[1:], torch.tensor([next_above], dtype=torch.float64)])
-    bounds = spectral.clone()
-    for i in range(k):
-        for s in range(i, k):
-            gap = float(ritz_values[i] - rest[s])
-            size = float(spectral[s])
-            if gap > SEPARATION * size:
-                quadratic = 2 * size * (size / (gap + math.hypot(gap, 2 * size)))
-                bounds[i] = min(float(bounds[i]), quadratic)
+        return leading
+    squares = residual_gram.diagonal().clamp_min(0)
+    rest = torch.cat([ritz_values[1:] + squares[1:].sqrt(), torch.tensor([next_above], dtype=torch.float64)])
+    below = ritz_values[:, None] - rest[None, :]
+    bounds = leading.clone()
+    for a in range(k):
+        # ||R|| of pairs a to b (k - a,); Frobenius' norm, which needs no eigenvalues, where a > 0.
+        size = squares[a:].cumsum(0).sqrt() if a else leading
+        gap = below[a:, a:].triu().minimum(ritz_values[a - 1] - ritz_values[a:, None] if a else torch.tensor(math.inf))
+        quadratic = 2 * size * (size / (gap + torch.hypot(gap, 2 * size)))
+        quadratic = torch.where(gap > SEPARATION * size, quadratic, math.inf)
+        bounds[a:] = torch.minimum(bounds[a:], quadratic.min(dim=1).values)
     return bounds

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError, nearest
 from sharpscope.linalg.ends import joined, leading, ranked, shares
+from sharpscope.linalg.guided import guided
 from sharpscope.linalg.lanczos import lanczos
 from sharpscope.linalg.operator import on_rows, require_dtype
 from sharpscope.linalg.power import power_iteration
 from sharpscope.linalg.ritz import Matmat, RitzPairs, SolverProgress, rounding
+from sharpscope.linalg.start import RandomStart
 
-METHODS: dict[str, Callable[..., RitzPairs]] = {"lanczos": lanczos, "power": power_iteration}
+METHODS: dict[str, Callable[..., RitzPairs]] = {"guided": guided, "lanczos": lanczos, "power": power_iteration}
 WHICH = ("largest", "smallest", "both", "magnitude")
 
 
@@ -35,6 +38,8 @@ class Eigenpairs:
         num_matvecs: products with one vector, in all.
         num_products: products with a block of vectors, in all.
         method: the solver that ran.
+        start: what its random vectors say of eigenvalues that were missed; ``start.missed(above)`` is a probability.
+            None where they say nothing.
     """
 
     eigenvalues: Tensor
@@ -46,6 +51,7 @@ class Eigenpairs:
     num_matvecs: int
     num_products: int
     method: str
+    start: RandomStart | None = None
 
 
 def top_eigenpairs(
@@ -58,6 +64,7 @@ def top_eigenpairs(
     method: str = "auto",
     max_basis: int | None = None,
     max_products: int | None = None,
+    guide: Matmat | None = None,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
@@ -73,10 +80,12 @@ def top_eigenpairs(
         which: "largest", "smallest", "both" (the k largest and the k smallest), or "magnitude" (the k of largest
             ``|lambda|``, +a and -a both counted; of more equals than fit, any). For two ends "lanczos" makes one run
             of block products, other methods one for each end.
-        method: "lanczos" (block Lanczos with thick restart; also "auto") or "power" (deflated power iteration).
+        method: "guided" (few products, with a guide), "lanczos" (block Lanczos with thick restart) or "power" (deflated
+            power iteration); "auto" is "guided" for the largest where there is a guide, else "lanczos".
         max_basis: vectors of length n that the solver may keep.
-        max_products: calls of ``matmat`` after which it gives up (by default 100 for "lanczos", 1000 for "power");
+        max_products: calls of ``matmat`` after which it gives up (by default 100, 1000 for "power");
             the result then says what has not converged.
+        guide: ``V`` to ``G V``, G a symmetric operator that resembles H and costs little.
         dtype, device: of the vectors; inner products and small matrices are float64.
         generator: source of the random start, on the CPU; by default one seeded with 0.
         progress: called as ``progress(products, worst)`` with the largest ``bound / |theta|`` so far.
@@ -89,10 +98,12 @@ def top_eigenpairs(
     if which == "both" and 2 * k > n:
         raise ArgumentError(f"k must be at most half the number of parameters ({n}) for both ends, got {k}.")
     require_dtype(dtype)
-    name = "lanczos" if method == "auto" else method
+    name = _solver(method, which, guide, n, k)
     source = generator if generator is not None else torch.Generator().manual_seed(0)
 
-    def run(sign: float, limit: int | None, note: SolverProgress | None, **options: str) -> RitzPairs:
+    def run(sign: float, limit: int | None, note: SolverProgress | None, **options: Any) -> RitzPairs:
+        if guide is not None and METHODS[name] is guided:
+            options["guide"] = on_rows(guide, n, dtype, torch.device(device), sign)
         return METHODS[name](
             on_rows(matmat, n, dtype, torch.device(device), sign),
             torch.empty(0, n, dtype=dtype, device=device),
@@ -123,7 +134,22 @@ def top_eigenpairs(
         num_matvecs=pairs.num_matvecs,
         num_products=pairs.num_products,
         method=name,
+        start=pairs.start,
     )
+
+
+def _solver(method: str, which: str, guide: Matmat | None, n: int, k: int) -> str:
+    """The name of the solver that ``method`` means here."""
+    if method == "guided" and guide is None:
+        raise ArgumentError(
+            "method='guided' needs a guide=, a cheap operator that resembles H. Pass one, or 'lanczos'."
+        )
+    if method == "guided" and which in ("both", "magnitude"):
+        raise ArgumentError(f"method='guided' finds one end of the spectrum, got which={which!r}. Use 'lanczos'.")
+    if method != "auto":
+        return method
+    # In a space of few blocks there is nothing to save.
+    return "guided" if guide is not None and which == "largest" and n >= 8 * (k + 1) else "lanczos"
 
 
 def _two_runs(

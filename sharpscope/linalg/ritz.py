@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg.bounds import ROUNDING, ritz_bounds
+from sharpscope.linalg.start import RandomStart
 from sharpscope.linalg.vectors import combine, inner, norms
 
 Matmat = Callable[[Tensor], Tensor]
@@ -18,7 +19,10 @@ SolverProgress = Callable[[int, float], None]
 
 @dataclass(frozen=True)
 class RitzPairs:
-    """Descending Ritz values (k,), orthonormal vectors as rows (k, n), and how sure they are."""
+    """Descending Ritz values (k,), orthonormal vectors as rows (k, n), and how sure they are.
+
+    ``start`` is what the solver's random vectors say of eigenvalues that were missed, None where they say nothing.
+    """
 
     values: Tensor
     vectors: Tensor
@@ -27,6 +31,7 @@ class RitzPairs:
     converged: Tensor
     num_matvecs: int
     num_products: int
+    start: RandomStart | None = None
 
 
 def rayleigh_ritz(
@@ -38,6 +43,7 @@ def rayleigh_ritz(
     tol: float,
     num_matvecs: int,
     num_products: int,
+    start: RandomStart | None = None,
 ) -> RitzPairs:
     """The Ritz pairs of the span of orthonormal rows ``vectors``, given their true products ``images``.
 
@@ -59,6 +65,7 @@ def rayleigh_ritz(
         converged=(bounds <= tol * values.abs()) | ((bounds <= 2 * floor) & (values.abs() <= bounds)),
         num_matvecs=num_matvecs,
         num_products=num_products,
+        start=start,
     )
 
 

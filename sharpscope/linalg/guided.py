@@ -1,0 +1,211 @@
+"""Few products with a costly operator, guided by a cheap one that resembles it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sharpscope.errors import ArgumentError
+from sharpscope.linalg.bounds import ritz_bounds
+from sharpscope.linalg.lanczos import PRODUCTS
+from sharpscope.linalg.ritz import (
+    Matmat,
+    RitzPairs,
+    SolverProgress,
+    descending,
+    largest_relative,
+    rayleigh_ritz,
+    require_symmetric,
+    rounding,
+)
+from sharpscope.linalg.start import random_start
+from sharpscope.linalg.vectors import BREAKDOWN, combine, inner, norms, orthonormalise, project_out, random_rows
+
+# The guide's own eigenvectors are found to residuals of this fraction of the k-th eigenvalue: a subset of some thousand
+# examples is itself off by 3 to 10 % (seen on a small CNN), so more would be wasted.
+START = 0.1
+
+# Inner residuals fall to this fraction of the outer ones: the guide's error leaves 5 to 15 % of them anyway.
+INNER = 0.1
+
+# The (k+1)-th eigenvector serves the gap alone, so a rough one does.
+NEXT = 0.15
+
+# A guide that does not bring the worst residual below this fraction in a pass is no help.
+HELP = 0.5
+
+# Products before it may stop: the random vector that rides along has shown nothing before its second.
+LEAST = 2
+
+
+@dataclass(frozen=True)
+class _Space:
+    """Ritz vectors (q, n) of a search space, their images (q, n), and their values (q,), descending."""
+
+    vectors: Tensor
+    images: Tensor
+    values: Tensor
+
+    @property
+    def residuals(self) -> Tensor:
+        """``H q - theta q`` (q, n)."""
+        return self.images - self.values.to(self.vectors)[:, None] * self.vectors
+
+    def leading(self, count: int) -> _Space:
+        """The first ``count`` pairs."""
+        return _Space(self.vectors[:count], self.images[:count], self.values[:count])
+
+
+def guided(
+    matmat: Matmat,
+    like: Tensor,
+    k: int,
+    *,
+    guide: Matmat,
+    tol: float,
+    max_basis: int | None,
+    max_products: int | None,
+    generator: torch.Generator,
+    progress: SolverProgress | None,
+) -> RitzPairs:
+    """The k largest eigenpairs of H in few block products, given a cheap operator G that resembles it.
+
+    1. G's leading eigenvectors, by block Lanczos from random vectors, to the accuracy that G deserves.
+    2. One product of H with k of them and a random vector; Rayleigh-Ritz.
+    3. The model: the operator that is H on the search space and G outside of it (the least change of G that agrees with
+       every product of H so far). What its leading eigenvectors have outside of the search space are the corrections,
+       to second order those of Jacobi and Davidson (Sleijpen and van der Vorst 1996). Those of the pairs whose bound is
+       not met, and what the random vector's image has outside, are the next block. Back to Rayleigh-Ritz.
+
+    Residuals come from true products. Bounds take as ``lambda_{k+1}`` the larger of the model's, plus the most that G
+    was seen to be off on an eigenvector, and the (k+1)-th Ritz value plus its residual. Where the guide is of no help
+    the corrections are the residuals, and the iteration is a block Lanczos one with thick restart.
+
+    Cost: k + 1 products with H in the first pass and at most as many in each later one, two passes at the least; some
+    40 products with the guide.
+
+    Args: as ``top_eigenpairs``; ``like`` (0, n) carries n, dtype and device; ``guide`` takes and gives rows, as
+        ``matmat`` does.
+    """
+    n = like.shape[1]
+    width = min(k + 1, n)
+    limit = min(n, 8 * width) if max_basis is None else min(n, max_basis)
+    if limit < min(n, 4 * width):
+        raise ArgumentError(f"max_basis must be at least {4 * width} for k = {k} (four blocks), got {max_basis}.")
+    most = PRODUCTS if max_products is None else max_products
+
+    def rough(values: Tensor) -> Tensor:
+        return (START * values[k - 1].abs()).expand(width)
+
+    start = _model(guide, None, random_rows(width + 1, like, generator), width, rough, limit, generator)
+    next_guided, spare = _next(start, k), start.vectors[k:]
+    origin = _orthonormal(random_rows(1, like, generator), start.vectors[:k], generator)
+    block, space, probe = torch.cat([start.vectors[:k], origin]), None, like
+    products, matvecs, scale, off, worst, helpful = 0, 0, 0.0, 0.0, float("inf"), True
+    while True:
+        image = matmat(block)
+        products, matvecs = products + 1, matvecs + len(block)
+        scale = max(scale, float(norms(image).max()))
+        if space is None:
+            off, probe = float(norms(image[:k] - start.images[:k]).max()), image[k:]
+        space = _ritz(block, image, space, scale)
+        values, residuals = space.values, space.residuals
+        outer, floor, whole = norms(residuals), rounding(scale, like.dtype), len(values) == n
+        next_above = float("-inf") if whole else next_guided + off
+        if len(values) > k and not whole:
+            next_above = max(next_above, float(values[k] + outer[k]))
+        bounds = ritz_bounds(values[:k], inner(residuals[:k], residuals[:k]), next_above)
+        if progress is not None:
+            progress(products, largest_relative(bounds, values[:k], floor, tol))
+        met = (bounds + floor <= tol * values[:k].abs()) | (bounds <= floor)
+        if whole or products >= most or (bool(met.all()) and products >= LEAST):
+            return rayleigh_ritz(
+                space.vectors[:k],
+                space.images[:k],
+                next_above=next_above,
+                scale=scale,
+                tol=tol,
+                num_matvecs=matvecs,
+                num_products=products,
+                start=random_start(origin, space.vectors, values, residuals, k),
+            )
+        probe = probe if products == 1 else residuals[k : k + 1]
+        if len(values) + width > limit:
+            space = space.leading(limit // 2)
+        helpful = helpful and float(outer[:k].max()) < HELP * worst
+        worst = float(outer[:k].max())
+        if helpful:
+            needed = torch.cat([INNER * outer[:k], NEXT * values[k - 1 : k].abs()])
+            rows = torch.cat([residuals[:k] / scale, spare])
+            model = _model(guide, space, rows, width, lambda _, wanted=needed: wanted, limit, generator)
+            next_guided, spare = _next(model, k), like
+            block = model.vectors[:k][(~met).to(like.device)]
+        else:
+            block = residuals[:k] / scale
+        block = _orthonormal(torch.cat([block, probe / scale]), space.vectors, generator)
+
+
+def _model(
+    guide: Matmat,
+    space: _Space | None,
+    rows: Tensor,
+    width: int,
+    needed: Callable[[Tensor], Tensor],
+    limit: int,
+    generator: torch.Generator,
+) -> _Space:
+    """The ``width`` leading Ritz pairs of the operator that is H on ``space`` and the guide outside of it.
+
+    ``M = Q Q' H + H Q Q' - Q Q' H Q Q' + P G P``, Q the space, ``P = I - Q Q'``. The space outside is spanned from
+    ``rows`` by residuals until each is at most ``needed(values)`` (width,), or ``limit`` vectors are there.
+    """
+    basis, images = (rows[:0], rows[:0]) if space is None else (space.vectors, space.images)
+    inside = torch.diag(space.values) if space is not None else torch.zeros(0, 0, dtype=torch.float64)
+    outside = products = rows[:0]
+    block = _orthonormal(rows, basis, generator)
+    while True:
+        outside, products = torch.cat([outside, block]), torch.cat([products, guide(block)])
+        coupling, own = inner(outside, images), inner(outside, products)
+        upper = torch.cat([inside, coupling.T], 1)
+        values, rotation = descending(torch.cat([upper, torch.cat([coupling, (own + own.T) / 2], 1)]))
+        values, rotation = values[:width], rotation[:, :width]
+        within, beyond = rotation[: len(basis)].T, rotation[len(basis) :].T
+        vectors = combine(within, basis) + combine(beyond, outside)
+        found, _ = project_out(combine(beyond, products), basis)
+        found += combine(within, images) + combine(beyond @ coupling, basis)
+        pairs = _Space(vectors, found, values)
+        residuals = pairs.residuals
+        size = norms(residuals)
+        missing = residuals[(size > needed(values)[: len(size)]).to(rows.device)]
+        room = limit - len(basis) - len(outside)
+        if not len(missing) or room <= 0:
+            return pairs
+        known = torch.cat([basis, outside])
+        block = _orthonormal(missing[:room] / float(size.max()), known, generator)
+        if not len(block):
+            return pairs
+
+
+def _ritz(block: Tensor, image: Tensor, space: _Space | None, scale: float) -> _Space:
+    """Rayleigh-Ritz on the space and a further orthonormal block with its true image."""
+    vectors, images = block, image
+    if space is not None:
+        vectors, images = torch.cat([space.vectors, block]), torch.cat([space.images, image])
+    projected = inner(vectors, images)
+    require_symmetric(projected, scale, block.dtype)
+    values, rotation = descending(projected)
+    return _Space(combine(rotation.T, vectors), combine(rotation.T, images), values)
+
+
+def _orthonormal(rows: Tensor, basis: Tensor, generator: torch.Generator) -> Tensor:
+    """Orthonormal rows outside of the orthonormal ``basis``; of rows whose rounding is that of 1, random where lost."""
+    rest, _ = project_out(rows, basis)
+    return orthonormalise(rest, basis, BREAKDOWN * torch.finfo(rows.dtype).eps, generator)[0]
+
+
+def _next(pairs: _Space, k: int) -> float:
+    """The (k+1)-th value, -inf where there is none."""
+    return float(pairs.values[k]) if len(pairs.values) > k else float("-inf")
