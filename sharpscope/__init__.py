@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sharpscope.version import __version__
 
 if TYPE_CHECKING:
+    from sharpscope.density import spectral_density, trace
     from sharpscope.errors import (
         ArgumentError,
         AuditError,
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from sharpscope.loading import load
     from sharpscope.objective import Objective
     from sharpscope.problem import Problem
-    from sharpscope.results import Cost, EigenResult, Ratio
+    from sharpscope.results import Cost, DensityResult, EigenResult, Estimate, Ratio, TraceResult
     from sharpscope.spectrum import top_eigenvalues
 
 __all__ = [
@@ -30,16 +31,21 @@ __all__ = [
     "ConvergenceWarning",
     "Cost",
     "DataError",
+    "DensityResult",
     "EigenResult",
+    "Estimate",
     "Objective",
     "OutputError",
     "Problem",
     "ProblemError",
     "Ratio",
     "SharpscopeError",
+    "TraceResult",
     "__version__",
     "load",
+    "spectral_density",
     "top_eigenvalues",
+    "trace",
 ]
 
 # In a checkout cli/ lies beside this package, not in it as once installed; `python -m sharpscope` works there too.
@@ -49,7 +55,8 @@ if (_beside / "setup.cfg").is_file() and (_beside / "cli" / "__init__.py").is_fi
 
 # Public names are imported when first used: torch takes 1.5 s, which `sharpscope --help` need not wait for.
 _HOMES = {"load": "loading", "Objective": "objective", "Problem": "problem", "top_eigenvalues": "spectrum"}
-_HOMES |= dict.fromkeys(("Cost", "EigenResult", "Ratio"), "results")
+_HOMES |= dict.fromkeys(("spectral_density", "trace"), "density")
+_HOMES |= dict.fromkeys(("Cost", "DensityResult", "EigenResult", "Estimate", "Ratio", "TraceResult"), "results")
 
 
 def __getattr__(name: str) -> Any:

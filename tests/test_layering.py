@@ -39,6 +39,8 @@ ALLOWED: dict[str, set[str]] = {
     "twin": {"agreement", "batches", "objective", "params", "precision", "sums"},
     "audit": {"agreement", "batches", "objective", "sizes", "sums", "twin"},
     "spectrum": {"audit", "linalg", "objective", "problem", "results"},
+    "provenance": {"objective", "problem"},
+    "density": {"audit", "linalg", "objective", "problem", "provenance", "results"},
     "optim": set(),
     "zoo": set(),
     "checkpoint": {"files"},
@@ -47,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"checkpoint", "files", "optim", "precision", "recipe", "zoo"},
     "plot": {"results"},
     "__main__": {"cli"},
-    "__init__": {"errors", "loading", "objective", "problem", "results", "spectrum", "version"},
+    "__init__": {"density", "errors", "loading", "objective", "problem", "results", "spectrum", "version"},
 }
 THIRD_PARTY = {"torch", "numpy", "scipy", "matplotlib", "tqdm"}
 MAY_IMPORT: dict[str, set[str]] = {

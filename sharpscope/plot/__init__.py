@@ -1,5 +1,6 @@
 """Figures: functions of results that draw on matplotlib Axes. matplotlib is imported when one is called."""
 
-from sharpscope.plot.training import sharpness_over_training
+from sharpscope.plot.density import density_curve
+from sharpscope.plot.training import COLOURS, sharpness_over_training
 
-__all__ = ["sharpness_over_training"]
+__all__ = ["COLOURS", "density_curve", "sharpness_over_training"]

@@ -1,6 +1,20 @@
 """Results: what was measured, how surely, at what cost, and where it came from. NumPy only."""
 
 from sharpscope.results.cost import Cost
+from sharpscope.results.curve import Curve
+from sharpscope.results.density import DensityResult, density_table
 from sharpscope.results.eigen import EigenResult, Ratio, table
+from sharpscope.results.estimate import Estimate
+from sharpscope.results.trace import TraceResult
 
-__all__ = ["Cost", "EigenResult", "Ratio", "table"]
+__all__ = [
+    "Cost",
+    "Curve",
+    "DensityResult",
+    "EigenResult",
+    "Estimate",
+    "Ratio",
+    "TraceResult",
+    "density_table",
+    "table",
+]

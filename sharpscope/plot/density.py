@@ -1,0 +1,80 @@
+"""How the eigenvalues are distributed, with the outliers by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sharpscope.errors import DataError
+from sharpscope.plot.training import COLOURS
+from sharpscope.results import DensityResult, EigenResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def density_curve(
+    result: DensityResult,
+    eigenvalues: EigenResult | None = None,
+    axes: Axes | None = None,
+    *,
+    label: str | None = None,
+    colour: str = COLOURS[0],
+    width: float | None = None,
+) -> Axes:
+    """The smoothed spectral density on a log scale with its band of 95 %, outliers marked; returns the Axes.
+
+    The dotted line is the height of a single eigenvalue: a bump that stays below it is part of one, as chance weighted
+    it. Several results may be drawn on the same Axes, which then hold all of them.
+
+    Args:
+        result: what to draw.
+        eigenvalues: of the same weights, marked by triangles on the curve, with their intervals; those that the result
+            knew exactly are marked anyway.
+        axes: where to draw; by default a new figure.
+        label: of the curve, for the legend.
+        colour: of the curve.
+        width: of the smoothing; by default the result's.
+
+    Raises: DataError when the eigenvalues are of another checkpoint than the result.
+    """
+    import matplotlib.pyplot as plt
+
+    if axes is None:
+        _, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    ours, theirs = result.provenance.get("sha256"), eigenvalues and eigenvalues.provenance.get("sha256")
+    if ours and theirs and ours != theirs:
+        raise DataError("Eigenvalues must be those of the density's checkpoint, but the files' sha256 differ.")
+    curve = result.curve(width=width)
+    single = 1 / (result.n * curve.width * np.sqrt(2 * np.pi))
+    floor = single / 100
+    # A gap in the grid is a gap in the picture, no line across it.
+    gaps = np.flatnonzero(np.diff(curve.grid) > curve.width) + 1
+    at = np.insert(curve.grid, gaps, np.nan)
+    shown, lower, upper = (np.insert(y, gaps, np.nan) for y in (curve.density, curve.lower, curve.upper))
+    axes.fill_between(at, np.maximum(lower, floor), np.maximum(upper, floor), color=colour, alpha=0.25, linewidth=0)
+    axes.plot(at, shown, color=colour, label=label)
+    axes.axhline(single, color=colour, linestyle=":", linewidth=1, label=None if axes.lines[1:] else "one eigenvalue")
+    marks, below, above = _marks(result, eigenvalues)
+    if len(marks):
+        heights = 1.5 * np.maximum(result.curve(marks, curve.width).density, single)
+        error: Any = np.stack([marks - below, above - marks]).clip(0)
+        axes.errorbar(marks, heights, xerr=error, color=colour, marker="v", markersize=5, linestyle="", capsize=2)
+    low, high = axes.get_ylim()
+    top = 5 * float(curve.upper.max())
+    # Autoscaling would follow the tails down to nothing; what was drawn before stays in the picture.
+    before = axes.get_yscale() == "log"
+    axes.set_yscale("log")
+    axes.set_ylim(min(low, floor) if before else floor, max(high, top) if before else top)
+    axes.set(xlabel=r"eigenvalue $\lambda$", ylabel=rf"density, width {curve.width:.2g}")
+    axes.legend(fontsize="small")
+    return axes
+
+
+def _marks(result: DensityResult, eigenvalues: EigenResult | None) -> tuple[Any, Any, Any]:
+    """Where to mark an outlier, and the ends of its interval."""
+    if eigenvalues is not None:
+        return eigenvalues.eigenvalues, eigenvalues.lower, eigenvalues.upper
+    known = result.nodes[0, : result.num_known]
+    return known, known, known

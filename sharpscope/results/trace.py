@@ -1,0 +1,103 @@
+"""Trace and Frobenius norm: the result that holds them, and the table that shows results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sharpscope.errors import DataError
+from sharpscope.results.cost import Cost
+from sharpscope.results.estimate import Estimate
+from sharpscope.results.record import head, names_of, opened, origin, read, refuse_taken, require_json_name, write
+from sharpscope.tables import aligned, as_html
+
+_ESTIMATES = ("trace", "frobenius")
+_MEASURED = (*_ESTIMATES, "loss", "gradient_norm", "cost")
+
+
+@dataclass(frozen=True)
+class TraceResult:
+    """Trace and Frobenius norm of the Hessian of a data set's mean loss, each with its standard error.
+
+    Attributes:
+        trace: ``tr H``, the sum of all eigenvalues, in units of the loss over squared weights.
+        frobenius: ``||H||_F``, the root of the sum of their squares.
+        loss: L(w), with the weight decay if it was asked for.
+        gradient_norm: ``||grad L(w)||``.
+        cost: what it took.
+        provenance: as EigenResult's, with ``probes``.
+    """
+
+    trace: Estimate
+    frobenius: Estimate
+    loss: float
+    gradient_norm: float
+    cost: Cost
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        refuse_taken(self.provenance, _MEASURED)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        return {**head("trace", self.provenance), **{key: _value(getattr(self, key)) for key in _MEASURED}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TraceResult:
+        """The inverse of ``to_dict``.
+
+        Raises: DataError when a key is missing or it is another analysis.
+        """
+        rest = opened(values, "trace")
+        try:
+            measured = {key: rest.pop(key) for key in _MEASURED}
+            measured |= {key: Estimate(**measured[key]) for key in _ESTIMATES} | {"cost": Cost(**measured["cost"])}
+        except (KeyError, TypeError) as error:
+            raise DataError(f"A trace result must have the keys of TraceResult.to_dict(), got: {error}.") from error
+        return cls(**measured, provenance=rest)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON to ``path``, atomically.
+
+        Raises: OutputError when it cannot be written.
+        """
+        require_json_name(path)
+        write(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TraceResult:
+        """Read what ``save`` wrote.
+
+        Raises: DataError when ``path`` holds something else.
+        """
+        return cls.from_dict(read(path))
+
+    def summary(self) -> str:
+        """The result as a table of text."""
+        return "\n".join([aligned(_rows([self])), "", *_notes([self])])
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def _repr_html_(self) -> str:
+        return as_html(_rows([self]), _notes([self]))
+
+
+def _value(entry: Any) -> Any:
+    return asdict(entry) if isinstance(entry, Estimate | Cost) else entry
+
+
+def _rows(results: Sequence[TraceResult]) -> list[list[str]]:
+    rows = [["checkpoint", "trace", "||H||_F", "loss", "|grad|", "gradients", "passes", "seconds"]]
+    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
+        paid = [f"{r.cost.gradients:.1f}", str(r.cost.passes), f"{r.cost.seconds:.1f}"]
+        rows.append([name, str(r.trace), str(r.frobenius), f"{r.loss:.4g}", f"{r.gradient_norm:.2g}", *paid])
+    return rows
+
+
+def _notes(results: Sequence[TraceResult]) -> list[str]:
+    names = names_of([r.provenance for r in results])
+    notes = [f"{name}: {origin(r.provenance)}" for r, name in zip(results, names, strict=True)]
+    return [*notes, "± is one standard error, over the random vectors."]
