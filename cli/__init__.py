@@ -8,11 +8,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from sharpscope.cli import demo, eigen, inspect, train
+from sharpscope.cli import demo, density, eigen, inspect, train
 from sharpscope.errors import ConvergenceWarning, SharpscopeError
 from sharpscope.version import __version__
 
-COMMANDS = (demo, train, eigen, inspect)
+COMMANDS = (demo, train, eigen, density, inspect)
 
 EPILOG = """\
 exit status: 0 done, 1 the input is wrong (one sentence on stderr), 2 wrong usage,
@@ -22,6 +22,7 @@ examples:
   sharpscope demo
   sharpscope train --model cnn --data digits --optimizer sam --rho 0.05 --out sam.pt
   sharpscope eigen sgd.pt sam.pt
+  sharpscope density sgd.pt sam.pt --figure density.png
   sharpscope inspect sam.pt
 """
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "float64")
@@ -32,6 +35,29 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
 def add_data_root(parser: Any) -> None:
     parser.add_argument(
         "--data-root", metavar="DIR", help="folder of the data files; else $SHARPSCOPE_DATA, else Debian's"
+    )
+
+
+def add_measured(parser: argparse.ArgumentParser) -> None:
+    """Options that say which examples and parameters are measured, and how."""
+    parser.add_argument("--split", default="train", choices=("train", "test"), help="part of the data (default train)")
+    parser.add_argument("--examples", type=int, metavar="N", help="measure on N examples drawn at random, not on all")
+    parser.add_argument(
+        "--params", action="append", metavar="PATTERN", help="only parameters of such names; may be given again"
+    )
+    parser.add_argument("--weight-decay", type=float, default=0.0, metavar="C", help="add C to each eigenvalue")
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of the computation (default: the weights')")
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="examples a graph (default: measured)")
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Options that say where the results of one or more checkpoints go."""
+    parser.add_argument(
+        "--out", metavar="PATH", help="write the result as JSON to this file; a folder for several CKPT"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace results that exist already")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON in place of the table (an array for several CKPT)"
     )
 
 
@@ -79,3 +105,67 @@ def key_values(pairs: list[str] | None) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             values[key] = text
     return values
+
+
+def load(args: argparse.Namespace, path: str) -> Any:
+    """The Problem of the checkpoint at ``path``."""
+    import sharpscope
+
+    return sharpscope.load(
+        path,
+        model=args.model,
+        model_args=key_values(args.model_args),
+        data=args.data,
+        data_root=args.data_root,
+        split=args.split,
+        examples=args.examples,
+        seed=args.seed,
+        params=args.params or "*",
+        weight_decay=args.weight_decay,
+        loss=args.loss,
+        trust=args.trust,
+    )
+
+
+def load_all(args: argparse.Namespace) -> None:
+    """Read every checkpoint once, before the first long measurement."""
+    if ":" in (args.model or "") or args.trust:
+        sys.path.insert(0, os.getcwd())  # a console script, unlike python -m, does not look where the user stands
+    for path in dict.fromkeys(args.checkpoints):
+        load(args, path)
+
+
+def outputs(args: argparse.Namespace, *, arrays: bool = False) -> list[Path | None]:
+    """The JSON file of each checkpoint, made sure to be writable and new; with ``arrays`` the .npz beside it too."""
+    from sharpscope.errors import OutputError
+
+    if args.out is None:
+        return [None] * len(args.checkpoints)
+    out = Path(args.out)
+    if len(args.checkpoints) == 1:
+        files = [out / f"{Path(args.checkpoints[0]).stem}.json" if out.is_dir() else out]
+    else:
+        names = [Path(path).stem for path in args.checkpoints]
+        if len(set(names)) < len(names):
+            names = [f"{i}-{name}" for i, name in enumerate(names, start=1)]
+        if out.is_file():
+            raise OutputError(f"With several checkpoints --out must be a folder, but {out} is a file.")
+        files = [out / f"{name}.json" for name in names]
+    for out in files:
+        if out.suffix == ".npz":
+            raise OutputError(f"The result is JSON, and its vectors go beside it as .npz, got {out}. Name it .json.")
+        require_new(args, out, *([out.with_suffix(".npz")] if arrays else []))
+    return list(files)
+
+
+def require_new(args: argparse.Namespace, *files: Path) -> None:
+    """Raise OutputError where a file that is to be written is a checkpoint, cannot be written, or exists already."""
+    from sharpscope.errors import OutputError
+    from sharpscope.files import require_writable
+
+    for file in files:
+        if file.resolve() in {Path(path).resolve() for path in args.checkpoints}:
+            raise OutputError(f"{file} is a checkpoint to be measured. Name another place for the result.")
+        require_writable(file)
+        if file.exists() and not args.overwrite:
+            raise OutputError(f"{file} exists already. Name another place, or pass --overwrite.")

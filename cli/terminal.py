@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,12 @@ def emit(text: str) -> None:
         raise
     except OSError as error:
         raise OutputError(f"Cannot write to standard output: {error.strerror}.") from error
+
+
+def emit_json(records: list[dict[str, Any]], wanted: int) -> None:
+    """Print the record of the one checkpoint that was asked for, or an array of those of several that are finished."""
+    if records or wanted > 1:
+        emit(json.dumps(records[0] if wanted == 1 else records, indent=2, allow_nan=False))
 
 
 @contextmanager

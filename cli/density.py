@@ -1,0 +1,140 @@
+"""``sharpscope density``: how the Hessian's eigenvalues are distributed, its trace and its Frobenius norm."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sharpscope.cli import options, terminal
+
+FIGURES = (".png", ".pdf", ".svg")
+
+DESCRIPTION = """\
+The density of all eigenvalues of the Hessian of the mean loss over the data at the checkpoint's weights, by stochastic
+Lanczos quadrature, with its trace (the sum of the eigenvalues), Frobenius norm (the root of the sum of their squares),
+mean, and the share below zero. Each comes with one standard error over the random vectors (value ± error). It takes
+(1 + 2 PROBES) (STEPS + 1) gradients over the data in STEPS + 1 passes.
+"""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """The command's options."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "density",
+        help="spectral density, trace and Frobenius norm of checkpoints",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="checkpoint file")
+    parser.add_argument("--probes", type=int, default=6, metavar="K", help="random vectors (default 6)")
+    parser.add_argument(
+        "--steps", type=int, default=32, metavar="S", help="Lanczos steps; the range over S is resolved (default 32)"
+    )
+    parser.add_argument(
+        "--eigen",
+        action="append",
+        metavar="JSON",
+        help="result of `sharpscope eigen` for a CKPT: marked in the figure, and, where measured with --vectors, taken "
+        "out so that the rest shows on its own scale; may be given again",
+    )
+    options.add_measured(parser)
+    options.add_seed(parser, "of the random vectors and of --examples")
+    options.add_device(parser)
+    parser.add_argument("--figure", metavar="PATH", help="draw all densities on one log scale (.png, .pdf or .svg)")
+    options.add_outputs(parser)
+    options.add_model_and_data(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure one checkpoint after another; what is finished is shown and kept whatever happens to the next."""
+    import torch
+
+    import sharpscope
+    from sharpscope.results import DensityResult, density_table
+
+    outputs = options.outputs(args)
+    figure = None if args.figure is None else _figure(args)
+    options.load_all(args)
+    eigen = _eigen(args)
+    results: list[DensityResult] = []
+    try:
+        for path, out in zip(args.checkpoints, outputs, strict=True):
+            problem = options.load(args, path)
+            known = eigen.get(problem.provenance["sha256"])
+            with terminal.progress_bar(Path(path).name) as progress:
+                result = sharpscope.spectral_density(
+                    problem,
+                    args.probes,
+                    args.steps,
+                    torch.Generator().manual_seed(args.seed),
+                    progress,
+                    known=known if known is not None and known.eigenvectors is not None else None,
+                    dtype=getattr(torch, args.dtype) if args.dtype else None,
+                    device=options.device(args.device),
+                    micro_batch=args.micro_batch,
+                )
+            results.append(result)
+            if out is not None:
+                result.save(out)
+    finally:
+        if args.json:
+            terminal.emit_json([result.to_dict() for result in results], len(args.checkpoints))
+        elif results:
+            terminal.emit(density_table(results))
+        if figure is not None and results:
+            _draw(results, eigen, figure)
+    return 0
+
+
+def _figure(args: argparse.Namespace) -> Path:
+    """Where the figure goes, made sure to be writable and new."""
+    from sharpscope.errors import OutputError
+
+    path = Path(args.figure)
+    if path.suffix not in FIGURES:
+        raise OutputError(f"The figure must be one of {', '.join(FIGURES)}, got {path}. Name it so.")
+    options.require_new(args, path)
+    return path
+
+
+def _eigen(args: argparse.Namespace) -> dict[str, Any]:
+    """The results named by ``--eigen``, by the hash of the checkpoint that they are of."""
+    from sharpscope import ArgumentError, EigenResult
+
+    results = {}
+    hashes = {options.load(args, path).provenance["sha256"] for path in args.checkpoints} if args.eigen else set()
+    for path in args.eigen or ():
+        result = EigenResult.load(path)
+        digest = result.provenance.get("sha256")
+        if digest not in hashes:
+            came = result.provenance.get("checkpoint")
+            raise ArgumentError(f"--eigen must be a result for one of these checkpoints, but {path} is of {came}.")
+        results[digest] = result
+    return results
+
+
+def _draw(results: list[Any], eigen: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")  # a file, on a machine that may have no screen
+    import matplotlib.pyplot as plt
+
+    from sharpscope.files import atomic
+    from sharpscope.plot import COLOURS, density_curve
+
+    axes = None
+    for i, result in enumerate(results):
+        provenance = result.provenance
+        axes = density_curve(
+            result,
+            eigen.get(provenance["sha256"]),
+            axes,
+            label=Path(provenance["checkpoint"]).name,
+            colour=COLOURS[i % len(COLOURS)],
+        )
+    assert axes is not None
+    with atomic(path) as temporary:
+        axes.figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+    plt.close(axes.figure)
