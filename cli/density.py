@@ -103,15 +103,25 @@ def _eigen(args: argparse.Namespace) -> dict[str, Any]:
     """The results named by ``--eigen``, by the hash of the checkpoint that they are of."""
     from sharpscope import ArgumentError, EigenResult
 
-    results = {}
-    hashes = {options.load(args, path).provenance["sha256"] for path in args.checkpoints} if args.eigen else set()
-    for path in args.eigen or ():
+    results: dict[str, Any] = {}
+    if not args.eigen:
+        return results
+    said = [options.load(args, path).provenance for path in args.checkpoints]
+    wanted = {p["sha256"]: (p["split"], args.examples or p["split_examples"]) for p in said}
+    for path in args.eigen:
         result = EigenResult.load(path)
-        digest = result.provenance.get("sha256")
-        if digest not in hashes:
-            came = result.provenance.get("checkpoint")
-            raise ArgumentError(f"--eigen must be a result for one of these checkpoints, but {path} is of {came}.")
-        results[digest] = result
+        came = result.provenance
+        if came.get("sha256") not in wanted:
+            raise ArgumentError(
+                f"--eigen must be a result for one of these checkpoints, but {path} is of {came.get('checkpoint')}."
+            )
+        split, examples = wanted[came["sha256"]]
+        if (came.get("split"), came.get("num_examples")) != (split, examples):
+            raise ArgumentError(
+                f"--eigen must be measured on the same data, {examples} examples of the {split} split, but {path} is "
+                f"on {came.get('num_examples')} of {came.get('split')}. Pass the same --split and --examples."
+            )
+        results[came["sha256"]] = result
     return results
 
 

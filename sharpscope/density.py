@@ -13,6 +13,7 @@ from sharpscope.audit import audit
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg.quadrature import lanczos_quadrature, require_probes
 from sharpscope.linalg.trace import TraceEstimate, trace_and_frobenius, trace_from_images
+from sharpscope.linalg.vectors import inner, norms
 from sharpscope.objective import Objective, Progress
 from sharpscope.problem import Problem
 from sharpscope.provenance import provenance, seeded
@@ -153,14 +154,14 @@ def _known(known: EigenResult, matmat: Callable[[Tensor], Tensor], objective: Ob
         )
     vectors = torch.from_numpy(np.array(known.eigenvectors)).to(objective.device, objective.dtype)
     images = matmat(vectors)
-    values = (vectors.double() * images.double()).sum(0)
-    residuals = (images.double() - vectors.double() * values).norm(dim=0)
-    if float(residuals.max()) > KNOWN_TO * float(values.abs().max()):
+    values = inner(vectors.T, images.T).diagonal()
+    off, largest = float(norms((images - vectors * values.to(images)).T).max()), float(values.abs().max())
+    if off > KNOWN_TO * largest:
         raise ArgumentError(
-            f"Known eigenvectors must be those of this problem, but ||Hv - lambda v|| is {float(residuals.max()):.2g} "
-            f"at lambda_max = {float(values.abs().max()):.2g}. Measure them at these weights, on these data."
+            f"Known eigenvectors must be those of this problem, but ||Hv - lambda v|| is {off:.2g} at a largest "
+            f"eigenvalue of {largest:.2g}. Measure them at these weights, on these data."
         )
-    return values.cpu(), vectors
+    return values, vectors
 
 
 def _root(sums: TraceEstimate) -> Estimate:

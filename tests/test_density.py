@@ -338,6 +338,8 @@ def test_the_command_takes_eigenvalues_for_outliers(
     (tmp_path / "e.npz").unlink()
     assert run(*density, "--overwrite") == 0
     assert json.loads(capsys.readouterr().out)["num_known"] == 0
+    assert run(*density, "--split", "test", "--overwrite") == 1
+    assert "the same data, 100 examples of the test split" in capsys.readouterr().err
     said = json.loads((tmp_path / "e.json").read_text())
     (tmp_path / "e.json").write_text(json.dumps({**said, "sha256": "0"}))
     assert run(*density, "--overwrite") == 1

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sharpscope import ArgumentError
 from sharpscope.linalg import TraceEstimate, lanczos_quadrature, trace_and_frobenius
+from sharpscope.linalg.trace import trace_from_images
 from sharpscope.results.estimate import student
 
 DTYPES = (torch.float64, torch.float32)
@@ -199,6 +200,19 @@ def test_as_many_probes_as_dimensions_give_all_of_it() -> None:
     found = trace_and_frobenius(product(operator(torch.tensor([5.0, 4, 3, -2]))), 4, 4)
     assert abs(found.trace - 10) < 1e-10
     assert abs(found.squared - 54) < 1e-10
+
+
+def test_known_eigenpairs_leave_the_trace_of_the_rest() -> None:
+    """Where the rest is a multiple of the identity nothing is left to chance: 5 + 4 - 3 + 57 * 0.5, and the squares."""
+    matrix = operator(torch.cat([torch.tensor([5.0, 4, -3]), torch.full((57,), 0.5)]))
+    values, vectors = torch.linalg.eigh(matrix)
+    pick = [0, 58, 59]
+    known = values[pick], vectors[:, pick]
+    rule = lanczos_quadrature(product(matrix), 60, 4, 3, known=known)
+    found = trace_from_images(product(matrix), rule.probes, rule.images, known=known, generator=seeded(0))
+    assert abs(found.trace - 34.5) < 1e-12
+    assert abs(found.squared - 64.25) < 1e-12
+    assert found.trace_error < 1e-12
 
 
 def test_a_negative_trace_is_no_reason_to_stop() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg.operator import on_rows, outside, require_dtype
 from sharpscope.linalg.ritz import Matmat
-from sharpscope.linalg.vectors import BREAKDOWN, norms, project_out, random_rows
+from sharpscope.linalg.vectors import BREAKDOWN, inner, norms, project_out, random_rows
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,9 @@ def taken_out(known: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor
         came = f"{tuple(values.shape)} and {tuple(known[1].shape)}"
         raise ArgumentError(f"Known pairs must be of shapes (d,) and ({n}, d) with d < {n}, got {came}.")
     vectors = known[1].detach().T.to(like).contiguous()
-    apart = float((vectors.double() @ vectors.double().T - torch.eye(len(values)).to(vectors).double()).abs().max())
-    if not apart <= torch.finfo(like.dtype).eps ** 0.5:
-        raise ArgumentError(f"Known eigenvectors must be orthonormal, but V'V is off by {apart:.2g}.")
+    apart = (inner(vectors, vectors) - torch.eye(len(values), dtype=torch.float64)).abs()
+    if not bool((apart <= torch.finfo(like.dtype).eps ** 0.5).all()):
+        raise ArgumentError(f"Known eigenvectors must be orthonormal, but V'V is off by {float(apart.max()):.2g}.")
     return values, vectors
 
 

@@ -78,7 +78,7 @@ def trace_from_images(
     K - 1 probes (Efron and Stein 1981).
 
     Departures from the source: the standard error; ||H||_F from the same products; bases without one image from small
-    singular value decompositions in place of R^-1, so that an operator of low rank is no special case.
+    QR factorisations in place of R^-1, so that an operator of low rank is no special case.
 
     Args:
         probes: (K, n), independent, uniform on the unit sphere orthogonal to ``known``.
@@ -105,7 +105,6 @@ def trace_from_images(
         direct=inner(probes, images).diagonal(),
         lengths=norms(images).square(),
         space=space,
-        floor=floor,
     )
     estimate, error = _jackknife(small)
     # Exact but for rounding where the rank is below K: nothing scatters then, and what is left is what rounding does.
@@ -136,14 +135,12 @@ class _Small:
     direct: Tensor
     lengths: Tensor
     space: int
-    floor: float
 
     def values(self, of: tuple[int, ...], without: tuple[int, ...]) -> Tensor:
         """The estimates (2, len(of)) by the probes ``of``, with the basis of the images of all but ``without``."""
         kept = [j for j in range(len(self.direct)) if j not in without]
-        left, sizes, _ = torch.linalg.svd(self.factors[:, kept], full_matrices=True)
-        rank = int((sizes > self.floor).sum())
-        inside = left[:, :rank] @ left[:, :rank].T
+        reduced, _ = torch.linalg.qr(self.factors[:, kept])
+        rank, inside = reduced.shape[1], reduced @ reduced.T
         trace, squared = (inside * self.within).sum(), (inside * self.squares).sum()
         out = torch.zeros(2, len(of), dtype=torch.float64)
         for column, i in enumerate(of):

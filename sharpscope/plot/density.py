@@ -13,6 +13,9 @@ from sharpscope.results import DensityResult, EigenResult
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# What two results must share, where both say it, to be of one Hessian.
+SAME = ("sha256", "data", "split", "num_examples", "num_params", "weight_decay", "mode")
+
 
 def density_curve(
     result: DensityResult,
@@ -37,15 +40,15 @@ def density_curve(
         colour: of the curve.
         width: of the smoothing; by default the result's.
 
-    Raises: DataError when the eigenvalues are of another checkpoint than the result.
+    Raises: DataError when the eigenvalues are of other weights or data than the result.
     """
     import matplotlib.pyplot as plt
 
     if axes is None:
         _, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    ours, theirs = result.provenance.get("sha256"), eigenvalues and eigenvalues.provenance.get("sha256")
-    if ours and theirs and ours != theirs:
-        raise DataError("Eigenvalues must be those of the density's checkpoint, but the files' sha256 differ.")
+    differ = [] if eigenvalues is None else [key for key in SAME if _differ(key, result, eigenvalues)]
+    if differ:
+        raise DataError(f"Eigenvalues must be those of the density's own Hessian, but the {', '.join(differ)} differ.")
     curve = result.curve(width=width)
     single = 1 / (result.n * curve.width * np.sqrt(2 * np.pi))
     floor = single / 100
@@ -70,6 +73,11 @@ def density_curve(
     axes.set(xlabel=r"eigenvalue $\lambda$", ylabel=rf"density, width {curve.width:.2g}")
     axes.legend(fontsize="small")
     return axes
+
+
+def _differ(key: str, result: DensityResult, eigenvalues: EigenResult) -> bool:
+    ours, theirs = result.provenance.get(key), eigenvalues.provenance.get(key)
+    return ours is not None and theirs is not None and ours != theirs
 
 
 def _marks(result: DensityResult, eigenvalues: EigenResult | None) -> tuple[Any, Any, Any]:
