@@ -22,6 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "params": set(),
     "batches": set(),
     "losses": set(),
+    "fingerprint": {"batches", "preserve"},
+    "journal": {"files", "fingerprint"},
     "linalg": {"precision"},
     "tables": set(),
     "results": {"files", "tables"},

@@ -1,0 +1,411 @@
+"""A run that is killed and called again: the same bits, and no finished piece computed twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from sharpscope import ArgumentError, DataError, OutputError
+from sharpscope.fingerprint import fingerprint
+from sharpscope.journal import Journal
+from sharpscope.linalg import top_eigenpairs
+
+# Runs Lanczos through a journal in a child that is killed three times, then once to its end; all in one process, since
+# importing torch takes longer than all of it.
+DRIVER = """
+import hashlib, json, os, signal, sys, time
+import torch
+from sharpscope.journal import Journal
+from sharpscope.linalg import top_eigenpairs
+
+torch.set_num_threads(1)
+folder, moments = sys.argv[1], json.loads(sys.argv[2])
+diagonal = torch.linspace(0, 1, 400)[:, None] ** 3
+
+
+def run(folder, log):
+    journal = Journal(folder, "key")
+    count = [0]
+
+    def product(block):
+        with open(log, "a") as file:
+            file.write(f"{journal.replayed + count[0]}\\n")
+        time.sleep(0.01)
+        count[0] += 1
+        return diagonal * block
+
+    generator = torch.Generator().manual_seed(3)
+    pairs = top_eigenpairs(
+        journal.matmat(product), 400, 3, tol=1e-5, dtype=torch.float32, max_basis=20, generator=generator
+    )
+    everything = (pairs.eigenvalues, pairs.eigenvectors, pairs.lower, generator.get_state())
+    bits = hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in everything)).hexdigest()
+    return bits, pairs.num_products, journal
+
+
+def stored():
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return len([name for name in names if name.endswith(".npz") and name[0] != "."])
+
+
+plain, products, _ = run(None, folder + ".plain")
+kept = []
+for i, moment in enumerate(moments):
+    child = os.fork()
+    if child == 0:
+        run(folder, f"{folder}.log{i}")
+        os._exit(0)
+    time.sleep(moment)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kept.append(stored())
+bits, _, journal = run(folder, f"{folder}.log{len(moments)}")
+replayed = journal.replayed
+again, _, journal = run(folder, folder + ".again")
+journal.finish()
+print(json.dumps({"plain": plain, "bits": bits, "again": again, "products": products, "kept": kept,
+                  "replayed": [replayed, journal.replayed], "left": os.path.exists(folder)}))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_killed_three_times_a_run_gives_the_same_bits_and_repeats_no_product(tmp_path: Path) -> None:
+    """After SIGKILL at three random moments the same call takes every stored product from disk, and ends the same."""
+    moments = [random.uniform(0.03, 0.25) for _ in range(3)]
+    folder = tmp_path / "run.journal"
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(folder), json.dumps(moments)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout)
+    assert got["plain"] == got["bits"] == got["again"], moments
+    kept = [0, *got["kept"]]
+    assert kept == sorted(kept)
+    assert got["replayed"] == [kept[-1], got["products"]]
+    assert not got["left"]
+    assert not Path(f"{folder}.again").exists()
+    for i, start in enumerate(kept):
+        log = Path(f"{folder}.log{i}")
+        computed = [int(line) for line in log.read_text().split()] if log.exists() else []
+        assert computed == list(range(start, start + len(computed))), "a product that was stored was computed again"
+
+
+def piece(value: float, calls: list[float]) -> Callable[[], dict[str, Any]]:
+    """A computation that leaves a trace of being done."""
+
+    def compute() -> dict[str, Any]:
+        calls.append(value)
+        return {"tensor": torch.full((3, 2), value, dtype=torch.float64), "number": value, "text": "a"}
+
+    return compute
+
+
+def three(folder: Path | None, key: str = "key", first: float = 0.0) -> tuple[list[float], list[float], Journal]:
+    """Three pieces through a journal: their values, and those that were computed."""
+    journal = Journal(folder, key)
+    calls: list[float] = []
+    entries = [journal.once(f"piece {i}", piece(first + i, calls)) for i in range(3)]
+    values = [entry["number"] for entry in entries]
+    assert all(bool((entry["tensor"] == entry["number"]).all()) for entry in entries)
+    return values, calls, journal
+
+
+def test_what_is_stored_is_not_computed_again(tmp_path: Path) -> None:
+    """A second run computes nothing; after finish() a third computes all, and the folder is gone in between."""
+    folder = tmp_path / "j"
+    assert three(folder)[:2] == ([0, 1, 2], [0, 1, 2])
+    values, calls, journal = three(folder)
+    assert (values, calls, journal.replayed) == ([0, 1, 2], [], 3)
+    journal.finish()
+    assert not folder.exists()
+    assert three(folder)[1] == [0, 1, 2]
+
+
+def test_another_key_reuses_nothing(tmp_path: Path) -> None:
+    """State of another key is neither used nor mixed in, and goes when the new state comes."""
+    three(tmp_path / "j")
+    assert three(tmp_path / "j", "other", 10.0)[:2] == ([10, 11, 12], [10, 11, 12])
+    assert three(tmp_path / "j", "other", 20.0)[:2] == ([10, 11, 12], [])
+    assert three(tmp_path / "j")[1] == [0, 1, 2]
+
+
+def test_leftovers_of_another_key_after_a_kill_are_not_picked_up(tmp_path: Path) -> None:
+    """Where old entries of the right key follow new ones, the chain of checksums tells them apart."""
+    folder, old = tmp_path / "j", tmp_path / "old"
+    three(folder, first=5.0)
+    shutil.copytree(folder, old)
+    Journal(folder, "key").finish()
+    three(folder, first=7.0)
+    shutil.copy(old / "000002.npz", folder / "000002.npz")
+    assert three(folder)[:2] == ([7, 8, 2], [2])
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        lambda data: b"",
+        lambda data: b"something else",
+        None,
+    ],
+    ids=["half", "last byte", "empty", "foreign", "gone"],
+)
+def test_a_damaged_entry_is_computed_again_with_all_after_it(
+    tmp_path: Path, index: int, damage: Callable[[bytes], bytes] | None
+) -> None:
+    """Whatever happened to a file, the entries before it are used, and the values are right."""
+    three(tmp_path)
+    place = tmp_path / f"{index:06d}.npz"
+    if damage is None:
+        place.unlink()
+    else:
+        place.write_bytes(damage(place.read_bytes()))
+    (tmp_path / ".000001.npz.abc.tmp").write_bytes(b"a write that was killed")
+    (tmp_path / "mine.txt").write_text("not the journal's")
+    values, calls, journal = three(tmp_path)
+    assert values == [0, 1, 2]
+    assert calls == [0, 1, 2][index:]
+    journal.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_each_bit_of_an_entry_counts(tmp_path: Path) -> None:
+    """With any one byte of a stored file flipped, the values that come back are still the right ones."""
+    Journal(tmp_path, "key").once("piece", piece(1.0, []))
+    place = tmp_path / "000000.npz"
+    whole = place.read_bytes()
+    source = random.Random(0)
+    for position in source.sample(range(len(whole)), 150):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << source.randrange(8)
+        place.write_bytes(bytes(flipped))
+        entry = Journal(tmp_path, "key").once("piece", piece(1.0, []))
+        assert entry["number"] == 1.0
+        assert entry["text"] == "a"
+        assert torch.equal(entry["tensor"], torch.ones(3, 2, dtype=torch.float64))
+
+
+def test_a_generator_goes_on_where_the_piece_left_it(tmp_path: Path) -> None:
+    """Numbers drawn after a replayed piece are those drawn after the computed one; another state is another request."""
+
+    def run(seed: int) -> tuple[Tensor, Tensor, int]:
+        generator = torch.Generator().manual_seed(seed)
+        journal = Journal(tmp_path, "key")
+        entry = journal.once("draw", lambda: {"x": torch.randn(7, generator=generator)}, generators=[generator])
+        return entry["x"], torch.randn(5, generator=generator), journal.replayed
+
+    first, after, _ = run(0)
+    again, later, replayed = run(0)
+    assert replayed == 1
+    assert torch.equal(first, again)
+    assert torch.equal(after, later)
+    other, _, replayed = run(1)
+    assert replayed == 0
+    assert not torch.equal(first, other)
+
+
+def test_a_product_is_replayed_only_for_the_very_block(tmp_path: Path) -> None:
+    """A block that differs by one bit, by its shape or by its label is computed, and so is all that follows."""
+    block = torch.randn(50, 2)
+    changed = block.clone()
+    changed[0, 0] = torch.nextafter(changed[0, 0], torch.tensor(2.0))
+    calls: list[int] = []
+
+    def double(given: Tensor) -> Tensor:
+        calls.append(1)
+        return 2 * given
+
+    for blocks, expected in (
+        ((block, block), 2),
+        ((block, block), 0),
+        ((block, changed), 1),
+        ((changed, changed), 2),
+        ((changed, changed[:, :1]), 1),
+    ):
+        calls.clear()
+        product = Journal(tmp_path, "key").matmat(double)
+        assert all(torch.equal(product(given), 2 * given) for given in blocks)
+        assert len(calls) == expected
+    calls.clear()
+    Journal(tmp_path, "key").matmat(double, "another operator")(changed)
+    assert calls == [1]
+
+
+def test_what_a_product_leaves_behind_is_recalled(tmp_path: Path) -> None:
+    """Loss and gradient noted with a product are handed back when it comes from disk, and only then."""
+    recalled: list[dict[str, Any]] = []
+
+    def product() -> Callable[[Tensor], Tensor]:
+        return Journal(tmp_path, "key").matmat(
+            lambda block: 3 * block,
+            note=lambda: {"loss": 0.1 + 0.2, "gradient": torch.arange(3.0), "passes": 4},
+            recall=recalled.append,
+        )
+
+    block = torch.ones(4, 2)
+    product()(block)
+    assert recalled == []
+    assert torch.equal(product()(block), 3 * block)
+    assert (recalled[0]["loss"], recalled[0]["passes"]) == (0.1 + 0.2, 4)
+    assert torch.equal(recalled[0]["gradient"], torch.arange(3.0))
+    assert sorted(recalled[0]) == ["gradient", "loss", "passes"]
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(5, 3).T,
+        torch.randn(5, 3)[:, 1:],
+        torch.tensor(1.5, dtype=torch.float64),
+        torch.empty(0, 4),
+        torch.randn(4).bfloat16(),
+        torch.randn(4, dtype=torch.complex64),
+        torch.tensor([True, False]),
+        torch.tensor([float("nan"), float("-inf"), -0.0]),
+        torch.randint(0, 9, (2, 3, 4)),
+    ],
+    ids=["columns", "strided", "scalar", "empty", "bfloat16", "complex", "bool", "nan", "int64"],
+)
+def test_tensors_come_back_bit_for_bit_and_laid_out_alike(tmp_path: Path, tensor: Tensor) -> None:
+    """dtype, shape, bits and strides of what is replayed are those of what was computed."""
+    computed = Journal(tmp_path, "key").once("t", lambda: {"t": tensor})["t"]
+    journal = Journal(tmp_path, "key")
+    replayed = journal.once("t", lambda: {"t": torch.zeros(1)})["t"]
+    assert journal.replayed == 1
+    assert (replayed.dtype, replayed.shape, replayed.stride()) == (tensor.dtype, tensor.shape, computed.stride())
+    assert fingerprint(replayed) == fingerprint(tensor) == fingerprint(computed)
+
+
+def test_plain_values_come_back_exactly(tmp_path: Path) -> None:
+    """Floats keep all their bits, infinities and NaN included, in the order they were given."""
+    values = {"b": 0.1, "a": [1, 2.5e-308, None, "é"], "c": float("inf"), "d": True}
+    for _ in range(2):
+        assert list(Journal(tmp_path, "key").once("v", lambda: values).items()) == list(values.items())
+
+
+def test_no_journal_stores_nothing_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With path None every piece is computed, nothing is written, and a solver gives the same bits."""
+    monkeypatch.chdir(tmp_path)
+    values, calls, journal = three(None)
+    assert (values, calls, journal.replayed) == ([0, 1, 2], [0, 1, 2], 0)
+    journal.finish()
+    diagonal = torch.linspace(0, 1, 60, dtype=torch.float64)[:, None]
+    plain = top_eigenpairs(lambda block: diagonal * block, 60, 2)
+    through = top_eigenpairs(journal.matmat(lambda block: diagonal * block), 60, 2)
+    assert torch.equal(plain.eigenvectors, through.eigenvectors)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
+    """A file in the journal's place is not overwritten, and a value that cannot be stored is named."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="must be a folder"):
+        Journal(tmp_path / "file", "key")
+    with pytest.raises(ArgumentError, match="must have a key"):
+        Journal(tmp_path / "j")
+    with pytest.raises(ArgumentError, match="'thing'"):
+        Journal(tmp_path / "j", "key").once("x", lambda: {"thing": object()})
+
+
+DISTINCT: list[tuple[Any, ...]] = [
+    (torch.zeros(2),),
+    (torch.zeros(2, dtype=torch.float64),),
+    (torch.zeros(1, 2),),
+    (-torch.zeros(2),),
+    (torch.zeros(2, dtype=torch.int32),),
+    (np.zeros(2, np.float32),),
+    (1,),
+    (1.0,),
+    (True,),
+    ("1",),
+    (b"1",),
+    (None,),
+    (),
+    ("",),
+    (Path("1"),),
+    (torch.float32,),
+    ("torch.float32",),
+    (1, 2),
+    ([1, 2],),
+    ([1], 2),
+    ({"a": 1, "b": 2},),
+    ({"a": 2, "b": 1},),
+    ([["a", 1], ["b", 2]],),
+    ({1, 2},),
+    ("ab", "c"),
+    ("a", "bc"),
+    ([torch.zeros(2)], [torch.zeros(1)]),
+    ([torch.zeros(2), torch.zeros(1)],),
+]
+
+
+def test_different_values_have_different_fingerprints() -> None:
+    """Type, dtype, shape, sign of zero, nesting and the place where one part ends all count."""
+    assert len({fingerprint(*parts) for parts in DISTINCT}) == len(DISTINCT)
+
+
+def test_equal_values_have_equal_fingerprints_wherever_they_are() -> None:
+    """Layout, order of keys, gradients and the process do not count."""
+    tensor = torch.randn(4, 3)
+    assert fingerprint(tensor) == fingerprint(tensor.T.contiguous().T) == fingerprint(torch.nn.Parameter(tensor))
+    assert fingerprint({"a": 1, "b": tensor}) == fingerprint({"b": tensor, "a": 1})
+    assert fingerprint({"x", "y", "z"}) == fingerprint({"z", "y", "x"})
+    assert fingerprint([3, "a", 0.5, None]) == "41f64af3a3dc00f67a57775defce58c8"
+
+
+class Squares(Dataset[tuple[Tensor, int]]):
+    """A map-style data set whose examples are made when asked for."""
+
+    def __init__(self, last: int = 9) -> None:
+        self.last = last
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.full((2,), float(index if index < 9 else self.last)), index % 3
+
+
+def test_data_count_by_their_batches_and_no_random_state_moves() -> None:
+    """One changed example in the last batch changes the hash, as does another batch size; walking leaves no trace."""
+    inputs, labels = torch.arange(20.0).reshape(10, 2), torch.arange(10)
+    changed = inputs.clone()
+    changed[9, 1] += 1
+    before = torch.get_rng_state()
+    loaders = [
+        DataLoader(TensorDataset(inputs, labels), batch_size=4),
+        DataLoader(TensorDataset(changed, labels), batch_size=4),
+        DataLoader(TensorDataset(inputs, labels), batch_size=5),
+        Squares(),
+        Squares(8),
+    ]
+    hashes = [fingerprint(data) for data in loaders]
+    assert len(set(hashes)) == len(loaders)
+    assert hashes == [fingerprint(data) for data in loaders]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_what_has_no_fingerprint_is_refused() -> None:
+    """A generator, a shuffled loader, an object without bytes and a sparse tensor are named."""
+    with pytest.raises(DataError, match="walked once"):
+        fingerprint(iter([torch.zeros(1)]))
+    with pytest.raises(DataError, match="shuffle"):
+        fingerprint(DataLoader(TensorDataset(torch.zeros(4)), shuffle=True))
+    for value in (object(), torch.eye(2).to_sparse()):
+        with pytest.raises(ArgumentError, match="needs tensors"):
+            fingerprint(value)
