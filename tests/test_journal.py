@@ -200,6 +200,19 @@ def test_each_bit_of_an_entry_counts(tmp_path: Path) -> None:
         assert torch.equal(entry["tensor"], torch.ones(3, 2, dtype=torch.float64))
 
 
+def test_a_well_formed_file_with_other_contents_is_not_believed(tmp_path: Path) -> None:
+    """An archive in order whose tensor is not the one that was stored fails the entry's own checksum."""
+    Journal(tmp_path, "key").once("piece", piece(1.0, []))
+    place = tmp_path / "000000.npz"
+    with np.load(place) as file:
+        arrays = [file[f"arr_{i}"] for i in range(len(file.files))]
+    arrays[2][-1] ^= 1
+    np.savez(place, *arrays)
+    journal = Journal(tmp_path, "key")
+    assert torch.equal(journal.once("piece", piece(1.0, []))["tensor"], torch.ones(3, 2, dtype=torch.float64))
+    assert journal.replayed == 0
+
+
 def test_a_generator_goes_on_where_the_piece_left_it(tmp_path: Path) -> None:
     """Numbers drawn after a replayed piece are those drawn after the computed one; another state is another request."""
 

@@ -82,13 +82,15 @@ def certificate(
 
     Args:
         matmat: rows (b, n) to rows (b, n) times H, called with one row.
-        found: (k, n), k >= 0, with the dtype and device of the computation; must not depend on this ``generator``.
+        found: (k, n), k >= 0, with the dtype and device of the computation.
         above: t. ``lambda_k`` itself asks for k eigenvalues that are the largest, and costs the more the closer
             ``lambda_{k+1}`` is; ``(1 + eps) lambda_k`` is cheaper.
         probability: when to stop, in (0, 1).
         max_steps: products after which to stop anyhow, by default 50. Memory: k + max_steps vectors.
         scale: the norm of H as far as it is known, for the rounding of its products.
-        generator: source of the start, on the CPU.
+        generator: source of the start, on the CPU. What it gives now must be independent of ``found``: pass the
+            generator that the solver drew from, which goes on, never one of the same seed started again. A start that
+            the solver had has no part along what the solver missed, and would certify just that.
         progress: called as ``progress(steps, probability)`` with what is supported so far.
 
     Cost: one product with one vector a step.
@@ -207,7 +209,7 @@ def kuczynski_wozniakowski(order: int, steps: int, fraction: float) -> float:
     """``P(lambda_max - theta_1 > eps (lambda_max - lambda_min)) <= 1.648 sqrt(n) exp(-sqrt(eps) (2 j - 1))``.
 
     Before any run, for j = ``steps`` of it in dimension n = ``order``, eps = ``fraction`` in (0, 1); exact, so 0, for
-    j >= n. Kuczynski and Wozniakowski 1992, theorem 4.2, which shifting the operator extends to indefinite ones.
+    j >= n. Kuczynski and Wozniakowski 1992, for positive definite operators; a shift extends it to others.
 
     Raises: ArgumentError for a fraction out of range.
     """

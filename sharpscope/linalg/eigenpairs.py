@@ -92,11 +92,7 @@ def top_eigenpairs(
 
     Raises: ArgumentError for arguments out of range, a matmat with a wrong shape, NaN, or that is not symmetric.
     """
-    require_arguments(n, k, tol, method, max_products)
-    if which not in WHICH:
-        raise ArgumentError(f"which must be one of {', '.join(WHICH)}, got {which!r}.")
-    if which == "both" and 2 * k > n:
-        raise ArgumentError(f"k must be at most half the number of parameters ({n}) for both ends, got {k}.")
+    require_arguments(n, k, tol, method, max_products, which)
     require_dtype(dtype)
     name = _solver(method, which, guide, n, k)
     source = generator if generator is not None else torch.Generator().manual_seed(0)
@@ -162,8 +158,6 @@ def _two_runs(
     progress: SolverProgress | None,
 ) -> RitzPairs:
     """Both ends by a method that finds one: k pairs at each, of which "magnitude" keeps k."""
-    if max_products is not None and max_products < 4:
-        raise ArgumentError(f"There must be at least 4 products for a run at each end, got a limit of {max_products}.")
     top = run(1.0, None if max_products is None else max_products // 2, progress)
     done = top.num_products
     later = None if progress is None else (lambda products, worst: progress(done + products, worst))
@@ -179,7 +173,9 @@ def _two_runs(
     return joined([(sign, ranked(pairs, max(rivals), tol, floor)) for sign, pairs in parts], which)
 
 
-def require_arguments(n: int, k: int, tol: float, method: str, max_products: int | None) -> None:
+def require_arguments(
+    n: int, k: int, tol: float, method: str, max_products: int | None, which: str = "largest"
+) -> None:
     """What every solver asks of its arguments, to be asked before anything is paid for.
 
     Raises: ArgumentError.
@@ -192,3 +188,10 @@ def require_arguments(n: int, k: int, tol: float, method: str, max_products: int
         raise ArgumentError(f"tol must be a number between 0 and 1, got {tol!r}.")
     if max_products is not None and max_products < 2:
         raise ArgumentError(f"There must be at least 2 products, a step and its check, got a limit of {max_products}.")
+    if which not in WHICH:
+        raise ArgumentError(f"which must be one of {', '.join(WHICH)}, got {which!r}.")
+    if which == "both" and 2 * k > n:
+        raise ArgumentError(f"k must be at most half the number of parameters ({n}) for both ends, got {k}.")
+    two_runs = which in ("both", "magnitude") and method not in ("auto", "lanczos")
+    if two_runs and max_products is not None and max_products < 4:
+        raise ArgumentError(f"There must be at least 4 products for a run at each end, got a limit of {max_products}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -97,10 +96,7 @@ def guided(
         raise ArgumentError(f"max_basis must be at least {4 * width} for k = {k} (four blocks), got {max_basis}.")
     most = PRODUCTS if max_products is None else max_products
 
-    def rough(values: Tensor) -> Tensor:
-        return (START * values[k - 1].abs()).expand(width)
-
-    start = _model(guide, None, random_rows(width + 1, like, generator), width, rough, limit, generator)
+    start = _model(guide, None, random_rows(width + 1, like, generator), width, None, limit, generator)
     next_guided, spare = _next(start, k), start.vectors[k:]
     origin = _orthonormal(random_rows(1, like, generator), start.vectors[:k], generator)
     block, space, probe = torch.cat([start.vectors[:k], origin]), None, like
@@ -138,9 +134,9 @@ def guided(
         helpful = helpful and float(outer[:k].max()) < HELP * worst
         worst = float(outer[:k].max())
         if helpful:
-            needed = torch.cat([INNER * outer[:k], NEXT * values[k - 1 : k].abs()])
+            needed = torch.cat([INNER * outer[:k], NEXT * values[k - 1 : k].abs()])[:width]
             rows = torch.cat([residuals[:k] / scale, spare])
-            model = _model(guide, space, rows, width, lambda _, wanted=needed: wanted, limit, generator)
+            model = _model(guide, space, rows, width, needed, limit, generator)
             next_guided, spare = _next(model, k), like
             block = model.vectors[:k][(~met).to(like.device)]
         else:
@@ -153,14 +149,15 @@ def _model(
     space: _Space | None,
     rows: Tensor,
     width: int,
-    needed: Callable[[Tensor], Tensor],
+    needed: Tensor | None,
     limit: int,
     generator: torch.Generator,
 ) -> _Space:
     """The ``width`` leading Ritz pairs of the operator that is H on ``space`` and the guide outside of it.
 
     ``M = Q Q' H + H Q Q' - Q Q' H Q Q' + P G P``, Q the space, ``P = I - Q Q'``. The space outside is spanned from
-    ``rows`` by residuals until each is at most ``needed(values)`` (width,), or ``limit`` vectors are there.
+    ``rows`` by residuals until each is at most ``needed`` (width,), by default START times the last but one of the values,
+    or ``limit`` vectors are there.
     """
     basis, images = (rows[:0], rows[:0]) if space is None else (space.vectors, space.images)
     inside = torch.diag(space.values) if space is not None else torch.zeros(0, 0, dtype=torch.float64)
@@ -179,7 +176,8 @@ def _model(
         pairs = _Space(vectors, found, values)
         residuals = pairs.residuals
         size = norms(residuals)
-        missing = residuals[(size > needed(values)[: len(size)]).to(rows.device)]
+        enough = START * values[max(len(values) - 2, 0)].abs() if needed is None else needed
+        missing = residuals[(size > enough).to(rows.device)]
         room = limit - len(basis) - len(outside)
         if not len(missing) or room <= 0:
             return pairs

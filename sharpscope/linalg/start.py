@@ -65,7 +65,7 @@ class RandomStart:
 
 
 def random_start(origin: Tensor, vectors: Tensor, values: Tensor, residuals: Tensor, k: int) -> RandomStart:
-    """That of Ritz pairs (``vectors`` (q, n), ``values``, ``residuals``) whose span holds the random rows ``origin``."""
+    """That of Ritz pairs (``vectors`` (q, n) and so on) whose span holds the random rows ``origin``."""
     coordinates = inner(vectors[k:], origin)
     return RandomStart(
         values=values[k:],
