@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -66,6 +67,7 @@ class Worker:
 def main() -> None:
     """Run what was asked for and report it."""
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C, so that the running task is ended too
     work = args.work / "quick" if args.quick else args.work
     for case in args.cases:
         worker = Worker(work, case, args)

@@ -23,7 +23,8 @@ NOTES = """\
 - seconds: from the live model and loaded data to the eigenvalues, the tool having made one product on 64 examples
   before; median (least to most) of the rounds. The next column divides by one gradient measured in the same round, at
   its fastest batch size.
-- peak MiB: the process's peak memory less that of one that only loads model, data and torch.
+- peak MiB: the process's peak memory, the tool's own code included, less that of one that only loads model, data and
+  torch.
 - `!` marks an error above the accuracy asked for, `*` a result that does not call itself converged."""
 
 
