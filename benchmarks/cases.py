@@ -82,11 +82,11 @@ def _by_command(kind: str, args: list[str], quick: bool, path: Path, *options: s
 def _wide_resnet(path: Path, quick: bool) -> dict[str, Any]:
     """WRN-10-2 without norm on the first 5,000 images, trained on just those."""
     data = load_data("digits" if quick else "fashion-mnist")
-    size, steps = (96, 5) if quick else (5000, 400)
+    size, steps = (96, 5) if quick else (5000, 800)
     inputs, targets = data.inputs[:size].clone(), data.targets[:size].clone()
     args: dict[str, Any] = {"shape": data.shape, "classes": data.classes, "depth": 10, "widen": 2, "norm": "none"}
     model = make("wide_resnet", args)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     loss = fit(model, optimizer, inputs, targets, steps)
     about = f"wide_resnet 10-2 without norm, {size:,} images of {data.name}, SGD, {steps} steps, loss {loss:.3g}"
     return _kept("wide_resnet", args, model, inputs, targets, about)

@@ -5,8 +5,8 @@
 
 Every run has an interpreter of its own; rounds go through all solvers in turn, each round in another order, with one
 gradient measured beside them. Checkpoints, references and the rivals' settings are kept in FOLDER, as are the runs, so
-that --only measures some anew and the report holds the others as they were. Cases: cnn-sgd, cnn-sam, wrn, mlp,
-transformer. Solvers: see benchmarks/roster.py.
+that --only measures some anew and the report holds the others as they were; remove FOLDER/tune to have the settings
+found anew. Cases: cnn-sgd, cnn-sam, wrn, mlp, transformer. Solvers: see benchmarks/roster.py.
 """
 
 from __future__ import annotations
