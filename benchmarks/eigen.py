@@ -157,9 +157,11 @@ def solve(
 ) -> dict[str, Any]:
     """One run of one solver; where it has rungs, the first that reaches the accuracy, else the last."""
     entry = ROSTER[name]
+    found = settings.get(entry.tuned or "", {})
     before: dict[str, Any] = {}
-    for rung in entry.rungs:
-        given = {**settings.get(entry.tuned or "", {}), **rung}
+    for given in ({**found, **rung} for rung in entry.rungs):
+        if before and given == found:
+            break
         run = worker.run("solve", "--name", name, "--settings", json.dumps(given), limit=limit)
         if "failed" in run:
             return run if not before else run | {"failed": f"{run['failed']}; before that {described(before)}"}

@@ -29,6 +29,8 @@ class Entry:
     rungs: tuple[dict[str, Any], ...] = ({},)
 
 
+# Products as found beforehand, then exact ones, should finite differences be too coarse when it stops later.
+EIGENTHINGS_RUNGS: tuple[dict[str, Any], ...] = ({}, {"method": "autograd", "step": None})
 OURS = "tol = the accuracy, everything else as it comes; audit, bounds and choice of micro-batch are inside the time"
 
 ROSTER: dict[str, Entry] = {
@@ -50,8 +52,10 @@ ROSTER: dict[str, Entry] = {
     "eigenthings lanczos": Entry(
         "own tolerance",
         "lanczos(which='LA', reorthogonalize=True, tol = the accuracy) with 10 steps (its default, 2k), then 20, 40, "
-        "... anew until all five are flagged converged: it cannot go on from where it was. Products as when told",
+        "... anew until all five are flagged converged: it cannot go on from where it was. Products as when told, or "
+        "exact ones should those be too coarse",
         tuned="eigenthings",
+        rungs=EIGENTHINGS_RUNGS,
     ),
     "eigenthings lanczos, told": Entry(
         "told",
@@ -64,6 +68,7 @@ ROSTER: dict[str, Entry] = {
         "deflated_power_iteration(tol = the accuracy, max_iter=1000); momentum 0, since the best one needs lambda_2",
         slow=True,
         tuned="eigenthings",
+        rungs=EIGENTHINGS_RUNGS,
     ),
     "pyhessian power": Entry(
         "own tolerance",
