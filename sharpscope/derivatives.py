@@ -55,12 +55,14 @@ class Curvature:
         graph: ``graph(terms, part, keep)`` differentiates a micro-batch; ``keep`` says that products will be wanted.
         cost: gradients a product on a kept graph.
         twice: whether the model's second derivative enters.
+        exact: whether a product is right to rounding, so that a result need not be called approximate.
     """
 
     name: str
     graph: Callable[[LossTerms, MicroBatch, bool], Graph]
     cost: float
     twice: bool = False
+    exact: bool = True
 
 
 def hessian(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:
@@ -123,6 +125,6 @@ def derivative_errors() -> Iterator[None]:
         if "derivative for" in text or "once_differentiable" in text or "double backward" in text.lower():
             raise ProblemError(
                 f"The model must have a second derivative, but torch says: {text.splitlines()[0]} "
-                "Replace that operation by one that can be differentiated twice."
+                "Replace that operation by one that can be differentiated twice, or pass operator='finite-difference'."
             ) from error
         raise

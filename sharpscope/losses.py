@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sharpscope.errors import DataError, ProblemError
+from sharpscope.likelihoods import Likelihood, bernoulli, categorical, gaussian
 
 Where = Callable[[int], str]
 
@@ -25,12 +26,16 @@ class TermLoss:
         sums: ``sums(output, target, batch, size) -> (sum_i a_i l_i, sum_i a_i)``, the first differentiable.
         check: ``check(output, target, where)`` raises DataError for a target that the loss cannot take.
         counted: whether the terms are counted here, not stated or implied by the loss's author.
+        stated: whether the author states their number, so that they need not be the examples.
+        likelihood: the distribution whose negative log-likelihood it is, None where that is not known.
     """
 
     name: str
     sums: Callable[[Any, Any, Any, int], tuple[Tensor, Tensor]]
     check: Callable[[Any, Any, Where], None] = lambda output, target, where: None
     counted: bool = True
+    stated: bool = False
+    likelihood: Likelihood | None = None
 
 
 def term_loss(loss: Callable[..., Any]) -> TermLoss:
@@ -42,7 +47,7 @@ def term_loss(loss: Callable[..., Any]) -> TermLoss:
     Raises: ProblemError for an option of a known loss whose terms do not add up over batches.
     """
     if hasattr(loss, "terms"):
-        return TermLoss(_name(loss), functools.partial(_mean_times_terms, loss), counted=False)
+        return TermLoss(_name(loss), functools.partial(_mean_times_terms, loss), counted=False, stated=True)
     for module, build in _MODULES.items():
         # A subclass with a forward of its own is another loss.
         if isinstance(loss, module) and type(loss).forward is module.forward:
@@ -65,7 +70,7 @@ def term_loss(loss: Callable[..., Any]) -> TermLoss:
 
 def _cross_entropy(weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> TermLoss:
     def sums(output: Any, target: Tensor, batch: Any, size: int) -> tuple[Tensor, Tensor]:
-        logits = _logits(output)
+        logits = output_tensor(output)
         scale = _like(weight, logits)
         target = target if target.is_floating_point() else target.long()
         total = F.cross_entropy(
@@ -76,36 +81,36 @@ def _cross_entropy(weight: Tensor | None = None, ignore_index: int = -100, label
         return total, _class_weight(target, scale, ignore_index, total)
 
     def check(output: Any, target: Any, where: Where) -> None:
-        _check_labels(_logits(output), target, ignore_index, where)
+        _check_labels(output_tensor(output), target, ignore_index, where)
 
-    return TermLoss("cross_entropy", sums, check)
+    return TermLoss("cross_entropy", sums, check, likelihood=categorical(weight, ignore_index, label_smoothing))
 
 
 def _nll(weight: Tensor | None = None, ignore_index: int = -100) -> TermLoss:
     def sums(output: Any, target: Tensor, batch: Any, size: int) -> tuple[Tensor, Tensor]:
-        log_probabilities = _logits(output)
+        log_probabilities = output_tensor(output)
         scale, target = _like(weight, log_probabilities), target.long()
         total = F.nll_loss(log_probabilities, target, scale, ignore_index=ignore_index, reduction="sum")
         return total, _class_weight(target, scale, ignore_index, total)
 
     def check(output: Any, target: Any, where: Where) -> None:
-        _check_labels(_logits(output), target, ignore_index, where)
+        _check_labels(output_tensor(output), target, ignore_index, where)
 
-    return TermLoss("nll", sums, check)
+    return TermLoss("nll", sums, check, likelihood=categorical(weight, ignore_index, logarithms=True))
 
 
 def _mse() -> TermLoss:
     def sums(output: Any, target: Tensor, batch: Any, size: int) -> tuple[Tensor, Tensor]:
-        prediction = _logits(output)
+        prediction = output_tensor(output)
         total = F.mse_loss(prediction, target.to(prediction), reduction="sum")
         return total, total.new_tensor(prediction.numel())
 
-    return TermLoss("mse", sums, _check_same_shape)
+    return TermLoss("mse", sums, _check_same_shape, likelihood=gaussian())
 
 
 def _bce_with_logits(weight: Tensor | None = None, pos_weight: Tensor | None = None) -> TermLoss:
     def sums(output: Any, target: Tensor, batch: Any, size: int) -> tuple[Tensor, Tensor]:
-        logits = _logits(output)
+        logits = output_tensor(output)
         total = F.binary_cross_entropy_with_logits(
             logits,
             target.to(logits),
@@ -118,7 +123,7 @@ def _bce_with_logits(weight: Tensor | None = None, pos_weight: Tensor | None = N
 
     def check(output: Any, target: Any, where: Where) -> None:
         _check_same_shape(output, target, where)
-        dims = _logits(output).dim()
+        dims = output_tensor(output).dim()
         for name, value in (("weight", weight), ("pos_weight", pos_weight)):
             if value is not None and value.dim() >= dims and value.shape[0] != 1:
                 raise ProblemError(
@@ -126,7 +131,7 @@ def _bce_with_logits(weight: Tensor | None = None, pos_weight: Tensor | None = N
                     f"output), got shape {tuple(value.shape)}. Put per-example weights into a loss with terms(batch)."
                 )
 
-    return TermLoss("bce_with_logits", sums, check)
+    return TermLoss("bce_with_logits", sums, check, likelihood=bernoulli(weight, pos_weight))
 
 
 _OPTIONS: dict[Callable[..., TermLoss], tuple[str, ...]] = {
@@ -172,16 +177,24 @@ def _scalar(loss: Any, output: Any, target: Any) -> Tensor:
     return value.reshape(())
 
 
-def _logits(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(found, Tensor):
+def output_tensor(output: Any) -> Tensor:
+    """The tensor of ``output`` that a known loss takes.
+
+    Raises: ProblemError.
+    """
+    found = output if isinstance(output, Tensor) else find_logits(output)
+    if found is not None:
         return found
     raise ProblemError(
         f"The model must return a tensor, or an object with .logits, for this loss; got {type(output).__name__}. "
         "Pass a loss(output, target) that picks what it needs."
     )
+
+
+def find_logits(output: Any) -> Tensor | None:
+    """The tensor called "logits" in an output that is an object or a mapping, if there is one."""
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) else None
 
 
 def _class_weight(target: Tensor, weight: Tensor | None, ignore_index: int, like: Tensor) -> Tensor:
@@ -213,7 +226,7 @@ def _check_labels(logits: Tensor, target: Any, ignore_index: int, where: Where) 
 
 
 def _check_same_shape(output: Any, target: Any, where: Where) -> None:
-    shape = _logits(output).shape
+    shape = output_tensor(output).shape
     if target.shape != shape:
         raise ProblemError(
             f"Output and target must have the same shape, got {tuple(shape)} and {tuple(target.shape)}: "

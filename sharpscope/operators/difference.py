@@ -1,0 +1,65 @@
+"""An approximate Hessian for models without a second derivative: central differences of the gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sharpscope.batches import MicroBatch
+from sharpscope.derivatives import Curvature, Graph, derivative_errors, nothing
+from sharpscope.params import views
+from sharpscope.precision import wide
+from sharpscope.terms import LossTerms
+
+
+def finite_difference(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:
+    """``H v`` as ``(g(w + h v) - g(w - h v)) / 2h``, ``h = eps^(1/3) |w| / |v|``, eps that of the dtype.
+
+    ``|w|`` is 1 where w is zero. The error is of order eps^(2/3) relative to the third derivative at the scale of the
+    weights, about 1e-4 in float32 and 1e-10 in float64, and more near the kinks of a ReLU. The parameters are written
+    to, and put back from exact copies however it ends. Cost: 1 gradient, and 2 a product; no graph is kept.
+
+    Raises: ProblemError when the loss does not depend on the parameters.
+    """
+    with derivative_errors():
+        value, weight = terms.sums(part)
+        if not value.requires_grad and not float(weight):
+            return nothing(terms, part, value, weight)
+        grads = torch.autograd.grad(value, terms.params, materialize_grads=True)
+
+    def products(block: Tensor, last: bool = False) -> Tensor:
+        rows = torch.empty_like(block)
+        exact = [p.detach().clone() for p in terms.params]
+        try:
+            for k, row in enumerate(block):
+                step, vector = _step(exact, row), views(row, terms.params)
+                ends = []
+                for signed in (step, -step):
+                    _write(terms, [w + signed.to(w) * v for w, v in zip(exact, vector, strict=True)])
+                    ends.append(torch.autograd.grad(terms.sums(part)[0], terms.params, materialize_grads=True))
+                found = torch._foreach_sub(ends[0], ends[1])
+                torch._foreach_copy_(views(rows[k], terms.params), found)
+                rows[k] /= 2 * step.to(row)
+        finally:
+            _write(terms, exact)
+        return rows
+
+    return Graph(value.detach(), weight, grads, products, part.size)
+
+
+def _step(exact: list[Tensor], row: Tensor) -> Tensor:
+    dtype = wide(row.device)
+    size = torch.stack([torch.linalg.vector_norm(w, dtype=dtype) for w in exact]).norm()
+    length = torch.linalg.vector_norm(row, dtype=dtype)
+    eps = torch.finfo(row.dtype).eps
+    # A zero vector has a zero product whatever the step.
+    step: Tensor = eps ** (1 / 3) * torch.where(size > 0, size, 1.0) / torch.where(length > 0, length, 1.0)
+    return step
+
+
+@torch.no_grad()
+def _write(terms: LossTerms, values: list[Tensor]) -> None:
+    torch._foreach_copy_(terms.params, values)
+
+
+FINITE_DIFFERENCE = Curvature("finite-difference", finite_difference, 2.0, exact=False)
