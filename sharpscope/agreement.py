@@ -19,6 +19,13 @@ def require_repeatable(objective: Objective, one: Sums, two: Sums, tolerance: fl
     moved = float(torch.linalg.vector_norm(one.gradient - two.gradient))
     changed = abs(float(one.loss - two.loss)) > tolerance * max(abs(float(one.loss)), float(one.spread))
     if not changed and moved <= tolerance * float(one.spread):
+        both = min(len(one.products), len(two.products))
+        p, q = one.products[:both], two.products[:both]
+        if float((p - q).norm()) > tolerance * float(p.norm()):
+            raise AuditError(
+                f"Products with the {objective.curvature.title} must repeat, but two with the same vector differ while "
+                "the losses agree. Turn on torch.use_deterministic_algorithms."
+            )
         return
     dropout = nn.modules.dropout._DropoutNd
     dropping = [name for name, m in objective.terms.model.named_modules() if isinstance(m, dropout) and m.training]
@@ -34,22 +41,24 @@ def require_repeatable(objective: Objective, one: Sums, two: Sums, tolerance: fl
     )
 
 
-def require_additive(objective: Objective, whole: MicroBatch, tolerance: float) -> None:
-    """Loss and gradient of a batch must be the sums over its halves, or micro-batches would change them.
+def require_additive(
+    objective: Objective, whole: MicroBatch, tolerance: float, block: torch.Tensor | None = None
+) -> None:
+    """Loss, gradient and products of a batch must be the sums over its halves, or micro-batches would change them.
 
     Raises: ProblemError.
     """
     if not whole.splittable or whole.size < 2:
         return
-    nothing = objective.no_vectors()
+    block = objective.no_vectors() if block is None else block
     half = whole.size // 2
-    one = objective.accumulate([whole], nothing)
-    two = objective.accumulate([whole.part(0, half), whole.part(half, whole.size)], nothing)
+    one = objective.accumulate([whole], block)
+    two = objective.accumulate([whole.part(0, half), whole.part(half, whole.size)], block)
     require_same(one, two, "halves", tolerance)
 
 
 def require_same(one: Sums, two: Sums, parts: str, tolerance: float) -> None:
-    """Two sums over the same examples, cut differently, must give one mean loss and gradient.
+    """Two sums over the same examples, cut differently, must give one mean loss, gradient and curvature.
 
     Raises: ProblemError.
     """
@@ -63,4 +72,10 @@ def require_same(one: Sums, two: Sums, parts: str, tolerance: float) -> None:
             f"{a:.9g} and, cut into other {parts}, {b:.9g}. If the loss is a sum, or a mean over tokens, give it a "
             "terms(batch) method and return the mean; if examples in a batch depend on each other, or do not lie along "
             "its first dimension, pass micro_batch='loader'."
+        )
+    (p, q) = (s.products / s.weight for s in (one, two))
+    if float((p - q).norm()) > tolerance * max(float(p.norm()), float(q.norm())):
+        raise ProblemError(
+            "The curvature of a batch must be the weighted mean over its parts, but products with it change when it is "
+            "cut. If examples in a batch depend on each other, pass micro_batch='loader'."
         )

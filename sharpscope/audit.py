@@ -1,4 +1,4 @@
-"""Is the loss one fixed, twice differentiable function of the weights? Asked before any work, on a few examples."""
+"""Is the loss one fixed function of the weights with a symmetric curvature? Asked before any work, on some examples."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ EXAMPLES = 256
 def audit(objective: Objective, generator: torch.Generator | None = None) -> None:
     """Check on the first examples that loss and gradient repeat, that ``u'Hv = v'Hu``, and that batches add up.
 
-    What needs more digits than the computation may have is asked of a float64 copy (``audit_in_float64``). A loss whose
-    terms are its author's to count is cut in two ways over the whole data set.
+    Products are those with ``objective.curvature``. What needs more digits than the computation may have is asked of a
+    float64 copy (``audit_in_float64``). A loss whose terms are its author's to count is cut in two ways over the whole
+    data set.
 
     Cost: about 8 gradients over 256 examples and 10 over 32, and 2 whole ones for a loss that is not known here; all
     counted in ``objective.gradients``.
@@ -42,8 +43,10 @@ def audit(objective: Objective, generator: torch.Generator | None = None) -> Non
         if not one.finite:
             objective.blame()
         eps = torch.finfo(objective.dtype).eps
+        first = objective.fitting(first)
         require_repeatable(objective, one, two, 1e3 * eps)
-        _require_symmetric(probes, one, 10 * eps**0.5)
+        # What differences leave of the digits is about the square root of what products have.
+        _require_symmetric(objective, probes, one, 10 * eps**0.5 if objective.curvature.exact else 10 * eps**0.4)
         originals = [p for p in objective.problem.model.parameters() if p.requires_grad]
         if objective.terms.model is not objective.problem.model and reads(objective, first, originals):
             raise ProblemError(
@@ -60,14 +63,15 @@ def audit(objective: Objective, generator: torch.Generator | None = None) -> Non
             require_additive(objective, first, 1e4 * eps)
 
 
-def _require_symmetric(probes: Tensor, sums: Sums, tolerance: float) -> None:
+def _require_symmetric(objective: Objective, probes: Tensor, sums: Sums, tolerance: float) -> None:
     (u, v), (hu, hv) = probes.cpu().double(), sums.products.cpu().double()
     apart = abs(float(u @ hv - v @ hu))
     size = float(u.norm() * hv.norm() + v.norm() * hu.norm())
     if apart > tolerance * size:
         raise AuditError(
-            f"The Hessian must be symmetric, but u'Hv and v'Hu differ by {apart:.2g} at |u||Hv| = {size:.2g}: an "
-            "operation has a wrong second derivative. Look for custom autograd functions, detach and weight_norm."
+            f"The {objective.curvature.title} must be symmetric, but u'Hv and v'Hu differ by {apart:.2g} at |u||Hv| = "
+            f"{size:.2g}: an operation has a wrong derivative. Look for custom autograd functions, detach and "
+            f"weight_norm{', or pass operator=' + repr('finite-difference') if objective.curvature.exact else ''}."
         )
 
 

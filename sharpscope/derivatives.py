@@ -51,17 +51,20 @@ class Curvature:
     """A symmetric matrix that is a sum over loss terms, as a function of one micro-batch.
 
     Attributes:
-        name: what to call it in a result.
+        name: what to call it as an argument, and ``title``: in a sentence.
         graph: ``graph(terms, part, keep)`` differentiates a micro-batch; ``keep`` says that products will be wanted.
         cost: gradients a product on a kept graph.
         twice: whether the model's second derivative enters.
+        tangent: ``tangent(terms, part, vector)`` is the model's output and J v, J its Jacobian, where J is used.
         exact: whether a product is right to rounding, so that a result need not be called approximate.
     """
 
     name: str
+    title: str
     graph: Callable[[LossTerms, MicroBatch, bool], Graph]
     cost: float
     twice: bool = False
+    tangent: Callable[[LossTerms, MicroBatch, Tensor], tuple[Tensor, Tensor]] | None = None
     exact: bool = True
 
 
@@ -98,7 +101,7 @@ def hessian(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:
     return Graph(value.detach(), weight, [g.detach() for g in grads], products, part.size)
 
 
-HESSIAN = Curvature("hessian", hessian, cost=2.0, twice=True)
+HESSIAN = Curvature("hessian", "Hessian", hessian, cost=2.0, twice=True)
 
 
 def nothing(terms: LossTerms, part: MicroBatch, value: Tensor, weight: Tensor) -> Graph:

@@ -8,12 +8,12 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sharpscope import sizes
 from sharpscope.batches import MicroBatch, leaves, micro_batches, num_examples_hint, walkable
 from sharpscope.derivatives import GRADIENT, HESSIAN, Curvature, Graph
 from sharpscope.errors import ArgumentError, DataError
+from sharpscope.kernels import differentiable_kernels
 from sharpscope.memory import Room
 from sharpscope.meter import Meter
 from sharpscope.point import Point, point_of, require_same_point
@@ -142,10 +142,7 @@ class Objective:
             return
         with ExitStack() as stack:
             stack.enter_context(preserved(self.terms.model, self.terms.loss_function, data=self.data))
-            # Fused attention kernels have no second derivative; autocast would round it.
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(torch.autocast(self.device.type, enabled=False))
-            stack.enter_context(torch.enable_grad())
+            stack.enter_context(differentiable_kernels(self.terms.model, self.device))
             stack.enter_context(self.meter.timing())
             self.terms.model.train(self.problem.mode == "train")
             self._active = True
@@ -160,6 +157,11 @@ class Objective:
         if first is None:
             raise _empty()
         return first
+
+    def fitting(self, part: MicroBatch) -> MicroBatch:
+        """The first examples of ``part``, as many as are known to fit into memory."""
+        largest = self._room.largest
+        return part if largest is None or largest >= part.size else part.part(0, largest)
 
     def no_vectors(self) -> Tensor:
         """A block (0, n), for loss and gradient alone."""
@@ -225,7 +227,11 @@ class Objective:
             if any(isinstance(leaf, Tensor) and not bool(torch.isfinite(leaf).all()) for leaf in leaves(part.batch)):
                 raise DataError(f"The data must be finite, but {where} holds NaN or infinity. Drop or mend it.")
             sums = self.accumulate([part], block)
-            for name, value in (("loss", sums.loss), ("gradient", sums.gradient), ("Hessian", sums.products)):
+            for name, value in (
+                ("loss", sums.loss),
+                ("gradient", sums.gradient),
+                (self.curvature.title, sums.products),
+            ):
                 if not bool(torch.isfinite(value).all()):
                     raise DataError(
                         f"The {name} must be finite, but that of {where} is NaN or infinite at these weights."

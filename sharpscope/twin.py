@@ -49,17 +49,20 @@ def audit_in_float64(objective: Objective, first: MicroBatch, generator: torch.G
     except ProblemError:
         return
     problem = dataclasses.replace(objective.problem, model=model, loss=loss)
-    twin = Objective(problem, dtype=torch.float64, micro_batch=objective.micro_batch)
+    twin = Objective(problem, dtype=torch.float64, micro_batch=objective.micro_batch, curvature=objective.curvature)
     whole = objective.micro_batch == "loader" or not first.splittable
     few = first if whole else first.part(0, min(first.size, EXAMPLES))
     originals = [p for p in (*objective.terms.params, *objective.problem.model.parameters()) if p.requires_grad]
     with twin.measuring():
         if reads(twin, few, originals):
             return
-        nothing = twin.no_vectors()
-        require_repeatable(twin, twin.accumulate([few], nothing), twin.accumulate([few], nothing), TOLERANCE)
+        # Products with a true Hessian are as additive as the gradient, and differences have not so many digits.
+        block, curvature = twin.no_vectors(), twin.curvature
+        if curvature.exact and not curvature.twice:
+            block = torch.randn(1, twin.num_params, generator=generator, dtype=torch.float64).to(twin.device)
+        require_repeatable(twin, twin.accumulate([few], block), twin.accumulate([few], block), TOLERANCE)
         if objective.micro_batch != "loader":
-            require_additive(twin, few, TOLERANCE)
+            require_additive(twin, few, TOLERANCE, block)
         _require_derivatives(twin, few, generator)
     objective.charge(twin.meter.example_gradients)
 
@@ -87,7 +90,7 @@ def _require_derivatives(twin: Objective, few: MicroBatch, generator: torch.Gene
     for _ in range(TRIES):
         # Near w, not at it: where an input and a bias are both zero, w itself lies on a ReLU's kink.
         base, u = weights + 0.01 * direction(), direction()
-        here = sums(base, u[None])
+        here = sums(base, u[None] if twin.curvature.twice else u.new_empty(0, len(u)))
         before, after = (sums(base + sign * STEP * u, u.new_empty(0, len(u))) for sign in (-1, 1))
         left, right = (here.gradient - before.gradient) / STEP, (after.gradient - here.gradient) / STEP
         rounding = 100 * torch.finfo(torch.float64).eps / STEP
@@ -101,11 +104,34 @@ def _require_derivatives(twin: Objective, few: MicroBatch, generator: torch.Gene
                 f"The gradient must be the derivative of the loss, but along one direction it says {slope:.4g} where "
                 f"the loss changes by {rise:.4g}. Look for custom autograd functions and gradient scaling."
             )
-        apart = float((here.products[0] - (left + right) / 2).norm())
+        apart = float((here.products[0] - (left + right) / 2).norm()) if twin.curvature.twice else 0.0
         if apart > 1e-2 * size + noise:
             raise ProblemError(
                 "Hessian products must be the derivative of the gradient, but are off its finite differences by "
                 f"{apart:.2g} of {size:.2g}: an operation has no true second derivative. Look for once_differentiable, "
-                "detach and saved numbers in the backward of custom autograd functions."
+                "detach and saved numbers in the backward of custom autograd functions, or pass "
+                "operator='finite-difference'."
             )
+        _require_tangent(twin, few, base, u)
         return
+
+
+def _require_tangent(twin: Objective, few: MicroBatch, base: Tensor, u: Tensor) -> None:
+    """J u must be the derivative of the model's output along u, where the curvature is made of J."""
+    if twin.curvature.tangent is None:
+        return
+    ends = []
+    for sign in (0, -1, 1):
+        params.assign(twin.terms.params, base + sign * STEP * u)
+        ends.append(twin.curvature.tangent(twin.terms, few, u))
+    (_, tangent), (before, _), (after, _) = ends
+    slope = (after - before) / (2 * STEP)
+    noise = 100 * torch.finfo(torch.float64).eps / STEP * float(after.norm())
+    apart, size = float((tangent - slope).norm()), float(slope.norm())
+    if apart > 1e-2 * size + noise:
+        raise ProblemError(
+            "Jacobian products must be the derivative of the model's output, but are off its finite differences by "
+            f"{apart:.2g} of {size:.2g}: a gradient is cut off where it is to be differentiated. Look for "
+            "once_differentiable and detach in the backward of custom autograd functions, or pass "
+            "operator='finite-difference'."
+        )

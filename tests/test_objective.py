@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dense import dense_hessian
 from sharpscope import ArgumentError, AuditError, DataError, Objective, Problem, ProblemError, top_eigenvalues
+from sharpscope.kernels import differentiable_kernels
 from sharpscope.zoo import load_data, make_model
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -557,6 +558,62 @@ def test_attention_is_differentiated_twice() -> None:
     problem = Problem(model=model, loss=nn.CrossEntropyLoss(), data=(inputs, Y))
     assert close(full_hessian(problem), dense_hessian(model, plain))
     assert close(full_hessian(problem, dtype=torch.float32), dense_hessian(model, plain), 1e-5)
+
+
+class Encoder(nn.Module):
+    """torch's own attention modules, whose fused path in eval mode knows no derivative, with a padding mask."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.head = kind, nn.Linear(4, 3)
+        if kind == "attention":
+            self.body: nn.Module = nn.MultiheadAttention(4, 2, batch_first=True)
+        else:
+            layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.1, batch_first=True)
+            self.body = layer if kind == "layer" else nn.TransformerEncoder(layer, 2, enable_nested_tensor=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = torch.zeros(x.shape[:2], dtype=torch.bool)
+        padding[:, -1] = True
+        if self.kind == "attention":
+            return self.head(self.body(x, x, x, key_padding_mask=padding, need_weights=False)[0].mean(1))
+        return self.head(self.body(x, src_key_padding_mask=padding)[:, :-1].mean(1))
+
+
+@pytest.mark.parametrize("frozen", ["", "body.", "body.layers.0."])
+@pytest.mark.parametrize("kind", ["attention", "layer", "encoder"])
+def test_torchs_own_attention_modules_stay_off_their_fast_path(kind: str, frozen: str) -> None:
+    """In eval mode, frozen or not, their products are differences of the gradient, and the fast path is on again."""
+    model = Encoder(kind).double().eval()
+    for name, p in model.named_parameters():
+        p.requires_grad_(not frozen or not name.startswith(frozen))
+    inputs = torch.randn(12, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    problem = Problem(model=model, loss=nn.CrossEntropyLoss(), data=(inputs, Y[:12]))
+    objective = Objective(problem)
+    block = torch.randn(objective.num_params, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ends = []
+    torch.backends.mha.set_fastpath_enabled(False)
+    for sign in (1, -1):
+        moved = copy.deepcopy(model)
+        chosen = [p for p in moved.parameters() if p.requires_grad]
+        pieces = torch.split(1e-6 * sign * block[:, 0], [p.numel() for p in chosen])
+        with torch.no_grad():
+            for p, piece in zip(chosen, pieces, strict=True):
+                p += piece.view_as(p)
+        ends.append(torch.autograd.grad(F.cross_entropy(moved(inputs), Y[:12]), chosen))
+    torch.backends.mha.set_fastpath_enabled(True)
+    slope = torch.cat([(a - b).reshape(-1) for a, b in zip(*ends, strict=True)]) / 2e-6
+    assert close(objective.hvp(block)[:, 0], slope, 1e-7)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_recurrent_networks_on_cuda_stay_off_cudnn() -> None:
+    """cuDNN, whose recurrent backward cannot be differentiated, is off for them alone, and on again afterwards."""
+    before = torch.backends.cudnn.enabled
+    for model, wanted in ((nn.LSTM(2, 3), False), (nn.Linear(2, 3), before)):
+        with differentiable_kernels(model, torch.device("cuda")):
+            assert torch.backends.cudnn.enabled == wanted
+        assert torch.backends.cudnn.enabled == before
 
 
 def test_a_recurrent_network_agrees_with_the_dense_hessian() -> None:

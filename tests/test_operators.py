@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 
-from sharpscope import Objective, Problem
-from sharpscope.batches import micro_batches
+from dense import dense_hessian
+from sharpscope import ArgumentError, AuditError, Objective, Problem, ProblemError
+from sharpscope.audit import audit
+from sharpscope.batches import MicroBatch, micro_batches
 from sharpscope.draws import uniform
-from sharpscope.operators import curvature
+from sharpscope.operators import NAMES, curvature
 
 X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.randint(0, 3, (24,), generator=torch.Generator().manual_seed(1))
@@ -168,3 +172,272 @@ def test_fisher_is_gauss_newton_on_average(name: str) -> None:
     sample = torch.tensor(found)
     assert abs(float(sample.mean()) - wanted) < 5 * float(sample.std()) / 20
     assert float(sample.std()) < wanted  # or the line above says nothing
+
+
+@pytest.mark.parametrize("operator", NAMES)
+@pytest.mark.parametrize("name", CASES)
+def test_the_audit_accepts_every_operator_and_counts_itself(name: str, operator: str) -> None:
+    """Symmetric, repeatable and additive products pass, in both precisions, and the bill is what was done."""
+    make, loss, target, _ = CASES[name]
+    for dtype in (torch.float32, torch.float64):
+        problem = Problem(model=make().to(dtype), loss=loss, data=(X.to(dtype), target))
+        objective = Objective(problem, curvature=curvature(operator))
+        audit(objective, torch.Generator().manual_seed(0))
+        assert objective.gradients > 0
+        assert all(
+            torch.equal(p, q) for p, q in zip(make().to(dtype).parameters(), problem.model.parameters(), strict=True)
+        )
+
+
+@pytest.mark.parametrize("operator", NAMES)
+def test_cost_is_counted_as_stated(operator: str) -> None:
+    """A block of K costs 1 + K times what the curvature states, in one pass; weight decay is added to each."""
+    chosen = curvature(operator)
+    plain, decayed = (
+        Objective(
+            Problem(model=net(), loss=nn.CrossEntropyLoss(), data=(X, Y), weight_decay=c),
+            micro_batch=5,
+            curvature=chosen,
+        )
+        for c in (0.0, 0.3)
+    )
+    block = torch.eye(plain.num_params, dtype=torch.float64)[:, :3]
+    assert close(decayed.hvp(block), plain.hvp(block) + 0.3 * block, 1e-12)
+    assert abs(plain.gradients - (1 + 3 * chosen.cost)) < 1e-9
+    assert (plain.passes, plain.hvps) == (1, 3)
+
+
+@pytest.mark.parametrize("operator", NAMES)
+def test_a_kept_graph_gives_the_products_of_a_pass(operator: str) -> None:
+    """Vectors pushed later, and twice, through the graphs of weighted micro-batches give the weighted mean."""
+    problem = Problem(model=net(), loss=nn.CrossEntropyLoss(WEIGHT), data=(X, Y))
+    objective = Objective(problem, micro_batch=6, curvature=curvature(operator))
+    block = torch.randn(2, objective.num_params, generator=torch.Generator().manual_seed(0)).double()
+    parts = list(micro_batches([(X, Y)], 6))
+    doubled = Problem(model=net(), loss=nn.CrossEntropyLoss(WEIGHT), data=[(X, Y), (X[:6], Y[:6])])
+    if operator == "fisher":  # the copy of the first six would draw other targets
+        wanted, scales = objective.hvp(block.T), [1.0] * 4
+    else:
+        wanted, scales = Objective(doubled, micro_batch=6, curvature=curvature(operator)).hvp(block.T), [2.0, 1, 1, 1]
+    with objective.measuring():
+        graphs = [objective.graph(MicroBatch(p.batch, p.size, p.pieces, c)) for p, c in zip(parts, scales, strict=True)]
+        weight = sum(float(g.weight) for g in graphs)
+        for last in (False, True):
+            found = sum(g.products(block, last) for g in graphs) / weight
+            assert close(found.T, wanted, 1e-7 if operator == "finite-difference" else 1e-12)
+    scaled = sum(float(g.loss) for g in graphs) / weight
+    repeated = X if operator == "fisher" else torch.cat([X, X[:6]])
+    labels = Y if operator == "fisher" else torch.cat([Y, Y[:6]])
+    assert abs(scaled - float(F.cross_entropy(net()(repeated), labels, WEIGHT).detach())) < 1e-12
+
+
+class Rich(nn.Module):
+    """A model whose output is an object, a mapping, a tuple or a dict."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.body, self.form = net(), form
+
+    def forward(self, x: Tensor) -> Any:
+        z = self.body(x)
+        forms = {
+            "object": lambda: SimpleNamespace(logits=z, loss=None),
+            "dict": lambda: {"logits": z, "hidden": x},
+            "tuple": lambda: (z[:, :2], z[:, 2:]),
+            "list": lambda: [z[:, :1], x, z[:, 1:]],
+            "named": lambda: {"a": z[:, :2], "b": z[:, 2:]},
+            "loss": lambda: SimpleNamespace(logits=z, loss=z.square().mean()),
+            "set": lambda: {z},
+        }
+        return forms[self.form]()
+
+
+@pytest.mark.parametrize(
+    ("form", "loss"),
+    [
+        ("object", nn.CrossEntropyLoss()),
+        ("dict", nn.CrossEntropyLoss()),
+        ("object", lambda o, t: F.cross_entropy(o.logits, t)),
+        ("dict", lambda o, t: F.cross_entropy(o["logits"], t)),
+        ("tuple", lambda o, t: F.cross_entropy(torch.cat(o, 1), t)),
+        ("list", lambda o, t: F.cross_entropy(torch.cat([o[0], o[2]], 1), t)),
+        ("named", lambda o, t: F.cross_entropy(torch.cat([o["a"], o["b"]], 1), t)),
+    ],
+)
+def test_outputs_of_every_form_have_a_gauss_newton_matrix(form: str, loss: Any) -> None:
+    """Objects, mappings, tuples and lists are cut from the loss, known or the user's own."""
+    problem = Problem(model=Rich(form), loss=loss, data=(X, Y))
+    assert close(product(problem, "ggn", micro_batch=7), gauss_newton("cross_entropy"))
+
+
+def test_a_custom_loss_has_an_empirical_fisher_over_examples() -> None:
+    """A mean over the examples' losses is taken term by term; it equals the known loss's."""
+    known = product(Problem(model=net(), loss=nn.CrossEntropyLoss(), data=(X, Y)), "empirical-fisher")
+    own = Problem(model=net(), loss=lambda o, t: F.cross_entropy(o, t), data=(X, Y))
+    assert close(product(own, "empirical-fisher", micro_batch=7), known, 1e-12)
+
+
+class Stated:
+    """A mean over a number of terms that the author states."""
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target)
+
+    def terms(self, batch: Any) -> int:
+        return len(batch[1])
+
+
+MODEL = net()
+
+
+@pytest.mark.parametrize(
+    ("operator", "model", "loss", "message"),
+    [
+        ("ggn", net(), lambda o, t: o.mean(), "is linear in it"),
+        ("ggn", MODEL, lambda o, t: F.cross_entropy(o, t) + MODEL[0].weight.square().sum(), "reads them itself"),
+        ("ggn", Rich("loss"), lambda o, t: o.loss, "takes a loss from the output"),
+        ("ggn", Rich("set"), lambda o, t: next(iter(o)).square().mean(), "got set"),
+        ("ggn", net(), nn.NLLLoss(), "log-probabilities"),
+        ("fisher", net(), nn.SmoothL1Loss(), "SmoothL1Loss states none"),
+        ("empirical-fisher", net(), Stated(), "needs each loss term's gradient"),
+        (
+            "empirical-fisher",
+            net(),
+            nn.CrossEntropyLoss(torch.tensor([0.0, 1, 1]), label_smoothing=0.1),
+            "positive weight",
+        ),
+    ],
+    ids=["linear", "penalty", "own loss", "set", "nll", "no distribution", "stated terms", "zero weight"],
+)
+def test_what_an_operator_cannot_do_is_refused(operator: str, model: nn.Module, loss: Any, message: str) -> None:
+    """A matrix that would be zero, infinite or another than its name says ends in one sentence."""
+    target = SOFT if isinstance(loss, nn.SmoothL1Loss) else Y
+    with pytest.raises(ProblemError, match=message):
+        product(Problem(model=model, loss=loss, data=(X, target)), operator)
+
+
+def test_an_unknown_operator_is_named_with_the_nearest() -> None:
+    """A misspelt operator is an ArgumentError that lists all."""
+    with pytest.raises(ArgumentError, match="Did you mean 'fisher'"):
+        curvature("fischer")
+
+
+class Once(torch.autograd.Function):
+    """exp, whose backward refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * ctx.saved_tensors[0].exp()
+
+
+class Cut(Once):
+    """exp, whose backward cuts the gradient that it is given from its graph."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.detach() * ctx.saved_tensors[0].exp()
+
+
+class Saved(Once):
+    """exp, whose backward uses a saved number: no second derivative, but a Jacobian."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * ctx.saved_tensors[0].detach().exp()
+
+
+class Custom(nn.Module):
+    """A network that ends in a function of its own, or has a layer after it."""
+
+    def __init__(self, function: type[Once], last: bool = False) -> None:
+        super().__init__()
+        head = nn.Identity() if last else nn.Linear(3, 3).double()
+        self.body, self.head, self.function = net(), head, function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function.apply(self.body(x)))
+
+
+class Exp(Custom):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).exp())
+
+
+@pytest.mark.parametrize("function", [Once, Cut, Saved])
+def test_a_model_without_second_derivative_has_a_difference_hessian(function: type[Once]) -> None:
+    """The Hessian is refused with that advice; differences then agree with the exact Hessian of the same function."""
+    model = Custom(function)
+    problem = Problem(model=model, loss=nn.CrossEntropyLoss(), data=(X, Y))
+    with pytest.raises((ProblemError, AuditError), match="operator='finite-difference'"):
+        audit(Objective(problem))
+    objective = Objective(problem, curvature=curvature("finite-difference"))
+    audit(objective)
+    assert not objective.curvature.exact
+    exact = Exp(function)
+    exact.load_state_dict(model.state_dict())
+    wanted = dense_hessian(exact, lambda call: F.cross_entropy(call(X), Y))
+    assert close(objective.hvp(torch.eye(objective.num_params, dtype=torch.float64)), wanted, 1e-7)
+
+
+@pytest.mark.parametrize("operator", ["ggn", "fisher", "empirical-fisher"])
+def test_a_jacobian_that_is_cut_off_is_refused(operator: str) -> None:
+    """Where J u would silently be wrong the audit says so; where only the second derivative is missing it passes."""
+    problem = Problem(model=Custom(Cut), loss=nn.CrossEntropyLoss(), data=(X, Y))
+    with pytest.raises(AuditError, match="must be symmetric"):
+        audit(Objective(problem, curvature=curvature(operator)))
+    # Where nothing is left of J, the products are zero, and so symmetric.
+    with pytest.raises(ProblemError, match="Jacobian products must be"):
+        audit(Objective(dataclasses.replace(problem, model=Custom(Cut, last=True)), curvature=curvature(operator)))
+    audit(Objective(dataclasses.replace(problem, model=Custom(Saved)), curvature=curvature(operator)))
+
+
+class Stopping:
+    """A loss that is interrupted at its fifth call."""
+
+    calls = 0
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 5:
+            raise KeyboardInterrupt
+        return F.cross_entropy(output, target)
+
+
+def test_differences_put_the_weights_back_bit_for_bit() -> None:
+    """After a product, and after Ctrl-C in the middle of one, every weight is what it was; a zero vector gives zero."""
+    model = net().float()
+    before = [p.detach().clone() for p in model.parameters()]
+    objective = Objective(
+        Problem(model=model, loss=nn.CrossEntropyLoss(), data=(X.float(), Y)), curvature=curvature("finite-difference")
+    )
+    block = torch.randn(objective.num_params, 2, generator=torch.Generator().manual_seed(0))
+    block[:, 1] = 0
+    found = objective.hvp(block)
+    assert float(found[:, 0].norm()) > 0
+    assert float(found[:, 1].norm()) == 0
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+    stopping = Problem(model=model, loss=Stopping(), data=(X.float(), Y))
+    with pytest.raises(KeyboardInterrupt):
+        Objective(stopping, curvature=curvature("finite-difference")).hvp(block)
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
+def test_draws_belong_to_examples() -> None:
+    """Uniform numbers depend on seed and place alone, and are uniform and uncorrelated."""
+    data = [(X[:10], Y[:10]), (X[10:], Y[10:])]
+    for size in (3, 24):
+        rows = torch.cat([uniform(7, part, torch.Size((part.size, 2))) for part in micro_batches(data, size)])
+        alone = torch.cat([uniform(7, part, torch.Size((part.size, 2))) for part in micro_batches(data, 1)])
+        assert torch.equal(rows, alone)
+    many = MicroBatch(None, 50_000, ((3, 100, 50_000),))
+    u, v = uniform(1, many, torch.Size((50_000, 2))), uniform(2, many, torch.Size((50_000, 2)))
+    assert 0 < float(u.min()) < 1e-3 < 1 - 1e-3 < float(u.max()) < 1
+    columns = torch.stack([u[:, 0], u[:, 1], v[:, 0], u[:, 0].roll(1)])
+    assert float((columns.mean(1) - 0.5).abs().max()) < 5 * (1 / 12 / 50_000) ** 0.5
+    assert float((torch.corrcoef(columns) - torch.eye(4)).abs().max()) < 5 / 50_000**0.5

@@ -11,7 +11,7 @@ from sharpscope.batches import MicroBatch
 from sharpscope.derivatives import Curvature, Graph
 from sharpscope.draws import uniform
 from sharpscope.errors import ProblemError
-from sharpscope.operators.jacobian import COST, Push, Split, sandwich
+from sharpscope.operators.jacobian import COST, Push, Split, sandwich, tangent
 from sharpscope.terms import LossTerms
 
 NAME, EMPIRICAL = "fisher", "empirical-fisher"
@@ -32,7 +32,7 @@ def fisher(seed: int) -> Curvature:
     def graph(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:
         return sandwich(terms, part, keep, lambda terms, split: _drawn(terms, split, seed), NAME)
 
-    return Curvature(NAME, graph, COST)
+    return Curvature(NAME, "Fisher matrix", graph, COST, tangent=tangent)
 
 
 def _drawn(terms: LossTerms, split: Split, seed: int) -> Push:
@@ -94,4 +94,4 @@ def _outer_products(terms: LossTerms, split: Split) -> Push:
     return rows
 
 
-EMPIRICAL_FISHER = Curvature(EMPIRICAL, empirical_fisher, COST)
+EMPIRICAL_FISHER = Curvature(EMPIRICAL, "empirical Fisher matrix", empirical_fisher, COST, tangent=tangent)

@@ -10,7 +10,7 @@ from torch import Tensor
 from sharpscope.batches import MicroBatch
 from sharpscope.derivatives import Curvature, Graph
 from sharpscope.errors import ProblemError
-from sharpscope.operators.jacobian import COST, Push, Split, sandwich
+from sharpscope.operators.jacobian import COST, Push, Split, sandwich, tangent
 from sharpscope.terms import LossTerms
 
 NAME = "ggn"
@@ -45,4 +45,4 @@ def _hessian_in_output(terms: LossTerms, split: Split) -> Push:
     return push
 
 
-GAUSS_NEWTON = Curvature(NAME, gauss_newton, COST)
+GAUSS_NEWTON = Curvature(NAME, "Gauss-Newton matrix", gauss_newton, COST, tangent=tangent)

@@ -94,6 +94,23 @@ def sandwich(
     return Graph(split.loss.detach(), split.weight, [g.detach() for g in grads], products, part.size)
 
 
+def tangent(terms: LossTerms, part: MicroBatch, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and ``J v`` as products use it, flat, for a check; cost 2 gradients."""
+    split = split_at_output(terms, part, False, "ggn")
+    if not split.outputs:
+        return vector[:0], vector[:0]
+    seeds = [torch.ones_like(z).requires_grad_() for z in split.outputs]
+    grads = torch.autograd.grad(split.outputs, terms.params, seeds, create_graph=True, materialize_grads=True)
+    live = [i for i, g in enumerate(grads) if g.requires_grad]
+    pieces = views(vector, terms.params)
+    found = [torch.zeros_like(z) for z in seeds]
+    if live:
+        found = list(
+            torch.autograd.grad([grads[i] for i in live], seeds, [pieces[i] for i in live], materialize_grads=True)
+        )
+    return torch.cat([z.detach().flatten() for z in split.outputs]), torch.cat([t.flatten() for t in found])
+
+
 def split_at_output(terms: LossTerms, part: MicroBatch, keep: bool, name: str) -> Split:
     """Model and loss of one micro-batch, cut apart; no ``outputs`` where there are no loss terms."""
     output, target, batch = terms.forward(part)
