@@ -41,8 +41,12 @@ class Room:
         Raises: ProblemError when a part that cannot be cut does not fit.
         """
         if self.largest is not None and part.size > self.largest and not self.fixed and part.splittable:
-            for start in range(0, part.size, self.largest):
-                yield from self._halving(part.part(start, min(start + self.largest, part.size)), work)
+            start = 0
+            while start < part.size:
+                # Read anew each time: a piece before this one may have had to be halved again.
+                stop = min(start + self.largest, part.size)
+                yield from self._halving(part.part(start, stop), work)
+                start = stop
         else:
             yield from self._halving(part, work)
 

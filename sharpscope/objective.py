@@ -9,13 +9,15 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from sharpscope import sizes
-from sharpscope.batches import MicroBatch, leaves, micro_batches, num_examples_hint, walkable
+from sharpscope import footprint, sizes
+from sharpscope.batches import MicroBatch, micro_batches, num_examples_hint, walkable
+from sharpscope.blame import blame
 from sharpscope.derivatives import GRADIENT, HESSIAN, Curvature, Graph
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.kernels import differentiable_kernels
 from sharpscope.memory import Room
 from sharpscope.meter import Meter
+from sharpscope.partwise import Partwise
 from sharpscope.point import Point, point_of, require_same_point
 from sharpscope.preserve import preserved
 from sharpscope.problem import Problem
@@ -118,7 +120,7 @@ class Objective:
 
         Raises: DataError when they are not finite, AuditError when they differ from the pass before.
         """
-        point, _ = self._pass(self.no_vectors(), progress)
+        point, *_ = self._pass(self.no_vectors(), progress)
         return point.loss, point.gradient
 
     def hvp(self, block: Tensor, progress: Progress | None = None) -> Tensor:
@@ -130,9 +132,13 @@ class Objective:
         Raises: DataError when the products are not finite, AuditError when loss or gradient differ from the pass
         before, ProblemError when the model has no second derivative.
         """
-        if block.dim() != 2 or block.shape[0] != self.num_params:
-            raise ArgumentError(f"V must have shape ({self.num_params}, K), got {tuple(block.shape)}.")
-        return self._pass(block.to(self.device, self.dtype).T.contiguous(), progress)[1].T
+        return self._pass(self._rows(block), progress)[1].T
+
+    def hvp_partwise(self, block: Tensor, progress: Progress | None = None) -> tuple[Tensor, Partwise]:
+        """``hvp(block)``, and what each micro-batch by itself says of it; cost as ``hvp``."""
+        _, products, partwise = self._pass(self._rows(block), progress, partwise=True)
+        assert partwise is not None
+        return products.T, partwise
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -183,10 +189,14 @@ class Objective:
         return dataclasses.replace(graph, products=products)
 
     def accumulate(
-        self, parts: Iterable[MicroBatch], block: Tensor, progress: Callable[[int], None] | None = None
+        self,
+        parts: Iterable[MicroBatch],
+        block: Tensor,
+        progress: Callable[[int], None] | None = None,
+        partwise: bool = False,
     ) -> Sums:
         """Sums over ``parts`` of loss, gradient and the products with the rows of ``block`` (K, n), counted as cost."""
-        sums = accumulate(self.graph, parts, block, progress, self._room)
+        sums = accumulate(self.graph, parts, block, progress, self._room, partwise)
         if isinstance(self.micro_batch, int) and self._room.largest is not None:
             self.micro_batch = min(self.micro_batch, self._room.largest)
         return sums
@@ -195,7 +205,28 @@ class Objective:
         """Add work, in gradients of one example, to the bill."""
         self.meter.example_gradients += example_gradients
 
-    def _pass(self, block: Tensor, progress: Progress | None) -> tuple[Point, Tensor]:
+    def graph_bytes(self, size: int | None = None) -> int:
+        """Bytes that the graph of ``size`` examples (default: the micro-batch's) keeps, from a count on 16 and 8.
+
+        Cost: 1 gradient of 24 examples. Where the loader's batches are kept, its first is counted.
+        """
+        if size is None:
+            size = self.micro_batch if isinstance(self.micro_batch, int) else sizes.DEFAULT
+        with self.measuring():
+            first = self.first_examples(footprint.SAMPLE)
+            ours = [*self.terms.model.parameters(), *self.terms.model.buffers()]
+
+            def count(examples: int) -> int:
+                part = first if examples == first.size else first.part(0, examples)
+                return footprint.saved_bytes(lambda: self.graph(part), ours)
+
+            if self.keeps_batches or not first.splittable:
+                return count(first.size)
+            return footprint.extrapolated(count, first.size, size)
+
+    def _pass(
+        self, block: Tensor, progress: Progress | None, partwise: bool = False
+    ) -> tuple[Point, Tensor, Partwise | None]:
         """One full walk: loss and gradient, held against the pass before, and the products (K, n)."""
         label = f"pass {self.passes + 1}"
         report = None if progress is None else (lambda done: progress(label, done, self.num_examples))
@@ -203,7 +234,7 @@ class Objective:
             if self.micro_batch is None:
                 self.micro_batch = self._fastest_micro_batch()
             size = self.micro_batch if isinstance(self.micro_batch, int) else None
-            sums = self.accumulate(micro_batches(self.data, size), block, report)
+            sums = self.accumulate(micro_batches(self.data, size), block, report, partwise)
             if sums.examples == 0:
                 raise _empty()
             if not sums.finite:
@@ -217,28 +248,18 @@ class Objective:
         products = sums.products / sums.weight.to(self.dtype)
         if self.problem.weight_decay:
             products += self.problem.weight_decay * block
-        return point, products
+        return point, products, sums.partwise
+
+    def _rows(self, block: Tensor) -> Tensor:
+        if block.dim() != 2 or block.shape[0] != self.num_params:
+            raise ArgumentError(f"V must have shape ({self.num_params}, K), got {tuple(block.shape)}.")
+        return block.to(self.device, self.dtype).T.contiguous()
 
     def blame(self) -> None:
         """Name the first example whose loss or derivatives are not finite."""
         block = torch.ones(1, self.num_params, dtype=self.dtype, device=self.device)
-        for part in micro_batches(self.data, None if self.keeps_batches else 1):
-            where = f"batch {part.pieces[0][0]}" if self.keeps_batches else part.where(0)
-            if any(isinstance(leaf, Tensor) and not bool(torch.isfinite(leaf).all()) for leaf in leaves(part.batch)):
-                raise DataError(f"The data must be finite, but {where} holds NaN or infinity. Drop or mend it.")
-            sums = self.accumulate([part], block)
-            for name, value in (
-                ("loss", sums.loss),
-                ("gradient", sums.gradient),
-                (self.curvature.title, sums.products),
-            ):
-                if not bool(torch.isfinite(value).all()):
-                    raise DataError(
-                        f"The {name} must be finite, but that of {where} is NaN or infinite at these weights."
-                    )
-        raise DataError(
-            "Loss and derivatives must be finite: those of each example are, but not their sum. Lift dtype."
-        )
+        singles = micro_batches(self.data, None if self.keeps_batches else 1)
+        blame(singles, lambda part: self.accumulate([part], block), self.curvature.title)
 
     def _fastest_micro_batch(self) -> int:
         """Chosen by measuring where the data set is large enough, and no larger than fits."""

@@ -12,6 +12,7 @@ from sharpscope.batches import MicroBatch
 from sharpscope.derivatives import Graph
 from sharpscope.memory import Room
 from sharpscope.params import views
+from sharpscope.partwise import Partwise, PartwiseRecord
 from sharpscope.precision import wide
 
 
@@ -24,6 +25,7 @@ class Sums:
         gradient: (n,), and ``products``: (K, n), of the loss.
         spread: the sum of the micro-batches' gradient norms: what rounding errors of the gradient are relative to.
         examples: their number.
+        partwise: the same part by part, where asked for.
     """
 
     loss: Tensor
@@ -32,6 +34,7 @@ class Sums:
     products: Tensor
     spread: Tensor
     examples: int
+    partwise: Partwise | None = None
 
     @property
     def finite(self) -> bool:
@@ -56,11 +59,13 @@ def accumulate(
     block: Tensor,
     progress: Callable[[int], None] | None = None,
     room: Room | None = None,
+    partwise: bool = False,
 ) -> Sums:
     """Loss, gradient and products with the rows of ``block`` (K, n), summed over ``parts``.
 
     ``graph(part, keep)`` is built once a part, every row goes through it, and it is freed. Memory: one part's graph,
-    and 1 + 2K vectors beside the block. A part that does not fit is halved in ``room``.
+    and 1 + 2K vectors beside the block. A part that does not fit is halved in ``room``; ``partwise`` keeps
+    what each says by itself.
 
     Raises: ProblemError, see ``graph`` and ``Room``.
     """
@@ -68,6 +73,7 @@ def accumulate(
     loss = torch.zeros((), dtype=wide(block.device), device=block.device)
     weight, spread = torch.zeros_like(loss), torch.zeros_like(loss)
     sums = torch.zeros(1 + len(block), block.shape[1], dtype=block.dtype, device=block.device)
+    record = PartwiseRecord(block) if partwise else None
     examples = 0
 
     def work(part: MicroBatch) -> _Part:
@@ -82,6 +88,8 @@ def accumulate(
             weight += one.weight
             spread += torch.stack(torch._foreach_norm(one.gradient)).to(loss).norm()
             examples += one.examples
+            if record is not None:
+                record.add(one.loss, one.weight, one.gradient, one.rows, one.examples)
         if progress is not None:
             progress(examples)
-    return Sums(loss, weight, sums[0], sums[1:], spread, examples)
+    return Sums(loss, weight, sums[0], sums[1:], spread, examples, record.result() if record else None)
