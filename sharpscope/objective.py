@@ -224,6 +224,13 @@ class Objective:
                 return count(first.size)
             return footprint.extrapolated(count, first.size, size)
 
+    def settle_micro_batch(self) -> int | None:
+        """The examples a graph, chosen by measuring at first; None where the loader's batches are kept."""
+        if self.micro_batch is None:
+            with self.measuring():
+                self.micro_batch = self._fastest_micro_batch()
+        return self.micro_batch if isinstance(self.micro_batch, int) else None
+
     def _pass(
         self, block: Tensor, progress: Progress | None, partwise: bool = False
     ) -> tuple[Point, Tensor, Partwise | None]:
@@ -231,10 +238,7 @@ class Objective:
         label = f"pass {self.passes + 1}"
         report = None if progress is None else (lambda done: progress(label, done, self.num_examples))
         with self.measuring():
-            if self.micro_batch is None:
-                self.micro_batch = self._fastest_micro_batch()
-            size = self.micro_batch if isinstance(self.micro_batch, int) else None
-            sums = self.accumulate(micro_batches(self.data, size), block, report, partwise)
+            sums = self.accumulate(micro_batches(self.data, self.settle_micro_batch()), block, report, partwise)
             if sums.examples == 0:
                 raise _empty()
             if not sums.finite:

@@ -59,6 +59,8 @@ ALLOWED: dict[str, set[str]] = {
     "agreement": {"batches", "objective", "sums"},
     "twin": {"agreement", "batches", "objective", "params", "precision", "sums"},
     "audit": {"agreement", "batches", "objective", "sizes", "sums", "twin"},
+    "importance": {"batches", "losses", "terms"},
+    "subset": {"batches", "derivatives", "importance", "memory", "objective"},
     "spectrum": {"audit", "linalg", "objective", "problem", "results"},
     "provenance": {"objective", "problem"},
     "density": {"audit", "linalg", "objective", "problem", "provenance", "results"},

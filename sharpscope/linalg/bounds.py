@@ -19,9 +19,9 @@ def ritz_bounds(ritz_values: Tensor, residual_gram: Tensor, next_above: float | 
     """``e_i`` (k,) with ``|lambda_i - theta_i| <= e_i``, in exact arithmetic.
 
     For Ritz pairs a to b, a <= i <= b, with residuals ``R = H V - V Theta`` and the rest of the spectrum at least g
-    away from theta_i: ``e_i = 2 ||R||^2 / (g + sqrt(g^2 + 4 ||R||^2))`` (Li and Li 2005, the quadratic bound of Kato and
-    Temple for a cluster), the least over all such clusters and ``||R_1..i||``. What is above a cluster is at least the Ritz
-    value next to it (Cauchy), what is below at most the next Ritz value and its residual, or ``next_above``.
+    away from theta_i: ``e_i = 2 ||R||^2 / (g + sqrt(g^2 + 4 ||R||^2))`` (Li and Li 2005, the quadratic bound of Kato
+    and Temple for a cluster), the least over all such clusters and ``||R_1..i||``. What is above a cluster is at least
+    the Ritz value next to it (Cauchy), what is below at most the next Ritz value and its residual, or ``next_above``.
 
     Args:
         ritz_values: descending, float64 (k,).

@@ -156,8 +156,8 @@ def _model(
     """The ``width`` leading Ritz pairs of the operator that is H on ``space`` and the guide outside of it.
 
     ``M = Q Q' H + H Q Q' - Q Q' H Q Q' + P G P``, Q the space, ``P = I - Q Q'``. The space outside is spanned from
-    ``rows`` by residuals until each is at most ``needed`` (width,), by default START times the last but one of the values,
-    or ``limit`` vectors are there.
+    ``rows`` by residuals until each is at most ``needed`` (width,), by default START times the last value but one, or
+    ``limit`` vectors are there.
     """
     basis, images = (rows[:0], rows[:0]) if space is None else (space.vectors, space.images)
     inside = torch.diag(space.values) if space is not None else torch.zeros(0, 0, dtype=torch.float64)
