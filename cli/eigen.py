@@ -12,6 +12,7 @@ DESCRIPTION = """\
 lambda_1 >= ... >= lambda_k, the largest eigenvalues of the Hessian of the mean loss over the data at the checkpoint's
 weights, with multiplicity, and lambda_max/lambda_k. Each comes with an interval (value ± half-width); "?" marks what
 has not converged to --tol. "gradients" counts everything done in units of one gradient over the whole data set.
+With --out, a run that is killed goes on where it was when the same command is given again.
 """
 
 
@@ -26,11 +27,39 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="checkpoint file")
     parser.add_argument("--k", type=int, default=5, help="number of eigenvalues (default 5)")
     parser.add_argument("--tol", type=float, default=1e-3, help="relative tolerance of each (default 1e-3)")
-    parser.add_argument("--method", default="auto", help="auto, lanczos or power (default auto: lanczos)")
+    parser.add_argument(
+        "--which",
+        default="largest",
+        choices=("largest", "smallest", "both", "magnitude"),
+        help="which end of the spectrum; both gives k at each (default largest)",
+    )
+    parser.add_argument(
+        "--operator",
+        default="hessian",
+        metavar="NAME",
+        help="hessian, ggn (Gauss-Newton), fisher (targets drawn from the model), empirical-fisher, or "
+        "finite-difference (approximate, for models without second derivatives) (default hessian)",
+    )
+    parser.add_argument(
+        "--certify",
+        type=float,
+        metavar="EPS",
+        help="go on until an eigenvalue above lambda_k + EPS lambda_max was missed with probability at most 1%%",
+    )
+    parser.add_argument(
+        "--method",
+        default="auto",
+        help="guided (few passes, by a subset of the data), lanczos, power (default auto: guided for the largest of "
+        "4096 examples or more, else lanczos)",
+    )
     options.add_measured(parser)
     options.add_seed(parser, "of the solver's random start and of --examples")
     parser.add_argument("--max-passes", type=int, metavar="N", help="give up after N passes (default 100; power 1000)")
+    parser.add_argument("--max-basis", type=int, metavar="N", help="vectors that the solver keeps (default 8 (k + 1))")
     options.add_device(parser)
+    parser.add_argument(
+        "--basis-device", metavar="NAME", help="where the solver's vectors live, as cpu (default: --device)"
+    )
     parser.add_argument("--vectors", action="store_true", help="with --out: the eigenvectors beside it, as .npz")
     options.add_outputs(parser)
     options.add_model_and_data(parser)
@@ -42,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     import sharpscope
+    from sharpscope.journal import Journal
     from sharpscope.results import EigenResult, table
 
     if args.vectors and args.out is None:
@@ -59,18 +89,30 @@ def run(args: argparse.Namespace) -> int:
                     args.method,
                     torch.Generator().manual_seed(args.seed),
                     progress,
+                    which=args.which,
+                    operator=args.operator,
+                    certify=args.certify,
                     dtype=getattr(torch, args.dtype) if args.dtype else None,
                     device=options.device(args.device),
+                    basis_device=args.basis_device,
                     micro_batch=args.micro_batch,
+                    max_basis=args.max_basis,
                     max_passes=args.max_passes,
                     vectors=args.vectors,
+                    journal=None if out is None else _state(out),
                 )
             results.append(result)
             if out is not None:
                 result.save(out, vectors=args.vectors)
+                Journal(_state(out), "finished").finish()
     finally:
         if args.json:
             terminal.emit_json([result.to_dict() for result in results], len(args.checkpoints))
         elif results:
             terminal.emit(table(results))
     return 0 if all(result.converged.all() for result in results) else 3
+
+
+def _state(out: Path) -> Path:
+    """The folder of an unfinished run's passes."""
+    return out.with_name(f"{out.name}.partial")

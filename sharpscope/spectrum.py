@@ -1,23 +1,32 @@
-"""From a problem to the top of its Hessian's spectrum."""
+"""From a problem to the ends of its Hessian's spectrum."""
 
 from __future__ import annotations
 
-import platform
+import os
 import warnings
 from typing import Any
 
 import numpy as np
-import scipy
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from sharpscope.audit import audit
-from sharpscope.errors import ConvergenceWarning
-from sharpscope.linalg import require_arguments, top_eigenpairs
+from sharpscope.errors import ArgumentError, ConvergenceWarning
+from sharpscope.linalg import Eigenpairs, require_arguments, top_eigenpairs
+from sharpscope.linalg.certificate import Certificate, certificate, kuczynski_wozniakowski, missed_probability
 from sharpscope.objective import Objective, Progress
+from sharpscope.operators import curvature
 from sharpscope.problem import Problem
+from sharpscope.provenance import provenance, seeded
 from sharpscope.results import Cost, EigenResult
-from sharpscope.version import __version__
+from sharpscope.resume import open_journal, resumable
+from sharpscope.subset import FEWEST, Subset, sample, worthwhile
+
+# What a certificate leaves of a chance that an eigenvalue was missed.
+CERTAIN = 0.01
+
+# Eigenvalues that were missed and found by a certificate's probe, after which it gives up.
+SURPRISES = 5
 
 
 def top_eigenvalues(
@@ -28,116 +37,175 @@ def top_eigenvalues(
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
     *,
+    which: str = "largest",
+    operator: str = "hessian",
+    certify: float | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    basis_device: torch.device | str | None = None,
     micro_batch: int | str | None = None,
     max_basis: int | None = None,
     max_passes: int | None = None,
     vectors: bool = False,
+    journal: str | os.PathLike[str] | None = None,
 ) -> EigenResult:
     """``lambda_1 >= ... >= lambda_k``, the largest algebraic eigenvalues of the Hessian of L(w) of ``problem``.
 
-    The audit runs first; then block Lanczos on the whole data set until each eigenvalue's bound is at most
-    ``tol |lambda|``; loss and gradient norm come with it. What has not converged is marked in the result and warned of.
-    The model and all random states are left bit for bit as they were.
+    The audit runs first; then the solver, until each eigenvalue's bound is at most ``tol |lambda|``; loss and gradient
+    norm come with it. What has not converged is marked in the result and warned of. The model and all random states
+    are left bit for bit as they were.
 
     Args:
         problem: model, loss and data.
         k: number of eigenvalues, with multiplicity.
         tol: relative tolerance of each.
-        method: "auto", "lanczos" or "power".
-        generator: source of the random start; by default one seeded with 0.
+        method: "guided" (few passes: a weighted subset of the data guides the solver), "lanczos" (block Lanczos),
+            "power", or "auto": "guided" for the largest eigenvalues of 4,096 examples or more, else "lanczos".
+        generator: source of the random start and the subset; by default one seeded with 0.
         progress: called as ``progress(stage, done, total)`` in examples; total is None until the first pass has ended.
+        which: "largest", "smallest", "both" (2k: the k largest, then the k smallest) or "magnitude" (largest
+            ``|lambda|``).
+        operator: "hessian", or another curvature matrix: "ggn", "fisher", "empirical-fisher", "finite-difference"; see
+            ``sharpscope.operators.curvature``.
+        certify: eps: pay for a random-start Lanczos run on all the data, outside of what was found, until an eigenvalue
+            above ``lambda_k + eps lambda_max`` was missed with a probability of at most 1 %. One it finds is taken in.
         dtype: torch.float32 or torch.float64; by default the parameters' own, at least float32.
         device: where to compute; by default where the parameters are.
+        basis_device: where the solver's vectors live; by default ``device``.
         micro_batch: examples a graph; "loader" keeps the loader's batches; by default chosen by measuring.
         max_basis: vectors kept by the solver.
-        max_passes: passes over the data after which the solver gives up.
+        max_passes: products with all the data after which the solver gives up.
         vectors: keep the eigenvectors in the result.
+        journal: a folder for the state of a long run: the same call after a kill goes on with the passes in it. It is
+            the caller's to remove (``Journal.finish``) once the result is safe; ``seconds`` are the last run's.
 
-    Cost: 1 + 2 (k + 1) gradients a pass with "lanczos", typically 5 to 12 passes at tol 1e-3.
+    Cost: "guided", at k = 5 and tol 1e-3 typically 2 passes of 11 to 13 gradients, half a gradient for a forward pass
+    and 3 to 4 for the subset; "lanczos", 1 + 2 (k + 1) gradients a pass, 5 to 12 passes.
 
     Raises: ArgumentError, ProblemError, DataError, AuditError.
     """
-    objective = Objective(problem, dtype=dtype, device=device, micro_batch=micro_batch)
+    source, seed = seeded(generator)
+    settings = {"k": k, "tol": tol, "method": method, "which": which, "certify": certify, "max_basis": max_basis}
+    objective = Objective(
+        problem, dtype=dtype, device=device, micro_batch=micro_batch, curvature=curvature(operator, source)
+    )
     n = objective.num_params
-    require_arguments(n, k, tol, method, max_passes)
-    source = generator if generator is not None else torch.Generator().manual_seed(0)
-    seed = source.initial_seed()
-    # A generator that has been drawn from does not start where its seed says, so the seed would not repeat the run.
-    fresh = torch.equal(source.get_state(), torch.Generator().manual_seed(seed).get_state())
+    require_arguments(n, k, tol, method, max_passes, which)
+    if certify is not None and (which != "largest" or not 0 < certify < 1):
+        raise ArgumentError(f"certify must be between 0 and 1, with which='largest', got {certify} and {which!r}.")
+    state = open_journal(journal, objective, **settings, max_passes=max_passes, seed=source.get_state())
+    worst = [float("inf")]
+
+    def stage(label: str, done: int, total: int | None) -> None:
+        if progress is not None:
+            sure = f"bound {worst[0]:.0e}, wanted {tol:.0e}" if worst[0] < 1e9 else f"wanted bound {tol:.0e}"
+            progress(f"{label}, {sure}", done, total)
+
+    def note(products: int, bound: float) -> None:
+        worst[0] = bound
+
     with objective.measuring():
-        audit(objective, torch.Generator().manual_seed(seed))
-        worst = [float("inf")]
-
-        def stage(label: str, done: int, total: int | None) -> None:
-            if progress is not None:
-                sure = f"bound {worst[0]:.0e}, wanted {tol:.0e}" if worst[0] < 1e9 else f"wanted bound {tol:.0e}"
-                progress(f"{label}, {sure}", done, total)
-
-        def matmat(block: Tensor) -> Tensor:
-            return objective.hvp(block, stage)
-
-        def note(products: int, bound: float) -> None:
-            worst[0] = bound
-
-        pairs = top_eigenpairs(
-            matmat,
-            n,
-            k,
-            tol=tol,
-            method=method,
-            max_basis=max_basis,
-            max_products=max_passes,
-            dtype=objective.dtype,
-            device=objective.device,
-            generator=source,
-            progress=note,
-        )
+        audit(objective, torch.Generator().manual_seed(source.initial_seed()))
+        matmat = resumable(objective, state, stage)
+        guide = _guide(objective, method, which, k, source, stage)
+        options: dict[str, Any] = {
+            "tol": tol,
+            "which": which,
+            "max_basis": max_basis,
+            "max_products": max_passes,
+            "method": "lanczos" if guide is None and method == "auto" else method,
+            "guide": guide,
+            "dtype": objective.dtype,
+            "device": basis_device if basis_device is not None else objective.device,
+            "generator": source,
+            "progress": note,
+        }
+        pairs = top_eigenpairs(matmat, n, k, **options)
+        proof = None
+        for _ in range(0 if certify is None else SURPRISES):
+            assert certify is not None
+            above = float(pairs.upper[-1] + certify * pairs.eigenvalues[0].abs())
+            found = pairs.eigenvectors.T.contiguous()
+            proof = certificate(
+                lambda rows: matmat(rows.T).T.contiguous().to(rows),
+                found,
+                above=above,
+                probability=CERTAIN,
+                generator=source,
+            )
+            if proof.vector is None:
+                break
+            pairs = top_eigenpairs(matmat, n, k, **options, initial=torch.cat([found, proof.vector[None]]).T)
     assert objective.loss is not None
     assert objective.gradient is not None
     if not bool(pairs.converged.all()):
-        missing = [i + 1 for i in range(k) if not pairs.converged[i]]
+        missing = [i + 1 for i in range(len(pairs.converged)) if not pairs.converged[i]]
         warnings.warn(
             f"Eigenvalues {missing} have not converged to tol={tol:g} in {objective.passes} passes. Raise max_passes "
             f"or tol{', or pass dtype=torch.float64' if objective.dtype == torch.float32 else ''}.",
             ConvergenceWarning,
             stacklevel=2,
         )
-    given: dict[str, Any] = dict(problem.provenance)
     return EigenResult(
         eigenvalues=pairs.eigenvalues.numpy(),
         residuals=pairs.residuals.numpy(),
         lower=pairs.lower.numpy(),
         upper=pairs.upper.numpy(),
         converged=pairs.converged.numpy(),
+        missed_probability=_missed(pairs, proof, which),
         loss=objective.loss,
         gradient_norm=float(torch.linalg.vector_norm(objective.gradient)),
         cost=Cost(objective.passes, objective.hvps, objective.gradients, objective.seconds),
-        provenance={
-            "checkpoint": given.pop("checkpoint", None),
-            "sha256": given.pop("sha256", None),
-            **given,
-            "num_params": n,
-            "params": problem.params if isinstance(problem.params, str) else list(problem.params),
-            "num_examples": objective.num_examples,
-            "loss_function": objective.loss_name,
-            "weight_decay": problem.weight_decay,
-            "tol": tol,
-            "method": pairs.method,
-            "dtype": str(objective.dtype).removeprefix("torch."),
-            "device": str(objective.device),
-            "mode": problem.mode,
-            "batchnorm": objective.batchnorm,
-            "micro_batch": objective.micro_batch,
-            "seed": seed if fresh else None,
-            "versions": {
-                "sharpscope": __version__,
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-                "scipy": scipy.__version__,
-                "python": platform.python_version(),
-            },
-        },
+        provenance=provenance(
+            problem,
+            objective,
+            seed,
+            tol=tol,
+            method=pairs.method,
+            which=which,
+            operator=operator,
+            subset=None if guide is None else guide.num_examples,
+            certificate=None if proof is None else _stated(proof, certify),
+        ),
         eigenvectors=pairs.eigenvectors.cpu().numpy() if vectors else None,
     )
+
+
+def _guide(
+    objective: Objective, method: str, which: str, k: int, generator: torch.Generator, progress: Progress
+) -> Subset | None:
+    """The subset that guides the solver, where that is asked for or pays."""
+    if method not in ("auto", "guided") or which not in ("largest", "smallest"):
+        return None
+    if method == "auto" and (which == "smallest" or not worthwhile(objective)):
+        return None
+    found = sample(objective, generator, progress)
+    if found is None and method == "guided":
+        raise ArgumentError(
+            f"method='guided' needs more than {FEWEST} examples, in batches that may be cut. Pass method='lanczos'."
+        )
+    return found
+
+
+def _missed(pairs: Eigenpairs, proof: Certificate | None, which: str) -> NDArray[np.float64]:
+    """For each eigenvalue a bound on the probability that one beyond it was missed."""
+    sign = -1.0 if which == "smallest" else 1.0
+    beyond = (pairs.upper if sign > 0 else -pairs.lower).tolist()
+    said = [1.0 if pairs.start is None else pairs.start.missed(t) for t in beyond]
+    if proof is not None:
+        again = [missed_probability(proof.alphas, proof.betas, proof.order, t - proof.rounding) for t in beyond]
+        said = [min(pair) for pair in zip(said, again, strict=True)]
+    return np.array(said)
+
+
+def _stated(proof: Certificate, eps: float | None) -> dict[str, Any]:
+    """What a certificate's run supports, for the record."""
+    assert eps is not None
+    return {
+        "eps": eps,
+        "above": proof.above,
+        "probability": proof.probability,
+        "steps": proof.steps,
+        # Of the spread of what is left, before the run.
+        "kuczynski_wozniakowski": kuczynski_wozniakowski(proof.order, proof.steps, eps),
+    }

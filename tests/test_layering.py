@@ -61,7 +61,10 @@ ALLOWED: dict[str, set[str]] = {
     "audit": {"agreement", "batches", "objective", "sizes", "sums", "twin"},
     "importance": {"batches", "losses", "terms"},
     "subset": {"batches", "derivatives", "importance", "memory", "objective"},
-    "spectrum": {"audit", "linalg", "objective", "problem", "results"},
+    "resume": {"fingerprint", "journal", "objective", "point"},
+    "spectrum": {
+        *("audit", "linalg", "objective", "operators", "problem", "provenance", "results", "resume", "subset"),
+    },
     "provenance": {"objective", "problem"},
     "density": {"audit", "linalg", "objective", "problem", "provenance", "results"},
     "optim": set(),

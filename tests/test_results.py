@@ -145,7 +145,7 @@ def test_the_table_marks_what_has_not_converged() -> None:
     """Each unsure value carries a question mark, and a note says so."""
     text = table([result([2.0, 1.0], converged=False, checkpoint="x/a.pt", tol=1e-3), result([3.0, 1.0, 0.5])])
     assert text.count("±0.01 ?") == 2
-    assert "a.pt: NOT CONVERGED to the tolerance 0.001 (marked ?): lambda_1, lambda_2." in text
+    assert "a.pt: NOT CONVERGED to the tolerance 0.001 (marked ?): lambda_max, lambda_2." in text
     assert "lambda_max/lambda_k" in text
 
 

@@ -65,6 +65,7 @@ def top_eigenpairs(
     max_basis: int | None = None,
     max_products: int | None = None,
     guide: Matmat | None = None,
+    initial: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
@@ -86,6 +87,7 @@ def top_eigenpairs(
         max_products: calls of ``matmat`` after which it gives up (by default 100, 1000 for "power");
             the result then says what has not converged.
         guide: ``V`` to ``G V``, G a symmetric operator that resembles H and costs little.
+        initial: (n, b) to start from, for "guided" and "lanczos" at one end; ``start`` then says less, or nothing.
         dtype, device: of the vectors; inner products and small matrices are float64.
         generator: source of the random start, on the CPU; by default one seeded with 0.
         progress: called as ``progress(products, worst)`` with the largest ``bound / |theta|`` so far.
@@ -100,6 +102,8 @@ def top_eigenpairs(
     def run(sign: float, limit: int | None, note: SolverProgress | None, **options: Any) -> RitzPairs:
         if guide is not None and METHODS[name] is guided:
             options["guide"] = on_rows(guide, n, dtype, torch.device(device), sign)
+        if initial is not None:
+            options["initial"] = initial.to(device, dtype).T.contiguous()
         return METHODS[name](
             on_rows(matmat, n, dtype, torch.device(device), sign),
             torch.empty(0, n, dtype=dtype, device=device),

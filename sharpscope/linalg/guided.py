@@ -69,6 +69,7 @@ def guided(
     max_products: int | None,
     generator: torch.Generator,
     progress: SolverProgress | None,
+    initial: Tensor | None = None,
 ) -> RitzPairs:
     """The k largest eigenpairs of H in few block products, given a cheap operator G that resembles it.
 
@@ -87,7 +88,7 @@ def guided(
     40 products with the guide.
 
     Args: as ``top_eigenpairs``; ``like`` (0, n) carries n, dtype and device; ``guide`` takes and gives rows, as
-        ``matmat`` does.
+        ``matmat`` does; ``initial``: rows (b, n) for the first block in place of the guide's eigenvectors.
     """
     n = like.shape[1]
     width = min(k + 1, n)
@@ -98,22 +99,29 @@ def guided(
 
     start = _model(guide, None, random_rows(width + 1, like, generator), width, None, limit, generator)
     next_guided, spare = _next(start, k), start.vectors[k:]
-    origin = _orthonormal(random_rows(1, like, generator), start.vectors[:k], generator)
-    block, space, probe = torch.cat([start.vectors[:k], origin]), None, like
-    products, matvecs, scale, off, worst, helpful = 0, 0, 0.0, 0.0, float("inf"), True
+    first, guided_images = start.vectors[:k], start.images[:k]
+    if initial is not None:
+        first = _orthonormal(initial, like, generator)
+        guided_images = guide(first)
+    origin = _orthonormal(random_rows(1, like, generator), first, generator)
+    block, space, probe = torch.cat([first, origin]), None, like
+    products, matvecs, scale, off, worst, helpful, restarted, said = 0, 0, 0.0, 0.0, float("inf"), True, False, None
     while True:
         image = matmat(block)
         products, matvecs = products + 1, matvecs + len(block)
         scale = max(scale, float(norms(image).max()))
         if space is None:
-            off, probe = float(norms(image[:k] - start.images[:k]).max()), image[k:]
+            off, probe = float(norms(image[: len(first)] - guided_images).max()), image[len(first) :]
         space = _ritz(block, image, space, scale)
         values, residuals = space.values, space.residuals
         outer, floor, whole = norms(residuals), rounding(scale, like.dtype), len(values) == n
         next_above = float("-inf") if whole else next_guided + off
         if len(values) > k and not whole:
             next_above = max(next_above, float(values[k] + outer[k]))
-        bounds = ritz_bounds(values[:k], inner(residuals[:k], residuals[:k]), next_above)
+        gram = inner(residuals, residuals)
+        bounds = ritz_bounds(values[:k], gram[:k, :k], next_above)
+        if not restarted:
+            said = random_start(inner(space.vectors[k:], origin), values, gram, k, n)
         if progress is not None:
             progress(products, largest_relative(bounds, values[:k], floor, tol))
         met = (bounds + floor <= tol * values[:k].abs()) | (bounds <= floor)
@@ -126,11 +134,12 @@ def guided(
                 tol=tol,
                 num_matvecs=matvecs,
                 num_products=products,
-                start=random_start(origin, space.vectors, values, residuals, k),
+                start=said,
             )
         probe = probe if products == 1 else residuals[k : k + 1]
         if len(values) + width > limit:
-            space = space.leading(limit // 2)
+            # What is let go took part of the random vector with it.
+            space, restarted = space.leading(limit // 2), True
         helpful = helpful and float(outer[:k].max()) < HELP * worst
         worst = float(outer[:k].max())
         if helpful:

@@ -19,6 +19,7 @@ from sharpscope.linalg.ritz import (
     require_symmetric,
     rounding,
 )
+from sharpscope.linalg.start import random_start
 from sharpscope.linalg.vectors import BREAKDOWN, combine, norms, orthonormalise, project_out, random_rows
 
 # Verifications by true products that may fail before the operator's noise is taken for what it is.
@@ -43,6 +44,7 @@ def lanczos(
     generator: torch.Generator,
     progress: SolverProgress | None,
     which: str = "largest",
+    initial: Tensor | None = None,
 ) -> RitzPairs:
     """The k largest eigenpairs by block Lanczos (Golub and Underwood 1977) with thick restart (Wu and Simon 2000).
 
@@ -53,6 +55,7 @@ def lanczos(
 
     Args: as ``top_eigenpairs``; ``like`` (0, n) carries n, dtype and device. ``which`` is "largest", "both" (2k pairs,
         descending) or "magnitude" (by ``|lambda|``): one Krylov space serves both ends, and a restart keeps both.
+        ``initial``: rows (b, n) to start from; random ones fill the block.
     """
     n, dtype = like.shape[1], like.dtype
     width = min(k + 1, n)
@@ -66,10 +69,13 @@ def lanczos(
         )
     most = PRODUCTS if max_products is None else max_products
     basis = torch.empty(limit, n, dtype=dtype, device=like.device)
-    size, scale, products, matvecs, failures, streak = 0, 0.0, 0, 0, 0, 0
+    size, scale, products, matvecs, failures, streak, restarted = 0, 0.0, 0, 0, 0, 0, False
     projected = torch.zeros(0, 0, dtype=torch.float64)
-    block, _ = orthonormalise(random_rows(width, like, generator), like, 0.0, generator)
-    inner_tol = tol
+    rows = random_rows(width, like, generator)
+    if initial is not None:
+        rows = torch.cat([initial, rows])[:width]
+    block, _ = orthonormalise(rows, like, 0.0, generator)
+    inner_tol, start = tol, None
     while True:
         image = matmat(block)
         products, matvecs = products + 1, matvecs + len(block)
@@ -89,6 +95,8 @@ def lanczos(
         floor = rounding(scale, dtype)
         residuals = coupling @ rotation
         ends = wanted_ends(values, residuals, k, which)
+        if which == "largest" and initial is None and not restarted:
+            start = random_start(rotation[:width, k:].T, values, residuals.T @ residuals, k, n)
         chosen, bounds = torch.cat([end.values for end in ends]), torch.cat([end.bounds for end in ends])
         if progress is not None:
             progress(products, largest_relative(bounds, chosen, floor, tol))
@@ -107,9 +115,10 @@ def lanczos(
             failures += 1
             stuck = (settled and bool((bounds <= floor).all())) or failures == VERIFICATIONS
             if bool(pairs.converged.all()) or size == n or stuck or products >= most:
-                return pairs
+                return replace(pairs, start=start)
             inner_tol /= 10
         if size + len(block) > limit:
+            restarted = True  # what is let go took part of the random start with it
             kept = _kept(size, max(pairs_wanted + ends_kept, (limit - width) // 2), ends_kept)
             basis[: len(kept)] = combine(rotation[:, kept].T, basis[:size])
             projected, size = torch.diag(values[kept]), len(kept)

@@ -9,8 +9,6 @@ import torch
 from scipy.special import betainc
 from torch import Tensor
 
-from sharpscope.linalg.vectors import inner
-
 # Thresholds above t at which the bound is looked at, up to this many times beyond it: it falls with the eigenvalue in
 # a Krylov space, and elsewhere nearly.
 GRID = torch.logspace(0, 2, 33, dtype=torch.float64) - 1
@@ -64,12 +62,13 @@ class RandomStart:
         return float(torch.linalg.eigvalsh(self.coordinates.T @ rest)[-1])
 
 
-def random_start(origin: Tensor, vectors: Tensor, values: Tensor, residuals: Tensor, k: int) -> RandomStart:
-    """That of Ritz pairs (``vectors`` (q, n) and so on) whose span holds the random rows ``origin``."""
-    coordinates = inner(vectors[k:], origin)
-    return RandomStart(
-        values=values[k:],
-        gram=inner(residuals[k:], residuals[k:]),
-        coordinates=torch.linalg.qr(coordinates)[0],
-        order=vectors.shape[1] - k,
-    )
+def random_start(coordinates: Tensor, values: Tensor, gram: Tensor, k: int, n: int) -> RandomStart | None:
+    """That of all Ritz pairs of a search space, of which the first k are what was found.
+
+    Args:
+        coordinates: of the random rows in the others (w, s).
+        values: Ritz values (k + w,), and ``gram``: ``R' R`` (k + w, k + w) of the residuals.
+    """
+    if len(values) <= k:
+        return None
+    return RandomStart(values[k:], gram[k:, k:], torch.linalg.qr(coordinates)[0], n - k)

@@ -16,12 +16,25 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError
 from sharpscope.files import atomic
 from sharpscope.results.cost import Cost
-from sharpscope.results.record import head, names_of, opened, origin, read, refuse_taken, require_json_name, write
+from sharpscope.results.record import (
+    head,
+    names_of,
+    opened,
+    origin,
+    plain,
+    read,
+    refuse_taken,
+    require_json_name,
+    write,
+)
 from sharpscope.tables import aligned, as_html, with_bound
 
 Array = NDArray[np.float64]
 
-_MEASURED = ("loss", "gradient_norm", "eigenvalues", "residuals", "lower", "upper", "converged", "cost")
+_MEASURED = (
+    *("loss", "gradient_norm", "eigenvalues", "residuals", "lower", "upper", "converged", "cost"),
+    *("missed_probability", "sampling"),
+)
 _DERIVED = ("lambda_max", "ratio")
 
 # What np.load raises for a file of another making.
@@ -61,6 +74,10 @@ class EigenResult:
         residuals: ``||H v - lambda v||`` (k,), from products computed for them alone.
         lower, upper: an interval (k,) for each; for a pair that has not converged the place k is not sure.
         converged: bool (k,), whether the interval is within the tolerance.
+        missed_probability: (k,), at most so probable is it that an eigenvalue beyond the i-th one was missed, as far as
+            the solver's random vectors say; 1 where they say nothing.
+        sampling: where the data stand for more than themselves: ``se``, ``lower``, ``upper`` (k,) of each eigenvalue of
+            the population, ``examples`` and more; else None.
         loss: L(w), with the weight decay if it was asked for.
         gradient_norm: ``||grad L(w)||``.
         cost: what it took.
@@ -78,19 +95,44 @@ class EigenResult:
     cost: Cost
     provenance: Mapping[str, Any] = field(default_factory=dict)
     eigenvectors: NDArray[Any] | None = None
+    missed_probability: Array | None = None
+    sampling: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         refuse_taken(self.provenance, (*_MEASURED, *_DERIVED))
 
     @property
+    def which(self) -> str:
+        """Which eigenvalues these are: "largest", "smallest", "both" or "magnitude"."""
+        return str(self.provenance.get("which", "largest"))
+
+    @property
     def lambda_max(self) -> float:
-        """The largest eigenvalue."""
+        """The largest eigenvalue.
+
+        Raises: DataError when it was not measured.
+        """
+        if self.which not in ("largest", "both"):
+            raise DataError(f"lambda_max was not measured, with which={self.which!r}. Measure which='largest'.")
         return float(self.eigenvalues[0])
 
     @property
     def ratio(self) -> Ratio:
         """``lambda_max / lambda_k``, with an interval from both eigenvalues' intervals."""
-        return Ratio.of(self.eigenvalues, self.lower, self.upper)
+        if self.which not in ("largest", "both"):
+            return Ratio(len(self.eigenvalues), None, None, None, "these are not the largest eigenvalues")
+        k = len(self.eigenvalues) // (2 if self.which == "both" else 1)
+        return Ratio.of(self.eigenvalues[:k], self.lower[:k], self.upper[:k])
+
+    @property
+    def labels(self) -> list[str]:
+        """What each eigenvalue is called: lambda_max, lambda_2, ...; lambda_min the smallest; (1), (2) by magnitude."""
+        count = len(self.eigenvalues)
+        up = ["lambda_max", *(f"lambda_{i}" for i in range(2, count + 1))]
+        down = ["lambda_min", *(f"lambda_n-{i}" for i in range(1, count))]
+        half = count // 2
+        named = {"smallest": down, "both": up[:half] + down[:half][::-1]}
+        return named.get(self.which, up if self.which == "largest" else [f"lambda_({i})" for i in range(1, count + 1)])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the eigenvectors, as plain JSON values."""
@@ -103,7 +145,9 @@ class EigenResult:
             "lower": self.lower.tolist(),
             "upper": self.upper.tolist(),
             "converged": self.converged.tolist(),
-            "lambda_max": self.lambda_max,
+            "missed_probability": None if self.missed_probability is None else self.missed_probability.tolist(),
+            "sampling": plain(self.sampling),
+            "lambda_max": self.lambda_max if self.which in ("largest", "both") else None,
             "ratio": asdict(self.ratio),
             "cost": asdict(self.cost),
         }
@@ -116,18 +160,23 @@ class EigenResult:
         """
         rest = opened(values, "eigen")
         try:
-            measured = {key: rest.pop(key) for key in ("eigenvalues", "residuals", "lower", "upper", "converged")}
+            measured = {key: np.array(rest.pop(key), float) for key in ("eigenvalues", "residuals", "lower", "upper")}
+            converged, missed = np.array(rest.pop("converged"), bool), rest.pop("missed_probability", None)
             loss, gradient_norm, cost = rest.pop("loss"), rest.pop("gradient_norm"), Cost(**rest.pop("cost"))
+            sampling = rest.pop("sampling", None)
         except (KeyError, TypeError) as error:
             raise DataError(f"An eigen result must have the keys of EigenResult.to_dict(), got: {error}.") from error
         for derived in _DERIVED:
             rest.pop(derived, None)
         return cls(
-            **{key: np.array(value, bool if key == "converged" else float) for key, value in measured.items()},
+            **measured,
+            converged=converged,
             loss=loss,
             gradient_norm=gradient_norm,
             cost=cost,
             provenance=rest,
+            missed_probability=None if missed is None else np.array(missed, float),
+            sampling=sampling,
         )
 
     def save(self, path: str | os.PathLike[str], *, vectors: bool = False) -> None:
@@ -171,11 +220,11 @@ class EigenResult:
 
 def rows_of(results: Sequence[EigenResult]) -> list[list[str]]:
     """A heading and one row a result: checkpoint, lambda_1..lambda_k, ratio (for k > 1), loss, gradient norm, cost."""
-    ks = {len(result.eigenvalues) for result in results}
-    k = max(ks)
-    ratio_head = [f"lambda_max/lambda_{k if len(ks) == 1 else 'k'}"] if k > 1 else []
-    columns = ["lambda_max", *(f"lambda_{i}" for i in range(2, k + 1)), *ratio_head]
-    rows = [["checkpoint", *columns, "loss", "|grad|", "gradients", "passes", "seconds"]]
+    ks = {result.ratio.k for result in results}
+    widest = max(results, key=lambda result: len(result.eigenvalues))
+    k, with_ratio = len(widest.labels), any(r.which in ("largest", "both") and r.ratio.k > 1 for r in results)
+    ratio_head = [f"lambda_max/lambda_{widest.ratio.k if len(ks) == 1 else 'k'}"] if with_ratio else []
+    rows = [["checkpoint", *widest.labels, *ratio_head, "loss", "|grad|", "gradients", "passes", "seconds"]]
     for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
         intervals = zip(r.eigenvalues, r.lower, r.upper, r.converged, strict=True)
         values = [with_bound(v, low, up) + ("" if sure else " ?") for v, low, up, sure in intervals]
@@ -183,7 +232,7 @@ def rows_of(results: Sequence[EigenResult]) -> list[list[str]]:
         shown = "-" if ratio.value is None else with_bound(ratio.value, ratio.lower or 0.0, ratio.upper or np.inf)
         if len(ks) > 1:
             shown += f" (k={ratio.k})"
-        measured = [*values, *[""] * (k - len(values)), *([shown] if k > 1 else [])]
+        measured = [*values, *[""] * (k - len(values)), *([shown] if with_ratio else [])]
         paid = [f"{cost.gradients:.1f}", str(cost.passes), f"{cost.seconds:.1f}"]
         rows.append([name, *measured, f"{r.loss:.4g}", f"{r.gradient_norm:.2g}", *paid])
     return rows
@@ -195,15 +244,58 @@ def notes_of(results: Sequence[EigenResult]) -> list[str]:
     for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
         p = r.provenance
         notes.append(f"{name}: {origin(p)}")
-        if r.ratio.value is None and r.ratio.k > 1:
+        if p.get("operator", "hessian") != "hessian":
+            what = "finite differences of the gradient, approximate" if "finite" in p["operator"] else p["operator"]
+            notes.append(f"{name}: eigenvalues not of the Hessian by double backprop, but of: {what}.")
+        notes += [f"{name}: {said}" for said in (_missed(r), _certified(r), _sampled(r)) if said]
+        if r.ratio.value is None and r.ratio.k > 1 and r.which in ("largest", "both"):
             notes.append(f"{name}: no ratio, since {r.ratio.reason}.")
         if not r.converged.all():
             missing = np.flatnonzero(~r.converged)
-            which = "all" if len(missing) == len(r.converged) > 5 else ", ".join(f"lambda_{i + 1}" for i in missing)
+            which = "all" if len(missing) == len(r.converged) > 5 else ", ".join(r.labels[i] for i in missing)
             notes.append(
                 f"{name}: NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?): {which}. {_remedy(r)}"
             )
     return notes
+
+
+def _missed(result: EigenResult) -> str:
+    """How sure it is that nothing larger was missed, as far as the run's random vectors say."""
+    if result.missed_probability is None or result.which not in ("largest", "smallest"):
+        return ""
+    first, last = float(result.missed_probability[0]), float(result.missed_probability[-1])
+    side = "above" if result.which == "largest" else "below"
+    if first >= 1:
+        return ""
+    said = f"an eigenvalue {side} {result.labels[0]} was missed with probability at most {_percent(first)}"
+    if len(result.labels) > 1:
+        said += f", {side} {result.labels[-1]} " + ("not excluded" if last >= 1 else f"at most {_percent(last)}")
+    return said + "."
+
+
+def _certified(result: EigenResult) -> str:
+    """What --certify paid for."""
+    proof = result.provenance.get("certificate")
+    if not proof:
+        return ""
+    where = f"above {proof['above']:.4g} (lambda_{result.ratio.k} + {proof['eps']:g} lambda_max)"
+    return f"certificate, {proof['steps']} steps: one {where} was missed with probability at most " + (
+        f"{_percent(proof['probability'])}."
+    )
+
+
+def _sampled(result: EigenResult) -> str:
+    """The intervals over the data."""
+    if not result.sampling:
+        return ""
+    s = result.sampling
+    pairs = zip(result.labels, s["lower"], s["upper"], strict=True)
+    said = ", ".join(f"{label} {low:.4g} to {high:.4g}" for label, low, high in pairs)
+    return f"95 % intervals for all the data of which these are {s['examples']} examples: {said}."
+
+
+def _percent(probability: float) -> str:
+    return f"{100 * probability:.2g} %" if probability >= 1e-6 else "0.0001 %"
 
 
 def _remedy(result: EigenResult) -> str:
