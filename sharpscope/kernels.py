@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sharpscope.convolutions import fast_convolutions
+
 
 @contextmanager
 def differentiable_kernels(model: nn.Module, device: torch.device) -> Iterator[None]:
@@ -24,6 +26,7 @@ def differentiable_kernels(model: nn.Module, device: torch.device) -> Iterator[N
         stack.enter_context(_without_fast_path())
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(_without_cudnn())
+        stack.enter_context(fast_convolutions(model))
         yield
 
 
