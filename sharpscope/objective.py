@@ -266,7 +266,7 @@ class Objective:
         blame(singles, lambda part: self.accumulate([part], block), self.curvature.title)
 
     def _fastest_micro_batch(self) -> int:
-        """Chosen by measuring where the data set is large enough, and no larger than fits."""
+        """Chosen by measuring where the data set is large enough."""
         best = sizes.DEFAULT
         if self.num_examples is not None and self.num_examples >= sizes.SMALL_DATA:
             sample = self.first_examples(sizes.CANDIDATES[-1])
@@ -274,7 +274,7 @@ class Objective:
                 block = torch.ones(1, self.num_params, dtype=self.dtype, device=self.device)
                 # Reading the sum waits for an asynchronous device.
                 best = sizes.fastest(lambda parts: float(self.accumulate(parts, block).loss), sample)
-        return min(best, self._room.largest or best)
+        return best
 
 
 def _empty() -> DataError:

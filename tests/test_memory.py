@@ -165,6 +165,7 @@ def test_the_size_of_a_graph_is_known_in_advance() -> None:
     assert abs(predicted / whole - 1) < 0.01
     # Two hidden activations and two of their gradients at the least, and no more than twice that with all else.
     assert 4 * 512 * 50 * 8 < whole < 8 * 512 * 50 * 8
+    assert objective.graph_bytes(2) < 8 * objective.num_params
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

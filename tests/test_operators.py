@@ -220,11 +220,13 @@ def test_a_kept_graph_gives_the_products_of_a_pass(operator: str) -> None:
     else:
         wanted, scales = Objective(doubled, micro_batch=6, curvature=curvature(operator)).hvp(block.T), [2.0, 1, 1, 1]
     with objective.measuring():
-        graphs = [objective.graph(MicroBatch(p.batch, p.size, p.pieces, c)) for p, c in zip(parts, scales, strict=True)]
+        graphs = [objective.graph(dataclasses.replace(p, scale=c)) for p, c in zip(parts, scales, strict=True)]
         weight = sum(float(g.weight) for g in graphs)
         for last in (False, True):
             found = sum(g.products(block, last) for g in graphs) / weight
             assert close(found.T, wanted, 1e-7 if operator == "finite-difference" else 1e-12)
+        once, twice = (objective.graph(dataclasses.replace(parts[1], scale=c)).products(block) for c in (1.0, 2.0))
+        assert close(twice, 2 * once, 1e-12)
     scaled = sum(float(g.loss) for g in graphs) / weight
     repeated = X if operator == "fisher" else torch.cat([X, X[:6]])
     labels = Y if operator == "fisher" else torch.cat([Y, Y[:6]])
@@ -398,13 +400,13 @@ def test_a_jacobian_that_is_cut_off_is_refused(operator: str) -> None:
 
 
 class Stopping:
-    """A loss that is interrupted at its fifth call."""
+    """A loss that is interrupted at its third call, where the weights are away from w."""
 
     calls = 0
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
         self.calls += 1
-        if self.calls == 5:
+        if self.calls == 3:
             raise KeyboardInterrupt
         return F.cross_entropy(output, target)
 

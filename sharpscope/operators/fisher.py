@@ -57,7 +57,8 @@ def empirical_fisher(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:
     """``E = sum_i a_i g_i g_i' / sum_i a_i``, ``g_i`` the gradient of the loss ``l_i`` of term i at the data's target.
 
     Not the Fisher, nor near it away from a good fit (Kunstner et al. 2019). The terms of a known loss are those that it
-    counts; of another, the examples, which that loss must not compare with each other. Cost: 1 gradient, and 4/3 a product.
+    counts; of another, the examples, which that loss must not compare with each other.
+    Cost: 1 gradient, and 4/3 a product.
 
     Raises: ProblemError for a loss with terms(batch), whose single terms are not known, or one of the examples of an
     output that has not one row an example.
