@@ -56,6 +56,7 @@ class Curvature:
         cost: gradients a product on a kept graph.
         twice: whether the model's second derivative enters.
         tangent: ``tangent(terms, part, vector)`` is the model's output and J v, J its Jacobian, where J is used.
+        dtype: the precision that it is computed in where none is asked for, None for the parameters' own.
         exact: whether a product is right to rounding, so that a result need not be called approximate.
     """
 
@@ -65,6 +66,7 @@ class Curvature:
     cost: float
     twice: bool = False
     tangent: Callable[[LossTerms, MicroBatch, Tensor], tuple[Tensor, Tensor]] | None = None
+    dtype: torch.dtype | None = None
     exact: bool = True
 
 

@@ -33,14 +33,14 @@ class Objective:
     Vectors are in ``dtype`` (the parameters' own by default, float32 for bfloat16 and float16 ones). Neither the
     loader's nor the micro-batch size changes L beyond rounding, unless BatchNorm takes its statistics from the batch:
     then the loader's batches are kept. The model, its buffers, modes and gradients and all random states are restored
-    after each call, on exceptions too; parameters are never written.
+    after each call, on exceptions too; parameters are never written, but for finite differences, which put them back.
 
     Args:
         problem: model, loss and data.
         dtype: lift the whole computation, on a copy of the model, to this dtype.
         device: compute there, on a copy of the model when it is elsewhere.
         micro_batch: examples a graph; "loader" keeps the loader's batches; None measures which is fastest.
-        curvature: the matrix whose products ``hvp`` gives.
+        curvature: the matrix whose products ``hvp`` gives, see ``sharpscope.operators``.
 
     Raises: ArgumentError, ProblemError, DataError.
     """
@@ -56,7 +56,7 @@ class Objective:
     ) -> None:
         if not (micro_batch in (None, "loader") or (isinstance(micro_batch, int) and micro_batch >= 1)):
             raise ArgumentError(f"micro_batch must be a positive integer, 'loader' or None, got {micro_batch!r}.")
-        self.terms = LossTerms(problem, dtype, device)
+        self.terms = LossTerms(problem, dtype, device, curvature.dtype)
         self.problem, self.dtype, self.device = problem, self.terms.dtype, self.terms.device
         self.num_params = self.terms.num_params
         self.curvature = curvature

@@ -21,6 +21,8 @@ from sharpscope.problem import Problem
 class LossTerms:
     """``sum_i a_i l_i(w)`` and ``sum_i a_i`` over any micro-batch of ``problem``, differentiable in ``params``.
 
+    ``preferred`` is the dtype where ``dtype`` is None and the device has it.
+
     Attributes:
         model, loss_function: the user's own, or copies in ``dtype`` on ``device``.
         loss: ``loss_function`` as a sum over its terms.
@@ -32,14 +34,20 @@ class LossTerms:
     """
 
     def __init__(
-        self, problem: Problem, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        self,
+        problem: Problem,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        preferred: torch.dtype | None = None,
     ) -> None:
         if not isinstance(problem, Problem):
             raise ProblemError(f"A Problem(model=, loss=, data=) is needed, got {type(problem).__name__}.")
         chosen = params.select(problem.model, problem.params)
         self.problem = problem
-        self.dtype = compute_dtype(chosen.values(), dtype)
         self.device = usable(device) if device is not None else next(iter(chosen.values())).device
+        if dtype is None and self.device.type != "mps":  # which has no float64
+            dtype = preferred
+        self.dtype = compute_dtype(chosen.values(), dtype)
         self.model, self.loss_function = placed(problem.model, problem.loss, self.dtype, self.device)
         self.params: list[Tensor] = list(params.select(self.model, problem.params).values())
         self.num_params = sum(p.numel() for p in self.params)

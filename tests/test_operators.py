@@ -181,7 +181,7 @@ def test_the_audit_accepts_every_operator_and_counts_itself(name: str, operator:
     make, loss, target, _ = CASES[name]
     for dtype in (torch.float32, torch.float64):
         problem = Problem(model=make().to(dtype), loss=loss, data=(X.to(dtype), target))
-        objective = Objective(problem, curvature=curvature(operator))
+        objective = Objective(problem, dtype=dtype, curvature=curvature(operator))
         audit(objective, torch.Generator().manual_seed(0))
         assert objective.gradients > 0
         assert all(
@@ -416,8 +416,11 @@ def test_differences_put_the_weights_back_bit_for_bit() -> None:
     model = net().float()
     before = [p.detach().clone() for p in model.parameters()]
     objective = Objective(
-        Problem(model=model, loss=nn.CrossEntropyLoss(), data=(X.float(), Y)), curvature=curvature("finite-difference")
+        Problem(model=model, loss=nn.CrossEntropyLoss(), data=(X.float(), Y)),
+        dtype=torch.float32,  # on the model itself, not on a copy
+        curvature=curvature("finite-difference"),
     )
+    assert objective.terms.model is model
     block = torch.randn(objective.num_params, 2, generator=torch.Generator().manual_seed(0))
     block[:, 1] = 0
     found = objective.hvp(block)
@@ -426,8 +429,17 @@ def test_differences_put_the_weights_back_bit_for_bit() -> None:
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
     stopping = Problem(model=model, loss=Stopping(), data=(X.float(), Y))
     with pytest.raises(KeyboardInterrupt):
-        Objective(stopping, curvature=curvature("finite-difference")).hvp(block)
+        Objective(stopping, dtype=torch.float32, curvature=curvature("finite-difference")).hvp(block)
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
+def test_differences_are_taken_in_float64_unless_asked_otherwise() -> None:
+    """A float32 model with ReLUs has its exact Hessian to 1e-6 by default, and not in float32."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    problem = Problem(model=model, loss=nn.CrossEntropyLoss(), data=(X.float(), Y))
+    exact = product(problem, "hessian", dtype=torch.float64)
+    assert close(product(problem, "finite-difference"), exact, 1e-6)
+    assert not close(product(problem, "finite-difference", dtype=torch.float32), exact, 1e-6)
 
 
 def test_draws_belong_to_examples() -> None:
