@@ -71,8 +71,9 @@ class Room:
             return
         what = part.where(0) if part.size == 1 else f"batch {part.pieces[0][0]} of {part.size} examples"
         why = "" if part.size == 1 else f", and it may not be cut: {self.fixed or 'its tensors have unequal lengths'}"
+        words = (str(error).splitlines() or [type(error).__name__])[0]
         raise ProblemError(
-            f"The graph of {what} must fit into memory, but does not{why} ({str(error).splitlines()[0]}). "
+            f"The graph of {what} must fit into memory, but does not{why} ({words}). "
             f"{'Choose' if part.size == 1 else 'Make the batches smaller, or choose'} a device with more memory, a "
             "narrower dtype, or fewer vectors a block."
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,34 @@ def test_the_audit_and_the_choice_of_sizes_fit_too(monkeypatch: pytest.MonkeyPat
 def test_what_cannot_be_cut_ends_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     """A single example, kept batches and tensors of unequal length are named, with torch's own words."""
     monkeypatch.setattr(Hungry, "most", 0)
-    with pytest.raises(ProblemError, match=r"graph of example 0 of batch 0 must fit.*Tried to allocate"):
-        Objective(problem()).loss_and_gradient()
+    for error, words in ((CUDA, "Tried to allocate"), (MemoryError(), "MemoryError")):
+        monkeypatch.setattr(Hungry, "error", error)
+        with pytest.raises(ProblemError, match=rf"graph of example 0 of batch 0 must fit.*{words}"):
+            Objective(problem()).loss_and_gradient()
     monkeypatch.setattr(Hungry, "most", 7)
     data = list(zip(X.split(8), Y.split(8), strict=True))
     with pytest.raises(ProblemError, match=r"batch 0 of 8 examples must fit.*micro_batch='loader' keeps"):
         Objective(problem(data=data), micro_batch="loader").loss_and_gradient()
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "second"])
+def test_what_did_not_fit_is_freed_before_the_halves_are_tried(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hidden activation of a failed attempt, nor of the micro-batch before, is alive when the next one starts."""
+    monkeypatch.setattr(Hungry, "most", 7)
+    monkeypatch.setattr(Hungry, "where", where)
+    hidden: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+
+    def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        alive.extend(reference() is not None for reference in hidden)
+        hidden.append(weakref.ref(output))
+
+    given = problem()
+    given.model.first.register_forward_hook(note)
+    objective = Objective(given, micro_batch=24)
+    objective.hvp(torch.eye(objective.num_params, dtype=torch.float64)[:, :2])
+    assert len(hidden) > 5
+    assert not any(alive)
 
 
 def test_other_errors_are_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
