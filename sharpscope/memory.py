@@ -29,11 +29,15 @@ class Room:
     Args:
         largest: examples that are tried at once, or None for whatever comes.
         fixed: why no micro-batch may be cut, or "".
+        device: where the graphs are.
     """
 
-    def __init__(self, largest: int | None = None, fixed: str = "") -> None:
+    def __init__(self, largest: int | None = None, fixed: str = "", device: torch.device | str = "cpu") -> None:
         self.largest = largest
         self.fixed = fixed
+        # Older than any graph, see _forget.
+        with torch.enable_grad():
+            self._old = torch.ones((), device=device, requires_grad=True).exp()
 
     def run(self, part: MicroBatch, work: Callable[[MicroBatch], T]) -> Iterator[T]:
         """``work(part)``, or that of its pieces where the whole does not fit; each example is in one of what is given.
@@ -61,10 +65,19 @@ class Room:
             yield done
             return
         # Out here the exception is gone, and with it the frames that hold the graph which did not fit.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self._forget()
         self.largest = (part.size + 1) // 2
         yield from self.run(part, work)
+
+    def _forget(self) -> None:
+        """Give back what the failed attempt held.
+
+        After an exception autograd's queue keeps operations that it has not come to, and through them a part of the
+        graph. It passes over them in its next run, but takes younger ones first: so run one that is older than all.
+        """
+        self._old.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _require_cuttable(self, part: MicroBatch, error: BaseException) -> None:
         if part.size > 1 and not self.fixed and part.splittable:

@@ -67,7 +67,8 @@ class Objective:
         self.num_examples: int | None = num_examples_hint(self.data)
         self.point: Point | None = None
         self.meter = Meter()
-        self._room = Room(fixed="micro_batch='loader' keeps the loader's batches" if self.keeps_batches else "")
+        fixed = "micro_batch='loader' keeps the loader's batches" if self.keeps_batches else ""
+        self._room = Room(fixed=fixed, device=self.device)
         self._active = False
 
     @property

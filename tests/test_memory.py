@@ -6,7 +6,7 @@ import itertools
 import sys
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -26,18 +26,25 @@ CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: 9 bytes.")
 
 
+class Token:
+    """Lives as long as the graph that holds it."""
+
+
 class Hungry(torch.autograd.Function):
     """The identity, which needs too much memory in its ``where`` derivative above ``most`` examples, at ``call``."""
 
     error, most, where, calls = CUDA, 40, "forward", itertools.count()
+    graphs: ClassVar[list[weakref.ref[Any]]] = []
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: int = 0) -> Tensor:
-        ctx.order = order
+        ctx.order, ctx.token = order, Token()
+        Hungry.graphs.append(weakref.ref(ctx.token))
         here = len(x) > Hungry.most and Hungry.where == ("forward", "backward", "second")[order]
         # With "second" it is the second product of a block: the first row is done by then.
         if here and (order < 2 or next(Hungry.calls) % 2):
-            raise Hungry.error
+            # A new one each time: an exception holds the frames that it has passed, and with them the graph.
+            raise type(Hungry.error)(*Hungry.error.args)
         return x.clone()
 
     @staticmethod
@@ -120,21 +127,18 @@ def test_what_cannot_be_cut_ends_in_a_sentence(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "second"])
 def test_what_did_not_fit_is_freed_before_the_halves_are_tried(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No hidden activation of a failed attempt, nor of the micro-batch before, is alive when the next one starts."""
+    """No graph of a failed attempt, nor of the micro-batch before, is alive when the next one starts."""
     monkeypatch.setattr(Hungry, "most", 7)
     monkeypatch.setattr(Hungry, "where", where)
-    hidden: list[weakref.ref[Tensor]] = []
+    monkeypatch.setattr(Hungry, "graphs", [])
     alive: list[bool] = []
-
-    def note(module: nn.Module, args: Any, output: Tensor) -> None:
-        alive.extend(reference() is not None for reference in hidden)
-        hidden.append(weakref.ref(output))
-
     given = problem()
-    given.model.first.register_forward_hook(note)
+    given.model.first.register_forward_pre_hook(
+        lambda module, args: alive.extend(reference() is not None for reference in Hungry.graphs)
+    )
     objective = Objective(given, micro_batch=24)
     objective.hvp(torch.eye(objective.num_params, dtype=torch.float64)[:, :2])
-    assert len(hidden) > 5
+    assert len(alive) > 5
     assert not any(alive)
 
 
