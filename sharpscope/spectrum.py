@@ -107,14 +107,14 @@ def top_eigenvalues(
     with objective.measuring():
         audit(objective, torch.Generator().manual_seed(source.initial_seed()))
         matmat = resumable(objective, state, stage)
-        guide = _guide(objective, method, which, k, source, stage)
+        guides = _guides(objective, method, which, k, source, stage)
         options: dict[str, Any] = {
             "tol": tol,
             "which": which,
             "max_basis": max_basis,
             "max_products": max_passes,
-            "method": "lanczos" if guide is None and method == "auto" else method,
-            "guide": guide,
+            "method": "lanczos" if not guides and method == "auto" else method,
+            "guides": guides,
             "dtype": objective.dtype,
             "device": basis_device if basis_device is not None else objective.device,
             "generator": source,
@@ -164,23 +164,23 @@ def top_eigenvalues(
             method=pairs.method,
             which=which,
             operator=operator,
-            subset=None if guide is None else guide.num_examples,
+            subset=guides[-1].num_examples if guides else None,
             certificate=None if proof is None else _stated(proof, certify),
         ),
         eigenvectors=pairs.eigenvectors.cpu().numpy() if vectors else None,
     )
 
 
-def _guide(
+def _guides(
     objective: Objective, method: str, which: str, k: int, generator: torch.Generator, progress: Progress
-) -> Subset | None:
-    """The subset that guides the solver, where that is asked for or pays."""
+) -> list[Subset]:
+    """The subsets that guide the solver, where that is asked for or pays."""
     if method not in ("auto", "guided") or which not in ("largest", "smallest"):
-        return None
+        return []
     if method == "auto" and (which == "smallest" or not worthwhile(objective)):
-        return None
+        return []
     found = sample(objective, generator, progress)
-    if found is None and method == "guided":
+    if not found and method == "guided":
         raise ArgumentError(
             f"method='guided' needs more than {FEWEST} examples, in batches that may be cut. Pass method='lanczos'."
         )

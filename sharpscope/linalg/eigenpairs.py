@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,7 +64,7 @@ def top_eigenpairs(
     method: str = "auto",
     max_basis: int | None = None,
     max_products: int | None = None,
-    guide: Matmat | None = None,
+    guides: Sequence[Matmat] = (),
     initial: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
@@ -81,12 +81,13 @@ def top_eigenpairs(
         which: "largest", "smallest", "both" (the k largest and the k smallest), or "magnitude" (the k of largest
             ``|lambda|``, +a and -a both counted; of more equals than fit, any). For two ends "lanczos" makes one run
             of block products, other methods one for each end.
-        method: "guided" (few products, with a guide), "lanczos" (block Lanczos with thick restart) or "power" (deflated
-            power iteration); "auto" is "guided" for the largest where there is a guide, else "lanczos".
+        method: "guided" (few products, with guides), "lanczos" (block Lanczos with thick restart) or "power" (deflated
+            power iteration); "auto" is "guided" for the largest where there are guides, else "lanczos".
         max_basis: vectors of length n that the solver may keep.
         max_products: calls of ``matmat`` after which it gives up (by default 100, 1000 for "power");
             the result then says what has not converged.
-        guide: ``V`` to ``G V``, G a symmetric operator that resembles H and costs little.
+        guides: each ``V`` to ``G V``, G a symmetric operator that resembles H and costs little; the last resembles it
+            most, those before it cost less.
         initial: (n, b) to start from, for "guided" and "lanczos" at one end; ``start`` then says less, or nothing.
         dtype, device: of the vectors; inner products and small matrices are float64.
         generator: source of the random start, on the CPU; by default one seeded with 0.
@@ -96,12 +97,12 @@ def top_eigenpairs(
     """
     require_arguments(n, k, tol, method, max_products, which)
     require_dtype(dtype)
-    name = _solver(method, which, guide, n, k)
+    name = _solver(method, which, bool(guides), n, k)
     source = generator if generator is not None else torch.Generator().manual_seed(0)
 
     def run(sign: float, limit: int | None, note: SolverProgress | None, **options: Any) -> RitzPairs:
-        if guide is not None and METHODS[name] is guided:
-            options["guide"] = on_rows(guide, n, dtype, torch.device(device), sign)
+        if METHODS[name] is guided:
+            options["guides"] = [on_rows(guide, n, dtype, torch.device(device), sign) for guide in guides]
         if initial is not None:
             options["initial"] = initial.to(device, dtype).T.contiguous()
         return METHODS[name](
@@ -138,18 +139,16 @@ def top_eigenpairs(
     )
 
 
-def _solver(method: str, which: str, guide: Matmat | None, n: int, k: int) -> str:
+def _solver(method: str, which: str, guides: bool, n: int, k: int) -> str:
     """The name of the solver that ``method`` means here."""
-    if method == "guided" and guide is None:
-        raise ArgumentError(
-            "method='guided' needs a guide=, a cheap operator that resembles H. Pass one, or 'lanczos'."
-        )
+    if method == "guided" and not guides:
+        raise ArgumentError("method='guided' needs guides=, cheap operators that resemble H. Pass one, or 'lanczos'.")
     if method == "guided" and which in ("both", "magnitude"):
         raise ArgumentError(f"method='guided' finds one end of the spectrum, got which={which!r}. Use 'lanczos'.")
     if method != "auto":
         return method
     # In a space of few blocks there is nothing to save.
-    return "guided" if guide is not None and which == "largest" and n >= 8 * (k + 1) else "lanczos"
+    return "guided" if guides and which == "largest" and n >= 8 * (k + 1) else "lanczos"
 
 
 def _two_runs(

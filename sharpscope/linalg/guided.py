@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +24,9 @@ from sharpscope.linalg.ritz import (
 from sharpscope.linalg.start import random_start
 from sharpscope.linalg.vectors import BREAKDOWN, combine, inner, norms, orthonormalise, project_out, random_rows
 
-# The guide's own eigenvectors are found to residuals of this fraction of the k-th eigenvalue: a subset of some thousand
+# A guide's own eigenvectors are found to residuals of this fraction of the k-th eigenvalue: a subset of some thousand
 # examples is itself off by 3 to 10 % (seen on a small CNN), so more would be wasted.
-START = 0.1
+START = 0.05
 
 # Inner residuals fall to this fraction of the outer ones: the guide's error leaves 5 to 15 % of them anyway.
 INNER = 0.1
@@ -63,7 +64,7 @@ def guided(
     like: Tensor,
     k: int,
     *,
-    guide: Matmat,
+    guides: Sequence[Matmat],
     tol: float,
     max_basis: int | None,
     max_products: int | None,
@@ -73,7 +74,8 @@ def guided(
 ) -> RitzPairs:
     """The k largest eigenpairs of H in few block products, given a cheap operator G that resembles it.
 
-    1. G's leading eigenvectors, by block Lanczos from random vectors, to the accuracy that G deserves.
+    1. The leading eigenvectors of G, the last of ``guides``, to the accuracy that G deserves, by block Lanczos from
+       those of the guide before it; of the first, from random vectors.
     2. One product of H with k of them and a random vector; Rayleigh-Ritz.
     3. The model: the operator that is H on the search space and G outside of it (the least change of G that agrees with
        every product of H so far). What its leading eigenvectors have outside of the search space are the corrections,
@@ -87,7 +89,7 @@ def guided(
     Cost: k + 1 products with H in the first pass and at most as many in each later one, two passes at the least; some
     40 products with the guide.
 
-    Args: as ``top_eigenpairs``; ``like`` (0, n) carries n, dtype and device; ``guide`` takes and gives rows, as
+    Args: as ``top_eigenpairs``; ``like`` (0, n) carries n, dtype and device; ``guides`` take and give rows, as
         ``matmat`` does; ``initial``: rows (b, n) for the first block in place of the guide's eigenvectors.
     """
     n = like.shape[1]
@@ -97,7 +99,10 @@ def guided(
         raise ArgumentError(f"max_basis must be at least {4 * width} for k = {k} (four blocks), got {max_basis}.")
     most = PRODUCTS if max_products is None else max_products
 
-    start = _model(guide, None, random_rows(width + 1, like, generator), width, None, limit, generator)
+    rows, guide = random_rows(width + 1, like, generator), guides[-1]
+    for coarse in guides[:-1]:
+        rows = _model(coarse, None, rows, width, None, limit, generator).vectors
+    start = _model(guide, None, rows, width, None, limit, generator)
     next_guided, spare = _next(start, k), start.vectors[k:]
     first, guided_images = start.vectors[:k], start.images[:k]
     if initial is not None:
