@@ -115,7 +115,7 @@ def top_eigenvalues(
             "max_products": max_passes,
             "method": "lanczos" if not guides and method == "auto" else method,
             "guides": guides,
-            "dtype": objective.dtype,
+            "dtype": objective.dtype if objective.curvature.exact else torch.float32,
             "device": basis_device if basis_device is not None else objective.device,
             "generator": source,
             "progress": note,

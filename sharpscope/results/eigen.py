@@ -265,11 +265,11 @@ def _missed(result: EigenResult) -> str:
         return ""
     first, last = float(result.missed_probability[0]), float(result.missed_probability[-1])
     side = "above" if result.which == "largest" else "below"
-    if first >= 1:
+    if first >= 0.995:
         return ""
     said = f"an eigenvalue {side} {result.labels[0]} was missed with probability at most {_percent(first)}"
     if len(result.labels) > 1:
-        said += f", {side} {result.labels[-1]} " + ("not excluded" if last >= 1 else f"at most {_percent(last)}")
+        said += f", {side} {result.labels[-1]} " + ("not excluded" if last >= 0.995 else f"at most {_percent(last)}")
     return said + "."
 
 
@@ -295,7 +295,7 @@ def _sampled(result: EigenResult) -> str:
 
 
 def _percent(probability: float) -> str:
-    return f"{100 * probability:.2g} %" if probability >= 1e-6 else "0.0001 %"
+    return f"{100 * max(probability, 1e-6):.2g} %"
 
 
 def _remedy(result: EigenResult) -> str:
