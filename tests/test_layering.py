@@ -66,6 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     "spectrum": {
         *("audit", "linalg", "objective", "operators", "problem", "provenance", "results", "resume", "subset"),
     },
+    "sampling": {"objective", "partwise", "results"},
     "provenance": {"objective", "problem"},
     "density": {"audit", "linalg", "objective", "problem", "provenance", "results"},
     "optim": set(),
