@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,6 +30,16 @@ class Curved(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * (x * self.w).square().sum(1)
+
+
+class Walked:
+    """Batches that do not say how many examples they hold."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.batches)
 
 
 def first(output: Tensor, target: Tensor) -> Tensor:
@@ -96,7 +108,10 @@ def test_the_loaders_batches_do_not_matter() -> None:
     many, _ = measured(problem(batches=[7, 50, 1, 62]))
     other, _ = measured(problem(), micro_batch=64)
     assert one.parts == 60
-    for result in (many, other):
+    unsized = problem(batches=[7, 50, 1, 62])
+    unsized = replace(unsized, data=Walked(unsized.data))
+    walked, _ = measured(unsized)
+    for result in (many, other, walked):
         assert result.parts == one.parts
         assert np.allclose(result.se, one.se, rtol=1e-12)
         assert np.allclose(result.upper, one.upper, rtol=1e-12)
@@ -182,6 +197,25 @@ def test_the_squared_gap_of_a_2_by_2_matrix_is_corrected_exactly() -> None:
         squares.append((corrected[0] - corrected[1]) ** 2)
         assert corrected.sum() == pytest.approx(values.sum())
     assert np.mean(squares) == pytest.approx(4.0)
+
+
+def test_intervals_lie_about_the_corrected_values() -> None:
+    """Their logarithms' middle is off by bias / value, their half-width t times se and bias in squares, over value."""
+    units = np.stack([np.outer(x, x) for x in INPUTS.numpy()])
+    mean = units.mean(0)
+    values, vectors = (part[..., ::-1][..., :2] for part in np.linalg.eigh(mean))
+    result = sampling_of(parts_of(units, vectors))
+    t, off = stats.t.ppf(0.975, 119), result.bias / values
+    assert (off[0] > 0.01, off[0] != off[1]) == (True, True)
+    lower, upper = np.log(result.lower / values), np.log(result.upper / values)
+    assert np.allclose((lower + upper) / 2, -off, rtol=1e-10)
+    assert np.allclose((upper - lower) / 2, t * np.hypot(result.se, result.bias) / values, rtol=1e-10)
+    ratio, value = result.ratio, values[0] / values[1]
+    assert ratio is not None
+    assert math.sqrt(ratio.lower * ratio.upper) == pytest.approx(value * math.exp(off[1] - off[0]))
+    assert ratio.bias == pytest.approx(off[0] - off[1])
+    half = t * math.sqrt((ratio.se / value) ** 2 + off @ off)
+    assert math.log(ratio.upper / ratio.lower) / 2 == pytest.approx(half)
 
 
 def test_the_bias_is_bounded_in_a_cluster() -> None:
