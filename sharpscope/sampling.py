@@ -98,8 +98,9 @@ def sampling_error(
     """
     if not 0 < confidence < 1:
         raise ArgumentError(f"confidence must lie between 0 and 1, got {confidence!r}.")
-    block = torch.as_tensor(vectors)
-    values = torch.as_tensor(eigenvalues).double().cpu().numpy()
+    # Copies, since torch shares no memory with a read-only array without a warning.
+    block, given = (x if isinstance(x, Tensor) else torch.from_numpy(np.array(x)) for x in (vectors, eigenvalues))
+    values = given.double().cpu().numpy()
     if block.dim() != 2 or values.shape != (block.shape[1],):
         raise ArgumentError(
             f"vectors must be (n, k) and eigenvalues (k,), got {tuple(block.shape)} and {tuple(values.shape)}."

@@ -287,6 +287,7 @@ def test_a_real_result_takes_it() -> None:
     real = Problem(model=model, loss=nn.CrossEntropyLoss(), data=data, weight_decay=0.01)
     found = top_eigenvalues(real, k=3, vectors=True)
     assert found.eigenvectors is not None
+    found.eigenvectors.setflags(write=False)
     objective = Objective(real)
     result = sampling_error(objective, found.eigenvectors, found.eigenvalues)
     assert objective.gradients == pytest.approx(1 + 2 * 3)
