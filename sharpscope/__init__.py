@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sharpscope.version import __version__
 
 if TYPE_CHECKING:
+    from sharpscope.blocks import block_spectra
     from sharpscope.density import spectral_density, trace
     from sharpscope.errors import (
         ArgumentError,
@@ -21,12 +22,13 @@ if TYPE_CHECKING:
     from sharpscope.loading import load
     from sharpscope.objective import Objective
     from sharpscope.problem import Problem
-    from sharpscope.results import Cost, DensityResult, EigenResult, Estimate, Ratio, TraceResult
+    from sharpscope.results import BlockResult, Cost, DensityResult, EigenResult, Estimate, Ratio, TraceResult
     from sharpscope.spectrum import top_eigenvalues
 
 __all__ = [
     "ArgumentError",
     "AuditError",
+    "BlockResult",
     "CheckpointError",
     "ConvergenceWarning",
     "Cost",
@@ -42,6 +44,7 @@ __all__ = [
     "SharpscopeError",
     "TraceResult",
     "__version__",
+    "block_spectra",
     "load",
     "spectral_density",
     "top_eigenvalues",
@@ -55,8 +58,11 @@ if (_beside / "setup.cfg").is_file() and (_beside / "cli" / "__init__.py").is_fi
 
 # Public names are imported when first used: torch takes 1.5 s, which `sharpscope --help` need not wait for.
 _HOMES = {"load": "loading", "Objective": "objective", "Problem": "problem", "top_eigenvalues": "spectrum"}
+_HOMES |= {"block_spectra": "blocks"}
 _HOMES |= dict.fromkeys(("spectral_density", "trace"), "density")
-_HOMES |= dict.fromkeys(("Cost", "DensityResult", "EigenResult", "Estimate", "Ratio", "TraceResult"), "results")
+_HOMES |= dict.fromkeys(
+    ("BlockResult", "Cost", "DensityResult", "EigenResult", "Estimate", "Ratio", "TraceResult"), "results"
+)
 
 
 def __getattr__(name: str) -> Any:

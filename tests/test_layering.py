@@ -67,6 +67,10 @@ ALLOWED: dict[str, set[str]] = {
         *("audit", "linalg", "objective", "operators", "problem", "provenance", "results", "resume", "subset"),
     },
     "sampling": {"objective", "partwise", "results"},
+    "blockwise": {"batches", "derivatives", "params", "terms"},
+    "blocks": {
+        *("audit", "blockwise", "linalg", "objective", "operators", "params", "problem", "provenance", "results"),
+    },
     "provenance": {"objective", "problem"},
     "density": {"audit", "linalg", "objective", "problem", "provenance", "results"},
     "optim": set(),
@@ -77,7 +81,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"checkpoint", "files", "optim", "precision", "recipe", "zoo"},
     "plot": {"results"},
     "__main__": {"cli"},
-    "__init__": {"density", "errors", "loading", "objective", "problem", "results", "spectrum", "version"},
+    "__init__": {"blocks", "density", "errors", "loading", "objective", "problem", "results", "spectrum", "version"},
 }
 THIRD_PARTY = {"torch", "numpy", "scipy", "matplotlib", "tqdm"}
 MAY_IMPORT: dict[str, set[str]] = {

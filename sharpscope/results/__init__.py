@@ -1,5 +1,6 @@
 """Results: what was measured, how surely, at what cost, and where it came from. NumPy only."""
 
+from sharpscope.results.blocks import BlockResult, block_table
 from sharpscope.results.cost import Cost
 from sharpscope.results.curve import Curve
 from sharpscope.results.density import DensityResult, density_table
@@ -8,6 +9,7 @@ from sharpscope.results.estimate import Estimate
 from sharpscope.results.trace import TraceResult
 
 __all__ = [
+    "BlockResult",
     "Cost",
     "Curve",
     "DensityResult",
@@ -15,6 +17,7 @@ __all__ = [
     "Estimate",
     "Ratio",
     "TraceResult",
+    "block_table",
     "density_table",
     "table",
 ]

@@ -1,0 +1,63 @@
+"""``sharpscope eigen --per-layer``: lambda_max and trace of each diagonal block of the Hessian."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sharpscope.cli import options, terminal
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that ask for blocks."""
+    parser.add_argument(
+        "--per-layer",
+        nargs="?",
+        const="module",
+        choices=("module", "parameter"),
+        help="instead, a row for each diagonal block of the Hessian: lambda_max, trace and share of the whole trace; a "
+        "block is the parameters of one module (default), or one parameter tensor; CKPT before it",
+    )
+    parser.add_argument(
+        "--probes", type=int, default=8, metavar="K", help="with --per-layer: random vectors for a trace (default 8)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure one checkpoint after another; what is finished is shown and kept whatever happens to the next.
+
+    To be called by ``eigen`` where ``args.per_layer`` is set, after it has refused what does not go with it.
+    """
+    import torch
+
+    import sharpscope
+    from sharpscope.results import BlockResult, block_table
+
+    outputs = options.outputs(args)
+    options.load_all(args)
+    results: list[BlockResult] = []
+    try:
+        for path, out in zip(args.checkpoints, outputs, strict=True):
+            with terminal.progress_bar(Path(path).name) as progress:
+                result = sharpscope.block_spectra(
+                    options.load(args, path),
+                    args.per_layer,
+                    args.tol,
+                    args.probes,
+                    torch.Generator().manual_seed(args.seed),
+                    progress,
+                    operator=getattr(args, "operator", "hessian"),
+                    dtype=getattr(torch, args.dtype) if args.dtype else None,
+                    device=options.device(args.device),
+                    micro_batch=args.micro_batch,
+                    max_passes=args.max_passes,
+                )
+            results.append(result)
+            if out is not None:
+                result.save(out)
+    finally:
+        if args.json:
+            terminal.emit_json([result.to_dict() for result in results], len(args.checkpoints))
+        elif results:
+            terminal.emit(block_table(results))
+    return 0 if all(result.converged.all() for result in results) else 3

@@ -1,0 +1,122 @@
+"""The diagonal blocks of a curvature, each differentiated in its own parameters only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from sharpscope.batches import MicroBatch
+from sharpscope.derivatives import HESSIAN, Curvature, Graph, derivative_errors, nothing
+from sharpscope.errors import ArgumentError, nearest
+from sharpscope.params import views
+from sharpscope.terms import LossTerms
+
+BY = ("module", "parameter")
+
+# Parameters that the model itself holds, in none of its modules.
+ROOT = "(model)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Neighbours in the flat vector of parameters: ``params`` says which tensors, ``part`` which numbers."""
+
+    name: str
+    params: slice
+    part: slice
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return int(self.part.stop - self.part.start)
+
+
+def blocks_of(params: dict[str, torch.nn.Parameter], by: str) -> list[Block]:
+    """The blocks of selected parameters, in their order, each parameter in one.
+
+    A block is the parameters that one module holds itself, not through its children, and is named as that module is in
+    ``model.named_modules()``, "(model)" for the model; or, by "parameter", one tensor and its own name. A tied
+    parameter, or module, belongs to the first of its names.
+
+    Raises: ArgumentError for another ``by``.
+    """
+    if by not in BY:
+        raise ArgumentError(nearest("by", str(by), BY))
+    blocks, tensors, numbers = [], 0, 0
+    # A module's own parameters are neighbours in named_parameters().
+    for name, group in groupby(params, lambda name: name if by == "parameter" else name.rpartition(".")[0] or ROOT):
+        sizes = [params[member].numel() for member in group]
+        blocks.append(
+            Block(name, slice(tensors, tensors + len(sizes)), slice(numbers, numbers + sum(sizes))),
+        )
+        tensors, numbers = tensors + len(sizes), numbers + sum(sizes)
+    return blocks
+
+
+def blockwise(base: Curvature, blocks: Sequence[Block], counts: Sequence[int]) -> Curvature:
+    """``diag(H_11, ..., H_LL)``, H the matrix ``base``, in rows of which block l uses the first ``counts[l]`` only.
+
+    The rest of what it gives is zero. A row of it is L products, not one: H_ll v_l must not see v_m. For the Hessian
+    ``H_ll v_l = grad_l (g_l' v_l)`` walks only the part of the graph between these parameters and the loss: on CPU the
+    blocks of a cnn, an mlp and a wide_resnet took 0.27, 0.73 and 0.24 of the time of as many whole products. It is
+    billed as whole ones, ``base.cost`` for each vector of each block, since the share depends on the machine.
+    """
+
+    def graph(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:
+        return (_hessian if base is HESSIAN else _embedded)(base, blocks, counts, terms, part, keep)
+
+    return dataclasses.replace(base, graph=graph, cost=base.cost * sum(counts) / max(1, *counts))
+
+
+def _hessian(
+    base: Curvature, blocks: Sequence[Block], counts: Sequence[int], terms: LossTerms, part: MicroBatch, keep: bool
+) -> Graph:
+    with derivative_errors():
+        value, weight = terms.sums(part)
+        if not value.requires_grad and not float(weight):
+            return nothing(terms, part, value, weight)
+        grads = torch.autograd.grad(value, terms.params, create_graph=keep, materialize_grads=True)
+
+    def products(block: Tensor, last: bool = False) -> Tensor:
+        rows = torch.zeros_like(block)
+        todo = [(b, k) for b, count in zip(blocks, counts, strict=True) for k in range(min(count, len(block)))]
+        for done, (one, k) in enumerate(todo, start=1):
+            own = terms.params[one.params]
+            pairs = zip(grads[one.params], views(block[k, one.part], own), strict=True)
+            live = [(g, v) for g, v in pairs if g.requires_grad]
+            if not live:
+                continue
+            with derivative_errors():
+                found = torch.autograd.grad(
+                    [g for g, _ in live],
+                    own,
+                    [v for _, v in live],
+                    retain_graph=not last or done < len(todo),
+                    materialize_grads=True,
+                )
+            torch._foreach_copy_(views(rows[k, one.part], own), list(found))
+        return rows
+
+    return Graph(value.detach(), weight, [g.detach() for g in grads], products, part.size)
+
+
+def _embedded(
+    base: Curvature, blocks: Sequence[Block], counts: Sequence[int], terms: LossTerms, part: MicroBatch, keep: bool
+) -> Graph:
+    """By whole products with vectors that are zero outside of a block."""
+    built = base.graph(terms, part, keep)
+
+    def products(block: Tensor, last: bool = False) -> Tensor:
+        rows = torch.zeros_like(block)
+        todo = [(b, min(count, len(block))) for b, count in zip(blocks, counts, strict=True) if count]
+        for done, (one, count) in enumerate(todo, start=1):
+            alone = torch.zeros_like(block[:count])
+            alone[:, one.part] = block[:count, one.part]
+            rows[:count, one.part] = built.products(alone, last and done == len(todo))[:, one.part]
+        return rows
+
+    return dataclasses.replace(built, products=products)

@@ -1,0 +1,206 @@
+"""lambda_max and trace of each diagonal block: the result that holds them, and the table that shows results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharpscope.errors import DataError
+from sharpscope.results.cost import Cost
+from sharpscope.results.estimate import Estimate
+from sharpscope.results.record import head, names_of, opened, origin, read, refuse_taken, require_json_name, write
+from sharpscope.tables import aligned, as_html, with_bound
+
+Array = NDArray[np.float64]
+
+# A row of the record: its key for a block, and the attribute that it comes from.
+_COLUMNS = {
+    "name": "names",
+    "num_params": "sizes",
+    "lambda_max": "lambda_max",
+    "residual": "residuals",
+    "lower": "lower",
+    "upper": "upper",
+    "converged": "converged",
+    "trace": "traces",
+    "trace_error": "trace_errors",
+}
+_MEASURED = ("loss", "gradient_norm", "cost")
+
+# Standard errors that the whole trace must be away from zero before shares of it are told.
+SURELY = 4.0
+
+RULES = {
+    "module": "a block is the parameters that one module holds itself, named as in model.named_modules()",
+    "parameter": "a block is one parameter tensor",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class BlockResult:
+    """lambda_max and trace of each diagonal block ``H_ll`` of the Hessian of a data set's mean loss; L blocks.
+
+    Attributes:
+        names: (L,) of the blocks, in the parameters' order; provenance ``by`` says whether of modules or parameters.
+            A tied parameter belongs to the first of its names.
+        sizes: (L,), each block's number of parameters.
+        lambda_max: (L,), each block's largest algebraic eigenvalue, in units of the loss over squared weights.
+        residuals: ``||H_ll v - lambda v||`` (L,), from true products.
+        lower, upper: an interval (L,) for each lambda_max.
+        converged: bool (L,), whether the interval is within the tolerance.
+        traces, trace_errors: ``tr H_ll`` (L,) with standard errors, independent of each other.
+        loss: L(w), with the weight decay if it was asked for.
+        gradient_norm: ``||grad L(w)||``.
+        cost: what it took; a product with a vector of one block counts as a whole one.
+        provenance: as EigenResult's, with ``by``, ``operator``, ``probes``.
+    """
+
+    names: tuple[str, ...]
+    sizes: NDArray[np.int64]
+    lambda_max: Array
+    residuals: Array
+    lower: Array
+    upper: Array
+    converged: NDArray[np.bool_]
+    traces: Array
+    trace_errors: Array
+    loss: float
+    gradient_norm: float
+    cost: Cost
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        refuse_taken(self.provenance, ("blocks", "trace", *_MEASURED))
+        shapes = {np.shape(getattr(self, attribute)) for attribute in _COLUMNS.values()}
+        if len(shapes) != 1 or shapes == {(0,)}:
+            raise DataError(f"A block result must have one entry a block everywhere, got the shapes {shapes}.")
+
+    @property
+    def trace(self) -> Estimate:
+        """``tr H``, the sum over the blocks."""
+        return Estimate(float(self.traces.sum()), float(np.linalg.norm(self.trace_errors)))
+
+    @property
+    def shares(self) -> list[Estimate] | None:
+        """``tr H_ll / tr H`` of each block, with standard errors to first order.
+
+        None where ``tr H`` is not positive beyond doubt, and shares of it would mean nothing.
+        """
+        whole = self.trace
+        if whole.value <= SURELY * whole.standard_error:
+            return None
+        parts = self.traces / whole.value
+        others = whole.standard_error**2 - self.trace_errors**2
+        errors = np.sqrt((1 - parts) ** 2 * self.trace_errors**2 + parts**2 * np.maximum(others, 0)) / whole.value
+        return [Estimate(float(part), float(error)) for part, error in zip(parts, errors, strict=True)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values: an object a block, with its share of the trace."""
+        rows = zip(*(np.asarray(getattr(self, attribute)).tolist() for attribute in _COLUMNS.values()), strict=True)
+        blocks = [dict(zip(_COLUMNS, row, strict=True)) for row in rows]
+        shares = self.shares
+        for i, block in enumerate(blocks):
+            block["share"] = None if shares is None else asdict(shares[i])
+        return {
+            **head("blocks", self.provenance),
+            "blocks": blocks,
+            "trace": asdict(self.trace),
+            "loss": self.loss,
+            "gradient_norm": self.gradient_norm,
+            "cost": asdict(self.cost),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BlockResult:
+        """The inverse of ``to_dict``.
+
+        Raises: DataError when a key is missing or it is another analysis.
+        """
+        rest = opened(values, "blocks")
+        rest.pop("trace", None)
+        try:
+            blocks = rest.pop("blocks")
+            columns = {attribute: [block[key] for block in blocks] for key, attribute in _COLUMNS.items()}
+            arrays: dict[str, Any] = {name: np.array(column) for name, column in columns.items() if name != "names"}
+            measured = {key: rest.pop(key) for key in _MEASURED} | {"cost": Cost(**values["cost"])}
+        except (KeyError, TypeError) as error:
+            raise DataError(f"A block result must have the keys of BlockResult.to_dict(), got: {error}.") from error
+        return cls(names=tuple(columns["names"]), **arrays, **measured, provenance=rest)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON to ``path``, atomically.
+
+        Raises: OutputError when it cannot be written.
+        """
+        require_json_name(path)
+        write(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> BlockResult:
+        """Read what ``save`` wrote.
+
+        Raises: DataError when ``path`` holds something else.
+        """
+        return cls.from_dict(read(path))
+
+    def summary(self) -> str:
+        """The result as a table of text."""
+        return block_table([self])
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def _repr_html_(self) -> str:
+        return as_html(_rows(self), _notes(self, names_of([self.provenance])[0]))
+
+
+def block_table(results: Sequence[BlockResult]) -> str:
+    """A table a result, one row a block, each with its notes below; an empty line between them."""
+    names = names_of([r.provenance for r in results])
+    tables = ["\n".join([aligned(_rows(r)), "", *_notes(r, name)]) for r, name in zip(results, names, strict=True)]
+    return "\n\n".join(tables)
+
+
+def _rows(r: BlockResult) -> list[list[str]]:
+    rows = [["block", "parameters", "lambda_max", "trace", "share"]]
+    shares = r.shares
+    for i, name in enumerate(r.names):
+        top = with_bound(r.lambda_max[i], r.lower[i], r.upper[i]) + ("" if r.converged[i] else " ?")
+        trace = Estimate(float(r.traces[i]), float(r.trace_errors[i]))
+        rows.append([name, f"{r.sizes[i]:,}", top, str(trace), "-" if shares is None else _percent(shares[i])])
+    return [*rows, ["all", f"{r.sizes.sum():,}", "", str(r.trace), ""]]
+
+
+def _percent(share: Estimate) -> str:
+    # 0.0 is added, lest a share of -1e-9 be shown as -0.0.
+    return f"{round(100 * share.value, 1) + 0.0:.1f} %"
+
+
+def _notes(r: BlockResult, name: str) -> list[str]:
+    p, cost = r.provenance, r.cost
+    notes = [
+        f"{name}: {origin(p)}",
+        f"{name}: loss {r.loss:.4g}, |grad| {r.gradient_norm:.2g}; {cost.gradients:.1f} gradients in {cost.passes} "
+        f"passes, {cost.seconds:.1f} seconds.",
+    ]
+    rule = RULES.get(str(p.get("by")))
+    if rule:
+        notes.append(f"{rule[0].upper()}{rule[1:]}; a tied parameter counts under the first of its names.")
+    if p.get("operator", "hessian") != "hessian":
+        about = "approximate, and their intervals leave its error out" if p["operator"] == "finite-difference" else ""
+        notes.append(f"Blocks of the operator {p['operator']}, {about or 'not of the Hessian'}.")
+    notes.append("± of lambda_max is half an interval, of a trace one standard error over the random vectors.")
+    if r.shares is None:
+        notes.append("No shares, since the whole trace is not positive beyond doubt.")
+    if not r.converged.all():
+        missing = ", ".join(one for one, sure in zip(r.names, r.converged, strict=True) if not sure)
+        notes.append(
+            f"NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?): {missing}. Allow more passes "
+            "(--max-passes), a larger tolerance (--tol), or lift to float64 (--dtype float64)."
+        )
+    return notes
