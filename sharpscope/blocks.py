@@ -59,7 +59,7 @@ def block_spectra(
 
     Cost: with L blocks ``1 + 2 L (probes + 2)`` gradients for each of two passes, then ``1 + 4 L'`` a pass, L' the
     blocks not yet done; 6 to 8 passes at tol 1e-3 on the bundled models. ``blockwise`` says by how much that overstates
-    the work. Memory: at most ``15 + 7 probes`` vectors of all parameters.
+    the work. Memory: about ``20 + 8 probes`` vectors of all parameters.
 
     Raises: ArgumentError, ProblemError, DataError, AuditError.
     """

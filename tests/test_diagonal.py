@@ -43,6 +43,16 @@ def test_an_operator_that_is_not_symmetric_is_refused() -> None:
         )
 
 
+def test_a_small_block_that_is_not_symmetric_is_told() -> None:
+    """Its interval is as wide as what lacks symmetry, and it has not converged."""
+    skew = torch.randn(6, 6, dtype=torch.float64)
+    (found,) = diagonal_blocks(
+        lambda asked: {i: skew @ v for i, v in asked.items()}, [6], generator=torch.Generator().manual_seed(0)
+    )
+    assert not found.converged
+    assert found.bound >= float((skew - skew.T).norm()) / 2
+
+
 def test_programs_in_step_give_what_they_give_alone() -> None:
     """The same bits as one after another, in as many calls as the longest makes, and no thread outlives them."""
     matrices = [torch.diag(torch.linspace(-1, 3, n, dtype=torch.float64)) for n in (20, 60, 90)]
