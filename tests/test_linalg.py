@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,25 @@ def product(matrix: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda block: matrix @ block
 
 
+# The guide of a guided one: the operator itself but for noise of this share of its norm, nothing,
+# or its negative.
+SOLVERS = ("lanczos", "power", "guided by 0.03", "guided by 1", "guided by zero", "guided by minus")
+
+
+def solver(name: str, matrix: Tensor) -> dict[str, Any]:
+    """The options of ``top_eigenpairs`` for one of SOLVERS on ``matrix``."""
+    method, _, guide = name.partition(" by ")
+    if method != "guided":
+        return {"method": method}
+    if guide in ("zero", "minus"):
+        return {"method": method, "guide": product(-matrix if guide == "minus" else 0 * matrix)}
+    n = len(matrix)
+    noise = torch.randn(n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).to(matrix)
+    # A symmetric Gaussian matrix with entries of variance 1 has norm 2 sqrt(n).
+    size = float(guide) * float(torch.linalg.matrix_norm(matrix, 2)) / (2 * n**0.5)
+    return {"method": method, "guide": product(matrix + size * (noise + noise.T) / 2**0.5)}
+
+
 SPECTRA = {
     "triple": ([10, 10, 10, 5, 4], 100),
     "whole space": ([10, 10, 10, 5, 4], 5),
@@ -47,14 +67,14 @@ SPECTRA = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SOLVERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SPECTRA)
 def test_chosen_spectra_come_back_with_their_multiplicity(name: str, dtype: torch.dtype, method: str) -> None:
     """Every value called converged is within tolerance of its eigenvalue and inside its interval, and k come back."""
     spectrum, n = SPECTRA[name]
     matrix = operator(spectrum, n).to(dtype)
-    pairs = top_eigenpairs(product(matrix), n, 5, tol=1e-3, dtype=dtype, method=method, max_products=300)
+    pairs = top_eigenpairs(product(matrix), n, 5, tol=1e-3, dtype=dtype, max_products=300, **solver(method, matrix))
     true = torch.linalg.eigvalsh(matrix.double()).flip(0)[:5]
     rounding = 64 * torch.finfo(dtype).eps * float(true.abs().max().clamp_min(max(map(abs, spectrum))))
     assert len(pairs.eigenvalues) == 5
@@ -110,9 +130,9 @@ def test_restart_with_a_bounded_basis_finds_the_same() -> None:
 
 def test_unconverged_is_said() -> None:
     """Too few products for the tolerance give k values, none of which is called converged while it is wrong."""
-    matrix = operator([1 - i / 1000 for i in range(1000)], 1000)
-    for method in METHODS:
-        pairs = top_eigenpairs(product(matrix), 1000, 5, tol=1e-6, max_products=5, method=method)
+    matrix = operator([1 - i / 500 for i in range(500)], 500)
+    for method in SOLVERS:
+        pairs = top_eigenpairs(product(matrix), 500, 5, tol=1e-6, max_products=5, **solver(method, matrix))
         assert len(pairs.eigenvalues) == 5
         assert not bool(pairs.converged.any())
         assert pairs.num_products <= 5
@@ -140,12 +160,15 @@ def test_an_operator_that_changes_never_converges() -> None:
         assert not bool(top_eigenpairs(noisy, 40, 5, tol=1e-3, max_products=30).converged.any())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SOLVERS)
 def test_smallest_mirrors_largest(method: str) -> None:
     """The smallest eigenvalues of H are the negated largest ones of -H, intervals included."""
     matrix = operator([3.0, 2.0, 1.0, -4.0, -6.0, -8.0], 30)
-    low = top_eigenpairs(product(matrix), 30, 3, which="smallest", method=method)
-    high = top_eigenpairs(product(-matrix), 30, 3, method=method)
+    options = solver(method, matrix)
+    low = top_eigenpairs(product(matrix), 30, 3, which="smallest", **options)
+    if "guide" in options:
+        options["guide"] = lambda block, guide=options["guide"]: -guide(block)
+    high = top_eigenpairs(product(-matrix), 30, 3, **options)
     assert torch.equal(low.eigenvalues, -high.eigenvalues)
     assert torch.equal(low.lower, -high.upper)
     assert torch.allclose(low.eigenvalues, torch.tensor([-8.0, -6.0, -4.0], dtype=torch.float64), rtol=1e-3)
@@ -251,9 +274,9 @@ def test_two_ends_that_share_a_small_basis_are_not_called_converged() -> None:
 
 
 def test_every_end_holds_over_random_spectra() -> None:
-    """Over 30 random operators, whichever pairs are wanted, what converged is one of them within its interval."""
+    """Over 20 random operators, whichever pairs are wanted, what converged is one of them within its interval."""
     generator = torch.Generator().manual_seed(6)
-    for trial in range(30):
+    for trial in range(20):
         n = int(torch.randint(8, 60, (1,), generator=generator))
         spectrum = (
             torch.randn(n, generator=generator, dtype=torch.float64),
@@ -277,24 +300,27 @@ def test_every_end_holds_over_random_spectra() -> None:
 
 
 def test_the_bound_holds_over_random_spectra() -> None:
-    """Over 120 random operators the true eigenvalue lies in the interval of every converged pair."""
+    """Over 63 random operators of seven kinds the true eigenvalue lies in the interval of every converged pair."""
     generator = torch.Generator().manual_seed(5)
-    for trial in range(120):
+    for trial in range(63):
         n = int(torch.randint(6, 120, (1,), generator=generator))
+        normal = torch.randn(n, generator=generator, dtype=torch.float64)
+        uniform = torch.rand(n, generator=generator, dtype=torch.float64)
         kinds = (
-            torch.randn(n, generator=generator, dtype=torch.float64),
-            torch.randint(0, 4, (n,), generator=generator).double(),
-            1 / (1 + torch.arange(n, dtype=torch.float64)) ** 1.2,
-            torch.cat(
-                [10 + 1e-5 * torch.rand(3, generator=generator), 9 * torch.rand(n - 3, generator=generator)]
-            ).double(),
+            normal,
+            normal.round(),
+            -normal.abs(),
+            normal.pow(3) * 1e-6,
+            1 / (1 + torch.arange(n, dtype=torch.float64)) ** (0.5 + trial % 5),
+            torch.cat([10 + 1e-5 * uniform[:3], 9 * uniform[3:]]),
+            torch.cat([uniform[: n // 2], -uniform[: n - n // 2]]) + 5 * (uniform > 0.9),
         )
-        matrix = operator(kinds[trial % 4].tolist(), n, seed=trial)
-        for tol in (1e-2, 1e-3, 1e-6):
-            pairs = top_eigenpairs(product(matrix), n, 5, tol=tol, generator=generator)
-            true = torch.linalg.eigvalsh(matrix).flip(0)[:5]
-            inside = (pairs.lower <= true) & (true <= pairs.upper)
-            assert bool(inside[pairs.converged].all()), (trial, tol)
+        matrix = operator(kinds[trial % 7].tolist(), n, seed=trial)
+        tol = (1e-1, 1e-2, 1e-3, 1e-6)[trial // 7 % 4]
+        pairs = top_eigenpairs(product(matrix), n, 5, tol=tol, generator=generator)
+        true = torch.linalg.eigvalsh(matrix).flip(0)[:5]
+        inside = (pairs.lower <= true) & (true <= pairs.upper)
+        assert bool(inside[pairs.converged].all()), (trial, tol)
 
 
 def test_the_quadratic_bound_is_met_with_equality_by_two_by_two() -> None:
@@ -385,7 +411,8 @@ def test_a_matmat_may_write_into_its_argument() -> None:
 
     for method in METHODS:
         for matmat in (destroying, lambda block: block.mul_(diagonal)):
-            pairs = top_eigenpairs(matmat, 200, 2, method=method)
+            guide = destroying if method == "guided" else None
+            pairs = top_eigenpairs(matmat, 200, 2, method=method, guide=guide)
             assert torch.allclose(pairs.eigenvalues, torch.tensor([1, 1 - 2 / 199]).double(), rtol=1e-3)
             assert bool(pairs.converged.all())
 
