@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +38,7 @@ class RandomStart:
         An eigenpair (mu, u) of A, u of length 1, has parts ``c = W'u`` in W and e outside with
         ``c (mu - S) = e'R``, so ``||X'u||^2 <= X' N (1 + N)^-1 X``, ``N = (mu - S)^-1 R'R (mu - S)^-1``. For X uniform
         in n - k dimensions ``||X'u||^2`` is Beta(s/2, (n - k - s)/2). In a Krylov space of one vector that is
-        ``missed_probability``. 1 where t is not above every Ritz value.
+        ``missed_probability``, but never less than of ``||X'u||^2`` = eps. 1 where t is not above every Ritz value.
 
         It takes V as given, though V came from the same run.
         """
@@ -49,10 +48,12 @@ class RandomStart:
         reach = above - float(self.values.max())
         if not reach > 0:
             return 1.0
-        most = max(self._component(above + reach * float(step)) for step in GRID)
+        # Below eps the differences that it is made of are rounding, of either sign.
+        least = torch.finfo(torch.float64).eps
+        most = max(least, *(self._component(above + reach * float(step)) for step in GRID))
         if most >= 1 or self.order <= starts:
             return 1.0
-        return float(max(betainc(starts / 2, (self.order - starts) / 2, most), math.ulp(0.0)))
+        return float(betainc(starts / 2, (self.order - starts) / 2, most))
 
     def _component(self, mu: float) -> float:
         """The most that ``||X'u||^2`` can be for an eigenvalue mu."""
