@@ -119,6 +119,7 @@ def guided(
             off, probe = float(norms(image[: len(first)] - guided_images).max()), image[len(first) :]
         space = _ritz(block, image, space, scale)
         values, residuals = space.values, space.residuals
+        scale = max(scale, float(values.abs().max()))
         outer, floor, whole = norms(residuals), rounding(scale, like.dtype), len(values) == n
         next_above = float("-inf") if whole else next_guided + off
         if len(values) > k and not whole:
