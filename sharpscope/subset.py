@@ -144,7 +144,8 @@ class _Reservoir:
     def add(self, part: MicroBatch, importances: Tensor) -> None:
         """Offer the examples of ``part``; those that cannot be among the highest any more are let go."""
         drawn = torch.rand(part.size, generator=self._generator, dtype=torch.float64).clamp_min(1e-300)
-        self._held.append(part)
+        # A copy at once: a loader may fill the same tensors again.
+        self._held.append(_rows(part, torch.arange(part.size)))
         self._priorities = torch.cat([self._priorities, importances / drawn])
         self._importances = torch.cat([self._importances, importances])
         # One more than the size: the first that is left out says what the others count.
