@@ -20,9 +20,9 @@ FORWARD = 0.5
 # The least importance of an example, in units of the mean: no weight exceeds its inverse, and nothing is out of reach.
 FLOOR = 0.1
 
-# The sample's share of the data, and its bounds in examples. Of 60,000 images 3,600 leave 3 to 6 % of residual, and
+# The sample's share of the data, and its bounds in examples. Of 60,000 images 3,300 leave 3 to 6 % of residual, and
 # some 25 products with them cost 3 gradients; the first 25 or so are with COARSE of those.
-SHARE, FEWEST, MOST, COARSE = 0.06, 512, 8192, 1 / 6
+SHARE, FEWEST, MOST, COARSE = 0.055, 512, 8192, 1 / 6
 
 # Below this many examples a sample that says enough is no longer cheap.
 WORTHWHILE = 4096

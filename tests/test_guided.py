@@ -52,8 +52,8 @@ def network(seed: int, n: int = 400, off: float = 0.03) -> tuple[Tensor, Tensor,
 
 
 def solved(matrix: Tensor, guide: Matmat | Tensor | None, k: int = 5, **options: Any) -> Eigenpairs:
-    given = product(guide) if isinstance(guide, Tensor) else guide
-    return top_eigenpairs(product(matrix), len(matrix), k, **{"method": "guided", "guide": given, **options})
+    given = [] if guide is None else [product(guide) if isinstance(guide, Tensor) else guide]
+    return top_eigenpairs(product(matrix), len(matrix), k, **{"method": "guided", "guides": given, **options})
 
 
 def holds(pairs: Eigenpairs, true: Tensor) -> bool:
@@ -69,7 +69,7 @@ def test_a_good_guide_needs_two_products(off: float) -> None:
     for seed in range(4):
         matrix, guide, values = network(seed, off=off)
         matmat, widths = counted(matrix)
-        pairs = top_eigenpairs(matmat, 400, 5, tol=1e-3, guide=product(guide))
+        pairs = top_eigenpairs(matmat, 400, 5, tol=1e-3, guides=[product(guide)])
         assert pairs.method == "guided"
         assert bool(pairs.converged.all())
         assert holds(pairs, values[:5])
@@ -198,7 +198,7 @@ def test_every_residual_is_that_of_the_returned_vector() -> None:
                 150,
                 5,
                 method="guided",
-                guide=product(guide.to(dtype)),
+                guides=[product(guide.to(dtype))],
                 dtype=dtype,
                 **options,  # type: ignore[arg-type]
             )
@@ -214,7 +214,9 @@ def test_max_products_is_kept_and_what_has_not_converged_said() -> None:
     matrix, _, values = network(2, n=150)
     for most in (2, 3, 4):
         matmat, widths = counted(matrix)
-        pairs = top_eigenpairs(matmat, 150, 5, tol=1e-6, method="guided", guide=product(0 * matrix), max_products=most)
+        pairs = top_eigenpairs(
+            matmat, 150, 5, tol=1e-6, method="guided", guides=[product(0 * matrix)], max_products=most
+        )
         assert len(widths) == pairs.num_products == most
         assert len(pairs.eigenvalues) == 5
         assert not bool(pairs.converged[-1])
@@ -293,19 +295,19 @@ def test_auto_is_guided_where_there_is_a_guide_and_room_for_it() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guide": None}, "needs a guide="),
+        ({"guides": []}, "needs guides="),
         ({"which": "both"}, "one end of the spectrum"),
         ({"which": "magnitude"}, "one end of the spectrum"),
         ({"max_basis": 23}, "max_basis must be at least 24"),
-        ({"guide": lambda block: block[:-1]}, "shape"),
-        ({"guide": lambda block: block / 0}, "finite"),
+        ({"guides": [lambda block: block[:-1]]}, "shape"),
+        ({"guides": [lambda block: block / 0]}, "finite"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     """No guide, the wrong ends, too small a basis, and a guide of wrong shape or of NaN are told apart by name."""
     matrix, guide, _ = network(7, n=60)
     with pytest.raises(ArgumentError, match=message):
-        solved(matrix, **{"guide": guide, **options})
+        solved(matrix, guide, **options)
 
 
 @pytest.mark.parametrize("guide", ["unsymmetric", "random each time", "huge", "tiny"])

@@ -42,12 +42,12 @@ def solver(name: str, matrix: Tensor) -> dict[str, Any]:
     if method != "guided":
         return {"method": method}
     if guide in ("zero", "minus"):
-        return {"method": method, "guide": product(-matrix if guide == "minus" else 0 * matrix)}
+        return {"method": method, "guides": [product(-matrix if guide == "minus" else 0 * matrix)]}
     n = len(matrix)
     noise = torch.randn(n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).to(matrix)
     # A symmetric Gaussian matrix with entries of variance 1 has norm 2 sqrt(n).
     size = float(guide) * float(torch.linalg.matrix_norm(matrix, 2)) / (2 * n**0.5)
-    return {"method": method, "guide": product(matrix + size * (noise + noise.T) / 2**0.5)}
+    return {"method": method, "guides": [product(matrix + size * (noise + noise.T) / 2**0.5)]}
 
 
 SPECTRA = {
@@ -166,8 +166,8 @@ def test_smallest_mirrors_largest(method: str) -> None:
     matrix = operator([3.0, 2.0, 1.0, -4.0, -6.0, -8.0], 30)
     options = solver(method, matrix)
     low = top_eigenpairs(product(matrix), 30, 3, which="smallest", **options)
-    if "guide" in options:
-        options["guide"] = lambda block, guide=options["guide"]: -guide(block)
+    if "guides" in options:
+        options["guides"] = [lambda block, guide=options["guides"][0]: -guide(block)]
     high = top_eigenpairs(product(-matrix), 30, 3, **options)
     assert torch.equal(low.eigenvalues, -high.eigenvalues)
     assert torch.equal(low.lower, -high.upper)
@@ -411,8 +411,8 @@ def test_a_matmat_may_write_into_its_argument() -> None:
 
     for method in METHODS:
         for matmat in (destroying, lambda block: block.mul_(diagonal)):
-            guide = destroying if method == "guided" else None
-            pairs = top_eigenpairs(matmat, 200, 2, method=method, guide=guide)
+            guides = [destroying] if method == "guided" else []
+            pairs = top_eigenpairs(matmat, 200, 2, method=method, guides=guides)
             assert torch.allclose(pairs.eigenvalues, torch.tensor([1, 1 - 2 / 199]).double(), rtol=1e-3)
             assert bool(pairs.converged.all())
 

@@ -241,7 +241,7 @@ def test_a_restart_that_drops_part_of_the_start_leaves_no_claim() -> None:
             2,
             tol=1e-8,
             method="guided",
-            guide=torch.zeros_like,
+            guides=[torch.zeros_like],
             max_basis=basis,
         )
         for basis in (12, 100)
@@ -272,7 +272,7 @@ def test_the_guided_solver_s_start_is_that_of_its_random_vector() -> None:
             4,
             tol=1e-1,
             method="guided",
-            guide=lambda block, guide=guide: guide @ block,  # type: ignore[misc]
+            guides=[lambda block, guide=guide: guide @ block],  # type: ignore[misc]
             generator=generator,
         )
         assert pairs.start is not None
