@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sharpscope.cli import options, terminal
+from sharpscope.cli import blocks, options, terminal
 
 DESCRIPTION = """\
 lambda_1 >= ... >= lambda_k, the largest eigenvalues of the Hessian of the mean loss over the data at the checkpoint's
@@ -53,6 +53,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "4096 examples or more, else lanczos)",
     )
     options.add_measured(parser)
+    parser.add_argument(
+        "--population",
+        action="store_true",
+        help="the data are a sample: give intervals for all data like these, at one more pass; so does --examples",
+    )
+    blocks.add_options(parser)
     options.add_seed(parser, "of the solver's random start and of --examples")
     parser.add_argument("--max-passes", type=int, metavar="N", help="give up after N passes (default 100; power 1000)")
     parser.add_argument("--max-basis", type=int, metavar="N", help="vectors that the solver keeps (default 8 (k + 1))")
@@ -71,6 +77,10 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     import sharpscope
+
+    if args.per_layer:
+        _refuse(args, ("vectors", "certify", "population", "max_basis", "basis_device"), "--per-layer")
+        return blocks.run(args)
     from sharpscope.journal import Journal
     from sharpscope.results import EigenResult, table
 
@@ -92,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
                     which=args.which,
                     operator=args.operator,
                     certify=args.certify,
+                    population=args.population or args.examples is not None,
                     dtype=getattr(torch, args.dtype) if args.dtype else None,
                     device=options.device(args.device),
                     basis_device=args.basis_device,
@@ -111,6 +122,15 @@ def run(args: argparse.Namespace) -> int:
         elif results:
             terminal.emit(table(results))
     return 0 if all(result.converged.all() for result in results) else 3
+
+
+def _refuse(args: argparse.Namespace, names: tuple[str, ...], beside: str) -> None:
+    """Raise ArgumentError for options that mean nothing beside another."""
+    from sharpscope.errors import ArgumentError
+
+    for name in names:
+        if getattr(args, name):
+            raise ArgumentError(f"--{name.replace('_', '-')} does not go with {beside}. Leave one of them out.")
 
 
 def _state(out: Path) -> Path:

@@ -20,6 +20,7 @@ from sharpscope.problem import Problem
 from sharpscope.provenance import provenance, seeded
 from sharpscope.results import Cost, EigenResult
 from sharpscope.resume import open_journal, resumable
+from sharpscope.sampling import sampling_error
 from sharpscope.subset import FEWEST, Subset, sample, worthwhile
 
 # What a certificate leaves of a chance that an eigenvalue was missed.
@@ -40,6 +41,7 @@ def top_eigenvalues(
     which: str = "largest",
     operator: str = "hessian",
     certify: float | None = None,
+    population: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     basis_device: torch.device | str | None = None,
@@ -69,6 +71,7 @@ def top_eigenvalues(
             ``sharpscope.operators.curvature``.
         certify: eps: pay for a random-start Lanczos run on all the data, outside of what was found, until an eigenvalue
             above ``lambda_k + eps lambda_max`` was missed with a probability of at most 1 %. One it finds is taken in.
+        population: the data are a sample of what is meant: state the eigenvalues' sampling errors, at one more pass.
         dtype: torch.float32 or torch.float64; by default the parameters' own, at least float32.
         device: where to compute; by default where the parameters are.
         basis_device: where the solver's vectors live; by default ``device``.
@@ -136,6 +139,9 @@ def top_eigenvalues(
             if proof.vector is None:
                 break
             pairs = top_eigenpairs(matmat, n, k, **options, initial=torch.cat([found, proof.vector[None]]).T)
+        sampling = None
+        if population:
+            sampling = sampling_error(objective, pairs.eigenvectors, pairs.eigenvalues, progress=stage).to_dict()
     assert objective.loss is not None
     assert objective.gradient is not None
     if not bool(pairs.converged.all()):
@@ -153,6 +159,7 @@ def top_eigenvalues(
         upper=pairs.upper.numpy(),
         converged=pairs.converged.numpy(),
         missed_probability=_missed(pairs, proof, which),
+        sampling=sampling,
         loss=objective.loss,
         gradient_norm=float(torch.linalg.vector_norm(objective.gradient)),
         cost=Cost(objective.passes, objective.hvps, objective.gradients, objective.seconds),

@@ -289,9 +289,14 @@ def _sampled(result: EigenResult) -> str:
     if not result.sampling:
         return ""
     s = result.sampling
+    if s["lower"] is None:
+        return f"no intervals for all the data of which these are a sample: {s['reason']}."
     pairs = zip(result.labels, s["lower"], s["upper"], strict=True)
-    said = ", ".join(f"{label} {low:.4g} to {high:.4g}" for label, low, high in pairs)
-    return f"95 % intervals for all the data of which these are {s['examples']} examples: {said}."
+    said = [f"{label} {low:.3g} to {high:.3g}" for label, low, high in pairs]
+    if s.get("ratio"):
+        said.append(f"lambda_max/lambda_{result.ratio.k} {s['ratio']['lower']:.3g} to {s['ratio']['upper']:.3g}")
+    sure = f"{100 * s['confidence']:.3g} %"
+    return f"for all the data of which these are {s['examples']} examples, {sure} intervals: {', '.join(said)}."
 
 
 def _percent(probability: float) -> str:

@@ -1,0 +1,82 @@
+"""A run that is killed goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sharpscope import Problem, top_eigenvalues
+from sharpscope.train import Recipe, train
+
+
+def entries(folder: Path) -> int:
+    return len(list(folder.glob("[0-9]*.npz")))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_killed_three_times_the_command_ends_with_the_same_values(tmp_path: Path) -> None:
+    """kill -9 at three random moments: the same eigenvalues bit for bit, and the state is gone when all is done."""
+    checkpoint, plain, killed = tmp_path / "a.pt", tmp_path / "plain.json", tmp_path / "killed.json"
+    train(Recipe(model="cnn", epochs=2), checkpoint)
+    state = killed.with_name("killed.json.partial")
+    command = [sys.executable, "-m", "sharpscope", "eigen", str(checkpoint), "--tol", "1e-5", "--out"]
+    subprocess.run([*command, str(plain)], check=True, capture_output=True)
+    draw, before = random.Random(0), 0
+    for _ in range(3):
+        run = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL)
+        wanted = before + 1 + draw.randrange(2)
+        while entries(state) < wanted and run.poll() is None:
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.05)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        assert not killed.exists()
+        assert entries(state) >= wanted  # what was finished is not lost
+        before = entries(state)
+    subprocess.run([*command, str(killed)], check=True, capture_output=True)
+    first, second = (json.loads(path.read_text()) for path in (plain, killed))
+    for name in ("eigenvalues", "residuals", "lower", "upper", "loss", "gradient_norm"):
+        assert first[name] == second[name], name
+    assert {k: v for k, v in first["cost"].items() if k != "seconds"} == {
+        k: v for k, v in second["cost"].items() if k != "seconds"
+    }
+    assert not state.exists()
+
+
+def test_no_finished_pass_is_repeated_and_nothing_else_reused(tmp_path: Path) -> None:
+    """A second call with the same journal walks the data for the audit alone; changed weights start anew."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    inputs, labels = torch.randn(300, 4), torch.randint(3, (300,))
+    walks = 0
+
+    class Counting:
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            nonlocal walks
+            walks += 1
+            return iter([(inputs, labels)])
+
+    def measured() -> tuple[list[float], int]:
+        nonlocal walks
+        walks = 0
+        problem = Problem(model=model, loss=nn.CrossEntropyLoss(), data=Counting())
+        return top_eigenvalues(problem, k=2, journal=tmp_path / "state").eigenvalues.tolist(), walks
+
+    first, again = measured(), measured()
+    assert first[0] == again[0]
+    assert again[1] < 5 < first[1]
+    with torch.no_grad():
+        model[0].weight.mul_(1.5)
+    changed = measured()
+    assert changed[0] != first[0]
+    assert changed[1] > 5
