@@ -87,6 +87,41 @@ def test_chosen_spectra_come_back_with_their_multiplicity(name: str, dtype: torc
         assert bool(pairs.converged.all())
 
 
+def few(spectrum: list[float], method: str, k: int = 5) -> Tensor:
+    """The k largest eigenvalues of a matrix of order 40 that has this spectrum and zeros, all called converged."""
+    matrix = operator(spectrum, 40)
+    pairs = top_eigenpairs(product(matrix), 40, k, tol=1e-4, max_products=2000, **solver(method, matrix))
+    assert bool(pairs.converged.all())
+    return pairs.eigenvalues
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+def test_a_triple_eigenvalue_comes_three_times(method: str) -> None:
+    """[10, 10, 10, 5, 4] is found as that, not as [10, 5, 4, 0.1]."""
+    assert torch.allclose(few([10, 10, 10, 5, 4], method), torch.tensor([10.0, 10, 10, 5, 4]).double(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+def test_a_low_rank_never_gives_fewer_than_k(method: str) -> None:
+    """Rank two and k = 5 give five values, three of them zero."""
+    expected = torch.tensor([7.0, 3, 0, 0, 0]).double()
+    assert torch.allclose(few([7, 3], method), expected, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+def test_plus_and_minus_ten_are_told_apart(method: str) -> None:
+    """The largest of [10, -10, 9, -9] and zeros are 10, 9 and 0, whatever is larger in magnitude."""
+    expected = torch.tensor([10.0, 9, 0]).double()
+    assert torch.allclose(few([10, -10, 9, -9], method, 3), expected, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+def test_a_spectrum_of_size_1e_minus_6_is_as_good_as_any(method: str) -> None:
+    """Nothing absolute is added: [5, 4, 3, 2, 1] times 1e-6 are found as exactly as [5, 4, 3, 2, 1]."""
+    expected = 1e-6 * torch.tensor([5.0, 4, 3, 2, 1]).double()
+    assert torch.allclose(few([5e-6, 4e-6, 3e-6, 2e-6, 1e-6], method), expected, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_residual_is_that_of_the_returned_vector(dtype: torch.dtype) -> None:
     """residuals equal ||H v - lambda v|| recomputed here, and the vectors are orthonormal."""
@@ -331,14 +366,67 @@ def test_the_quadratic_bound_is_met_with_equality_by_two_by_two() -> None:
     assert abs(float(bound[0]) - float(true - a)) < 1e-14
 
 
+def rotated(matrix: Tensor, k: int, angle: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Ritz values, and the residuals' Gram matrix, of k eigenvectors turned towards random directions by an angle."""
+    n = len(matrix)
+    leading = torch.linalg.eigh(matrix)[1].flip(1)[:, :k]
+    turned = torch.randn(n, k, generator=generator, dtype=torch.float64) / n**0.5
+    # Each vector by an angle of its own, so that the worst need not be the last.
+    turned = turned * angle * 10 ** (-2 * torch.rand(k, generator=generator, dtype=torch.float64))
+    basis, _ = torch.linalg.qr(leading + turned)
+    values, rotation = torch.linalg.eigh(basis.T @ matrix @ basis)
+    vectors = basis @ rotation.flip(1)
+    residuals = matrix @ vectors - vectors * values.flip(0)
+    return values.flip(0), residuals.T @ residuals
+
+
+def leading_clusters_only(values: Tensor, gram: Tensor, next_above: float) -> Tensor:
+    """The quadratic bound from clusters of the first s pairs alone, and the linear one: never less."""
+    k = len(values)
+    found = torch.full((k,), float("inf"), dtype=torch.float64)
+    for s in range(1, k + 1):
+        size = float(torch.linalg.eigvalsh(gram[:s, :s])[-1].clamp_min(0).sqrt())
+        below = float(values[s] + gram[s, s].sqrt()) if s < k else next_above
+        found[s - 1] = min(float(found[s - 1]), size)
+        for i in range(s):
+            gap = float(values[i]) - below
+            if gap > 4 * size:
+                found[i] = min(float(found[i]), 2 * size**2 / (gap + (gap**2 + 4 * size**2) ** 0.5))
+    return found
+
+
+def test_the_bound_holds_for_inner_clusters() -> None:
+    """Over 400 operators and turned eigenvectors, with lambda_{k+1} exact, each eigenvalue is within its bound.
+
+    That of the leading clusters alone is never less, and often ten times more.
+    """
+    generator = torch.Generator().manual_seed(7)
+    tighter = 0
+    for trial in range(400):
+        n, k = 6 + trial % 20, 1 + trial % 5
+        normal = torch.randn(n, generator=generator, dtype=torch.float64)
+        kinds = (normal, normal.abs() ** 3, (2 * normal).round() + 1e-3 * normal, 2.0 ** -torch.arange(n).double())
+        matrix = operator(kinds[trial % 4].tolist(), n, seed=trial)
+        true = torch.linalg.eigvalsh(matrix).flip(0)
+        values, gram = rotated(matrix, k, 0.1 * 10.0 ** -(trial % 7), generator)
+        bounds = ritz_bounds(values, gram, float(true[k]))
+        rounding = 100 * torch.finfo(torch.float64).eps * float(true.abs().max())
+        assert bool(((values - true[:k]).abs() <= bounds + rounding).all()), trial
+        before = leading_clusters_only(values, gram, float(true[k]))
+        assert bool((bounds <= before * (1 + 1e-9) + rounding).all()), trial
+        tighter += bool((bounds * 10 < before).any())
+        assert torch.equal(ritz_bounds(values, gram, None)[:1], gram[:1, :1].diagonal().sqrt())
+    assert tighter > 40
+
+
 def test_inner_products_are_float64_whatever_the_vectors() -> None:
     """The float32 inner product of vectors longer than a chunk equals the float64 one of the same numbers."""
     rows = random_rows(3, torch.empty(0, 200_003, dtype=torch.float32), torch.Generator().manual_seed(0))
     assert torch.allclose(inner(rows, rows), rows.double() @ rows.double().T, rtol=1e-14)
 
 
-def test_what_is_projected_out_is_gone_however_little_is_left() -> None:
-    """A block that is all but 1e-9 in the span of the basis comes out orthogonal to it, to rounding of what is left."""
+def test_one_pass_of_gram_schmidt_would_not_do() -> None:
+    """A block that is all but 1e-9 in the basis's span comes out orthogonal to it, to rounding of what is left."""
     generator = torch.Generator().manual_seed(0)
     like = torch.empty(0, 500, dtype=torch.float64)
     basis, _ = orthonormalise(random_rows(20, like, generator), like, 0.0, generator)
