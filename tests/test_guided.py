@@ -78,6 +78,33 @@ def test_a_good_guide_needs_two_products(off: float) -> None:
         assert torch.allclose(pairs.eigenvalues, values[:5], rtol=1e-3)
 
 
+def test_a_perfect_guide_is_not_taken_at_its_word() -> None:
+    """With the operator for its own guide it still takes the second product, the first where random vectors speak."""
+    matrix, _, values = network(0, n=150)
+    pairs = solved(matrix, matrix, tol=1e-2)
+    assert pairs.num_products == 2
+    assert holds(pairs, values[:5])
+
+
+def test_the_model_is_the_operator_on_the_space_and_the_guide_outside() -> None:
+    """Its pairs are those of ``QQ'H + HQQ' - QQ'HQQ' + PGP`` built dense, with images by that matrix, to rounding."""
+    import sharpscope.linalg.guided as module
+
+    matrix, guide, _ = network(0, n=60, off=0.2)
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(60, 8, generator=generator, dtype=torch.float64))[0].T
+    space = module._ritz(basis, basis @ matrix, None, 10.0)
+    q = space.vectors.T @ space.vectors
+    p = torch.eye(60, dtype=torch.float64) - q
+    dense = q @ matrix + matrix @ q - q @ matrix @ q + p @ guide @ p
+    rows = torch.randn(4, 60, generator=generator, dtype=torch.float64)
+    needed = torch.full((4,), 1e-9, dtype=torch.float64)
+    model = module._model(lambda block: block @ guide, space, rows, 4, needed, 60, generator)
+    assert torch.allclose(model.values, torch.linalg.eigvalsh(dense).flip(0)[:4], rtol=1e-10)
+    assert torch.allclose(model.images, model.vectors @ dense, atol=1e-10)
+    assert float(model.residuals.norm(dim=1).max()) < 1e-8
+
+
 def test_the_better_the_guide_the_fewer_the_products() -> None:
     """Products do not fall as the guide gets worse, and no guide at all costs no more than twice block Lanczos."""
     counts = []
@@ -253,11 +280,12 @@ def test_no_more_rows_than_max_basis_are_held(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(module, "inner", watched)
     monkeypatch.setattr(module, "project_out", projected)
-    matrix, guide, _ = network(3, n=150, off=0.5)
-    for limit in (16, 20, 40):
-        held[0] = 0
-        solved(matrix, guide, k=3, tol=1e-9, max_basis=limit)
-        assert 8 < held[0] <= limit
+    for off in (0.1, 0.5):
+        matrix, guide, _ = network(3, n=150, off=off)
+        for limit in (16, 20, 40):
+            held[0] = 0
+            solved(matrix, guide, k=3, tol=1e-9, max_basis=limit)
+            assert 8 < held[0] <= limit
 
 
 def test_smallest_mirrors_largest() -> None:
