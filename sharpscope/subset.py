@@ -41,17 +41,17 @@ class Subset:
         objective: whose curvature it is.
         parts: micro-batches whose ``scale`` is c.
         weight: ``sum_i a_i`` over all the data.
+        room: examples whose graphs may be kept.
     """
 
-    def __init__(self, objective: Objective, parts: Sequence[MicroBatch], weight: float) -> None:
+    def __init__(self, objective: Objective, parts: Sequence[MicroBatch], weight: float, room: int) -> None:
         self.num_examples = sum(part.size for part in parts)
         self._objective = objective
         self._weight = weight
         self._rebuilt = list(parts)
         self._kept: list[Graph] = []
         self._room = Room()
-        # The bytes an example, from a count on 24 of them.
-        self._budget = KEPT // max(1, objective.graph_bytes(self.num_examples) // self.num_examples)
+        self._budget = room
 
     def __call__(self, block: Tensor) -> Tensor:
         """``G V`` (n, K) for ``V`` (n, K), within ``measuring()``.
@@ -128,7 +128,9 @@ def sample(
         objective.meter.passes += 1
         if weight <= 0 or seen <= size:
             return []
-        return [Subset(objective, reservoir.parts(count, step), weight) for count in (round(COARSE * size), size)]
+        room = KEPT // max(1, objective.graph_bytes(size) // size)
+        counts = max(1, round(COARSE * size)), size
+        return [Subset(objective, reservoir.parts(count, step), weight, room) for count in counts]
 
 
 class _Reservoir:
