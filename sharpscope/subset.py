@@ -128,9 +128,9 @@ def sample(
         objective.meter.passes += 1
         if weight <= 0 or seen <= size:
             return []
-        room = KEPT // max(1, objective.graph_bytes(size) // size)
+        kept = KEPT // max(1, objective.graph_bytes(size) // size)
         counts = max(1, round(COARSE * size)), size
-        return [Subset(objective, reservoir.parts(count, step), weight, room) for count in counts]
+        return [Subset(objective, reservoir.parts(count, step), weight, kept) for count in counts]
 
 
 class _Reservoir:
