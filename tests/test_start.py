@@ -99,13 +99,15 @@ def test_what_was_found_is_left_out() -> None:
     inside = torch.cat([torch.zeros(3, 4, dtype=torch.float64), basis], 1)
     vectors, theta, residuals = ritz(torch.diag(values), inside)
     found = torch.eye(60, dtype=torch.float64)[:4]
+    # A start that has a part in what was found says as much: only its direction outside of that is uniform.
     every = torch.cat([0 * found, residuals])
-    start = random_start(vectors @ inside[:1].T, torch.cat([values[:4], theta]), every @ every.T, 4, 60)
-    assert start is not None
-    assert start.order == 56
-    for above in (float(values[4]), float(values[4]) + 1):
-        assert start.missed(above) == pytest.approx(alone.missed(above), rel=1e-9)
-        assert start.missed(above) == pytest.approx(missed_probability(alphas, betas, 56, above), rel=1e-6)
+    for origin in (inside[:1], 0.6 * inside[:1] + 0.8 * found[:1]):
+        start = random_start(vectors @ origin.T, torch.cat([values[:4], theta]), every @ every.T, 4, 60)
+        assert start is not None
+        assert start.order == 56
+        for above in (float(values[4]), float(values[4]) + 1):
+            assert start.missed(above) == pytest.approx(alone.missed(above), rel=1e-9)
+            assert start.missed(above) == pytest.approx(missed_probability(alphas, betas, 56, above), rel=1e-6)
 
 
 @pytest.mark.parametrize("starts", [1, 2, 5])
