@@ -214,7 +214,7 @@ class Objective:
         if size is None:
             size = self.micro_batch if isinstance(self.micro_batch, int) else sizes.DEFAULT
         with self.measuring():
-            first = self.first_examples(footprint.SAMPLE)
+            first = self.fitting(self.first_examples(footprint.SAMPLE))
             ours = [*self.terms.model.parameters(), *self.terms.model.buffers()]
 
             def count(examples: int) -> int:

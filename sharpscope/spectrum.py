@@ -110,6 +110,8 @@ def top_eigenvalues(
     with objective.measuring():
         audit(objective, torch.Generator().manual_seed(source.initial_seed()))
         matmat = resumable(objective, state, stage)
+        memory = _memory(objective, k, max_basis)
+        stage(f"about {max(1, sum(memory.values()) >> 20)} MB", 0, objective.num_examples)
         guides = _guides(objective, method, which, k, source, stage)
         options: dict[str, Any] = {
             "tol": tol,
@@ -171,6 +173,7 @@ def top_eigenvalues(
             method=pairs.method,
             which=which,
             operator=operator,
+            memory=memory,
             subset=guides[-1].num_examples if guides else None,
             certificate=None if proof is None else _stated(proof, certify),
         ),
@@ -192,6 +195,17 @@ def _guides(
             f"method='guided' needs more than {FEWEST} examples, in batches that may be cut. Pass method='lanczos'."
         )
     return found
+
+
+def _memory(objective: Objective, k: int, max_basis: int | None) -> dict[str, int]:
+    """Bytes that the solver's vectors and one micro-batch's graph will take at most, known before the start.
+
+    A search space has as many images; a block, its product and its sums are beside it. Graphs of a subset that are kept
+    come to KEPT at most.
+    """
+    limit = 8 * (k + 1) if max_basis is None else max_basis
+    each = objective.num_params * torch.finfo(objective.dtype).bits // 8
+    return {"vectors": each * (2 * limit + 6 * (k + 1)), "graph": objective.graph_bytes()}
 
 
 def _missed(pairs: Eigenpairs, proof: Certificate | None, which: str) -> NDArray[np.float64]:

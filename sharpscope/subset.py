@@ -60,14 +60,13 @@ class Subset:
         """
         rows = block.to(self._objective.device, self._objective.dtype).T.contiguous()
         total = torch.zeros_like(rows)
-        for graph in self._kept:
-            total += graph.products(rows)
+        for kept in self._kept:
+            total += kept.products(rows)
         parts, self._rebuilt = self._rebuilt, []
         for part in parts:
-            for piece, graph in self._room.run(part, lambda piece: (piece, self._objective.graph(piece))):
-                keep = piece.size <= self._budget
-                total += graph.products(rows, last=not keep)
-                if keep:
+            for piece, graph, products in self._room.run(part, lambda piece: self._pushed(piece, rows)):
+                total += products
+                if graph is not None:
                     self._budget -= piece.size
                     self._kept.append(graph)
                 else:
@@ -76,6 +75,11 @@ class Subset:
         if self._objective.problem.weight_decay:
             total += self._objective.problem.weight_decay * rows
         return total.T
+
+    def _pushed(self, part: MicroBatch, rows: Tensor) -> tuple[MicroBatch, Graph | None, Tensor]:
+        """A micro-batch, its graph where that is kept, and its products."""
+        graph, keep = self._objective.graph(part), part.size <= self._budget
+        return part, graph if keep else None, graph.products(rows, last=not keep)
 
 
 def worthwhile(objective: Objective) -> bool:

@@ -358,12 +358,12 @@ def test_the_bound_holds_over_random_spectra() -> None:
         assert bool(inside[pairs.converged].all()), (trial, tol)
 
 
-def test_the_quadratic_bound_is_met_with_equality_by_two_by_two() -> None:
-    """For [[a, r], [r, b]] and the Ritz vector e_1 the bound is lambda_1 - a exactly."""
+def test_the_bound_is_met_with_equality_by_two_by_two() -> None:
+    """For [[a, r], [r, b]], the Ritz vector e_1 and the exact lambda_2 the bound is lambda_1 - a exactly."""
     a, b, r = 3.0, 1.0, 0.2
-    true = torch.linalg.eigvalsh(torch.tensor([[a, r], [r, b]], dtype=torch.float64))[-1]
-    bound = ritz_bounds(torch.tensor([a], dtype=torch.float64), torch.tensor([[r * r]], dtype=torch.float64), b)
-    assert abs(float(bound[0]) - float(true - a)) < 1e-14
+    low, high = torch.linalg.eigvalsh(torch.tensor([[a, r], [r, b]], dtype=torch.float64)).tolist()
+    bound = ritz_bounds(torch.tensor([a], dtype=torch.float64), torch.tensor([[r * r]], dtype=torch.float64), low)
+    assert abs(float(bound[0]) - (high - a)) < 1e-14
 
 
 def rotated(matrix: Tensor, k: int, angle: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -380,43 +380,25 @@ def rotated(matrix: Tensor, k: int, angle: float, generator: torch.Generator) ->
     return values.flip(0), residuals.T @ residuals
 
 
-def leading_clusters_only(values: Tensor, gram: Tensor, next_above: float) -> Tensor:
-    """The quadratic bound from clusters of the first s pairs alone, and the linear one: never less."""
-    k = len(values)
-    found = torch.full((k,), float("inf"), dtype=torch.float64)
-    for s in range(1, k + 1):
-        size = float(torch.linalg.eigvalsh(gram[:s, :s])[-1].clamp_min(0).sqrt())
-        below = float(values[s] + gram[s, s].sqrt()) if s < k else next_above
-        found[s - 1] = min(float(found[s - 1]), size)
-        for i in range(s):
-            gap = float(values[i]) - below
-            if gap > 4 * size:
-                found[i] = min(float(found[i]), 2 * size**2 / (gap + (gap**2 + 4 * size**2) ** 0.5))
-    return found
+def test_the_bound_holds_however_far_vectors_are_turned() -> None:
+    """Over 600 operators and turned eigenvectors, with lambda_{k+1} exact, each eigenvalue is within its bound.
 
-
-def test_the_bound_holds_for_inner_clusters() -> None:
-    """Over 400 operators and turned eigenvectors, with lambda_{k+1} exact, each eigenvalue is within its bound.
-
-    That of the leading clusters alone is never less, and often ten times more.
+    One pair that is far off does not spoil those of the others.
     """
     generator = torch.Generator().manual_seed(7)
-    tighter = 0
-    for trial in range(400):
+    for trial in range(600):
         n, k = 6 + trial % 20, 1 + trial % 5
         normal = torch.randn(n, generator=generator, dtype=torch.float64)
         kinds = (normal, normal.abs() ** 3, (2 * normal).round() + 1e-3 * normal, 2.0 ** -torch.arange(n).double())
         matrix = operator(kinds[trial % 4].tolist(), n, seed=trial)
         true = torch.linalg.eigvalsh(matrix).flip(0)
-        values, gram = rotated(matrix, k, 0.1 * 10.0 ** -(trial % 7), generator)
-        bounds = ritz_bounds(values, gram, float(true[k]))
+        values, gram = rotated(matrix, k, 0.3 * 10.0 ** -(trial % 7 / 2), generator)
         rounding = 100 * torch.finfo(torch.float64).eps * float(true.abs().max())
+        bounds = ritz_bounds(values, gram, float(true[k]))
         assert bool(((values - true[:k]).abs() <= bounds + rounding).all()), trial
-        before = leading_clusters_only(values, gram, float(true[k]))
-        assert bool((bounds <= before * (1 + 1e-9) + rounding).all()), trial
-        tighter += bool((bounds * 10 < before).any())
-        assert torch.equal(ritz_bounds(values, gram, None)[:1], gram[:1, :1].diagonal().sqrt())
-    assert tighter > 40
+    # Residuals 1 and 1e-3 at gaps of 1: the second pair's bound is its own square over its gap.
+    apart = ritz_bounds(torch.tensor([10.0, 5.0]).double(), torch.diag(torch.tensor([1.0, 1e-6]).double()), 4.0)
+    assert float(apart[1]) == pytest.approx(1e-6, rel=1e-3)
 
 
 def test_inner_products_are_float64_whatever_the_vectors() -> None:

@@ -127,7 +127,7 @@ def guided(
         values, residuals = space.values, space.residuals
         scale = max(scale, float(values.abs().max()))
         outer, floor, whole = norms(residuals), rounding(scale, like.dtype), len(values) == n
-        next_above = float("-inf") if whole else next_guided + off
+        next_above = next_guided + off if helpful and not whole else float("-inf")
         if len(values) > k and not whole:
             next_above = max(next_above, float(values[k] + outer[k]))
         gram = inner(residuals, residuals)
