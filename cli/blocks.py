@@ -19,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "block is the parameters of one module (default), or one parameter tensor; CKPT before it",
     )
     parser.add_argument(
-        "--probes", type=int, default=8, metavar="K", help="with --per-layer: random vectors for a trace (default 8)"
+        "--probes", type=int, metavar="K", help="with --per-layer: random vectors for a trace (default 8)"
     )
 
 
@@ -43,10 +43,10 @@ def run(args: argparse.Namespace) -> int:
                     options.load(args, path),
                     args.per_layer,
                     args.tol,
-                    args.probes,
+                    8 if args.probes is None else args.probes,
                     torch.Generator().manual_seed(args.seed),
                     progress,
-                    operator=getattr(args, "operator", "hessian"),
+                    operator=args.operator,
                     dtype=getattr(torch, args.dtype) if args.dtype else None,
                     device=options.device(args.device),
                     micro_batch=args.micro_batch,

@@ -116,10 +116,13 @@ def _eigen(args: argparse.Namespace) -> dict[str, Any]:
                 f"--eigen must be a result for one of these checkpoints, but {path} is of {came.get('checkpoint')}."
             )
         split, examples = wanted[came["sha256"]]
-        if (came.get("split"), came.get("num_examples")) != (split, examples):
+        if came.get("operator", "hessian") != "hessian":
+            raise ArgumentError(f"--eigen must be of the Hessian, but {path} is of {came['operator']}.")
+        drawn = None if args.examples is None else args.seed
+        if (came.get("split"), came.get("num_examples"), came.get("examples_seed")) != (split, examples, drawn):
             raise ArgumentError(
                 f"--eigen must be measured on the same data, {examples} examples of the {split} split, but {path} is "
-                f"on {came.get('num_examples')} of {came.get('split')}. Pass the same --split and --examples."
+                f"on {came.get('num_examples')} of {came.get('split')}. Pass the same --split, --examples and --seed."
             )
         results[came["sha256"]] = result
     return results

@@ -12,7 +12,7 @@ DESCRIPTION = """\
 lambda_1 >= ... >= lambda_k, the largest eigenvalues of the Hessian of the mean loss over the data at the checkpoint's
 weights, with multiplicity, and lambda_max/lambda_k. Each comes with an interval (value ± half-width); "?" marks what
 has not converged to --tol. "gradients" counts everything done in units of one gradient over the whole data set.
-With --out, a run that is killed goes on where it was when the same command is given again.
+With --out, a run that is killed goes on where it was when the same command is given again (not --per-layer).
 """
 
 
@@ -61,7 +61,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     blocks.add_options(parser)
     options.add_seed(parser, "of the solver's random start and of --examples")
     parser.add_argument("--max-passes", type=int, metavar="N", help="give up after N passes (default 100; power 1000)")
-    parser.add_argument("--max-basis", type=int, metavar="N", help="vectors that the solver keeps (default 8 (k + 1))")
+    parser.add_argument(
+        "--max-basis", type=int, metavar="N", help="vectors that the solver keeps (default 6 to 9 (k + 1))"
+    )
     options.add_device(parser)
     parser.add_argument(
         "--basis-device", metavar="NAME", help="where the solver's vectors live, as cpu (default: --device)"
@@ -79,9 +81,11 @@ def run(args: argparse.Namespace) -> int:
     import sharpscope
 
     if args.per_layer:
-        _refuse(args, ("vectors", "certify", "population", "max_basis", "basis_device"), "--per-layer")
+        _refuse(args)
         return blocks.run(args)
-    from sharpscope.journal import Journal
+    if args.probes is not None:
+        raise sharpscope.ArgumentError("--probes goes with --per-layer. Leave it out, or pass --per-layer.")
+    from sharpscope.journal import discard
     from sharpscope.results import EigenResult, table
 
     if args.vectors and args.out is None:
@@ -110,29 +114,28 @@ def run(args: argparse.Namespace) -> int:
                     max_basis=args.max_basis,
                     max_passes=args.max_passes,
                     vectors=args.vectors,
-                    journal=None if out is None else _state(out),
+                    journal=None if out is None else options.state(out),
                 )
             results.append(result)
             if out is not None:
                 result.save(out, vectors=args.vectors)
-                Journal(_state(out), "finished").finish()
+        # Not before all are safe: given again, the command must find those that are done.
+        for out in outputs:
+            if out is not None:
+                discard(options.state(out))
     finally:
         if args.json:
             terminal.emit_json([result.to_dict() for result in results], len(args.checkpoints))
         elif results:
             terminal.emit(table(results))
-    return 0 if all(result.converged.all() for result in results) else 3
+    return 0 if all(result.converged.all() and result.certified for result in results) else 3
 
 
-def _refuse(args: argparse.Namespace, names: tuple[str, ...], beside: str) -> None:
-    """Raise ArgumentError for options that mean nothing beside another."""
+def _refuse(args: argparse.Namespace) -> None:
+    """Raise ArgumentError for options that mean nothing beside --per-layer."""
     from sharpscope.errors import ArgumentError
 
-    for name in names:
-        if getattr(args, name):
-            raise ArgumentError(f"--{name.replace('_', '-')} does not go with {beside}. Leave one of them out.")
-
-
-def _state(out: Path) -> Path:
-    """The folder of an unfinished run's passes."""
-    return out.with_name(f"{out.name}.partial")
+    alone = {"k": 5, "which": "largest", "method": "auto", "certify": None, "population": False, "vectors": False}
+    for name, default in {**alone, "max_basis": None, "basis_device": None}.items():
+        if getattr(args, name) != default:
+            raise ArgumentError(f"--{name.replace('_', '-')} does not go with --per-layer. Leave one of them out.")

@@ -154,12 +154,21 @@ def outputs(args: argparse.Namespace, *, arrays: bool = False) -> list[Path | No
     for out in files:
         if out.suffix == ".npz":
             raise OutputError(f"The result is JSON, and its vectors go beside it as .npz, got {out}. Name it .json.")
-        require_new(args, out, *([out.with_suffix(".npz")] if arrays else []))
+        # What an unfinished run has written already is its own.
+        require_new(args, out, *([out.with_suffix(".npz")] if arrays else []), own=state(out).is_dir())
     return list(files)
 
 
-def require_new(args: argparse.Namespace, *files: Path) -> None:
-    """Raise OutputError where a file that is to be written is a checkpoint, cannot be written, or exists already."""
+def state(out: Path) -> Path:
+    """The folder of the passes of an unfinished run that writes ``out``."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def require_new(args: argparse.Namespace, *files: Path, own: bool = False) -> None:
+    """Raise OutputError where a file that is to be written is a checkpoint, cannot be written, or exists already.
+
+    ``own``: it may exist.
+    """
     from sharpscope.errors import OutputError
     from sharpscope.files import require_writable
 
@@ -167,5 +176,5 @@ def require_new(args: argparse.Namespace, *files: Path) -> None:
         if file.resolve() in {Path(path).resolve() for path in args.checkpoints}:
             raise OutputError(f"{file} is a checkpoint to be measured. Name another place for the result.")
         require_writable(file)
-        if file.exists() and not args.overwrite:
+        if file.exists() and not args.overwrite and not own:
             raise OutputError(f"{file} exists already. Name another place, or pass --overwrite.")

@@ -18,7 +18,7 @@ from sharpscope.twin import audit_in_float64, reads
 EXAMPLES = 256
 
 
-def audit(objective: Objective, generator: torch.Generator | None = None) -> None:
+def audit(objective: Objective, generator: torch.Generator | None = None) -> Sums:
     """Check on the first examples that loss and gradient repeat, that ``u'Hv = v'Hu``, and that batches add up.
 
     Products are those with ``objective.curvature``. What needs more digits than the computation may have is asked of a
@@ -26,7 +26,7 @@ def audit(objective: Objective, generator: torch.Generator | None = None) -> Non
     data set.
 
     Cost: about 8 gradients over 256 examples and 10 over 32, and 2 whole ones for a loss that is not known here; all
-    counted in ``objective.gradients``.
+    counted in ``objective.gradients``. Returns the first of the sums that were compared.
 
     Raises: AuditError naming the likely cause (dropout, a shuffled or augmented loader) and the remedy;
     ProblemError when the mean over a batch is not the mean over its parts; DataError.
@@ -61,6 +61,7 @@ def audit(objective: Objective, generator: torch.Generator | None = None) -> Non
             _require_same_mean(objective)
         else:
             require_additive(objective, first, 1e4 * eps)
+        return one
 
 
 def _require_symmetric(objective: Objective, probes: Tensor, sums: Sums, tolerance: float) -> None:

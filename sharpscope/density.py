@@ -86,7 +86,13 @@ def spectral_density(
         gradient_norm=float(torch.linalg.vector_norm(objective.gradient)),
         cost=Cost(objective.passes, objective.hvps, objective.gradients, objective.seconds),
         provenance=provenance(
-            problem, objective, seed, probes=probes, steps=quadrature.nodes.shape[1] - num_known, method="slq"
+            problem,
+            objective,
+            seed,
+            probes=probes,
+            steps=quadrature.nodes.shape[1] - num_known,
+            method="slq",
+            operator="hessian",
         ),
     )
 

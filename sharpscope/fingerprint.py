@@ -53,7 +53,7 @@ def _add(digest: hashlib.blake2b, value: Any) -> None:
         _tag(digest, kind, len(plain))
         digest.update(plain)
     elif isinstance(value, int | np.integer):
-        _add(digest, f"int {int(value)}")
+        _tag(digest, "int", int(value))
     elif isinstance(value, float | np.floating):
         _tag(digest, "float")
         digest.update(struct.pack("<d", float(value)))

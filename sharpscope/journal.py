@@ -165,6 +165,11 @@ class Journal:
                 entry.unlink(missing_ok=True)
 
 
+def discard(path: str | os.PathLike[str]) -> None:
+    """Remove the state at ``path``, whatever its key, as ``Journal.finish`` does."""
+    Journal(path, "any").finish()
+
+
 @dataclass(frozen=True)
 class _Stored:
     values: Entry

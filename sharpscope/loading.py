@@ -91,6 +91,7 @@ def load(
             "data": source.name if isinstance(source, DataSet) else type(source).__name__,
             "split": source.split if isinstance(source, DataSet) else None,
             "split_examples": total,
+            "examples_seed": None if examples is None else seed,
             "label_noise": label_noise if bundled else None,
             "model": built_from if isinstance(built_from, str) else _name(built_from),
             "model_args": dict(args),

@@ -8,30 +8,30 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sharpscope.fingerprint import fingerprint
 from sharpscope.journal import Entry, Journal
 from sharpscope.objective import Objective, Progress
 from sharpscope.point import Point
+from sharpscope.sums import Sums
 from sharpscope.version import __version__
 
 
 def open_journal(path: str | os.PathLike[str] | None, objective: Objective, **settings: Any) -> Journal:
-    """The journal at ``path`` of just this measurement: weights, buffers, model, loss, data, ``settings``, versions.
+    """The journal at ``path`` of just this measurement: weights, buffers, model, data, ``settings``, versions.
 
-    None keeps no journal. Cost: one walk over the data, without the model.
+    What a model and a loss compute does not show in their names; ``resumable`` sees to that. None keeps no journal.
+    Cost: one walk over the data, without the model.
     """
     if path is None:
         return Journal(None)
     problem = objective.problem
-    loss = problem.loss
     state = {**problem.model.state_dict(), **dict(problem.model.named_parameters())}
     key = fingerprint(
         {name: value for name, value in state.items() if isinstance(value, Tensor)},
         [name for name, p in problem.model.named_parameters() if p.requires_grad],
         repr(problem.model),
-        [repr(loss), loss.state_dict()] if isinstance(loss, nn.Module) else getattr(loss, "__qualname__", repr(loss)),
         problem.data,
         [problem.params, problem.mode, float(problem.weight_decay)],
         [objective.curvature.name, objective.dtype, objective.device, objective.micro_batch],
@@ -41,11 +41,15 @@ def open_journal(path: str | os.PathLike[str] | None, objective: Objective, **se
     return Journal(path, key)
 
 
-def resumable(objective: Objective, journal: Journal, progress: Progress | None) -> Callable[[Tensor], Tensor]:
+def resumable(
+    objective: Objective, journal: Journal, seen: Sums, progress: Progress | None
+) -> Callable[[Tensor], Tensor]:
     """``objective.hvp`` that takes finished passes from the journal, with loss, gradient and cost as they were.
 
-    The micro-batch is settled first, and kept: the last bits depend on it.
+    ``seen`` is what the audit measured: loss, gradient and products of some examples, bit for bit, say that model and
+    loss compute what they did. The micro-batch is settled first, and kept: the last bits depend on it.
     """
+    journal.once("audit", dict, given=[seen.loss, seen.weight, seen.gradient, seen.products])
     objective.micro_batch = journal.once("micro-batch", lambda: {"size": _settled(objective)})["size"]
 
     def note() -> Entry:

@@ -30,7 +30,7 @@ KNOWN_TO = 0.05
 
 @dataclass(frozen=True)
 class RatioSampling:
-    """The sampling error of ``lambda_1 / lambda_k``; fields as in Sampling, ``bias`` relative to the ratio."""
+    """The sampling error of ``lambda_1 / lambda_r``; fields as in Sampling, ``bias`` relative to the ratio."""
 
     se: float
     lower: float
@@ -47,7 +47,7 @@ class Sampling:
         lower, upper: (k,), a confidence interval for each eigenvalue of the population's Hessian.
         bias: (k,), by how much the sample's eigenvalue is estimated to exceed the population's in the mean; the
             interval takes it off.
-        ratio: the same for lambda_1/lambda_k, or None.
+        ratio: the same for lambda_1/lambda_r, where one was asked for, or None.
         confidence: of each interval by itself.
         examples, parts: the examples, and the micro-batches that served as units.
         reason: why numbers are NaN, or the ratio None.
@@ -77,6 +77,8 @@ def sampling_error(
     eigenvalues: Tensor | NDArray[Any],
     confidence: float = 0.95,
     progress: Progress | None = None,
+    *,
+    ratio: int | None = None,
 ) -> Sampling:
     """Confidence intervals for the population's ``lambda_i``, from one more pass; see ``sampling_of``.
 
@@ -91,6 +93,8 @@ def sampling_error(
         eigenvalues: (k,), theirs, the weight decay included.
         confidence: of each interval by itself.
         progress: as in ``Objective.hvp``.
+        ratio: the r of ``lambda_1 / lambda_r``, where the first r are the r largest, descending; by default k, 0 for
+            none.
 
     Cost: ``1 + 2k`` gradients, one pass.
 
@@ -124,10 +128,12 @@ def sampling_error(
             f"Eigenvalues and vectors must be those of this objective, but v'Hv is off by {off:.2g} at a largest "
             f"eigenvalue of {largest:.2g}. Measure them at these weights, on these data."
         )
-    return sampling_of(parts, confidence, objective.problem.weight_decay)
+    return sampling_of(parts, confidence, objective.problem.weight_decay, ratio)
 
 
-def sampling_of(parts: Partwise, confidence: float = 0.95, weight_decay: float = 0.0) -> Sampling:
+def sampling_of(
+    parts: Partwise, confidence: float = 0.95, weight_decay: float = 0.0, ratio_of: int | None = None
+) -> Sampling:
     """Confidence intervals from what each of B micro-batches says of the eigenvectors ``v_i`` of their sum.
 
     With ``A_b = sum a`` and ``H_b = sum a H`` over micro-batch b, ``lambda_i = sum_b v_i'H_b v_i / sum_b A_b``, and its
@@ -180,12 +186,14 @@ def sampling_of(parts: Partwise, confidence: float = 0.95, weight_decay: float =
     lower, upper = _interval(values, bias, t * np.hypot(se, bias))
     shifted, lower, upper = values + weight_decay, lower + weight_decay, upper + weight_decay
     ratio, why_none = None, None
-    if k < 2:
+    ratio_of = k if ratio_of is None else ratio_of
+    if ratio_of < 2:
         why_none = "a ratio needs k of at least 2"
-    elif min(shifted[-1], lower[-1], shifted[0]) <= 0:
-        why_none = f"the sampling interval of lambda_{k} reaches zero"
+    elif min(shifted[ratio_of - 1], lower[ratio_of - 1], shifted[0]) <= 0:
+        why_none = f"the sampling interval of lambda_{ratio_of} reaches zero"
     else:
-        ratio = _ratio(shifted[[0, -1]], bias[[0, -1]], math.sqrt(scale) * own[:, [0, -1]], t)
+        ends = [0, ratio_of - 1]
+        ratio = _ratio(shifted[ends], bias[ends], math.sqrt(scale) * own[:, ends], t)
     return Sampling(se, lower, upper, bias, ratio, confidence, examples, units, why_none)
 
 

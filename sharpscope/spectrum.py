@@ -9,25 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sharpscope.audit import audit
+from sharpscope.certify import Certified, certified
 from sharpscope.errors import ArgumentError, ConvergenceWarning
-from sharpscope.linalg import Eigenpairs, require_arguments, top_eigenpairs
-from sharpscope.linalg.certificate import Certificate, certificate, kuczynski_wozniakowski, missed_probability
+from sharpscope.linalg import Eigenpairs, guidable, require_arguments, top_eigenpairs
+from sharpscope.linalg.certificate import kuczynski_wozniakowski
 from sharpscope.objective import Objective, Progress
 from sharpscope.operators import curvature
+from sharpscope.precision import usable
 from sharpscope.problem import Problem
 from sharpscope.provenance import provenance, seeded
 from sharpscope.results import Cost, EigenResult
+from sharpscope.results.eigen import CERTAIN
 from sharpscope.resume import open_journal, resumable
 from sharpscope.sampling import sampling_error
 from sharpscope.subset import FEWEST, Subset, sample, worthwhile
-
-# What a certificate leaves of a chance that an eigenvalue was missed.
-CERTAIN = 0.01
-
-# Eigenvalues that were missed and found by a certificate's probe, after which it gives up.
-SURPRISES = 5
 
 
 def top_eigenvalues(
@@ -80,7 +78,8 @@ def top_eigenvalues(
         max_passes: products with all the data after which the solver gives up.
         vectors: keep the eigenvectors in the result.
         journal: a folder for the state of a long run: the same call after a kill goes on with the passes in it. It is
-            the caller's to remove (``Journal.finish``) once the result is safe; ``seconds`` are the last run's.
+            the caller's to remove (``sharpscope.journal.discard``) once the result is safe; ``seconds`` are the last
+            run's.
 
     Cost: "guided", at k = 5 and tol 1e-3 typically 2 passes of 11 to 13 gradients, half a gradient for a forward pass
     and 3 to 4 for the subset; "lanczos", 1 + 2 (k + 1) gradients a pass, 5 to 12 passes.
@@ -93,6 +92,7 @@ def top_eigenvalues(
         problem, dtype=dtype, device=device, micro_batch=micro_batch, curvature=curvature(operator, source)
     )
     n = objective.num_params
+    home = objective.device if basis_device is None else usable(basis_device)
     require_arguments(n, k, tol, method, max_passes, which)
     if certify is not None and (which != "largest" or not 0 < certify < 1):
         raise ArgumentError(f"certify must be between 0 and 1, with which='largest', got {certify} and {which!r}.")
@@ -108,8 +108,8 @@ def top_eigenvalues(
         worst[0] = bound
 
     with objective.measuring():
-        audit(objective, torch.Generator().manual_seed(source.initial_seed()))
-        matmat = resumable(objective, state, stage)
+        seen = audit(objective, torch.Generator().manual_seed(source.initial_seed()))
+        matmat = resumable(objective, state, seen, stage)
         memory = _memory(objective, k, max_basis)
         stage(f"about {max(1, sum(memory.values()) >> 20)} MB", 0, objective.num_examples)
         guides = _guides(objective, method, which, k, source, stage)
@@ -118,32 +118,31 @@ def top_eigenvalues(
             "which": which,
             "max_basis": max_basis,
             "max_products": max_passes,
-            "method": "lanczos" if not guides and method == "auto" else method,
+            "method": method,
             "guides": guides,
             "dtype": objective.dtype if objective.curvature.exact else torch.float32,
-            "device": basis_device if basis_device is not None else objective.device,
+            "device": home,
             "generator": source,
             "progress": note,
         }
+        before = objective.passes
         pairs = top_eigenpairs(matmat, n, k, **options)
         proof = None
-        for _ in range(0 if certify is None else SURPRISES):
-            assert certify is not None
-            above = float(pairs.upper[-1] + certify * pairs.eigenvalues[0].abs())
-            found = pairs.eigenvectors.T.contiguous()
-            proof = certificate(
-                lambda rows: matmat(rows.T).T.contiguous().to(rows),
-                found,
-                above=above,
-                probability=CERTAIN,
-                generator=source,
-            )
-            if proof.vector is None:
-                break
-            pairs = top_eigenpairs(matmat, n, k, **options, initial=torch.cat([found, proof.vector[None]]).T)
+        if certify is not None:
+
+            def remaining() -> int | None:
+                return None if max_passes is None else max(0, max_passes - objective.passes + before)
+
+            def solve(initial: Tensor, most: int | None) -> Eigenpairs:
+                return top_eigenpairs(matmat, n, k, **{**options, "initial": initial, "max_products": most})
+
+            proof = certified(matmat, pairs, solve, certify, remaining=remaining, generator=source)
+            pairs = proof.pairs
         sampling = None
         if population:
-            sampling = sampling_error(objective, pairs.eigenvectors, pairs.eigenvalues, progress=stage).to_dict()
+            ratio = k if which in ("largest", "both") else 0
+            vs, values = pairs.eigenvectors, pairs.eigenvalues
+            sampling = sampling_error(objective, vs, values, progress=stage, ratio=ratio).to_dict()
     assert objective.loss is not None
     assert objective.gradient is not None
     if not bool(pairs.converged.all()):
@@ -154,13 +153,21 @@ def top_eigenvalues(
             ConvergenceWarning,
             stacklevel=2,
         )
+    if proof is not None and proof.probability > CERTAIN:
+        warnings.warn(
+            f"No certificate: an eigenvalue above {proof.last.above:.4g} may have been missed with probability "
+            f"{proof.probability:.2g} after {proof.runs} runs. Raise max_passes or certify.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
     return EigenResult(
         eigenvalues=pairs.eigenvalues.numpy(),
         residuals=pairs.residuals.numpy(),
         lower=pairs.lower.numpy(),
         upper=pairs.upper.numpy(),
         converged=pairs.converged.numpy(),
-        missed_probability=_missed(pairs, proof, which),
+        missed_probability=_missed(pairs, which),
+        certificate=None if proof is None else _stated(proof, certify),
         sampling=sampling,
         loss=objective.loss,
         gradient_norm=float(torch.linalg.vector_norm(objective.gradient)),
@@ -174,8 +181,7 @@ def top_eigenvalues(
             which=which,
             operator=operator,
             memory=memory,
-            subset=guides[-1].num_examples if guides else None,
-            certificate=None if proof is None else _stated(proof, certify),
+            subset=guides[-1].num_examples if pairs.method == "guided" else None,
         ),
         eigenvectors=pairs.eigenvectors.cpu().numpy() if vectors else None,
     )
@@ -185,11 +191,10 @@ def _guides(
     objective: Objective, method: str, which: str, k: int, generator: torch.Generator, progress: Progress
 ) -> list[Subset]:
     """The subsets that guide the solver, where that is asked for or pays."""
-    if method not in ("auto", "guided") or which not in ("largest", "smallest"):
+    pays = guidable(which, objective.num_params, k) and worthwhile(objective)
+    if method != "guided" and not (method == "auto" and pays):
         return []
-    if method == "auto" and (which == "smallest" or not worthwhile(objective)):
-        return []
-    found = sample(objective, generator, progress)
+    found = [] if objective.keeps_batches else sample(objective, generator, progress)
     if not found and method == "guided":
         raise ArgumentError(
             f"method='guided' needs more than {FEWEST} examples, in batches that may be cut. Pass method='lanczos'."
@@ -208,25 +213,26 @@ def _memory(objective: Objective, k: int, max_basis: int | None) -> dict[str, in
     return {"vectors": each * (2 * limit + 6 * (k + 1)), "graph": objective.graph_bytes()}
 
 
-def _missed(pairs: Eigenpairs, proof: Certificate | None, which: str) -> NDArray[np.float64]:
-    """For each eigenvalue a bound on the probability that one beyond it was missed."""
-    sign = -1.0 if which == "smallest" else 1.0
-    beyond = (pairs.upper if sign > 0 else -pairs.lower).tolist()
-    said = [1.0 if pairs.start is None else pairs.start.missed(t) for t in beyond]
-    if proof is not None:
-        again = [missed_probability(proof.alphas, proof.betas, proof.order, t - proof.rounding) for t in beyond]
-        said = [min(pair) for pair in zip(said, again, strict=True)]
-    return np.array(said)
+def _missed(pairs: Eigenpairs, which: str) -> NDArray[np.float64]:
+    """For each eigenvalue a bound on the probability that one beyond it was missed.
+
+    H has one beyond t only if ``P H P`` has one beyond ``t - ||R||``, R the residuals of what was found (Weyl).
+    """
+    outer = pairs.upper if which == "largest" else -pairs.lower
+    beyond = outer - pairs.residuals.norm()
+    return np.array([1.0 if pairs.start is None else pairs.start.missed(float(t)) for t in beyond])
 
 
-def _stated(proof: Certificate, eps: float | None) -> dict[str, Any]:
-    """What a certificate's run supports, for the record."""
+def _stated(proof: Certified, eps: float | None) -> dict[str, Any]:
+    """What a certificate's runs support, for the record."""
+    last = proof.last
     assert eps is not None
     return {
         "eps": eps,
-        "above": proof.above,
+        "above": last.above,
         "probability": proof.probability,
-        "steps": proof.steps,
-        # Of the spread of what is left, before the run.
-        "kuczynski_wozniakowski": kuczynski_wozniakowski(proof.order, proof.steps, eps),
+        "runs": proof.runs,
+        "steps": last.steps,
+        # The bound that needs no look at the run, of missing by eps of the spread of what is left.
+        "kuczynski_wozniakowski": kuczynski_wozniakowski(last.order, last.steps, eps),
     }

@@ -50,7 +50,7 @@ class Subset:
         self._weight = weight
         self._rebuilt = list(parts)
         self._kept: list[Graph] = []
-        self._room = Room()
+        self._room = Room(device=objective.device)
         self._budget = room
 
     def __call__(self, block: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def sample(
     totals, seen, weight = torch.zeros(2), 0, 0.0
     with objective.measuring():
         step = objective.settle_micro_batch()
-        room, finite = Room(), True
+        room, finite = Room(device=objective.device), True
         for part in micro_batches(objective.data, step):
             if not part.splittable:
                 return []
@@ -134,7 +134,7 @@ def sample(
             return []
         kept = KEPT // max(1, objective.graph_bytes(size) // size)
         counts = max(1, round(COARSE * size)), size
-        return [Subset(objective, reservoir.parts(count, step), weight, kept) for count in counts]
+        return [Subset(objective, reservoir.parts(n, step), weight, kept * n // sum(counts)) for n in counts]
 
 
 class _Reservoir:

@@ -157,7 +157,7 @@ def test_what_was_finished_is_kept_when_interrupted(
     out, err = capsys.readouterr()
     assert "mlp.pt" in out
     assert "interrupted" in err
-    assert [p.name for p in tmp_path.iterdir()] == ["1-mlp.json"]
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["1-mlp.json"]
 
 
 class Touch:

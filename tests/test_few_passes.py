@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dense import dense_hessian, top
-from sharpscope import ArgumentError, EigenResult, Problem, top_eigenvalues
+from sharpscope import ArgumentError, ConvergenceWarning, EigenResult, Problem, top_eigenvalues
 
 N = 6000
 
@@ -96,7 +96,9 @@ def test_four_of_sixty_thousand_examples_that_carry_lambda_max_are_not_missed(se
 def test_a_certificate_holds_or_finds_what_was_missed() -> None:
     """With certify, no eigenvalue above lambda_k + eps lambda_max is missing, and the probability is said."""
     result = top_eigenvalues(problem(), k=3, certify=0.05)
-    proof = result.provenance["certificate"]
+    proof = result.certificate
+    assert proof is not None
+    assert result.certified
     assert proof["probability"] <= 0.01
     assert proof["above"] == pytest.approx(result.upper[-1] + 0.05 * result.lambda_max)
     assert inside(result, truth()[:3])
@@ -189,3 +191,27 @@ def test_other_ends_agree_with_the_dense_hessian(which: str) -> None:
     assert np.abs(result.eigenvalues - wanted).max() < 2e-3 * np.abs(spectrum).max()
     names = {"smallest": "lambda_min", "both": "lambda_n-1", "magnitude": "lambda_(1)"}
     assert names[which] in result.summary()
+
+
+def test_a_certificate_that_cannot_be_had_is_said() -> None:
+    """Where passes run out before the proof, the result says so and a warning too; passes stay within the limit."""
+    with pytest.warns(ConvergenceWarning, match="No certificate"):
+        result = top_eigenvalues(problem(), k=2, certify=0.001, max_passes=5)
+    assert not result.certified
+    assert result.certificate is not None
+    assert result.certificate["probability"] > 0.01
+    assert result.cost.passes <= 6  # one of them forward only
+    assert "NO CERTIFICATE" in result.summary()
+
+
+def test_only_the_largest_have_a_sampled_ratio() -> None:
+    """lambda_max/lambda_k has an interval over the data where both are among the largest, else none."""
+    model, inputs, labels = trained()
+    part = Problem(model=model, loss=nn.CrossEntropyLoss(), data=(inputs[:1000], labels[:1000]))
+    for which, there in (("both", True), ("smallest", False)):
+        result = top_eigenvalues(part, k=2, which=which, population=True)
+        assert result.sampling is not None
+        assert (result.sampling["ratio"] is not None) is there
+        if there:
+            assert result.ratio.value is not None
+            assert result.sampling["ratio"]["lower"] < result.ratio.value < result.sampling["ratio"]["upper"]

@@ -80,3 +80,46 @@ def test_no_finished_pass_is_repeated_and_nothing_else_reused(tmp_path: Path) ->
     changed = measured()
     assert changed[0] != first[0]
     assert changed[1] > 5
+
+
+def test_another_loss_of_the_same_name_reuses_nothing(tmp_path: Path) -> None:
+    """What a loss computes decides, not what it is called: label smoothing and a factor in a closure are seen."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    data = (torch.randn(300, 4), torch.randint(3, (300,)))
+
+    def times(factor: float):  # type: ignore[no-untyped-def]
+        return lambda output, target: factor * nn.functional.cross_entropy(output, target)
+
+    for one, other in ((nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.3)), (times(1.0), times(3.0))):
+        state = tmp_path / "state"
+        top_eigenvalues(Problem(model=model, loss=one, data=data), k=1, journal=state)
+        alone = top_eigenvalues(Problem(model=model, loss=other, data=data), k=1)
+        again = top_eigenvalues(Problem(model=model, loss=other, data=data), k=1, journal=state)
+        assert again.eigenvalues.tolist() == alone.eigenvalues.tolist()
+        assert again.loss == alone.loss
+
+
+def test_of_several_checkpoints_the_finished_ones_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted in the second of two, the same command finishes both, though the first result is there already."""
+    import sharpscope
+    from sharpscope.cli import main
+
+    checkpoints = [tmp_path / "a.pt", tmp_path / "b.pt"]
+    for seed, path in enumerate(checkpoints):
+        train(Recipe(model="mlp", model_args={"hidden": (8,)}, epochs=1, seed=seed), path)
+    measure, calls = sharpscope.top_eigenvalues, 0
+
+    def interrupted(*args, **kwargs):  # type: ignore[no-untyped-def]
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(sharpscope, "top_eigenvalues", interrupted)
+    command = ["eigen", *map(str, checkpoints), "--k", "2", "--out", str(tmp_path / "results")]
+    assert main(command) == 130
+    assert (tmp_path / "results" / "a.json").exists()
+    assert main(command) == 0
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["a.json", "b.json"]

@@ -139,16 +139,18 @@ def top_eigenpairs(
     )
 
 
+def guidable(which: str, n: int, k: int) -> bool:
+    """Whether "auto" takes guides where there are some: in a space of few blocks there is nothing to save."""
+    return which == "largest" and n >= 8 * (k + 1)
+
+
 def _solver(method: str, which: str, guides: bool, n: int, k: int) -> str:
     """The name of the solver that ``method`` means here."""
     if method == "guided" and not guides:
         raise ArgumentError("method='guided' needs guides=, cheap operators that resemble H. Pass one, or 'lanczos'.")
-    if method == "guided" and which in ("both", "magnitude"):
-        raise ArgumentError(f"method='guided' finds one end of the spectrum, got which={which!r}. Use 'lanczos'.")
     if method != "auto":
         return method
-    # In a space of few blocks there is nothing to save.
-    return "guided" if guides and which == "largest" and n >= 8 * (k + 1) else "lanczos"
+    return "guided" if guides and guidable(which, n, k) else "lanczos"
 
 
 def _two_runs(
@@ -195,6 +197,8 @@ def require_arguments(
         raise ArgumentError(f"which must be one of {', '.join(WHICH)}, got {which!r}.")
     if which == "both" and 2 * k > n:
         raise ArgumentError(f"k must be at most half the number of parameters ({n}) for both ends, got {k}.")
+    if method == "guided" and which in ("both", "magnitude"):
+        raise ArgumentError(f"method='guided' finds one end of the spectrum, got which={which!r}. Use 'lanczos'.")
     two_runs = which in ("both", "magnitude") and method not in ("auto", "lanczos")
     if two_runs and max_products is not None and max_products < 4:
         raise ArgumentError(f"There must be at least 4 products for a run at each end, got a limit of {max_products}.")

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # What two results must share, where both say it, to be of one Hessian.
-SAME = ("sha256", "data", "split", "num_examples", "num_params", "weight_decay", "mode")
+SAME = (
+    *("sha256", "data", "split", "num_examples", "examples_seed", "params", "num_params"),
+    *("loss_function", "weight_decay", "mode", "operator"),
+)
 
 
 def density_curve(

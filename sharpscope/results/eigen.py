@@ -33,9 +33,12 @@ Array = NDArray[np.float64]
 
 _MEASURED = (
     *("loss", "gradient_norm", "eigenvalues", "residuals", "lower", "upper", "converged", "cost"),
-    *("missed_probability", "sampling"),
+    *("missed_probability", "sampling", "certificate"),
 )
 _DERIVED = ("lambda_max", "ratio")
+
+# Above this probability of a miss there is no certificate.
+CERTAIN = 0.01
 
 # What np.load raises for a file of another making.
 _UNREADABLE = (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile)
@@ -67,17 +70,20 @@ class Ratio:
 
 @dataclass(frozen=True, eq=False)
 class EigenResult:
-    """The k largest algebraic eigenvalues of the Hessian of a data set's mean loss, with an interval on each.
+    """The k largest algebraic eigenvalues of the Hessian of a data set's mean loss, or others, with intervals.
 
     Attributes:
-        eigenvalues: descending (k,), with multiplicity, in units of the loss over squared weights.
-        residuals: ``||H v - lambda v||`` (k,), from products computed for them alone.
+        eigenvalues: (k,) with multiplicity, in units of the loss over squared weights; descending, but from the end
+            inwards where ``which`` is "smallest", and by ``|lambda|`` where it is "magnitude".
+        residuals: ``||H v - lambda v||`` (k,), from true products.
         lower, upper: an interval (k,) for each; for a pair that has not converged the place k is not sure.
         converged: bool (k,), whether the interval is within the tolerance.
         missed_probability: (k,), at most so probable is it that an eigenvalue beyond the i-th one was missed, as far as
-            the solver's random vectors say; 1 where they say nothing.
+            the solver's random vectors say, taking what was found as given; 1 where they say nothing.
         sampling: where the data stand for more than themselves: ``se``, ``lower``, ``upper`` (k,) of each eigenvalue of
             the population, ``examples`` and more; else None.
+        certificate: where one was asked for: ``above``, a threshold, and ``probability`` of having missed an eigenvalue
+            above it, with ``eps``, ``runs`` and ``steps``; else None.
         loss: L(w), with the weight decay if it was asked for.
         gradient_norm: ``||grad L(w)||``.
         cost: what it took.
@@ -97,9 +103,15 @@ class EigenResult:
     eigenvectors: NDArray[Any] | None = None
     missed_probability: Array | None = None
     sampling: Mapping[str, Any] | None = None
+    certificate: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         refuse_taken(self.provenance, (*_MEASURED, *_DERIVED))
+
+    @property
+    def certified(self) -> bool:
+        """Whether the certificate that was asked for holds; True where none was."""
+        return self.certificate is None or bool(self.certificate["probability"] <= CERTAIN)
 
     @property
     def which(self) -> str:
@@ -147,6 +159,7 @@ class EigenResult:
             "converged": self.converged.tolist(),
             "missed_probability": None if self.missed_probability is None else self.missed_probability.tolist(),
             "sampling": plain(self.sampling),
+            "certificate": plain(self.certificate),
             "lambda_max": self.lambda_max if self.which in ("largest", "both") else None,
             "ratio": asdict(self.ratio),
             "cost": asdict(self.cost),
@@ -163,7 +176,7 @@ class EigenResult:
             measured = {key: np.array(rest.pop(key), float) for key in ("eigenvalues", "residuals", "lower", "upper")}
             converged, missed = np.array(rest.pop("converged"), bool), rest.pop("missed_probability", None)
             loss, gradient_norm, cost = rest.pop("loss"), rest.pop("gradient_norm"), Cost(**rest.pop("cost"))
-            sampling = rest.pop("sampling", None)
+            sampling, certificate = rest.pop("sampling", None), rest.pop("certificate", None)
         except (KeyError, TypeError) as error:
             raise DataError(f"An eigen result must have the keys of EigenResult.to_dict(), got: {error}.") from error
         for derived in _DERIVED:
@@ -177,6 +190,7 @@ class EigenResult:
             provenance=rest,
             missed_probability=None if missed is None else np.array(missed, float),
             sampling=sampling,
+            certificate=certificate,
         )
 
     def save(self, path: str | os.PathLike[str], *, vectors: bool = False) -> None:
@@ -275,9 +289,11 @@ def _missed(result: EigenResult) -> str:
 
 def _certified(result: EigenResult) -> str:
     """What --certify paid for."""
-    proof = result.provenance.get("certificate")
+    proof = result.certificate
     if not proof:
         return ""
+    if proof["probability"] > CERTAIN:
+        return f"NO CERTIFICATE: after {proof['runs']} runs one above {proof['above']:.4g} is not excluded."
     where = f"above {proof['above']:.4g} (lambda_{result.ratio.k} + {proof['eps']:g} lambda_max)"
     return f"certificate, {proof['steps']} steps: one {where} was missed with probability at most " + (
         f"{_percent(proof['probability'])}."

@@ -1,0 +1,73 @@
+"""Going on until nothing large is missed: random-start runs on all the data, outside of what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sharpscope.linalg import Eigenpairs
+from sharpscope.linalg.certificate import STEPS, Certificate, certificate
+from sharpscope.results.eigen import CERTAIN
+
+# Eigenvalues that were missed and found by a probe, after which it gives up.
+SURPRISES = 5
+
+
+@dataclass(frozen=True)
+class Certified:
+    """Eigenpairs, and what the last of ``runs`` random-start runs says of ``lambda_{k+1}``.
+
+    ``probability`` bounds the chance of an error in any of the runs; 1 where no run came to an end.
+    """
+
+    pairs: Eigenpairs
+    last: Certificate
+    runs: int
+    probability: float
+
+
+def certified(
+    matmat: Callable[[Tensor], Tensor],
+    pairs: Eigenpairs,
+    solve: Callable[[Tensor, int | None], Eigenpairs],
+    eps: float,
+    *,
+    remaining: Callable[[], int | None],
+    generator: torch.Generator,
+) -> Certified:
+    """``pairs``, or better ones, until an eigenvalue above ``lambda_k + eps |lambda_1|`` is improbable.
+
+    A run that finds one there hands its vector to ``solve(initial, most)``, and another run follows: it ends on a run,
+    never on a solve. The j-th run is held to ``CERTAIN / 2^j``, so that all of them together err with CERTAIN at most.
+
+    Args:
+        matmat: columns (n, b) to H times them.
+        pairs: the k largest as far as is known.
+        solve: the solver, started from columns (n, k + 1), with at most so many products.
+        eps: in (0, 1).
+        remaining: products that may still be made, None for as many as it takes.
+        generator: the one that the solver drew from, which goes on: a fresh one would repeat its start.
+    """
+    spent = 0.0
+    for run in range(1, SURPRISES + 2):
+        left = remaining()
+        found = pairs.eigenvectors.T.contiguous()
+        level = CERTAIN / 2**run
+        proof = certificate(
+            lambda rows: matmat(rows.T).T.contiguous().to(rows),
+            found,
+            above=float(pairs.upper[-1] + eps * pairs.eigenvalues[0].abs()),
+            probability=level,
+            max_steps=STEPS if left is None else max(1, min(STEPS, left)),
+            scale=float(pairs.eigenvalues.abs().max()),
+            generator=generator,
+        )
+        left = remaining()
+        if proof.vector is None or run > SURPRISES or (left is not None and left < 3):
+            break
+        spent += level
+        pairs = solve(torch.cat([found, proof.vector[None]]).T, left)
+    return Certified(pairs, proof, run, min(1.0, spent + proof.probability))
