@@ -132,7 +132,7 @@ def test_not_converged_is_warned_of_and_marked() -> None:
 
 
 def test_progress_counts_examples_and_never_goes_back() -> None:
-    """Each stage counts up to the number of examples."""
+    """The memory is told first; then each stage counts up to the number of examples."""
     seen: dict[str, list[int]] = {}
 
     def progress(stage: str, done: int, total: int | None) -> None:
@@ -140,6 +140,9 @@ def test_progress_counts_examples_and_never_goes_back() -> None:
         seen.setdefault(stage, []).append(done)
 
     result = top_eigenvalues(problem("mlp", 64), k=1, progress=progress, micro_batch=50)
+    first = next(iter(seen))
+    assert first.startswith("about ")
+    assert seen.pop(first) == [0]
     assert len(seen) == result.cost.passes
     assert all(counts == [50, 100, 150, 200] for counts in seen.values())
 
