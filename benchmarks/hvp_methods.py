@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,41 +14,23 @@ from torch import Tensor
 
 from sharpscope import Objective
 from sharpscope.batches import MicroBatch, micro_batches
-from sharpscope.params import assign, views
+from sharpscope.operators import curvature
+from sharpscope.params import views
 
 # (n, K) to H V (n, K); K = 1 for the single ones.
 Product = Callable[[Tensor], Tensor]
 
 
 def kept(objective: Objective) -> Product:
-    """Double backprop on graphs that were built beforehand and are kept: only the second backward is paid for."""
-    parts = _parts(objective)
-    graphs, weight = [], 0.0
+    """The library's kept graphs: built beforehand, so that only the second backward is paid for."""
     with objective.measuring():
-        for part in parts:
-            value, terms = objective.term_sums(part)
-            graphs.append(torch.autograd.grad(value, objective.params, create_graph=True, materialize_grads=True))
-            weight += float(terms)
+        graphs = [objective.graph(part) for part in _parts(objective)]
+    weight = float(sum(graph.weight for graph in graphs))
 
-    # The one place to swap for the library's own kept graphs.
     def product(block: Tensor) -> Tensor:
-        rows = []
-        for vector in block.T:
-            split = views(vector.contiguous(), objective.params)
-            total = torch.zeros_like(vector, memory_format=torch.contiguous_format)
-            targets = views(total, objective.params)
-            for grads in graphs:
-                live = [i for i, g in enumerate(grads) if g.requires_grad]
-                products = torch.autograd.grad(
-                    [grads[i] for i in live],
-                    objective.params,
-                    [split[i] for i in live],
-                    retain_graph=True,
-                    materialize_grads=True,
-                )
-                torch._foreach_add_(targets, list(products))
-            rows.append(total / weight)
-        return torch.stack(rows).T
+        rows = block.T.contiguous()
+        with objective.measuring():
+            return sum((graph.products(rows) for graph in graphs), torch.zeros_like(rows)).T / weight
 
     return product
 
@@ -59,16 +42,16 @@ def rebuilt(objective: Objective) -> Product:
 
 def forward_over_reverse(objective: Objective) -> Product:
     """The derivative of the gradient along the vector, in forward mode beside it."""
-    model, loss = objective.model, objective.loss_function
+    model, loss = objective.terms.model, objective.terms.loss_function
     names = [name for name, _ in model.named_parameters()]
     parts = _parts(objective)
     count = sum(part.size for part in parts)
 
     def product(block: Tensor) -> Tensor:
         vector = block[:, 0].contiguous()
-        values = tuple(p.detach() for p in objective.params)
+        values = tuple(p.detach() for p in objective.terms.params)
         total = torch.zeros_like(vector)
-        targets = views(total, objective.params)
+        targets = views(total, objective.terms.params)
         for part in parts:
             inputs, labels = part.batch
 
@@ -84,33 +67,14 @@ def forward_over_reverse(objective: Objective) -> Product:
 
 
 def finite_difference(objective: Objective) -> Product:
-    """``(g(w + h v) - g(w - h v)) / 2h`` with ``|h v| = 5e-3``: two gradients and an error.
-
-    The smoothness decides how large: a step that crosses kinks of ReLU counts their jumps, which the Hessian does not.
-    """
-    parts = _parts(objective)
-    count = sum(part.size for part in parts)
-    model = copy.deepcopy(objective.model)  # written to, which the graphs kept of the other one would not survive
-    params = [p for p in model.parameters() if p.requires_grad]
-    flat = torch.cat([p.detach().reshape(-1) for p in params])
-
-    def gradient(at: Tensor) -> Tensor:
-        assign(params, at)
-        total = torch.zeros_like(at)
-        targets = views(total, params)
-        for part in parts:
-            inputs, labels = part.batch
-            value = objective.loss_function(model(inputs), labels)
-            grads = torch.autograd.grad(value, params, materialize_grads=True)
-            torch._foreach_add_(targets, list(grads), alpha=part.size / count)
-        return total
-
-    def product(block: Tensor) -> Tensor:
-        vector = block[:, 0].contiguous()
-        step = 5e-3 / float(vector.norm())
-        return ((gradient(flat + step * vector) - gradient(flat - step * vector)) / (2 * step))[:, None]
-
-    return product
+    """The library's central differences of gradients, in the precision of the others: two gradients and an error."""
+    # A copy is written to, which the graphs kept of the other one would not survive.
+    return Objective(
+        dataclasses.replace(objective.problem, model=copy.deepcopy(objective.problem.model)),
+        dtype=objective.dtype,
+        micro_batch=objective.micro_batch,
+        curvature=curvature("finite-difference"),
+    ).hvp
 
 
 def _parts(objective: Objective) -> Sequence[MicroBatch]:
