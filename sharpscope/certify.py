@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,12 +57,16 @@ def certified(
         left = remaining()
         found = pairs.eigenvectors.T.contiguous()
         level = CERTAIN / 2**run
+        above = float(pairs.upper[-1] + eps * pairs.eigenvalues[0].abs())
+        if left == 0:
+            proof = Certificate(1.0, above, 0, -math.inf, None, (), (), found.shape[1] - len(found), 0.0)
+            break
         proof = certificate(
             lambda rows: matmat(rows.T).T.contiguous().to(rows),
             found,
-            above=float(pairs.upper[-1] + eps * pairs.eigenvalues[0].abs()),
+            above=above,
             probability=level,
-            max_steps=STEPS if left is None else max(1, min(STEPS, left)),
+            max_steps=STEPS if left is None else min(STEPS, left),
             scale=float(pairs.eigenvalues.abs().max()),
             generator=generator,
         )

@@ -25,7 +25,7 @@ from sharpscope.results import Cost, EigenResult
 from sharpscope.results.eigen import CERTAIN
 from sharpscope.resume import open_journal, resumable
 from sharpscope.sampling import sampling_error
-from sharpscope.subset import FEWEST, Subset, sample, worthwhile
+from sharpscope.subset import FEWEST, KEPT, Subset, sample, usual_size, worthwhile
 
 
 def top_eigenvalues(
@@ -110,9 +110,10 @@ def top_eigenvalues(
     with objective.measuring():
         seen = audit(objective, torch.Generator().manual_seed(source.initial_seed()))
         matmat = resumable(objective, state, seen, stage)
-        memory = _memory(objective, k, max_basis)
+        guided = _guided(objective, method, which, k)
+        memory = _memory(objective, k, max_basis, guided)
         stage(f"about {max(1, sum(memory.values()) >> 20)} MB", 0, objective.num_examples)
-        guides = _guides(objective, method, which, k, source, stage)
+        guides = _guides(objective, method, source, stage) if guided else []
         options: dict[str, Any] = {
             "tol": tol,
             "which": which,
@@ -187,13 +188,15 @@ def top_eigenvalues(
     )
 
 
-def _guides(
-    objective: Objective, method: str, which: str, k: int, generator: torch.Generator, progress: Progress
-) -> list[Subset]:
-    """The subsets that guide the solver, where that is asked for or pays."""
-    pays = guidable(which, objective.num_params, k) and worthwhile(objective)
-    if method != "guided" and not (method == "auto" and pays):
-        return []
+def _guided(objective: Objective, method: str, which: str, k: int) -> bool:
+    """Whether a subset is to guide the solver: where that is asked for, or pays."""
+    if method != "auto":
+        return method == "guided"
+    return guidable(which, objective.num_params, k) and worthwhile(objective)
+
+
+def _guides(objective: Objective, method: str, generator: torch.Generator, progress: Progress) -> list[Subset]:
+    """The subsets, the coarse one first; none where "auto" meets batches that cannot be cut."""
     found = [] if objective.keeps_batches else sample(objective, generator, progress)
     if not found and method == "guided":
         raise ArgumentError(
@@ -202,15 +205,17 @@ def _guides(
     return found
 
 
-def _memory(objective: Objective, k: int, max_basis: int | None) -> dict[str, int]:
-    """Bytes that the solver's vectors and one micro-batch's graph will take at most, known before the start.
+def _memory(objective: Objective, k: int, max_basis: int | None, guided: bool) -> dict[str, int]:
+    """Bytes that vectors and graphs will take at most, known before the start.
 
-    A search space has as many images; a block, its product and its sums are beside it. Graphs of a subset that are kept
-    come to KEPT at most.
+    A search space has as many images; a block, its product and its sums are beside it.
     """
     limit = 8 * (k + 1) if max_basis is None else max_basis
     each = objective.num_params * torch.finfo(objective.dtype).bits // 8
-    return {"vectors": each * (2 * limit + 6 * (k + 1)), "graph": objective.graph_bytes()}
+    bytes_of = {"vectors": each * (2 * limit + 6 * (k + 1)), "graph": objective.graph_bytes()}
+    if guided:
+        bytes_of["subset"] = min(KEPT, objective.graph_bytes(usual_size(objective)))
+    return bytes_of
 
 
 def _missed(pairs: Eigenpairs, which: str) -> NDArray[np.float64]:

@@ -88,6 +88,11 @@ def worthwhile(objective: Objective) -> bool:
     return count is not None and count >= WORTHWHILE and not objective.keeps_batches
 
 
+def usual_size(objective: Objective) -> int:
+    """Examples in the sample unless told otherwise."""
+    return min(max(round(SHARE * (objective.num_examples or 0)), FEWEST), MOST)
+
+
 def sample(
     objective: Objective, generator: torch.Generator, progress: Progress | None = None, size: int | None = None
 ) -> list[Subset]:
@@ -105,7 +110,7 @@ def sample(
 
     Raises: DataError when a loss is not finite.
     """
-    size = min(max(round(SHARE * (objective.num_examples or 0)), FEWEST), MOST) if size is None else size
+    size = usual_size(objective) if size is None else size
     reservoir = _Reservoir(size, generator)
     totals, seen, weight = torch.zeros(2), 0, 0.0
     with objective.measuring():

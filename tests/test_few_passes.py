@@ -196,11 +196,12 @@ def test_other_ends_agree_with_the_dense_hessian(which: str) -> None:
 def test_a_certificate_that_cannot_be_had_is_said() -> None:
     """Where passes run out before the proof, the result says so and a warning too; passes stay within the limit."""
     with pytest.warns(ConvergenceWarning, match="No certificate"):
-        result = top_eigenvalues(problem(), k=2, certify=0.001, max_passes=5)
+        result = top_eigenvalues(problem(), k=2, certify=0.001, max_passes=9, micro_batch=256)
     assert not result.certified
     assert result.certificate is not None
     assert result.certificate["probability"] > 0.01
-    assert result.cost.passes <= 6  # one of them forward only
+    assert result.converged.all()
+    assert result.cost.passes <= 10  # one of them forward only
     assert "NO CERTIFICATE" in result.summary()
 
 
