@@ -155,7 +155,7 @@ def outputs(args: argparse.Namespace, *, arrays: bool = False) -> list[Path | No
         if out.suffix == ".npz":
             raise OutputError(f"The result is JSON, and its vectors go beside it as .npz, got {out}. Name it .json.")
         # What an unfinished run has written already is its own.
-        require_new(args, out, *([out.with_suffix(".npz")] if arrays else []), own=state(out).is_dir())
+        require_new(args, out, *([out.with_suffix(".npz")] if arrays else []), own=any(state(out).glob("[0-9]*.npz")))
     return list(files)
 
 

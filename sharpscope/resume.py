@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharpscope.fingerprint import fingerprint
 from sharpscope.journal import Entry, Journal
@@ -19,10 +21,11 @@ from sharpscope.version import __version__
 
 
 def open_journal(path: str | os.PathLike[str] | None, objective: Objective, **settings: Any) -> Journal:
-    """The journal at ``path`` of just this measurement: weights, buffers, model, data, ``settings``, versions.
+    """The journal at ``path`` of just this measurement: weights, buffers, model, loss, data, ``settings``, versions.
 
-    What a model and a loss compute does not show in their names; ``resumable`` sees to that. None keeps no journal.
-    Cost: one walk over the data, without the model.
+    Model and loss count by their plain attributes, tensors and closures too; what neither those nor the audit's
+    examples show (``resumable``), a journal cannot see. None keeps no journal. Cost: one walk over the data, without
+    the model.
     """
     if path is None:
         return Journal(None)
@@ -31,7 +34,8 @@ def open_journal(path: str | os.PathLike[str] | None, objective: Objective, **se
     key = fingerprint(
         {name: value for name, value in state.items() if isinstance(value, Tensor)},
         [name for name, p in problem.model.named_parameters() if p.requires_grad],
-        repr(problem.model),
+        [_described(module) for module in problem.model.modules()],
+        _described(problem.loss),
         problem.data,
         [problem.params, problem.mode, float(problem.weight_decay)],
         [objective.curvature.name, objective.dtype, objective.device, objective.micro_batch],
@@ -72,6 +76,36 @@ def resumable(
         meter.example_gradients = entry["example_gradients"]
 
     return journal.matmat(lambda block: objective.hvp(block, progress), "pass", note=note, recall=recall)
+
+
+def _described(thing: Any, depth: int = 3) -> Any:
+    """What of a module, function or object can be hashed: type, plain attributes, tensors, code and closure."""
+    if thing is None or isinstance(thing, bool | int | float | str | Tensor | torch.dtype | torch.device):
+        return thing
+    if depth and isinstance(thing, list | tuple):
+        return [_described(entry, depth - 1) for entry in thing]
+    if depth and isinstance(thing, Mapping):
+        return {str(key): _described(value, depth - 1) for key, value in thing.items()}
+    name = f"{type(thing).__module__}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+    if isinstance(thing, functools.partial):
+        return [name, *(_described(part, depth) for part in (thing.func, thing.args, thing.keywords))]
+    code = getattr(thing, "__code__", None)
+    if depth and code is not None:
+        cells = inspect.getclosurevars(thing).nonlocals if inspect.isfunction(thing) else {}
+        return [
+            name,
+            code.co_code,
+            repr(code.co_names),
+            *(_described(c, depth - 1) for c in (cells, thing.__defaults__)),
+        ]
+    tensors = thing.state_dict() if isinstance(thing, nn.Module) else {}
+    attributes = {
+        key: value
+        for key, value in getattr(thing, "__dict__", {}).items()
+        if not (key.startswith("_") or key == "training")
+    }
+    plain = {key: _described(value, depth - 1) for key, value in attributes.items()} if depth else {}
+    return [name, {k: v for k, v in tensors.items() if isinstance(v, Tensor)}, plain]
 
 
 def _settled(objective: Objective) -> int | str | None:

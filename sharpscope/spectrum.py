@@ -223,6 +223,8 @@ def _missed(pairs: Eigenpairs, which: str) -> NDArray[np.float64]:
 
     H has one beyond t only if ``P H P`` has one beyond ``t - ||R||``, R the residuals of what was found (Weyl).
     """
+    if not bool(pairs.converged.all()):
+        return np.ones(len(pairs.converged))  # what has not converged may hide in what was found
     outer = pairs.upper if which == "largest" else -pairs.lower
     beyond = outer - pairs.residuals.norm()
     return np.array([1.0 if pairs.start is None else pairs.start.missed(float(t)) for t in beyond])

@@ -103,8 +103,9 @@ def sample(
     Priority sampling (Duffield, Lund and Thorup 2007): each example's importance over a uniform random number is its
     priority; the ``size`` highest are taken, with weights that make every sum unbiased. The importance is the mean of
     ``||dl/dz||`` and ``||d2l/dz2 u||`` in the model's output z, each in units of its mean so far, at least FLOOR, and
-    rounded to a power of 2, so that examples of equal weight can share a graph. An example that alone curves the loss
-    as much as many others is in the sample with certainty.
+    rounded to a power of 2, so that examples of equal weight can share a graph. An example whose loss alone is curved
+    in the output as much as that of many others is in the sample with certainty; one that is far out in the weights'
+    directions alone need not be, and is the solver's random vector's to find.
 
     Cost: half a gradient, one pass. Memory: up to three times ``size`` examples.
 

@@ -91,7 +91,10 @@ def test_another_loss_of_the_same_name_reuses_nothing(tmp_path: Path) -> None:
     def times(factor: float):  # type: ignore[no-untyped-def]
         return lambda output, target: factor * nn.functional.cross_entropy(output, target)
 
-    for one, other in ((nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.3)), (times(1.0), times(3.0))):
+    weighted = (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 1.0, w])) for w in (1.0, 50.0))
+    data[1][:260] = torch.randint(2, (260,))  # the audit's examples have no label 2
+    smoothed = (nn.CrossEntropyLoss(label_smoothing=s) for s in (0.0, 0.3))
+    for one, other in (tuple(weighted), tuple(smoothed), (times(1.0), times(3.0))):
         state = tmp_path / "state"
         top_eigenvalues(Problem(model=model, loss=one, data=data), k=1, journal=state)
         alone = top_eigenvalues(Problem(model=model, loss=other, data=data), k=1)

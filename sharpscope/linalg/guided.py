@@ -45,6 +45,10 @@ LEAST = 2
 # the data is not blind, and what one vector leaves open is stated (RandomStart), and can be paid for (certificate).
 RANDOM = 1
 
+# The share of a wanted vector that may stem from a random vector. One that does was found by it, and takes all that the
+# random vector has in its eigenspace: of further copies it shows nothing any more, and another one must be drawn.
+SURPRISE = 0.1
+
 
 @dataclass(frozen=True)
 class _Space:
@@ -88,8 +92,8 @@ def guided(
        not met, and what the random vectors' images have outside, are the next block; after that of the random ones only
        the residual of pair k + 1. Back to Rayleigh-Ritz.
 
-    Residuals come from true products. Bounds take as ``lambda_{k+1}`` the larger of the model's, plus the most that G
-    was seen to be off on an eigenvector, and the (k+1)-th Ritz value plus its residual. Where the guide is of no help
+    Residuals come from true products. Bounds take as ``lambda_{k+1}`` the larger of the model's, plus what G was seen
+    to be off on eigenvectors, and the (k+1)-th Ritz value plus its residual. Where the guide is of no help
     the corrections are the residuals, and the iteration is a block Lanczos one with thick restart.
 
     Cost: k + RANDOM products with H in the first pass, at most as many in the second and k + 1 in each later one, two
@@ -115,19 +119,28 @@ def guided(
         first = _orthonormal(initial, like, generator)
         guided_images = guide(first)
     origin = _orthonormal(random_rows(RANDOM, like, generator), first, generator)
-    block, space, probe = torch.cat([first, origin]), None, like
-    products, matvecs, scale, off, worst, helpful, restarted, said = 0, 0, 0.0, 0.0, float("inf"), True, False, None
+    block, space, carried = torch.cat([first, origin]), None, len(origin)
+    products, matvecs, scale, worst, helpful, restarted, said = 0, 0, 0.0, float("inf"), True, False, None
+    off = torch.zeros(len(first), dtype=torch.float64)
+    # Products since the random vectors were drawn, and what has come of them.
+    age, drawn = 0, like
     while True:
         image = matmat(block)
-        products, matvecs = products + 1, matvecs + len(block)
+        products, matvecs, age = products + 1, matvecs + len(block), age + 1
+        drawn = torch.cat([drawn, block[len(block) - carried :]])
+        probe = image[len(block) - carried :]
         scale = max(scale, float(norms(image).max()))
         if space is None:
-            off, probe = float(norms(image[: len(first)] - guided_images).max()), image[len(first) :]
+            off = norms(image[: len(first)] - guided_images)
         space = _ritz(block, image, space, scale)
         values, residuals = space.values, space.residuals
         scale = max(scale, float(values.abs().max()))
         outer, floor, whole = norms(residuals), rounding(scale, like.dtype), len(values) == n
-        next_above = next_guided + off if helpful and not whole else float("-inf")
+        next_above = float("-inf")
+        if helpful and not whole:
+            # What a sample is off along an eigenvector goes like the root of its eigenvalue, as a variance does.
+            share = (abs(next_guided) / values[: len(off)].abs()).clamp_max(1.0).sqrt()
+            next_above = next_guided + float((off * share).max())
         if len(values) > k and not whole:
             next_above = max(next_above, float(values[k] + outer[k]))
         gram = inner(residuals, residuals)
@@ -136,8 +149,10 @@ def guided(
             said = random_start(inner(space.vectors[k:], origin), values, gram, k, n)
         if progress is not None:
             progress(products, largest_relative(bounds, values[:k], floor, tol))
+        surprised = bool((inner(space.vectors[:k], drawn).square().sum(1) > SURPRISE).any())
         met = (bounds + floor <= tol * values[:k].abs()) | (bounds <= floor)
-        if whole or products >= most or (bool(met.all()) and products >= LEAST):
+        done = bool(met.all()) and age >= LEAST and not (surprised and helpful)
+        if whole or products >= most or done:
             return rayleigh_ritz(
                 space.vectors[:k],
                 space.images[:k],
@@ -146,13 +161,14 @@ def guided(
                 tol=tol,
                 num_matvecs=matvecs,
                 num_products=products,
-                start=said,
+                start=None if surprised and not whole else said,
             )
-        probe = probe if products == 1 else residuals[k : k + 1]
-        if len(values) + width > limit:
+        if age > 1:
+            probe = residuals[k : k + 1]
+        if len(values) + width + RANDOM > limit:
             # What is let go took part of the random vector with it.
             space, restarted = space.leading(limit // 2), True
-        helpful = helpful and float(outer[:k].max()) < HELP * worst
+        before, helpful = helpful, helpful and float(outer[:k].max()) < HELP * worst
         worst = float(outer[:k].max())
         if helpful:
             needed = torch.cat([INNER * outer[:k], NEXT * values[k - 1 : k].abs()])[:width]
@@ -162,7 +178,12 @@ def guided(
             block = model.vectors[:k][(~met).to(like.device)]
         else:
             block = residuals[:k] / scale
+        if before and (surprised or not helpful):
+            origin = _orthonormal(random_rows(RANDOM, like, generator), space.vectors, generator)
+            age, drawn, said, restarted = 0, like, None, False
+            block, probe = torch.cat([block, probe / scale]), scale * origin
         block = _orthonormal(torch.cat([block, probe / scale]), space.vectors, generator)
+        carried = min(len(probe), len(block))
 
 
 def _model(

@@ -280,7 +280,8 @@ def _missed(result: EigenResult) -> str:
     first, last = float(result.missed_probability[0]), float(result.missed_probability[-1])
     side = "above" if result.which == "largest" else "below"
     if first >= 0.995:
-        return ""
+        unknown = "nothing is known of eigenvalues that were missed"
+        return f"{unknown}; power iteration may skip some." if result.provenance.get("method") == "power" else ""
     said = f"an eigenvalue {side} {result.labels[0]} was missed with probability at most {_percent(first)}"
     if len(result.labels) > 1:
         said += f", {side} {result.labels[-1]} " + ("not excluded" if last >= 0.995 else f"at most {_percent(last)}")
