@@ -244,6 +244,8 @@ def rows_of(results: Sequence[EigenResult]) -> list[list[str]]:
         values = [with_bound(v, low, up) + ("" if sure else " ?") for v, low, up, sure in intervals]
         ratio, cost = r.ratio, r.cost
         shown = "-" if ratio.value is None else with_bound(ratio.value, ratio.lower or 0.0, ratio.upper or np.inf)
+        if ratio.value is not None and not (r.converged[0] and r.converged[ratio.k - 1]):
+            shown += " ?"
         if len(ks) > 1:
             shown += f" (k={ratio.k})"
         measured = [*values, *[""] * (k - len(values)), *([shown] if with_ratio else [])]
@@ -285,7 +287,7 @@ def _missed(result: EigenResult) -> str:
     said = f"an eigenvalue {side} {result.labels[0]} was missed with probability at most {_percent(first)}"
     if len(result.labels) > 1:
         said += f", {side} {result.labels[-1]} " + ("not excluded" if last >= 0.995 else f"at most {_percent(last)}")
-    return said + "."
+    return said + ("." if last <= CERTAIN else "; --certify pays for less.")
 
 
 def _certified(result: EigenResult) -> str:
