@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from sharpscope.cli import options, terminal
 
@@ -36,28 +37,21 @@ def run(args: argparse.Namespace) -> int:
     outputs = options.outputs(args)
     options.load_all(args)
     results: list[BlockResult] = []
-    try:
-        for path, out in zip(args.checkpoints, outputs, strict=True):
-            with terminal.progress_bar(Path(path).name) as progress:
-                result = sharpscope.block_spectra(
-                    options.load(args, path),
-                    args.per_layer,
-                    args.tol,
-                    8 if args.probes is None else args.probes,
-                    torch.Generator().manual_seed(args.seed),
-                    progress,
-                    operator=args.operator,
-                    dtype=getattr(torch, args.dtype) if args.dtype else None,
-                    device=options.device(args.device),
-                    micro_batch=args.micro_batch,
-                    max_passes=args.max_passes,
-                )
-            results.append(result)
-            if out is not None:
-                result.save(out)
-    finally:
-        if args.json:
-            terminal.emit_json([result.to_dict() for result in results], len(args.checkpoints))
-        elif results:
-            terminal.emit(block_table(results))
+
+    def measure(path: str, out: Path | None, progress: Any) -> BlockResult:
+        return sharpscope.block_spectra(
+            options.load(args, path),
+            args.per_layer,
+            args.tol,
+            8 if args.probes is None else args.probes,
+            torch.Generator().manual_seed(args.seed),
+            progress,
+            operator=args.operator,
+            dtype=getattr(torch, args.dtype) if args.dtype else None,
+            device=options.device(args.device),
+            micro_batch=args.micro_batch,
+            max_passes=args.max_passes,
+        )
+
+    terminal.measure_each(args, outputs, results, measure, block_table)
     return 0 if all(result.converged.all() for result in results) else 3

@@ -59,30 +59,25 @@ def run(args: argparse.Namespace) -> int:
     options.load_all(args)
     eigen = _eigen(args)
     results: list[DensityResult] = []
+
+    def measure(path: str, out: Path | None, progress: Any) -> DensityResult:
+        problem = options.load(args, path)
+        known = eigen.get(problem.provenance["sha256"])
+        return sharpscope.spectral_density(
+            problem,
+            args.probes,
+            args.steps,
+            torch.Generator().manual_seed(args.seed),
+            progress,
+            known=known if known is not None and known.eigenvectors is not None else None,
+            dtype=getattr(torch, args.dtype) if args.dtype else None,
+            device=options.device(args.device),
+            micro_batch=args.micro_batch,
+        )
+
     try:
-        for path, out in zip(args.checkpoints, outputs, strict=True):
-            problem = options.load(args, path)
-            known = eigen.get(problem.provenance["sha256"])
-            with terminal.progress_bar(Path(path).name) as progress:
-                result = sharpscope.spectral_density(
-                    problem,
-                    args.probes,
-                    args.steps,
-                    torch.Generator().manual_seed(args.seed),
-                    progress,
-                    known=known if known is not None and known.eigenvectors is not None else None,
-                    dtype=getattr(torch, args.dtype) if args.dtype else None,
-                    device=options.device(args.device),
-                    micro_batch=args.micro_batch,
-                )
-            results.append(result)
-            if out is not None:
-                result.save(out)
+        terminal.measure_each(args, outputs, results, measure, density_table)
     finally:
-        if args.json:
-            terminal.emit_json([result.to_dict() for result in results], len(args.checkpoints))
-        elif results:
-            terminal.emit(density_table(results))
         if figure is not None and results:
             _draw(results, eigen, figure)
     return 0

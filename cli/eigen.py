@@ -93,41 +93,34 @@ def run(args: argparse.Namespace) -> int:
     outputs = options.outputs(args, arrays=args.vectors)
     options.load_all(args)
     results: list[EigenResult] = []
-    try:
-        for path, out in zip(args.checkpoints, outputs, strict=True):
-            with terminal.progress_bar(Path(path).name) as progress:
-                result = sharpscope.top_eigenvalues(
-                    options.load(args, path),
-                    args.k,
-                    args.tol,
-                    args.method,
-                    torch.Generator().manual_seed(args.seed),
-                    progress,
-                    which=args.which,
-                    operator=args.operator,
-                    certify=args.certify,
-                    population=args.population or args.examples is not None,
-                    dtype=getattr(torch, args.dtype) if args.dtype else None,
-                    device=options.device(args.device),
-                    basis_device=args.basis_device,
-                    micro_batch=args.micro_batch,
-                    max_basis=args.max_basis,
-                    max_passes=args.max_passes,
-                    vectors=args.vectors,
-                    journal=None if out is None else options.state(out),
-                )
-            results.append(result)
-            if out is not None:
-                result.save(out, vectors=args.vectors)
-        # Not before all are safe: given again, the command must find those that are done.
-        for out in outputs:
-            if out is not None:
-                discard(options.state(out))
-    finally:
-        if args.json:
-            terminal.emit_json([result.to_dict() for result in results], len(args.checkpoints))
-        elif results:
-            terminal.emit(table(results))
+
+    def measure(path: str, out: Path | None, progress: Any) -> EigenResult:
+        return sharpscope.top_eigenvalues(
+            options.load(args, path),
+            args.k,
+            args.tol,
+            args.method,
+            torch.Generator().manual_seed(args.seed),
+            progress,
+            which=args.which,
+            operator=args.operator,
+            certify=args.certify,
+            population=args.population or args.examples is not None,
+            dtype=getattr(torch, args.dtype) if args.dtype else None,
+            device=options.device(args.device),
+            basis_device=args.basis_device,
+            micro_batch=args.micro_batch,
+            max_basis=args.max_basis,
+            max_passes=args.max_passes,
+            vectors=args.vectors,
+            journal=None if out is None else options.state(out),
+        )
+
+    terminal.measure_each(args, outputs, results, measure, table, vectors=args.vectors)
+    # Not before all are safe: given again, the command must find those that are done.
+    for out in outputs:
+        if out is not None:
+            discard(options.state(out))
     return 0 if all(result.converged.all() and result.certified for result in results) else 3
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -32,6 +34,32 @@ def emit_json(records: list[dict[str, Any]], wanted: int) -> None:
     """Print the record of the one checkpoint that was asked for, or an array of those of several that are finished."""
     if records or wanted > 1:
         emit(json.dumps(records[0] if wanted == 1 else records, indent=2, allow_nan=False))
+
+
+def measure_each(
+    args: argparse.Namespace,
+    outputs: Sequence[Path | None],
+    results: list[Any],
+    measure: Callable[[str, Path | None, Any], Any],
+    table: Callable[[list[Any]], str],
+    **saved: Any,
+) -> None:
+    """Append to ``results`` ``measure(checkpoint, output, progress)`` of one checkpoint after another.
+
+    Each is saved as soon as it is there; what is finished is shown whatever happens to the next. ``saved``: how.
+    """
+    try:
+        for path, out in zip(args.checkpoints, outputs, strict=True):
+            with progress_bar(Path(path).name) as progress:
+                result = measure(path, out, progress)
+            results.append(result)
+            if out is not None:
+                result.save(out, **saved)
+    finally:
+        if args.json:
+            emit_json([result.to_dict() for result in results], len(args.checkpoints))
+        elif results:
+            emit(table(results))
 
 
 @contextmanager

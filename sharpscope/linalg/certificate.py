@@ -17,7 +17,15 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg.ritz import Matmat, SolverProgress, descending, require_symmetric, rounding
-from sharpscope.linalg.vectors import BREAKDOWN, combine, inner, norms, orthonormalise, project_out, random_rows
+from sharpscope.linalg.vectors import (
+    BREAKDOWN,
+    combine,
+    norms,
+    orthonormalise,
+    project_out,
+    random_rows,
+    require_orthonormal,
+)
 
 # Steps after which it gives up, unless told otherwise.
 STEPS = 50
@@ -274,9 +282,7 @@ def _require(found: Tensor, above: float, probability: float, max_steps: int | N
     if found.dim() != 2 or len(found) > found.shape[1] or found.dtype not in (torch.float32, torch.float64):
         came = f"{tuple(found.shape)} in {found.dtype}"
         raise ArgumentError(f"found must be rows (k, n) in float32 or float64 with k <= n, got {came}.")
-    apart = (inner(found, found) - torch.eye(len(found), dtype=torch.float64)).abs()
-    if not bool((apart <= torch.finfo(found.dtype).eps ** 0.5).all()):
-        raise ArgumentError(f"The rows of found must be orthonormal, but they are off by {float(apart.max()):.2g}.")
+    require_orthonormal(found, "The rows of found")
     if not math.isfinite(above):
         raise ArgumentError(f"The threshold must be finite, got {above}.")
     if not 0 < probability < 1:

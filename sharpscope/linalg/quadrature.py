@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg.operator import on_rows, outside, require_dtype
-from sharpscope.linalg.ritz import Matmat
-from sharpscope.linalg.vectors import BREAKDOWN, inner, norms, project_out, random_rows
+from sharpscope.linalg.ritz import Matmat, require_little_apart
+from sharpscope.linalg.vectors import BREAKDOWN, norms, project_out, random_rows, require_orthonormal
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,7 @@ def taken_out(known: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor
         came = f"{tuple(values.shape)} and {tuple(known[1].shape)}"
         raise ArgumentError(f"Known pairs must be of shapes (d,) and ({n}, d) with d < {n}, got {came}.")
     vectors = known[1].detach().T.to(like).contiguous()
-    apart = (inner(vectors, vectors) - torch.eye(len(values), dtype=torch.float64)).abs()
-    if not bool((apart <= torch.finfo(like.dtype).eps ** 0.5).all()):
-        raise ArgumentError(f"Known eigenvectors must be orthonormal, but V'V is off by {float(apart.max()):.2g}.")
+    require_orthonormal(vectors, "Known eigenvectors")
     return values, vectors
 
 
@@ -164,8 +162,4 @@ def _require_three_terms(coefficients: Tensor, beta: float, scale: float, dtype:
     before = coefficients[:-1].clone()
     if len(before):
         before[-1] -= beta
-        apart = float(before.abs().max())
-        if apart > 10 * torch.finfo(dtype).eps ** 0.5 * scale:
-            raise ArgumentError(
-                f"H must be symmetric, but v'Hu and u'Hv differ by {apart:.2g} at a norm of {scale:.2g}."
-            )
+        require_little_apart(float(before.abs().max()), scale, dtype)

@@ -87,6 +87,10 @@ def descending(projected: Tensor) -> tuple[Tensor, Tensor]:
 
 def require_symmetric(projected: Tensor, scale: float, dtype: torch.dtype) -> None:
     """Raise ArgumentError when ``v_i' H v_j`` is not symmetric beyond what rounding explains."""
-    apart = float((projected - projected.T).abs().max())
+    require_little_apart(float((projected - projected.T).abs().max()), scale, dtype)
+
+
+def require_little_apart(apart: float, scale: float, dtype: torch.dtype) -> None:
+    """Raise ArgumentError when v'Hu and u'Hv are ``apart`` by more than rounding explains at a norm of ``scale``."""
     if apart > 10 * torch.finfo(dtype).eps ** 0.5 * scale:
         raise ArgumentError(f"H must be symmetric, but v'Hu and u'Hv differ by {apart:.2g} at a norm of {scale:.2g}.")

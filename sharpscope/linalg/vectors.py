@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sharpscope.errors import ArgumentError
 from sharpscope.precision import wide
 
 # Elements of each vector converted to float64 at a time: bounds the extra memory, 512 kB a vector.
@@ -81,6 +82,13 @@ def orthonormalise(block: Tensor, basis: Tensor, floor: float, generator: torch.
     for i in range(filled, room):
         new[i] = _polished(random_rows(1, block, generator), basis, new[:i])
     return new, factors
+
+
+def require_orthonormal(rows: Tensor, what: str) -> None:
+    """Raise ArgumentError unless ``rows`` are orthonormal to half the digits of their dtype."""
+    apart = (inner(rows, rows) - torch.eye(len(rows), dtype=torch.float64)).abs()
+    if not bool((apart <= torch.finfo(rows.dtype).eps ** 0.5).all()):
+        raise ArgumentError(f"{what} must be orthonormal, but V'V is off by {float(apart.max()):.2g}.")
 
 
 def random_rows(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
