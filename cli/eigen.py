@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
         return blocks.run(args)
     if args.probes is not None:
         raise sharpscope.ArgumentError("--probes goes with --per-layer. Leave it out, or pass --per-layer.")
-    from sharpscope.journal import discard
     from sharpscope.results import EigenResult, table
+    from sharpscope.resume import discard
 
     if args.vectors and args.out is None:
         raise sharpscope.ArgumentError("--vectors must come with --out, which says where to. Pass --out PATH.")

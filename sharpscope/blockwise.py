@@ -9,11 +9,11 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from sharpscope.batches import MicroBatch
-from sharpscope.derivatives import HESSIAN, Curvature, Graph, derivative_errors, nothing
 from sharpscope.errors import ArgumentError, nearest
+from sharpscope.objective.batches import MicroBatch
+from sharpscope.objective.derivatives import HESSIAN, Curvature, Graph, derivative_errors, nothing
+from sharpscope.objective.terms import LossTerms
 from sharpscope.params import views
-from sharpscope.terms import LossTerms
 
 BY = ("module", "parameter")
 

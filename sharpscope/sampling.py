@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError
 from sharpscope.objective import Objective, Progress
-from sharpscope.partwise import Partwise
+from sharpscope.objective.partwise import Partwise
 from sharpscope.results.estimate import student
 
 Array = NDArray[np.float64]

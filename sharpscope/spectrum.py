@@ -14,6 +14,7 @@ from torch import Tensor
 from sharpscope.audit import audit
 from sharpscope.certify import Certified, certified
 from sharpscope.errors import ArgumentError, ConvergenceWarning
+from sharpscope.guide.subset import FEWEST, KEPT, Subset, sample, usual_size, worthwhile
 from sharpscope.linalg import Eigenpairs, guidable, require_arguments, top_eigenpairs
 from sharpscope.linalg.certificate import kuczynski_wozniakowski
 from sharpscope.objective import Objective, Progress
@@ -25,7 +26,6 @@ from sharpscope.results import Cost, EigenResult
 from sharpscope.results.eigen import CERTAIN
 from sharpscope.resume import open_journal, resumable
 from sharpscope.sampling import sampling_error
-from sharpscope.subset import FEWEST, KEPT, Subset, sample, usual_size, worthwhile
 
 
 def top_eigenvalues(
@@ -78,7 +78,7 @@ def top_eigenvalues(
         max_passes: products with all the data after which the solver gives up.
         vectors: keep the eigenvectors in the result.
         journal: a folder for the state of a long run: the same call after a kill goes on with the passes in it. It is
-            the caller's to remove (``sharpscope.journal.discard``) once the result is safe; ``seconds`` are the last
+            the caller's to remove (``sharpscope.resume.discard``) once the result is safe; ``seconds`` are the last
             run's.
 
     Cost: "guided", at k = 5 and tol 1e-3 typically 2 passes of 11 to 13 gradients, half a gradient for a forward pass

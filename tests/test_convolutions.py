@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dense import dense_hessian
 from sharpscope import Objective, Problem
-from sharpscope.convolutions import fast_convolutions
+from sharpscope.objective.convolutions import fast_convolutions
 
 FORMS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "1d": (F.conv1d, (2, 3, 7), (4, 3, 3), {"stride": 2, "padding": 1}),

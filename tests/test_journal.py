@@ -19,16 +19,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sharpscope import ArgumentError, DataError, OutputError
-from sharpscope.fingerprint import fingerprint
-from sharpscope.journal import Journal
 from sharpscope.linalg import top_eigenpairs
+from sharpscope.resume.fingerprint import fingerprint
+from sharpscope.resume.journal import Journal
 
 # Runs Lanczos through a journal in a child that is killed three times, then once to its end; all in one process, since
 # importing torch takes longer than all of it.
 DRIVER = """
 import hashlib, json, os, signal, sys, time
 import torch
-from sharpscope.journal import Journal
+from sharpscope.resume.journal import Journal
 from sharpscope.linalg import top_eigenpairs
 
 torch.set_num_threads(1)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dense import dense_hessian
 from sharpscope import ArgumentError, AuditError, DataError, Objective, Problem, ProblemError, top_eigenvalues
-from sharpscope.kernels import differentiable_kernels
+from sharpscope.objective.kernels import differentiable_kernels
 from sharpscope.zoo import load_data, make_model
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

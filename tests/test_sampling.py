@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from sharpscope import ArgumentError, Objective, Problem, top_eigenvalues
-from sharpscope.partwise import Partwise
+from sharpscope.objective.partwise import Partwise
 from sharpscope.sampling import FEWEST, Sampling, _bias, sampling_error, sampling_of
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dense import dense_hessian
 from sharpscope import DataError, Objective, Problem
-from sharpscope import subset as module
-from sharpscope.batches import MicroBatch
-from sharpscope.subset import Subset, sample, worthwhile
+from sharpscope.guide import subset as module
+from sharpscope.guide.subset import Subset, sample, worthwhile
+from sharpscope.objective.batches import MicroBatch
 
 N = 60
 

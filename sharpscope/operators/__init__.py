@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sharpscope.derivatives import HESSIAN, Curvature
 from sharpscope.errors import ArgumentError, nearest
+from sharpscope.objective.derivatives import HESSIAN, Curvature
 from sharpscope.operators.difference import FINITE_DIFFERENCE
 from sharpscope.operators.fisher import EMPIRICAL_FISHER, fisher
 from sharpscope.operators.gauss_newton import GAUSS_NEWTON

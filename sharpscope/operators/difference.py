@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sharpscope.batches import MicroBatch
-from sharpscope.derivatives import Curvature, Graph, derivative_errors, nothing
+from sharpscope.objective.batches import MicroBatch
+from sharpscope.objective.derivatives import Curvature, Graph, derivative_errors, nothing
+from sharpscope.objective.terms import LossTerms
 from sharpscope.params import views
 from sharpscope.precision import wide
-from sharpscope.terms import LossTerms
 
 # Balances rounding against the third derivative, which is large along the top eigenvectors: eps^(1/3) alone, for
 # weights all of whose directions are alike, errs there by more than 10 %.

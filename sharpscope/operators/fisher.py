@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sharpscope.batches import MicroBatch
-from sharpscope.derivatives import Curvature, Graph
-from sharpscope.draws import uniform
 from sharpscope.errors import ProblemError
+from sharpscope.objective.batches import MicroBatch
+from sharpscope.objective.derivatives import Curvature, Graph
+from sharpscope.objective.terms import LossTerms
+from sharpscope.operators.draws import uniform
 from sharpscope.operators.jacobian import COST, Push, Split, sandwich, tangent
-from sharpscope.terms import LossTerms
 
 NAME, EMPIRICAL = "fisher", "empirical-fisher"
 

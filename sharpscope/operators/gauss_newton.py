@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sharpscope.batches import MicroBatch
-from sharpscope.derivatives import Curvature, Graph
 from sharpscope.errors import ProblemError
+from sharpscope.objective.batches import MicroBatch
+from sharpscope.objective.derivatives import Curvature, Graph
+from sharpscope.objective.terms import LossTerms
 from sharpscope.operators.jacobian import COST, Push, Split, sandwich, tangent
-from sharpscope.terms import LossTerms
 
 NAME = "ggn"
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpscope.batches import MicroBatch
-from sharpscope.derivatives import Graph, derivative_errors, nothing
 from sharpscope.errors import ProblemError
-from sharpscope.losses import find_logits, output_tensor
+from sharpscope.objective.batches import MicroBatch
+from sharpscope.objective.derivatives import Graph, derivative_errors, nothing
+from sharpscope.objective.losses import find_logits, output_tensor
+from sharpscope.objective.terms import LossTerms
 from sharpscope.params import views
-from sharpscope.terms import LossTerms
 
 # Gradients a product on the kept graph, counted in matrix products: of a gradient's three (forward, and backward into
 # inputs and weights) J takes two and J' takes two.

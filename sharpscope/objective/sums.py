@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharpscope.batches import MicroBatch
-from sharpscope.derivatives import Graph
-from sharpscope.memory import Room
+from sharpscope.objective.batches import MicroBatch
+from sharpscope.objective.derivatives import Graph
+from sharpscope.objective.memory import Room
+from sharpscope.objective.partwise import Partwise, PartwiseRecord
 from sharpscope.params import views
-from sharpscope.partwise import Partwise, PartwiseRecord
 from sharpscope.precision import wide
 
 

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpscope import sizes
-from sharpscope.agreement import require_additive, require_repeatable, require_same
-from sharpscope.batches import MicroBatch, leaves, map_tensors, micro_batches
+from sharpscope.audit.agreement import require_additive, require_repeatable, require_same
+from sharpscope.audit.twin import audit_in_float64, reads
 from sharpscope.errors import AuditError, ProblemError
-from sharpscope.objective import Objective
-from sharpscope.sums import Sums
-from sharpscope.twin import audit_in_float64, reads
+from sharpscope.objective import Objective, sizes
+from sharpscope.objective.batches import MicroBatch, leaves, map_tensors, micro_batches
+from sharpscope.objective.sums import Sums
 
 EXAMPLES = 256
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError, OutputError
 from sharpscope.files import atomic
-from sharpscope.fingerprint import DIGEST_BYTES, fingerprint, raw_bytes
+from sharpscope.resume.fingerprint import DIGEST_BYTES, fingerprint, raw_bytes
 
 Entry = dict[str, Any]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import AuditError, DataError
+from sharpscope.objective.sums import Sums
+from sharpscope.objective.terms import LossTerms
 from sharpscope.precision import wide
-from sharpscope.sums import Sums
-from sharpscope.terms import LossTerms
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sharpscope.batches import MicroBatch
 from sharpscope.errors import AuditError, ProblemError
 from sharpscope.objective import Objective
-from sharpscope.sums import Sums
+from sharpscope.objective.batches import MicroBatch
+from sharpscope.objective.sums import Sums
 
 
 def require_repeatable(objective: Objective, one: Sums, two: Sums, tolerance: float) -> None:

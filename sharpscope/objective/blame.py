@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from sharpscope.batches import MicroBatch, leaves
 from sharpscope.errors import DataError
-from sharpscope.sums import Sums
+from sharpscope.objective.batches import MicroBatch, leaves
+from sharpscope.objective.sums import Sums
 
 
 def blame(parts: Iterable[MicroBatch], work: Callable[[MicroBatch], Sums], curvature: str) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sharpscope.errors import DataError, ProblemError
-from sharpscope.likelihoods import Likelihood, bernoulli, categorical, gaussian
+from sharpscope.objective.likelihoods import Likelihood, bernoulli, categorical, gaussian
 
 Where = Callable[[int], str]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sharpscope import params
-from sharpscope.batches import MicroBatch, arguments, leaves, map_tensors
 from sharpscope.errors import ProblemError
-from sharpscope.losses import term_loss
-from sharpscope.memory import out_of_memory
+from sharpscope.objective.batches import MicroBatch, arguments, leaves, map_tensors
+from sharpscope.objective.losses import term_loss
+from sharpscope.objective.memory import out_of_memory
 from sharpscope.precision import compute_dtype, converted, placed, usable
 from sharpscope.problem import Problem
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sharpscope.batches import walkable
 from sharpscope.errors import ArgumentError
+from sharpscope.objective.batches import walkable
 from sharpscope.preserve import preserved
 
 # blake2b takes about 1 GB a second on one core, several times what SHA-256 does without instructions of its own.

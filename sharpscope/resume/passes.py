@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharpscope.fingerprint import fingerprint
-from sharpscope.journal import Entry, Journal
 from sharpscope.objective import Objective, Progress
-from sharpscope.point import Point
-from sharpscope.sums import Sums
+from sharpscope.objective.point import Point
+from sharpscope.objective.sums import Sums
+from sharpscope.resume.fingerprint import fingerprint
+from sharpscope.resume.journal import Entry, Journal
 from sharpscope.version import __version__
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sharpscope.convolutions import fast_convolutions
+from sharpscope.objective.convolutions import fast_convolutions
 
 
 @contextmanager

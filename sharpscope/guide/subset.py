@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sharpscope.batches import MicroBatch, map_tensors, micro_batches
-from sharpscope.derivatives import Graph
-from sharpscope.importance import look
-from sharpscope.memory import Room
+from sharpscope.guide.importance import look
 from sharpscope.objective import Objective, Progress
+from sharpscope.objective.batches import MicroBatch, map_tensors, micro_batches
+from sharpscope.objective.derivatives import Graph
+from sharpscope.objective.memory import Room
 
 # A forward pass in gradients: 0.50 to 0.52 as measured on a small CNN, whose first layer needs no input's gradient.
 FORWARD = 0.5

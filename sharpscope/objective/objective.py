@@ -9,20 +9,20 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from sharpscope import footprint, sizes
-from sharpscope.batches import MicroBatch, micro_batches, num_examples_hint, walkable
-from sharpscope.blame import blame
-from sharpscope.derivatives import GRADIENT, HESSIAN, Curvature, Graph
 from sharpscope.errors import ArgumentError, DataError
-from sharpscope.kernels import differentiable_kernels
-from sharpscope.memory import Room
-from sharpscope.meter import Meter
-from sharpscope.partwise import Partwise
-from sharpscope.point import Point, point_of, require_same_point
+from sharpscope.objective import footprint, sizes
+from sharpscope.objective.batches import MicroBatch, micro_batches, num_examples_hint, walkable
+from sharpscope.objective.blame import blame
+from sharpscope.objective.derivatives import GRADIENT, HESSIAN, Curvature, Graph
+from sharpscope.objective.kernels import differentiable_kernels
+from sharpscope.objective.memory import Room
+from sharpscope.objective.meter import Meter
+from sharpscope.objective.partwise import Partwise
+from sharpscope.objective.point import Point, point_of, require_same_point
+from sharpscope.objective.sums import Sums, accumulate
+from sharpscope.objective.terms import LossTerms
 from sharpscope.preserve import preserved
 from sharpscope.problem import Problem
-from sharpscope.sums import Sums, accumulate
-from sharpscope.terms import LossTerms
 
 Progress = Callable[[str, int, int | None], None]
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from sharpscope import params
-from sharpscope.agreement import require_additive, require_repeatable
-from sharpscope.batches import MicroBatch
+from sharpscope.audit.agreement import require_additive, require_repeatable
 from sharpscope.errors import ProblemError
 from sharpscope.objective import Objective
+from sharpscope.objective.batches import MicroBatch
+from sharpscope.objective.sums import Sums
 from sharpscope.precision import placed
-from sharpscope.sums import Sums
 
 # How many examples the copy sees, and the largest it may be (0.8 GB).
 EXAMPLES = 32

@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sharpscope.batches import MicroBatch
 from sharpscope.errors import ProblemError
+from sharpscope.objective.batches import MicroBatch
+from sharpscope.objective.terms import LossTerms
 from sharpscope.params import views
-from sharpscope.terms import LossTerms
 
 # The unit of cost is a gradient (forward and backward), which is also the price of building a kept graph.
 GRADIENT = 1.0

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharpscope.batches import MicroBatch
-from sharpscope.losses import output_tensor
-from sharpscope.terms import LossTerms
+from sharpscope.objective.batches import MicroBatch
+from sharpscope.objective.losses import output_tensor
+from sharpscope.objective.terms import LossTerms
 
 
 @dataclass(frozen=True)

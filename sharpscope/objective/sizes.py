@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
-from sharpscope.batches import MicroBatch
+from sharpscope.objective.batches import MicroBatch
 
 # Sizes tried, on as many examples as the last of them, and the choice where the data set is too small for the
 # measurement to pay.

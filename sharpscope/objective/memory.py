@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import torch
 
-from sharpscope.batches import MicroBatch
 from sharpscope.errors import ProblemError
+from sharpscope.objective.batches import MicroBatch
 
 T = TypeVar("T")
 
