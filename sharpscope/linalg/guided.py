@@ -93,7 +93,8 @@ def guided(
        the residual of pair k + 1. Back to Rayleigh-Ritz.
 
     Residuals come from true products. Bounds take as ``lambda_{k+1}`` the larger of the model's, plus what G was seen
-    to be off on eigenvectors, and the (k+1)-th Ritz value plus its residual. Where the guide is of no help
+    to be off on eigenvectors times the part of the model's vector that G had a say in, and the (k+1)-th Ritz value plus
+    its residual. Where the guide is of no help
     the corrections are the residuals, and the iteration is a block Lanczos one with thick restart.
 
     Cost: k + RANDOM products with H in the first pass, at most as many in the second and k + 1 in each later one, two
@@ -113,7 +114,7 @@ def guided(
     for coarse in guides[:-1]:
         rows = _model(coarse, None, rows, width, None, limit, generator).vectors
     start = _model(guide, None, rows, width, None, limit, generator)
-    next_guided, spare = _next(start, k), start.vectors[k:]
+    (next_guided, beyond), spare = _next(start, k, like), start.vectors[k:]
     first, guided_images = start.vectors[:k], start.images[:k]
     if initial is not None:
         first = _orthonormal(initial, like, generator)
@@ -122,6 +123,7 @@ def guided(
     block, space, carried = torch.cat([first, origin]), None, len(origin)
     products, matvecs, scale, worst, helpful, restarted, said = 0, 0, 0.0, float("inf"), True, False, None
     off = torch.zeros(len(first), dtype=torch.float64)
+    sought = torch.ones(k, dtype=torch.bool)  # whose residuals must fall
     # Products since the random vectors were drawn, and what has come of them.
     age, drawn = 0, like
     while True:
@@ -140,7 +142,7 @@ def guided(
         if helpful and not whole:
             # What a sample is off along an eigenvector goes like the root of its eigenvalue, as a variance does.
             share = (abs(next_guided) / values[: len(off)].abs()).clamp_max(1.0).sqrt()
-            next_above = next_guided + float((off * share).max())
+            next_above = next_guided + beyond * float((off * share).max())
         if len(values) > k and not whole:
             next_above = max(next_above, float(values[k] + outer[k]))
         gram = inner(residuals, residuals)
@@ -168,13 +170,15 @@ def guided(
         if len(values) + width + RANDOM > limit:
             # What is let go took part of the random vector with it.
             space, restarted = space.leading(limit // 2), True
-        before, helpful = helpful, helpful and float(outer[:k].max()) < HELP * worst
-        worst = float(outer[:k].max())
+        before, helpful = helpful, helpful and float(outer[:k][sought].max()) < HELP * worst
+        # Those that are met are not corrected, and their residuals say nothing.
+        sought = met if bool(met.all()) else ~met
+        worst = float(outer[:k][sought].max())
         if helpful:
             needed = torch.cat([INNER * outer[:k], NEXT * values[k - 1 : k].abs()])[:width]
             rows = torch.cat([residuals[:k] / scale, spare])
             model = _model(guide, space, rows, width, needed, limit, generator)
-            next_guided, spare = _next(model, k), like
+            (next_guided, beyond), spare = _next(model, k, space.vectors), like
             block = model.vectors[:k][(~met).to(like.device)]
         else:
             block = residuals[:k] / scale
@@ -246,6 +250,8 @@ def _orthonormal(rows: Tensor, basis: Tensor, generator: torch.Generator) -> Ten
     return orthonormalise(rest, basis, BREAKDOWN * torch.finfo(rows.dtype).eps, generator)[0]
 
 
-def _next(pairs: _Space, k: int) -> float:
-    """The (k+1)-th value, -inf where there is none."""
-    return float(pairs.values[k]) if len(pairs.values) > k else float("-inf")
+def _next(pairs: _Space, k: int, basis: Tensor) -> tuple[float, float]:
+    """The (k+1)-th value, -inf where there is none, and how much of its vector is outside of the ``basis``."""
+    if len(pairs.values) <= k:
+        return float("-inf"), 0.0
+    return float(pairs.values[k]), float(norms(project_out(pairs.vectors[k : k + 1], basis)[0]))
