@@ -12,7 +12,8 @@ DESCRIPTION = """\
 lambda_1 >= ... >= lambda_k, the largest eigenvalues of the Hessian of the mean loss over the data at the checkpoint's
 weights, with multiplicity, and lambda_max/lambda_k. Each comes with an interval (value ± half-width); "?" marks what
 has not converged to --tol. "gradients" counts everything done in units of one gradient over the whole data set.
-With --out, a run that is killed goes on where it was when the same command is given again (not --per-layer).
+With --out, a run that is killed goes on where it was when the same command is given again, and one that has not
+converged when it is given again with more --max-passes; till then its passes stay in OUT.partial (not --per-layer).
 """
 
 
@@ -117,11 +118,12 @@ def run(args: argparse.Namespace) -> int:
         )
 
     terminal.measure_each(args, outputs, results, measure, table, vectors=args.vectors)
-    # Not before all are safe: given again, the command must find those that are done.
+    done = all(result.converged.all() and result.certified for result in results)
+    # Not before all are safe, and sure: given again, the command must find those that are done, and may go on.
     for out in outputs:
-        if out is not None:
+        if done and out is not None:
             discard(options.state(out))
-    return 0 if all(result.converged.all() and result.certified for result in results) else 3
+    return 0 if done else 3
 
 
 def _refuse(args: argparse.Namespace) -> None:

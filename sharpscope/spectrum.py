@@ -78,8 +78,8 @@ def top_eigenvalues(
         max_passes: products with all the data after which the solver gives up.
         vectors: keep the eigenvectors in the result.
         journal: a folder for the state of a long run: the same call after a kill goes on with the passes in it. It is
-            the caller's to remove (``sharpscope.resume.discard``) once the result is safe; ``seconds`` are the last
-            run's.
+            the caller's to remove (``sharpscope.resume.discard``) once the result is safe. More ``max_passes`` than
+            before go on with them too.
 
     Cost: "guided", at k = 5 and tol 1e-3 typically 2 passes of 11 to 13 gradients, half a gradient for a forward pass
     and 3 to 4 for the subset; "lanczos", 1 + 2 (k + 1) gradients a pass, 5 to 12 passes.
@@ -96,7 +96,7 @@ def top_eigenvalues(
     require_arguments(n, k, tol, method, max_passes, which)
     if certify is not None and (which != "largest" or not 0 < certify < 1):
         raise ArgumentError(f"certify must be between 0 and 1, with which='largest', got {certify} and {which!r}.")
-    state = open_journal(journal, objective, **settings, max_passes=max_passes, seed=source.get_state())
+    state = open_journal(journal, objective, **settings, seed=source.get_state())
     worst = [float("inf")]
 
     def stage(label: str, done: int, total: int | None) -> None:

@@ -126,3 +126,41 @@ def test_of_several_checkpoints_the_finished_ones_are_kept(tmp_path: Path, monke
     assert (tmp_path / "results" / "a.json").exists()
     assert main(command) == 0
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["a.json", "b.json"]
+
+
+def test_more_passes_go_on_with_a_result_that_has_not_converged(
+    tmp_path: Path,
+) -> None:
+    """Its passes are kept, no --overwrite is needed, and it ends with the values of a run that was never short."""
+    from sharpscope.cli import main
+
+    checkpoint, whole, short = tmp_path / "a.pt", tmp_path / "whole.json", tmp_path / "short.json"
+    train(Recipe(model="mlp", model_args={"hidden": (8,)}, epochs=2), checkpoint)
+    command = ["eigen", str(checkpoint), "--tol", "1e-4", "--out"]
+    assert main([*command, str(whole)]) == 0
+    assert main([*command, str(short), "--max-passes", "3"]) == 3
+    kept = entries(tmp_path / "short.json.partial")
+    assert kept >= 3
+    assert not json.loads(short.read_text())["converged"][-1]
+    assert main([*command, str(short), "--max-passes", "50"]) == 0
+    first, second = (json.loads(path.read_text()) for path in (whole, short))
+    for name in ("eigenvalues", "residuals", "lower", "upper", "loss"):
+        assert first[name] == second[name], name
+    assert first["cost"]["gradients"] == second["cost"]["gradients"]
+    assert not (tmp_path / "short.json.partial").exists()
+
+
+def test_seconds_are_those_of_the_passes_wherever_they_were_run(tmp_path: Path) -> None:
+    """Taken from disk a pass still counts the time that it took."""
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(300, 4), torch.randint(3, (300,))
+
+    class Slow:
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            time.sleep(0.05)
+            return iter([(inputs, labels)])
+
+    problem = Problem(model=nn.Linear(4, 3), loss=nn.CrossEntropyLoss(), data=Slow())
+    first, again = (top_eigenvalues(problem, k=2, journal=tmp_path / "state").cost for _ in range(2))
+    assert first.seconds > 0.05 * first.passes
+    assert again.seconds > 0.05 * first.passes

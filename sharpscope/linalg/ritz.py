@@ -93,4 +93,8 @@ def require_symmetric(projected: Tensor, scale: float, dtype: torch.dtype) -> No
 def require_little_apart(apart: float, scale: float, dtype: torch.dtype) -> None:
     """Raise ArgumentError when v'Hu and u'Hv are ``apart`` by more than rounding explains at a norm of ``scale``."""
     if apart > 10 * torch.finfo(dtype).eps ** 0.5 * scale:
-        raise ArgumentError(f"H must be symmetric, but v'Hu and u'Hv differ by {apart:.2g} at a norm of {scale:.2g}.")
+        raise ArgumentError(
+            f"H must be symmetric, but v'Hu and u'Hv differ by {apart:.2g} at a norm of {scale:.2g}. "
+            "Check what makes products change from call to call; where H is much smaller than what it is summed from, "
+            "lift the computation to float64."
+        )

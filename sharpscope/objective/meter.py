@@ -15,19 +15,29 @@ class Meter:
     Attributes:
         passes: full walks over the data, and ``hvps``: products with a vector over all of them.
         example_gradients: everything done, in units of one gradient (forward and backward) of one example.
-        seconds: wall-clock time inside ``timing()``.
     """
 
     passes: int = 0
     hvps: int = 0
     example_gradients: float = 0.0
-    seconds: float = 0.0
+    _before: float = 0.0
+    _started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time inside ``timing()`` so far."""
+        return self._before + (0.0 if self._started is None else time.perf_counter() - self._started)
 
     @contextmanager
     def timing(self) -> Iterator[None]:
         """Add the block's wall-clock time, however it ends."""
-        started = time.perf_counter()
+        self._started = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds += time.perf_counter() - started
+            self._before, self._started = self.seconds, None
+
+    def recall(self, *, passes: int, hvps: int, example_gradients: float, seconds: float) -> None:
+        """Be what the bill was, within ``timing()``, when it was noted down in a run that was killed."""
+        self.passes, self.hvps, self.example_gradients = passes, hvps, example_gradients
+        self._before, self._started = seconds, time.perf_counter()

@@ -60,7 +60,7 @@ def density_curve(
     at = np.insert(curve.grid, gaps, np.nan)
     shown, lower, upper = (np.insert(y, gaps, np.nan) for y in (curve.density, curve.lower, curve.upper))
     axes.fill_between(at, np.maximum(lower, floor), np.maximum(upper, floor), color=colour, alpha=0.25, linewidth=0)
-    axes.plot(at, shown, color=colour, label=label)
+    axes.plot(at, shown, color=colour, label=f"{label + ', ' if label else ''}width {curve.width:.2g}")
     axes.axhline(single, color=colour, linestyle=":", linewidth=1, label=None if axes.lines[1:] else "one eigenvalue")
     marks, below, above = _marks(result, eigenvalues)
     if len(marks):
@@ -73,7 +73,7 @@ def density_curve(
     before = axes.get_yscale() == "log"
     axes.set_yscale("log")
     axes.set_ylim(min(low, floor) if before else floor, max(high, top) if before else top)
-    axes.set(xlabel=r"eigenvalue $\lambda$", ylabel=rf"density, width {curve.width:.2g}")
+    axes.set(xlabel=r"eigenvalue $\lambda$", ylabel="density")
     axes.legend(fontsize="small")
     return axes
 

@@ -19,6 +19,9 @@ from sharpscope.resume.fingerprint import fingerprint
 from sharpscope.resume.journal import Entry, Journal
 from sharpscope.version import __version__
 
+# What of the bill is kept with a pass.
+BILL = ("passes", "hvps", "example_gradients", "seconds")
+
 
 def open_journal(path: str | os.PathLike[str] | None, objective: Objective, **settings: Any) -> Journal:
     """The journal at ``path`` of just this measurement: weights, buffers, model, loss, data, ``settings``, versions.
@@ -62,18 +65,16 @@ def resumable(
         return {
             **point,
             "micro_batch": objective.micro_batch,
-            "passes": objective.meter.passes,
-            "hvps": objective.meter.hvps,
-            "example_gradients": objective.meter.example_gradients,
+            "bill": {name: getattr(objective.meter, name) for name in BILL},
         }
 
     def recall(entry: Entry) -> None:
         objective.point = Point(**{f.name: entry[f.name] for f in dataclasses.fields(Point)})
         objective.num_examples, objective.terms.checked = objective.point.examples, True
         objective.micro_batch = entry["micro_batch"]
-        meter = objective.meter
-        meter.passes, meter.hvps = entry["passes"], entry["hvps"]
-        meter.example_gradients = entry["example_gradients"]
+        objective.meter.recall(**entry["bill"])
+        if progress is not None:
+            progress(f"pass {objective.passes} is on disk", 0, objective.num_examples)
 
     return journal.matmat(lambda block: objective.hvp(block, progress), "pass", note=note, recall=recall)
 
