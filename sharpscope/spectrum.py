@@ -23,7 +23,7 @@ from sharpscope.precision import usable
 from sharpscope.problem import Problem
 from sharpscope.provenance import provenance, seeded
 from sharpscope.results import Cost, EigenResult
-from sharpscope.results.eigen import CERTAIN
+from sharpscope.results.eigen_table import CERTAIN
 from sharpscope.resume import open_journal, resumable
 from sharpscope.sampling import sampling_error
 

@@ -4,7 +4,8 @@ from sharpscope.results.blocks import BlockResult, block_table
 from sharpscope.results.cost import Cost
 from sharpscope.results.curve import Curve
 from sharpscope.results.density import DensityResult, density_table
-from sharpscope.results.eigen import EigenResult, Ratio, table
+from sharpscope.results.eigen import EigenResult, Ratio
+from sharpscope.results.eigen_table import table
 from sharpscope.results.estimate import Estimate
 from sharpscope.results.trace import TraceResult
 

@@ -1,11 +1,11 @@
-"""The largest eigenvalues: ratios of them, the result that holds them, and the table that shows results."""
+"""The largest eigenvalues: the result that holds them, and the ratio of the first to the last."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,9 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError
 from sharpscope.files import atomic
 from sharpscope.results.cost import Cost
-from sharpscope.results.record import (
-    head,
-    names_of,
-    opened,
-    origin,
-    plain,
-    read,
-    refuse_taken,
-    require_json_name,
-    write,
-)
-from sharpscope.tables import aligned, as_html, with_bound
+from sharpscope.results.eigen_table import CERTAIN, notes_of, rows_of, table
+from sharpscope.results.record import head, opened, plain, read, refuse_taken, require_json_name, write
+from sharpscope.tables import as_html
 
 Array = NDArray[np.float64]
 
@@ -36,9 +27,6 @@ _MEASURED = (
     *("missed_probability", "sampling", "certificate"),
 )
 _DERIVED = ("lambda_max", "ratio")
-
-# Above this probability of a miss there is no certificate.
-CERTAIN = 0.01
 
 # What np.load raises for a file of another making.
 _UNREADABLE = (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile)
@@ -230,106 +218,3 @@ class EigenResult:
 
     def _repr_html_(self) -> str:
         return as_html(rows_of([self]), notes_of([self]))
-
-
-def rows_of(results: Sequence[EigenResult]) -> list[list[str]]:
-    """A heading and one row a result: checkpoint, lambda_1..lambda_k, ratio (for k > 1), loss, gradient norm, cost."""
-    ks = {result.ratio.k for result in results}
-    widest = max(results, key=lambda result: len(result.eigenvalues))
-    k, with_ratio = len(widest.labels), any(r.which in ("largest", "both") and r.ratio.k > 1 for r in results)
-    ratio_head = [f"lambda_max/lambda_{widest.ratio.k if len(ks) == 1 else 'k'}"] if with_ratio else []
-    rows = [["checkpoint", *widest.labels, *ratio_head, "loss", "|grad|", "gradients", "passes", "seconds"]]
-    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
-        intervals = zip(r.eigenvalues, r.lower, r.upper, r.converged, strict=True)
-        values = [with_bound(v, low, up) + ("" if sure else " ?") for v, low, up, sure in intervals]
-        ratio, cost = r.ratio, r.cost
-        shown = "-" if ratio.value is None else with_bound(ratio.value, ratio.lower or 0.0, ratio.upper or np.inf)
-        if ratio.value is not None and not (r.converged[0] and r.converged[ratio.k - 1]):
-            shown += " ?"
-        if len(ks) > 1:
-            shown += f" (k={ratio.k})"
-        measured = [*values, *[""] * (k - len(values)), *([shown] if with_ratio else [])]
-        paid = [f"{cost.gradients:.1f}", str(cost.passes), f"{cost.seconds:.1f}"]
-        rows.append([name, *measured, f"{r.loss:.4g}", f"{r.gradient_norm:.2g}", *paid])
-    return rows
-
-
-def notes_of(results: Sequence[EigenResult]) -> list[str]:
-    """What a reader of the table must know: the data, the mode, what has not converged, ratios that mean nothing."""
-    notes = []
-    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
-        p = r.provenance
-        notes.append(f"{name}: {origin(p)}")
-        if p.get("operator", "hessian") != "hessian":
-            what = "finite differences of the gradient, approximate" if "finite" in p["operator"] else p["operator"]
-            notes.append(f"{name}: eigenvalues not of the Hessian by double backprop, but of: {what}.")
-        notes += [f"{name}: {said}" for said in (_missed(r), _certified(r), _sampled(r)) if said]
-        if r.ratio.value is None and r.ratio.k > 1 and r.which in ("largest", "both"):
-            notes.append(f"{name}: no ratio, since {r.ratio.reason}.")
-        if not r.converged.all():
-            missing = np.flatnonzero(~r.converged)
-            which = "all" if len(missing) == len(r.converged) > 5 else ", ".join(r.labels[i] for i in missing)
-            notes.append(
-                f"{name}: NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?): {which}. {_remedy(r)}"
-            )
-    return notes
-
-
-def _missed(result: EigenResult) -> str:
-    """How sure it is that nothing larger was missed, as far as the run's random vectors say."""
-    if result.missed_probability is None or result.which not in ("largest", "smallest"):
-        return ""
-    first, last = float(result.missed_probability[0]), float(result.missed_probability[-1])
-    side = "above" if result.which == "largest" else "below"
-    if first >= 0.995:
-        unknown = "nothing is known of eigenvalues that were missed"
-        return f"{unknown}; power iteration may skip some." if result.provenance.get("method") == "power" else ""
-    said = f"an eigenvalue {side} {result.labels[0]} was missed with probability at most {_percent(first)}"
-    if len(result.labels) > 1:
-        said += f", {side} {result.labels[-1]} " + ("not excluded" if last >= 0.995 else f"at most {_percent(last)}")
-    return said + ("." if last <= CERTAIN else "; --certify pays for less.")
-
-
-def _certified(result: EigenResult) -> str:
-    """What --certify paid for."""
-    proof = result.certificate
-    if not proof:
-        return ""
-    if proof["probability"] > CERTAIN:
-        return f"NO CERTIFICATE: after {proof['runs']} runs one above {proof['above']:.4g} is not excluded."
-    where = f"above {proof['above']:.4g} (lambda_{result.ratio.k} + {proof['eps']:g} lambda_max)"
-    return f"certificate, {proof['steps']} steps: one {where} was missed with probability at most " + (
-        f"{_percent(proof['probability'])}."
-    )
-
-
-def _sampled(result: EigenResult) -> str:
-    """The intervals over the data."""
-    if not result.sampling:
-        return ""
-    s = result.sampling
-    if s["lower"] is None:
-        return f"no intervals for all the data of which these are a sample: {s['reason']}."
-    pairs = zip(result.labels, s["lower"], s["upper"], strict=True)
-    said = [f"{label} {low:.3g} to {high:.3g}" for label, low, high in pairs]
-    if s.get("ratio"):
-        said.append(f"lambda_max/lambda_{result.ratio.k} {s['ratio']['lower']:.3g} to {s['ratio']['upper']:.3g}")
-    sure = f"{100 * s['confidence']:.3g} %"
-    return f"for all the data of which these are {s['examples']} examples, {sure} intervals: {', '.join(said)}."
-
-
-def _percent(probability: float) -> str:
-    return f"{100 * max(probability, 1e-6):.2g} %"
-
-
-def _remedy(result: EigenResult) -> str:
-    half = float((result.upper - result.lower).max()) / 2
-    rounding = 64 * float(np.finfo(np.float32).eps) * float(np.abs(result.eigenvalues).max())
-    if result.provenance.get("dtype") == "float32" and half <= rounding:
-        return f"float32 rounding leaves ±{half:.0e}: lift the computation to float64 (--dtype float64)."
-    return "Allow more passes (--max-passes), or a larger tolerance (--tol)."
-
-
-def table(results: Sequence[EigenResult]) -> str:
-    """Results row by row as aligned text, with the notes below."""
-    return "\n".join([aligned(rows_of(results)), "", *notes_of(results)])
