@@ -38,6 +38,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="result of `sharpscope eigen` for a CKPT: marked in the figure, and, where measured with --vectors, taken "
         "out so that the rest shows on its own scale; may be given again",
     )
+    options.add_operator(parser)
     options.add_measured(parser)
     options.add_seed(parser, "of the random vectors and of --examples")
     options.add_device(parser)
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
             args.steps,
             torch.Generator().manual_seed(args.seed),
             progress,
+            operator=args.operator,
             known=known if known is not None and known.eigenvectors is not None else None,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
             device=options.device(args.device),
@@ -111,8 +113,10 @@ def _eigen(args: argparse.Namespace) -> dict[str, Any]:
                 f"--eigen must be a result for one of these checkpoints, but {path} is of {came.get('checkpoint')}."
             )
         split, examples = wanted[came["sha256"]]
-        if came.get("operator", "hessian") != "hessian":
-            raise ArgumentError(f"--eigen must be of the Hessian, but {path} is of {came['operator']}.")
+        if came.get("operator", "hessian") != args.operator:
+            raise ArgumentError(
+                f"--eigen must be of the operator {args.operator}, but {path} is of {came.get('operator')}."
+            )
         drawn = None if args.examples is None else args.seed
         if (came.get("split"), came.get("num_examples"), came.get("examples_seed")) != (split, examples, drawn):
             raise ArgumentError(

@@ -34,13 +34,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         choices=("largest", "smallest", "both", "magnitude"),
         help="which end of the spectrum; both gives k at each (default largest)",
     )
-    parser.add_argument(
-        "--operator",
-        default="hessian",
-        metavar="NAME",
-        help="hessian, ggn (Gauss-Newton), fisher (targets drawn from the model), empirical-fisher, or "
-        "finite-difference (approximate, for models without second derivatives) (default hessian)",
-    )
+    options.add_operator(parser)
     parser.add_argument(
         "--certify",
         type=float,

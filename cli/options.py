@@ -50,6 +50,16 @@ def add_measured(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch", type=int, metavar="N", help="examples a graph (default: measured)")
 
 
+def add_operator(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--operator",
+        default="hessian",
+        metavar="NAME",
+        help="hessian, ggn (Gauss-Newton), fisher (targets drawn from the model), empirical-fisher, or "
+        "finite-difference (approximate, for models without second derivatives) (default hessian)",
+    )
+
+
 def add_outputs(parser: argparse.ArgumentParser) -> None:
     """Options that say where the results of one or more checkpoints go."""
     parser.add_argument(

@@ -19,8 +19,8 @@ from sharpscope.objective import Objective, Progress
 from sharpscope.operators import curvature
 from sharpscope.params import select
 from sharpscope.problem import Problem
-from sharpscope.provenance import provenance, seeded
-from sharpscope.results import BlockResult, Cost
+from sharpscope.provenance import measured, provenance, seeded
+from sharpscope.results import BlockResult
 
 
 def block_spectra(
@@ -99,8 +99,6 @@ def block_spectra(
             device=objective.device,
             generator=source,
         )
-    assert objective.loss is not None
-    assert objective.gradient is not None
     missing = [one.name for one, its in zip(blocks, found, strict=True) if not its.converged]
     if missing:
         warnings.warn(
@@ -119,8 +117,6 @@ def block_spectra(
         converged=np.array([its.converged for its in found]),
         traces=np.array([its.trace for its in found]),
         trace_errors=np.array([its.trace_error for its in found]),
-        loss=objective.loss,
-        gradient_norm=float(torch.linalg.vector_norm(objective.gradient)),
-        cost=Cost(objective.passes, objective.hvps, objective.gradients, objective.seconds),
+        **measured(objective),
         provenance=provenance(problem, objective, seed, operator=matrix.name, by=by, tol=tol, probes=probes),
     )

@@ -15,9 +15,10 @@ from sharpscope.linalg.quadrature import lanczos_quadrature, require_probes
 from sharpscope.linalg.trace import TraceEstimate, trace_and_frobenius, trace_from_images
 from sharpscope.linalg.vectors import inner, norms
 from sharpscope.objective import Objective, Progress
+from sharpscope.operators import curvature
 from sharpscope.problem import Problem
-from sharpscope.provenance import provenance, seeded
-from sharpscope.results import Cost, DensityResult, EigenResult, Estimate, TraceResult
+from sharpscope.provenance import measured, provenance, seeded
+from sharpscope.results import DensityResult, EigenResult, Estimate, TraceResult
 
 # ||Hv - (v'Hv) v|| of an eigenvector that is taken out, in units of the largest eigenvalue taken out: what it is off
 # by shows in the density at its square.
@@ -31,6 +32,7 @@ def spectral_density(
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
     *,
+    operator: str = "hessian",
     known: EigenResult | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -48,6 +50,7 @@ def spectral_density(
         steps: of Lanczos; the curve's resolution is the spectrum's range over ``steps``.
         generator: source of the probes; by default one seeded with 0.
         progress: called as ``progress(stage, done, total)`` in examples; total is None until the first pass has ended.
+        operator: "hessian", or another curvature matrix, as for ``top_eigenvalues``.
         known: d eigenpairs of the same problem, measured with vectors=True, to be taken out and put back exactly: the
             rest is then resolved on its own scale, at one more pass of 1 + 2d gradients.
         dtype: torch.float32 or torch.float64; by default the parameters' own, at least float32.
@@ -60,10 +63,11 @@ def spectral_density(
     Source: Ghorbani, Krishnan and Xiao 2019, alg. 1 and 2; departures: full reorthogonalisation, the width follows from
     the steps, XTrace.
     """
-    objective = Objective(problem, dtype=dtype, device=device, micro_batch=micro_batch)
+    source, seed = seeded(generator)
+    matrix = curvature(operator, source)
+    objective = Objective(problem, dtype=dtype, device=device, micro_batch=micro_batch, curvature=matrix)
     n = objective.num_params
     require_probes(n, probes, steps)
-    source, seed = seeded(generator)
     most = min(steps, n) + 1 + (known is not None)
     with objective.measuring():
         audit(objective, torch.Generator().manual_seed(source.initial_seed()))
@@ -73,8 +77,6 @@ def spectral_density(
             matmat, n, probes, steps, known=pairs, dtype=objective.dtype, device=objective.device, generator=source
         )
         sums = trace_from_images(matmat, quadrature.probes, quadrature.images, known=pairs, generator=source)
-    assert objective.loss is not None
-    assert objective.gradient is not None
     num_known = 0 if pairs is None else len(pairs[0])
     return DensityResult(
         nodes=quadrature.nodes.numpy(),
@@ -82,9 +84,7 @@ def spectral_density(
         num_known=num_known,
         trace=Estimate(sums.trace, sums.trace_error),
         frobenius=_root(sums),
-        loss=objective.loss,
-        gradient_norm=float(torch.linalg.vector_norm(objective.gradient)),
-        cost=Cost(objective.passes, objective.hvps, objective.gradients, objective.seconds),
+        **measured(objective),
         provenance=provenance(
             problem,
             objective,
@@ -92,7 +92,7 @@ def spectral_density(
             probes=probes,
             steps=quadrature.nodes.shape[1] - num_known,
             method="slq",
-            operator="hessian",
+            operator=matrix.name,
         ),
     )
 
@@ -103,6 +103,7 @@ def trace(
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
     *,
+    operator: str = "hessian",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     micro_batch: int | str | None = None,
@@ -113,10 +114,11 @@ def trace(
 
     Raises: ArgumentError, ProblemError, DataError, AuditError.
     """
-    objective = Objective(problem, dtype=dtype, device=device, micro_batch=micro_batch)
+    source, seed = seeded(generator)
+    matrix = curvature(operator, source)
+    objective = Objective(problem, dtype=dtype, device=device, micro_batch=micro_batch, curvature=matrix)
     n = objective.num_params
     require_probes(n, probes)
-    source, seed = seeded(generator)
     with objective.measuring():
         audit(objective, torch.Generator().manual_seed(source.initial_seed()))
         sums = trace_and_frobenius(
@@ -127,15 +129,11 @@ def trace(
             device=objective.device,
             generator=source,
         )
-    assert objective.loss is not None
-    assert objective.gradient is not None
     return TraceResult(
         trace=Estimate(sums.trace, sums.trace_error),
         frobenius=_root(sums),
-        loss=objective.loss,
-        gradient_norm=float(torch.linalg.vector_norm(objective.gradient)),
-        cost=Cost(objective.passes, objective.hvps, objective.gradients, objective.seconds),
-        provenance=provenance(problem, objective, seed, probes=probes, method="xtrace"),
+        **measured(objective),
+        provenance=provenance(problem, objective, seed, probes=probes, method="xtrace", operator=matrix.name),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a result says of where it came from, whatever the analysis."""
+"""What a result says of what was measured, at what cost, and where it came from, whatever the analysis."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from sharpscope.objective import Objective
 from sharpscope.problem import Problem
+from sharpscope.results import Cost
 from sharpscope.version import __version__
 
 
@@ -21,6 +22,17 @@ def seeded(generator: torch.Generator | None) -> tuple[torch.Generator, int | No
     # A generator that has been drawn from does not start where its seed says, so the seed would not repeat the run.
     fresh = torch.equal(source.get_state(), torch.Generator().manual_seed(seed).get_state())
     return source, seed if fresh else None
+
+
+def measured(objective: Objective) -> dict[str, Any]:
+    """``loss``, ``gradient_norm`` and ``cost`` after at least one full pass, as every result has them."""
+    assert objective.loss is not None
+    assert objective.gradient is not None
+    return {
+        "loss": objective.loss,
+        "gradient_norm": float(torch.linalg.vector_norm(objective.gradient)),
+        "cost": Cost(objective.passes, objective.hvps, objective.gradients, objective.seconds),
+    }
 
 
 def provenance(problem: Problem, objective: Objective, seed: int | None, **settings: Any) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from sharpscope.objective import Objective, Progress
 from sharpscope.operators import curvature
 from sharpscope.precision import usable
 from sharpscope.problem import Problem
-from sharpscope.provenance import provenance, seeded
-from sharpscope.results import Cost, EigenResult
+from sharpscope.provenance import measured, provenance, seeded
+from sharpscope.results import EigenResult
 from sharpscope.results.eigen_table import CERTAIN
 from sharpscope.resume import open_journal, resumable
 from sharpscope.sampling import sampling_error
@@ -144,8 +144,6 @@ def top_eigenvalues(
             ratio = k if which in ("largest", "both") else 0
             vs, values = pairs.eigenvectors, pairs.eigenvalues
             sampling = sampling_error(objective, vs, values, progress=stage, ratio=ratio).to_dict()
-    assert objective.loss is not None
-    assert objective.gradient is not None
     if not bool(pairs.converged.all()):
         missing = [i + 1 for i in range(len(pairs.converged)) if not pairs.converged[i]]
         warnings.warn(
@@ -170,9 +168,7 @@ def top_eigenvalues(
         missed_probability=_missed(pairs, which),
         certificate=None if proof is None else _stated(proof, certify),
         sampling=sampling,
-        loss=objective.loss,
-        gradient_norm=float(torch.linalg.vector_norm(objective.gradient)),
-        cost=Cost(objective.passes, objective.hvps, objective.gradients, objective.seconds),
+        **measured(objective),
         provenance=provenance(
             problem,
             objective,

@@ -32,6 +32,15 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def narrowest(rows: Sequence[Sequence[str]]) -> str:
+    """``aligned``, or with rows for columns where that takes less width: few results of many numbers fit so."""
+    return min((aligned(list(zip(*rows, strict=True))), aligned(rows)), key=_width)
+
+
+def _width(text: str) -> int:
+    return max(map(len, text.splitlines()))
+
+
 def as_html(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
     """Rows of cells, the first the heading, as an HTML table with notes below, for notebooks."""
     head, *body = rows

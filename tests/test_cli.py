@@ -56,14 +56,15 @@ def run(*argv: str | Path) -> int:
 
 
 def test_eigen_prints_a_table_with_intervals(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One row a checkpoint: eigenvalues, ratio, loss, gradient norm and cost, on stdout alone."""
+    """A column a checkpoint: eigenvalues, ratio, loss, gradient norm and cost, on stdout alone, in 80 characters."""
     assert run("eigen", trained, "--device", "cpu") == 0
     out, err = capsys.readouterr()
-    head, row, *_ = out.splitlines()
-    assert head.split()[:3] == ["checkpoint", "lambda_max", "lambda_2"]
-    assert "lambda_max/lambda_5" in head
-    assert row.startswith("mlp.pt")
-    assert row.count("±") == 6
+    rows = dict(line.split(maxsplit=1) for line in out.partition("\n\n")[0].splitlines())
+    assert list(rows)[:3] == ["checkpoint", "lambda_max", "lambda_2"]
+    assert rows["checkpoint"] == "mlp.pt"
+    assert "lambda_max/lambda_5" in rows
+    assert sum("±" in cell for cell in rows.values()) == 6
+    assert max(map(len, out.partition("\n\n")[0].splitlines())) <= 80
     assert "1437 examples of digits (train)" in out
     assert err == ""
 

@@ -201,6 +201,25 @@ def test_the_trace_matches_the_dense_hessian() -> None:
     assert "trace" in result._repr_html_()
 
 
+def test_another_operator_has_its_own_trace_and_density() -> None:
+    """tr of the empirical Fisher matrix is the mean squared gradient norm of an example; the table names the matrix."""
+    inputs, labels = digits()
+    per_example = []
+    for one, label in zip(inputs, labels, strict=True):
+        model = network()
+        grads = torch.autograd.grad(F.cross_entropy(model(one[None]), label[None]), list(model.parameters()))
+        per_example.append(float(sum(g.square().sum() for g in grads)))
+    true = float(np.mean(per_example))
+    found = trace(problem(), 16, operator="empirical-fisher")
+    assert abs(found.trace.value - true) <= 5 * found.trace.standard_error
+    assert found.trace.standard_error < 0.2 * true
+    density = spectral_density(problem(), 6, 16, operator="empirical-fisher")
+    assert abs(density.trace.value - true) <= 5 * density.trace.standard_error
+    assert density.negative_mass.value < 1e-3
+    for result in (found, density):
+        assert "but of: empirical-fisher" in result.summary()
+
+
 def test_the_audit_comes_first() -> None:
     """A model with dropout on is refused before any pass, by both."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Dropout(0.5), nn.Linear(8, 10)).double()
@@ -309,10 +328,9 @@ def test_the_command_prints_writes_and_draws(trained: Path, tmp_path: Path, caps
     assert run(*argv) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    head, row, *_ = out.splitlines()
-    assert all(word in head for word in ("trace", "||H||_F", "mean eigenvalue", "negative mass", "passes"))
-    assert row.startswith("mlp.pt")
-    assert row.count("±") == 4
+    shown = out.partition("\n\n")[0]
+    assert all(word in shown for word in ("mlp.pt", "trace", "||H||_F", "mean eigenvalue", "negative mass", "passes"))
+    assert shown.count("±") == 4
     assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
     result = DensityResult.load(tmp_path / "r.json")
     generator = torch.Generator().manual_seed(3)

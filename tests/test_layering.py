@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "resume": {"files", "objective", "preserve"},
     "certify": {"linalg", "results"},
     "sampling": {"objective", "results"},
-    "provenance": {"objective", "problem"},
+    "provenance": {"objective", "problem", "results"},
     "spectrum": {
         *("audit", "certify", "guide", "linalg", "objective", "operators"),
         *("precision", "problem", "provenance", "results", "resume", "sampling"),
@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "blocks": {
         *("audit", "blockwise", "linalg", "objective", "operators", "params", "problem", "provenance", "results"),
     },
-    "density": {"audit", "linalg", "objective", "problem", "provenance", "results"},
+    "density": {"audit", "linalg", "objective", "operators", "problem", "provenance", "results"},
     "optim": set(),
     "zoo": set(),
     "checkpoint": {"files"},

@@ -85,7 +85,7 @@ def test_ratios_of_different_k_are_told_apart() -> None:
     assert "(k=2)" in text
     assert "(k=3)" in text
     alone = table([result([4.0])])
-    assert "/" not in alone.splitlines()[0]
+    assert "/" not in alone.partition("\n\n")[0]
     assert "ratio" not in alone
 
 
@@ -96,8 +96,17 @@ def test_the_notes_say_what_was_measured_on_what() -> None:
     text = table([result([2.0, 1.0], checkpoint=f"{folder}/last.pt", **given) for folder in ("sgd", "sam")])
     assert "9 examples of digits (train, 20% wrong labels)" in text
     assert "SAM around sgd, rho 0.1, epoch 3" in text
-    assert text.splitlines()[1].startswith("sgd/last.pt")
-    assert text.splitlines()[2].startswith("sam/last.pt")
+    assert text.splitlines()[0].split() == ["checkpoint", "sgd/last.pt", "sam/last.pt"]
+
+
+def test_a_table_is_turned_where_that_is_narrower() -> None:
+    """Two results of five eigenvalues are columns, twenty of one are rows; both ways say the same."""
+    few, many = table([result([5.0, 4.0, 3.0, 2.0, 1.0])] * 2), table([result([2.0])] * 20)
+    assert few.splitlines()[0].split()[0] == many.splitlines()[0].split()[0] == "checkpoint"
+    assert few.splitlines()[1].startswith("lambda_max")
+    assert "lambda_max" in many.splitlines()[0]
+    for text in (few, many):
+        assert max(map(len, text.partition("\n\n")[0].splitlines())) <= 80
 
 
 def test_vectors_of_another_run_are_not_taken_for_this_ones(tmp_path: Path) -> None:

@@ -273,8 +273,16 @@ class Objective:
             sample = self.first_examples(sizes.CANDIDATES[-1])
             if sample.splittable:
                 block = torch.ones(1, self.num_params, dtype=self.dtype, device=self.device)
-                # Reading the sum waits for an asynchronous device.
-                best = sizes.fastest(lambda parts: float(self.accumulate(parts, block).loss), sample)
+
+                def work(parts: Iterable[MicroBatch]) -> float:
+                    return float(self.accumulate(parts, block).loss)  # reading it waits for an asynchronous device
+
+                best = sizes.fastest(work, sample)
+                if best == sizes.CANDIDATES[-1]:
+                    most = min(sizes.SHARE * self.num_examples, best * sizes.GRAPH / max(1, self.graph_bytes(best)))
+                    larger = [size for size in sizes.LARGE if size <= most]
+                    if larger:
+                        best = sizes.fastest(work, self.first_examples(larger[-1]), (best, *larger))
         return best
 
 

@@ -14,8 +14,18 @@ from sharpscope.errors import DataError
 from sharpscope.results.cost import Cost
 from sharpscope.results.curve import Curve, shares_below, smoothed
 from sharpscope.results.estimate import Estimate
-from sharpscope.results.record import head, names_of, opened, origin, read, refuse_taken, require_json_name, write
-from sharpscope.tables import aligned, as_html
+from sharpscope.results.record import (
+    head,
+    names_of,
+    opened,
+    operator_notes,
+    origin,
+    read,
+    refuse_taken,
+    require_json_name,
+    write,
+)
+from sharpscope.tables import as_html, narrowest
 
 Array = NDArray[np.float64]
 
@@ -193,7 +203,7 @@ class DensityResult:
 
 def density_table(results: Sequence[DensityResult]) -> str:
     """Results row by row as aligned text, with the notes below."""
-    return "\n".join([aligned(_rows(results)), "", *_notes(results)])
+    return "\n".join([narrowest(_rows(results)), "", *_notes(results)])
 
 
 def _rows(results: Sequence[DensityResult]) -> list[list[str]]:
@@ -212,7 +222,7 @@ def _notes(results: Sequence[DensityResult]) -> list[str]:
         known = r.num_known
         steps = r.nodes.shape[1] - known
         without = f", {known} eigenvalues taken out before" if known else ""
-        notes.append(f"{name}: {origin(r.provenance)}")
+        notes += [f"{name}: {said}" for said in (origin(r.provenance), *operator_notes(r.provenance))]
         notes.append(
             f"{name}: {len(r.nodes)} random vectors, {steps} Lanczos steps each{without}; density smoothed to a width "
             f"of {r.width:.2g}. Negative is what is below {-SURELY * r.width:.2g}; of the share {r.near_zero_mass} "

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sharpscope.results.record import names_of, origin
-from sharpscope.tables import aligned, with_bound
+from sharpscope.results.record import names_of, operator_notes, origin
+from sharpscope.tables import narrowest, with_bound
 
 if TYPE_CHECKING:
     from sharpscope.results.eigen import EigenResult
@@ -45,10 +45,7 @@ def notes_of(results: Sequence[EigenResult]) -> list[str]:
     for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
         p = r.provenance
         notes.append(f"{name}: {origin(p)}")
-        if p.get("operator", "hessian") != "hessian":
-            what = "finite differences of the gradient, approximate" if "finite" in p["operator"] else p["operator"]
-            notes.append(f"{name}: eigenvalues not of the Hessian by double backprop, but of: {what}.")
-        notes += [f"{name}: {said}" for said in (_missed(r), _certified(r), _sampled(r)) if said]
+        notes += [f"{name}: {said}" for said in (*operator_notes(p), _missed(r), _certified(r), _sampled(r)) if said]
         if r.ratio.value is None and r.ratio.k > 1 and r.which in ("largest", "both"):
             notes.append(f"{name}: no ratio, since {r.ratio.reason}.")
         if not r.converged.all():
@@ -117,4 +114,4 @@ def _remedy(result: EigenResult) -> str:
 
 def table(results: Sequence[EigenResult]) -> str:
     """Results row by row as aligned text, with the notes below."""
-    return "\n".join([aligned(rows_of(results)), "", *notes_of(results)])
+    return "\n".join([narrowest(rows_of(results)), "", *notes_of(results)])

@@ -100,6 +100,15 @@ def origin(provenance: Mapping[str, Any]) -> str:
     return f"{where}, {how}, {provenance.get('dtype', '?')}{_training(provenance)}."
 
 
+def operator_notes(provenance: Mapping[str, Any]) -> list[str]:
+    """What must be said where the eigenvalues are not those of the Hessian by double backprop."""
+    operator = provenance.get("operator", "hessian")
+    if operator == "hessian":
+        return []
+    what = "finite differences of the gradient, approximate" if operator == "finite-difference" else operator
+    return [f"eigenvalues not of the Hessian by double backprop, but of: {what}."]
+
+
 def _training(provenance: Mapping[str, Any]) -> str:
     """How the weights came about, as far as the checkpoint says."""
     recipe, epoch = provenance.get("recipe") or {}, provenance.get("epoch")

@@ -10,8 +10,18 @@ from typing import Any
 from sharpscope.errors import DataError
 from sharpscope.results.cost import Cost
 from sharpscope.results.estimate import Estimate
-from sharpscope.results.record import head, names_of, opened, origin, read, refuse_taken, require_json_name, write
-from sharpscope.tables import aligned, as_html
+from sharpscope.results.record import (
+    head,
+    names_of,
+    opened,
+    operator_notes,
+    origin,
+    read,
+    refuse_taken,
+    require_json_name,
+    write,
+)
+from sharpscope.tables import as_html, narrowest
 
 _ESTIMATES = ("trace", "frobenius")
 _MEASURED = (*_ESTIMATES, "loss", "gradient_norm", "cost")
@@ -76,7 +86,7 @@ class TraceResult:
 
     def summary(self) -> str:
         """The result as a table of text."""
-        return "\n".join([aligned(_rows([self])), "", *_notes([self])])
+        return "\n".join([narrowest(_rows([self])), "", *_notes([self])])
 
     def __str__(self) -> str:
         return self.summary()
@@ -99,5 +109,9 @@ def _rows(results: Sequence[TraceResult]) -> list[list[str]]:
 
 def _notes(results: Sequence[TraceResult]) -> list[str]:
     names = names_of([r.provenance for r in results])
-    notes = [f"{name}: {origin(r.provenance)}" for r, name in zip(results, names, strict=True)]
+    notes = [
+        f"{name}: {said}"
+        for r, name in zip(results, names, strict=True)
+        for said in (origin(r.provenance), *operator_notes(r.provenance))
+    ]
     return [*notes, "± is one standard error, over the random vectors."]
