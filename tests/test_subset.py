@@ -256,7 +256,7 @@ def test_kept_and_rebuilt_graphs_give_the_same_products_at_the_stated_cost(
     before, passes = target.meter.example_gradients, target.passes
     found = drawn(target)
     # Half a gradient an example, and a count of bytes on 24.
-    assert target.meter.example_gradients - before == 0.5 * N + 24
+    assert target.meter.example_gradients - before == 0.5 * N + 0.5 * N + 24  # the first 256, all, and a count of bytes
     assert target.passes == passes + 1
     costs = []
     for _ in range(3):
@@ -316,8 +316,8 @@ def test_nothing_is_touched() -> None:
     assert random.getstate() == states[2]
 
 
-def test_the_sample_is_a_copy() -> None:
-    """A loader that reuses its tensors, as one that preallocates does, does not change what was drawn."""
+def test_a_loader_may_reuse_its_tensors() -> None:
+    """A loader that reuses its tensors, as one that preallocates does, changes neither the sample nor the products."""
 
     class Reusing:
         def __iter__(self) -> Any:
@@ -327,10 +327,12 @@ def test_the_sample_is_a_copy() -> None:
                 target.copy_(SOFT[start : start + 10])
                 yield inputs, target
 
-    ours = objective(net(), nn.MSELoss(), Reusing(), micro_batch=5)
-    theirs = objective(net(), nn.MSELoss(), pieces(X, SOFT, 10), micro_batch=5)
-    block = normal(ours.num_params, 2)
-    assert torch.allclose(product(drawn(ours), ours, block), product(drawn(theirs), theirs, block), atol=1e-14)
+    for size in (5, 25):
+        ours = objective(net(), nn.MSELoss(), Reusing(), micro_batch=size)
+        theirs = objective(net(), nn.MSELoss(), pieces(X, SOFT, 10), micro_batch=size)
+        block = normal(ours.num_params, 2)
+        assert torch.allclose(ours.hvp(block), theirs.hvp(block), atol=1e-14)
+        assert torch.allclose(product(drawn(ours), ours, block), product(drawn(theirs), theirs, block), atol=1e-14)
 
 
 def test_the_same_generator_gives_the_same_sample() -> None:
@@ -342,6 +344,18 @@ def test_the_same_generator_gives_the_same_sample() -> None:
 
     assert weights(0) == weights(0) == weights(0, 13)
     assert weights(0) != weights(1)
+
+
+def test_the_micro_batch_does_not_change_the_sample() -> None:
+    """The size is chosen by timing, so what is drawn must not depend on it, nor the result's cost on chance."""
+    eye, found = torch.eye(21, dtype=torch.float64), []
+    for size in (1, 7, 60):
+        target = Objective(Problem(model=net(), loss=nn.CrossEntropyLoss(), data=(X, Y)), micro_batch=size)
+        with target.measuring():
+            guides = sample(target, torch.Generator().manual_seed(4), size=20)
+            found.append(torch.stack([guide(eye) for guide in guides]))
+    assert torch.allclose(found[0], found[1], rtol=1e-10, atol=1e-12)
+    assert torch.allclose(found[0], found[2], rtol=1e-10, atol=1e-12)
 
 
 def test_what_need_not_or_cannot_be_sampled_gives_none() -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sharpscope.guide.importance import look
+from sharpscope.guide.importance import Look, look
 from sharpscope.objective import Objective, Progress
 from sharpscope.objective.batches import MicroBatch, map_tensors, micro_batches
 from sharpscope.objective.derivatives import Graph
@@ -16,6 +16,9 @@ from sharpscope.objective.memory import Room
 
 # A forward pass in gradients: 0.50 to 0.52 as measured on a small CNN, whose first layer needs no input's gradient.
 FORWARD = 0.5
+
+# Examples whose mean importance is known before the first is judged.
+FIRST = 256
 
 # The least importance of an example, in units of the mean: no weight exceeds its inverse, and nothing is out of reach.
 FLOOR = 0.1
@@ -113,20 +116,27 @@ def sample(
     """
     size = usual_size(objective) if size is None else size
     reservoir = _Reservoir(size, generator)
-    totals, seen, weight = torch.zeros(2), 0, 0.0
+    # A source of its own, so that neither sequence depends on how many examples a micro-batch has.
+    signs = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    seen, weight = 0, 0.0
     with objective.measuring():
         step = objective.settle_micro_batch()
+        first = objective.fitting(objective.first_examples(FIRST))
+        if not first.splittable:
+            return []
+        totals = _both(look(objective.terms, first, signs)).sum(1, keepdim=True)
+        objective.charge(first.size * FORWARD)
         room, finite = Room(device=objective.device), True
         for part in micro_batches(objective.data, step):
             if not part.splittable:
                 return []
-            for piece, shown in room.run(part, lambda piece: (piece, look(objective.terms, piece, generator))):
-                seen += piece.size
+            for piece, shown in room.run(part, lambda piece: (piece, look(objective.terms, piece, signs))):
                 weight += float(shown.weight)
                 finite = finite and bool(torch.isfinite(shown.loss))
-                both = torch.stack([shown.slopes, shown.curvatures]).cpu()
-                totals += both.sum(1)
-                units = both / (totals / seen)[:, None]
+                both = _both(shown)
+                sums, before = totals + both.cumsum(1), first.size + seen + 1
+                units = both / (sums / torch.arange(before, before + piece.size))
+                totals, seen = sums[:, -1:], seen + piece.size
                 # Where the loss is not curved in its output, or its slope is zero, the other one decides.
                 importance = units.nan_to_num(1.0, 1.0, 1.0).mean(0).clamp_min(FLOOR)
                 reservoir.add(piece, torch.exp2(torch.log2(importance).round()).double())
@@ -141,6 +151,11 @@ def sample(
         kept = KEPT // max(1, objective.graph_bytes(size) // size)
         counts = max(1, round(COARSE * size)), size
         return [Subset(objective, reservoir.parts(n, step), weight, kept * n // sum(counts)) for n in counts]
+
+
+def _both(shown: Look) -> Tensor:
+    """Slopes and curvatures (2, examples)."""
+    return torch.stack([shown.slopes, shown.curvatures]).cpu().double()
 
 
 class _Reservoir:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -120,6 +120,9 @@ def micro_batches(batches: Iterable[Any], size: int | None) -> Iterator[MicroBat
             start += take
             if sum(piece.size for piece in pending) == size:
                 yield from _flush(pending)
+        if pending:  # what is held over is a copy: a loader may fill the same tensors again
+            last = pending[-1]
+            pending[-1] = replace(last, batch=map_tensors(last.batch, torch.clone))
     yield from _flush(pending)
 
 
