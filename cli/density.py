@@ -113,10 +113,9 @@ def _eigen(args: argparse.Namespace) -> dict[str, Any]:
                 f"--eigen must be a result for one of these checkpoints, but {path} is of {came.get('checkpoint')}."
             )
         split, examples = wanted[came["sha256"]]
-        if came.get("operator", "hessian") != args.operator:
-            raise ArgumentError(
-                f"--eigen must be of the operator {args.operator}, but {path} is of {came.get('operator')}."
-            )
+        operator = came.get("operator", "hessian")
+        if operator != args.operator:
+            raise ArgumentError(f"--eigen must be of the operator {args.operator}, but {path} is of {operator}.")
         drawn = None if args.examples is None else args.seed
         if (came.get("split"), came.get("num_examples"), came.get("examples_seed")) != (split, examples, drawn):
             raise ArgumentError(

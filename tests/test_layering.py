@@ -50,6 +50,36 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "__init__": {"blocks", "density", "errors", "loading", "objective", "problem", "results", "spectrum", "version"},
 }
+# What each module of these packages may import of its own package.
+INSIDE: dict[str, set[str]] = {
+    "objective.batches": set(),
+    "objective.likelihoods": set(),
+    "objective.losses": {"likelihoods"},
+    "objective.meter": set(),
+    "objective.convolutions": set(),
+    "objective.kernels": {"convolutions"},
+    "objective.memory": {"batches"},
+    "objective.sizes": {"batches"},
+    "objective.terms": {"batches", "losses", "memory"},
+    "objective.derivatives": {"batches", "terms"},
+    "objective.partwise": set(),
+    "objective.footprint": set(),
+    "objective.sums": {"batches", "derivatives", "memory", "partwise"},
+    "objective.blame": {"batches", "sums"},
+    "objective.point": {"sums", "terms"},
+    "objective.objective": {
+        *("batches", "blame", "derivatives", "footprint", "kernels", "memory", "meter", "partwise", "point", "sizes"),
+        *("sums", "terms"),
+    },
+    "audit.agreement": set(),
+    "audit.twin": {"agreement"},
+    "audit.audit": {"agreement", "twin"},
+    "guide.importance": set(),
+    "guide.subset": {"importance"},
+    "resume.fingerprint": set(),
+    "resume.journal": {"fingerprint"},
+    "resume.passes": {"fingerprint", "journal"},
+}
 THIRD_PARTY = {"torch", "numpy", "scipy", "matplotlib", "tqdm"}
 MAY_IMPORT: dict[str, set[str]] = {
     "results": {"numpy"},
@@ -91,6 +121,22 @@ def test_imports_follow_the_layering(path: Path) -> None:
     here = place(path)
     own = {name.split(".")[1] for name in imports(path) if name.startswith("sharpscope.")}
     assert own <= ALLOWED[here] | GROUND | {here}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_imports_inside_a_package_follow_the_layering(name: str) -> None:
+    """Within the objective, the audit, the guides and resuming no module reaches upwards."""
+    package, _, module = name.partition(".")
+    start = f"sharpscope.{package}."
+    found = imports(PACKAGE / package / f"{module}.py")
+    assert {other.removeprefix(start).split(".")[0] for other in found if other.startswith(start)} <= INSIDE[name]
+
+
+def test_every_module_of_those_packages_has_a_row() -> None:
+    """A new module there must say where it stands."""
+    packages = {name.partition(".")[0] for name in INSIDE}
+    modules = {f"{package}.{path.stem}" for package in packages for path in (PACKAGE / package).glob("*.py")}
+    assert {name for name in modules if not name.endswith("__init__")} == set(INSIDE)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

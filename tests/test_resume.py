@@ -128,9 +128,7 @@ def test_of_several_checkpoints_the_finished_ones_are_kept(tmp_path: Path, monke
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["a.json", "b.json"]
 
 
-def test_more_passes_go_on_with_a_result_that_has_not_converged(
-    tmp_path: Path,
-) -> None:
+def test_more_passes_go_on_with_a_result_that_has_not_converged(tmp_path: Path) -> None:
     """Its passes are kept, no --overwrite is needed, and it ends with the values of a run that was never short."""
     from sharpscope.cli import main
 

@@ -110,7 +110,8 @@ def sample(
     in the output as much as that of many others is in the sample with certainty; one that is far out in the weights'
     directions alone need not be, and is the solver's random vector's to find.
 
-    Cost: half a gradient, one pass. Memory: up to three times ``size`` examples.
+    Cost: half a gradient, one pass, and that again of the first FIRST examples. Memory: up to three times ``size``
+    examples.
 
     Raises: DataError when a loss is not finite.
     """

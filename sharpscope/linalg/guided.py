@@ -94,8 +94,8 @@ def guided(
 
     Residuals come from true products. Bounds take as ``lambda_{k+1}`` the larger of the model's, plus what G was seen
     to be off on eigenvectors times the part of the model's vector that G had a say in, and the (k+1)-th Ritz value plus
-    its residual. Where the guide is of no help
-    the corrections are the residuals, and the iteration is a block Lanczos one with thick restart.
+    its residual. Where the guide is of no help the corrections are the residuals, and the iteration is a block Lanczos
+    one with thick restart.
 
     Cost: k + RANDOM products with H in the first pass, at most as many in the second and k + 1 in each later one, two
     passes at the least; some 25 products with each guide.

@@ -15,11 +15,12 @@ from sharpscope.results.cost import Cost
 from sharpscope.results.curve import Curve, shares_below, smoothed
 from sharpscope.results.estimate import Estimate
 from sharpscope.results.record import (
+    POINT_AND_PRICE,
     head,
     names_of,
     opened,
-    operator_notes,
-    origin,
+    origin_notes,
+    point_and_price,
     read,
     refuse_taken,
     require_json_name,
@@ -208,11 +209,10 @@ def density_table(results: Sequence[DensityResult]) -> str:
 
 def _rows(results: Sequence[DensityResult]) -> list[list[str]]:
     estimates = ["trace", "||H||_F", "mean eigenvalue", "negative mass"]
-    rows = [["checkpoint", *estimates, "loss", "|grad|", "gradients", "passes", "seconds"]]
+    rows = [["checkpoint", *estimates, *POINT_AND_PRICE]]
     for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
         shown = [str(r.trace), str(r.frobenius), str(r.mean), str(r.negative_mass)]
-        paid = [f"{r.cost.gradients:.1f}", str(r.cost.passes), f"{r.cost.seconds:.1f}"]
-        rows.append([name, *shown, f"{r.loss:.4g}", f"{r.gradient_norm:.2g}", *paid])
+        rows.append([name, *shown, *point_and_price(r.loss, r.gradient_norm, r.cost)])
     return rows
 
 
@@ -222,7 +222,7 @@ def _notes(results: Sequence[DensityResult]) -> list[str]:
         known = r.num_known
         steps = r.nodes.shape[1] - known
         without = f", {known} eigenvalues taken out before" if known else ""
-        notes += [f"{name}: {said}" for said in (origin(r.provenance), *operator_notes(r.provenance))]
+        notes += origin_notes(name, r.provenance)
         notes.append(
             f"{name}: {len(r.nodes)} random vectors, {steps} Lanczos steps each{without}; density smoothed to a width "
             f"of {r.width:.2g}. Negative is what is below {-SURELY * r.width:.2g}; of the share {r.near_zero_mass} "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sharpscope.results.record import names_of, operator_notes, origin
+from sharpscope.results.record import POINT_AND_PRICE, names_of, origin_notes, point_and_price
 from sharpscope.tables import narrowest, with_bound
 
 if TYPE_CHECKING:
@@ -23,19 +23,18 @@ def rows_of(results: Sequence[EigenResult]) -> list[list[str]]:
     widest = max(results, key=lambda result: len(result.eigenvalues))
     k, with_ratio = len(widest.labels), any(r.which in ("largest", "both") and r.ratio.k > 1 for r in results)
     ratio_head = [f"lambda_max/lambda_{widest.ratio.k if len(ks) == 1 else 'k'}"] if with_ratio else []
-    rows = [["checkpoint", *widest.labels, *ratio_head, "loss", "|grad|", "gradients", "passes", "seconds"]]
+    rows = [["checkpoint", *widest.labels, *ratio_head, *POINT_AND_PRICE]]
     for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
         intervals = zip(r.eigenvalues, r.lower, r.upper, r.converged, strict=True)
         values = [with_bound(v, low, up) + ("" if sure else " ?") for v, low, up, sure in intervals]
-        ratio, cost = r.ratio, r.cost
+        ratio = r.ratio
         shown = "-" if ratio.value is None else with_bound(ratio.value, ratio.lower or 0.0, ratio.upper or np.inf)
         if ratio.value is not None and not (r.converged[0] and r.converged[ratio.k - 1]):
             shown += " ?"
         if len(ks) > 1:
             shown += f" (k={ratio.k})"
         measured = [*values, *[""] * (k - len(values)), *([shown] if with_ratio else [])]
-        paid = [f"{cost.gradients:.1f}", str(cost.passes), f"{cost.seconds:.1f}"]
-        rows.append([name, *measured, f"{r.loss:.4g}", f"{r.gradient_norm:.2g}", *paid])
+        rows.append([name, *measured, *point_and_price(r.loss, r.gradient_norm, r.cost)])
     return rows
 
 
@@ -44,8 +43,8 @@ def notes_of(results: Sequence[EigenResult]) -> list[str]:
     notes = []
     for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
         p = r.provenance
-        notes.append(f"{name}: {origin(p)}")
-        notes += [f"{name}: {said}" for said in (*operator_notes(p), _missed(r), _certified(r), _sampled(r)) if said]
+        notes += origin_notes(name, p)
+        notes += [f"{name}: {said}" for said in (_missed(r), _certified(r), _sampled(r)) if said]
         if r.ratio.value is None and r.ratio.k > 1 and r.which in ("largest", "both"):
             notes.append(f"{name}: no ratio, since {r.ratio.reason}.")
         if not r.converged.all():

@@ -12,9 +12,13 @@ import numpy as np
 
 from sharpscope.errors import DataError, OutputError
 from sharpscope.files import atomic
+from sharpscope.results.cost import Cost
 
 # The layout of the saved JSON; a reader refuses a later one.
 FORMAT = 1
+
+# The columns that close every table of results.
+POINT_AND_PRICE = ("loss", "|grad|", "gradients", "passes", "seconds")
 
 
 def plain(value: Any) -> Any:
@@ -100,13 +104,19 @@ def origin(provenance: Mapping[str, Any]) -> str:
     return f"{where}, {how}, {provenance.get('dtype', '?')}{_training(provenance)}."
 
 
-def operator_notes(provenance: Mapping[str, Any]) -> list[str]:
-    """What must be said where the eigenvalues are not those of the Hessian by double backprop."""
-    operator = provenance.get("operator", "hessian")
-    if operator == "hessian":
-        return []
-    what = "finite differences of the gradient, approximate" if operator == "finite-difference" else operator
-    return [f"eigenvalues not of the Hessian by double backprop, but of: {what}."]
+def origin_notes(name: str, provenance: Mapping[str, Any]) -> list[str]:
+    """The origin under the checkpoint's name, and the matrix where it is not the Hessian by double backprop."""
+    notes, operator = [f"{name}: {origin(provenance)}"], provenance.get("operator", "hessian")
+    if operator != "hessian":
+        what = "finite differences of the gradient, approximate" if operator == "finite-difference" else operator
+        notes.append(f"{name}: eigenvalues not of the Hessian by double backprop, but of: {what}.")
+    return notes
+
+
+def point_and_price(loss: float, gradient_norm: float, cost: Cost) -> list[str]:
+    """The cells under ``POINT_AND_PRICE``."""
+    paid = [f"{cost.gradients:.1f}", str(cost.passes), f"{cost.seconds:.1f}"]
+    return [f"{loss:.4g}", f"{gradient_norm:.2g}", *paid]
 
 
 def _training(provenance: Mapping[str, Any]) -> str:

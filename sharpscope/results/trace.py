@@ -11,11 +11,12 @@ from sharpscope.errors import DataError
 from sharpscope.results.cost import Cost
 from sharpscope.results.estimate import Estimate
 from sharpscope.results.record import (
+    POINT_AND_PRICE,
     head,
     names_of,
     opened,
-    operator_notes,
-    origin,
+    origin_notes,
+    point_and_price,
     read,
     refuse_taken,
     require_json_name,
@@ -100,18 +101,13 @@ def _value(entry: Any) -> Any:
 
 
 def _rows(results: Sequence[TraceResult]) -> list[list[str]]:
-    rows = [["checkpoint", "trace", "||H||_F", "loss", "|grad|", "gradients", "passes", "seconds"]]
+    rows = [["checkpoint", "trace", "||H||_F", *POINT_AND_PRICE]]
     for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
-        paid = [f"{r.cost.gradients:.1f}", str(r.cost.passes), f"{r.cost.seconds:.1f}"]
-        rows.append([name, str(r.trace), str(r.frobenius), f"{r.loss:.4g}", f"{r.gradient_norm:.2g}", *paid])
+        rows.append([name, str(r.trace), str(r.frobenius), *point_and_price(r.loss, r.gradient_norm, r.cost)])
     return rows
 
 
 def _notes(results: Sequence[TraceResult]) -> list[str]:
     names = names_of([r.provenance for r in results])
-    notes = [
-        f"{name}: {said}"
-        for r, name in zip(results, names, strict=True)
-        for said in (origin(r.provenance), *operator_notes(r.provenance))
-    ]
+    notes = [said for r, name in zip(results, names, strict=True) for said in origin_notes(name, r.provenance)]
     return [*notes, "± is one standard error, over the random vectors."]
