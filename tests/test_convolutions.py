@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dense import dense_hessian
 from sharpscope import Objective, Problem
-from sharpscope.objective.convolutions import fast_convolutions
+from sharpscope.objective import convolutions
+from sharpscope.objective.kernels import faster_kernels
 
 FORMS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "1d": (F.conv1d, (2, 3, 7), (4, 3, 3), {"stride": 2, "padding": 1}),
@@ -24,6 +25,10 @@ FORMS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...], 
     "depthwise": (F.conv2d, (2, 3, 4, 4), (3, 1, 3, 3), {"groups": 3}),
     "3d": (F.conv3d, (2, 2, 3, 3, 3), (2, 2, 2, 2, 2), {}),
     "same": (F.conv2d, (2, 2, 4, 4), (2, 2, 3, 3), {"padding": "same"}),
+    "one channel 1d": (F.conv1d, (2, 1, 9), (4, 1, 3), {"stride": 2, "dilation": 2, "padding": 1}),
+    "one channel 2d": (F.conv2d, (2, 1, 5, 6), (4, 1, 3, 2), {"padding": (1, 0), "stride": (1, 2)}),
+    "one channel 3d": (F.conv3d, (2, 1, 3, 4, 3), (2, 1, 2, 2, 2), {"padding": (0, 1, 1)}),
+    "large kernel": (F.conv2d, (2, 1, 6, 6), (2, 1, 5, 5), {}),
     "single": (F.conv2d, (2, 4, 4), (2, 2, 3, 3), {}),
 }
 HOLDER = nn.Conv2d(1, 1, 1)
@@ -42,7 +47,7 @@ def test_values_and_gradients_are_torchs_bits(name: str) -> None:
     given = tensors(name)
     found = []
     for model in (HOLDER, nn.Linear(1, 1)):  # with a convolution in the model, and left alone
-        with fast_convolutions(model):
+        with faster_kernels(model):
             out = function(*given, **options)
         found.append([out, *torch.autograd.grad(out.sin().sum(), given)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -59,11 +64,33 @@ def test_second_derivatives_are_differences_of_the_first(name: str, wanted: tupl
         full = [t.detach() for t in given]
         for i, t in zip(wanted, chosen, strict=True):
             full[i] = t
-        with fast_convolutions(HOLDER):
+        with faster_kernels(HOLDER):
             return function(*full, **options).tanh()
 
     assert gradcheck(call, [given[i] for i in wanted])
     assert gradgradcheck(call, [given[i] for i in wanted])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_one_channel_data_are_taken_in_patches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both parts of a product that are left then are matrix products, and equal torch's own to rounding."""
+    function, _, _, options = FORMS[name]
+    x, w, b = tensors(name)
+    calls: list[str] = []
+    for part in ("_forward_of_patches", "_backward_of_patches"):
+        original = getattr(convolutions, part)
+        monkeypatch.setattr(
+            convolutions, part, lambda *args, part=part, original=original: (calls.append(part), original(*args))[1]
+        )
+    found = []
+    for model in (HOLDER, nn.Linear(1, 1)):
+        with faster_kernels(model):
+            out = function(x.detach(), w, b, **options)
+        grads = torch.autograd.grad(out.sin().sum(), (w, b), create_graph=True)
+        found.append(torch.autograd.grad(grads, (w, b), [torch.ones_like(g) for g in grads]))
+    for ours, torchs in zip(*found, strict=True):
+        assert float((ours - torchs).norm()) < 1e-13 * float(torchs.norm())
+    assert calls == (["_forward_of_patches", "_backward_of_patches"] if name.startswith("one channel") else [])
 
 
 class Checkpointed(nn.Module):

@@ -86,8 +86,10 @@ def hessian(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:
     live = [i for i, g in enumerate(grads) if g.requires_grad]
 
     def products(block: Tensor, last: bool = False) -> Tensor:
-        rows = torch.zeros_like(block)
-        for k in range(len(block) if live else 0):
+        if not live:
+            return torch.zeros_like(block)
+        rows = torch.empty_like(block)
+        for k in range(len(block)):
             vector = views(block[k], terms.params)
             with derivative_errors():
                 found = torch.autograd.grad(

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
-from sharpscope.objective.convolutions import fast_convolutions
+from sharpscope.objective.convolutions import DIMENSIONS, convolution
+from sharpscope.objective.piecewise import max_pool2d, relu
+
+# torch's functions whose second derivative we take faster; each of ours gives None for a form that it leaves to torch.
+FASTER: dict[Any, Callable[..., Tensor | None]] = {
+    **{function: partial(convolution, dimensions) for function, dimensions in DIMENSIONS.items()},
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), relu),
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), max_pool2d),
+}
+LAYERS = (nn.modules.conv._ConvNd, nn.ReLU, nn.MaxPool2d)
 
 
 @contextmanager
@@ -26,8 +39,34 @@ def differentiable_kernels(model: nn.Module, device: torch.device) -> Iterator[N
         stack.enter_context(_without_fast_path())
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(_without_cudnn())
-        stack.enter_context(fast_convolutions(model))
+        stack.enter_context(faster_kernels(model))
         yield
+
+
+@contextmanager
+def faster_kernels(model: nn.Module) -> Iterator[None]:
+    """FASTER in place of torch's functions, where ``model`` has such layers; values and gradients are the same bits."""
+    if not any(isinstance(m, LAYERS) for m in model.modules()):
+        yield
+        return
+    with _Faster():
+        yield
+
+
+class _Faster(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in FASTER and torch.is_grad_enabled() and not _transformed():
+            found = FASTER[func](*args, **kwargs)
+            if found is not None:
+                return found
+        return func(*args, **kwargs)
+
+
+def _transformed() -> bool:
+    """Whether a torch.func transform is running, which takes no autograd function of this form."""
+    stack = getattr(torch._C._functorch, "peek_interpreter_stack", None)
+    return stack is not None and stack() is not None
 
 
 @contextmanager
