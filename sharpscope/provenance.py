@@ -56,6 +56,7 @@ def provenance(problem: Problem, objective: Objective, seed: int | None, **setti
         "mode": problem.mode,
         "batchnorm": objective.batchnorm,
         "micro_batch": objective.micro_batch,
+        "lanes": objective.lanes,
         "seed": seed,
         "versions": {
             "sharpscope": __version__,

@@ -15,6 +15,7 @@ from sharpscope.objective.batches import MicroBatch, micro_batches, num_examples
 from sharpscope.objective.blame import blame
 from sharpscope.objective.derivatives import GRADIENT, HESSIAN, Curvature, Graph
 from sharpscope.objective.kernels import differentiable_kernels
+from sharpscope.objective.lanes import in_lanes
 from sharpscope.objective.memory import Room
 from sharpscope.objective.meter import Meter
 from sharpscope.objective.partwise import Partwise
@@ -39,7 +40,8 @@ class Objective:
         problem: model, loss and data.
         dtype: lift the whole computation, on a copy of the model, to this dtype.
         device: compute there, on a copy of the model when it is elsewhere.
-        micro_batch: examples a graph; "loader" keeps the loader's batches; None measures which is fastest.
+        micro_batch: examples a graph; "loader" keeps the loader's batches; None measures which is fastest, and in how
+            many lanes (``objective.lanes``) its products are.
         curvature: the matrix whose products ``hvp`` gives, see ``sharpscope.operators``.
 
     Raises: ArgumentError, ProblemError, DataError.
@@ -64,6 +66,8 @@ class Objective:
         # Where the loss of an example depends on its neighbours, only the loader's own batches define L.
         kept = micro_batch is None and self.batchnorm == "batch statistics"
         self.micro_batch: int | str | None = "loader" if kept else micro_batch
+        # Pieces of a micro-batch whose products are made at the same time.
+        self.lanes = 1
         self.num_examples: int | None = num_examples_hint(self.data)
         self.point: Point | None = None
         self.meter = Meter()
@@ -179,7 +183,7 @@ class Objective:
 
         To be used within ``measuring()``. Cost: 1 gradient of the part, and ``curvature.cost`` a product.
         """
-        graph = self.curvature.graph(self.terms, part, keep)
+        graph = in_lanes(lambda piece: self.curvature.graph(self.terms, piece, keep), part, self.lanes if keep else 1)
         self.charge(part.size * GRADIENT)
 
         def products(block: Tensor, last: bool = False) -> Tensor:
@@ -226,10 +230,10 @@ class Objective:
             return footprint.extrapolated(count, first.size, size)
 
     def settle_micro_batch(self) -> int | None:
-        """The examples a graph, chosen by measuring at first; None where the loader's batches are kept."""
+        """The examples a graph, chosen by measuring at first with ``lanes``; None where batches are kept."""
         if self.micro_batch is None:
             with self.measuring():
-                self.micro_batch = self._fastest_micro_batch()
+                self.micro_batch, self.lanes = self._fastest()
         return self.micro_batch if isinstance(self.micro_batch, int) else None
 
     def _pass(
@@ -266,24 +270,18 @@ class Objective:
         singles = micro_batches(self.data, None if self.keeps_batches else 1)
         blame(singles, lambda part: self.accumulate([part], block), self.curvature.title)
 
-    def _fastest_micro_batch(self) -> int:
-        """Chosen by measuring where the data set is large enough."""
-        best = sizes.DEFAULT
-        if self.num_examples is not None and self.num_examples >= sizes.SMALL_DATA:
-            sample = self.first_examples(sizes.CANDIDATES[-1])
-            if sample.splittable:
-                block = torch.ones(1, self.num_params, dtype=self.dtype, device=self.device)
+    def _fastest(self) -> tuple[int, int]:
+        """Micro-batch and lanes, chosen by measuring where the data set is large enough."""
 
-                def work(parts: Iterable[MicroBatch]) -> float:
-                    return float(self.accumulate(parts, block).loss)  # reading it waits for an asynchronous device
+        def work(parts: Iterable[MicroBatch], vectors: int, lanes: int) -> float:
+            self.lanes = lanes
+            block = torch.ones(vectors, self.num_params, dtype=self.dtype, device=self.device)
+            return float(self.accumulate(parts, block).loss)  # reading it waits for an asynchronous device
 
-                best = sizes.fastest(work, sample)
-                if best == sizes.CANDIDATES[-1]:
-                    most = min(sizes.SHARE * self.num_examples, best * sizes.GRAPH / max(1, self.graph_bytes(best)))
-                    larger = [size for size in sizes.LARGE if size <= most]
-                    if larger:
-                        best = sizes.fastest(work, self.first_examples(larger[-1]), (best, *larger))
-        return best
+        # Differences move the weights themselves, which all lanes share.
+        side_by_side = self.device.type == "cpu" and self.curvature.exact
+        threads = torch.get_num_threads() if side_by_side else 1
+        return sizes.chosen(work, self.first_examples, self.num_examples, self.graph_bytes, threads)
 
 
 def _empty() -> DataError:

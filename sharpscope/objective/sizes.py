@@ -1,11 +1,17 @@
-"""Choosing the size of a micro-batch by measuring."""
+"""Choosing the size of a micro-batch, and how many of its pieces go side by side, by measuring."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 from sharpscope.objective.batches import MicroBatch
+
+T = TypeVar("T", bound=Hashable)
+
+# work(parts, vectors, lanes): products of so many vectors. It must have ended on the device when it returns.
+Work = Callable[[Sequence[MicroBatch], int, int], object]
 
 # Sizes tried, on as many examples as the last of them, and the choice where the data set is too small for the
 # measurement to pay.
@@ -22,26 +28,82 @@ GRAPH, SHARE = 1 << 28, 1 / 16
 # Seconds below which one run says little, and the runs that are then made, of which the fastest counts.
 SHORT, RUNS = 0.05, 3
 
+# Vectors in a trial of lanes, which share products but not the gradient before them; the lanes tried at most; and how
+# much less time than the first choice another must take, lest chance choose.
+VECTORS, LANES, LESS = 3, 8, 0.95
 
-def fastest(
-    work: Callable[[Iterable[MicroBatch]], object], sample: MicroBatch, candidates: Sequence[int] = CANDIDATES
-) -> int:
-    """The size of ``candidates`` in which ``work`` takes ``sample`` in the least time, growing while it helps.
 
-    ``work`` must have ended on the device when it returns.
-    """
+def chosen(
+    work: Work,
+    first_examples: Callable[[int], MicroBatch],
+    num_examples: int | None,
+    graph_bytes: Callable[[int], int],
+    threads: int,
+) -> tuple[int, int]:
+    """The size in which ``work`` takes some hundred examples in the least time, and the number of lanes."""
+    if num_examples is None or num_examples < SMALL_DATA:
+        return DEFAULT, 1
+    sample = first_examples(CANDIDATES[-1])
+    if not sample.splittable:
+        return DEFAULT, 1
+    best = fastest(work, sample)
+    if best == CANDIDATES[-1]:
+        most = min(SHARE * num_examples, best * GRAPH / max(1, graph_bytes(best)))
+        larger = [size for size in LARGE if size <= most]
+        if larger:
+            sample = first_examples(larger[-1])
+            best = fastest(work, sample, (best, *larger))
+
+    def run(choice: tuple[int, int]) -> None:
+        work(_cut(sample, choice[0]), VECTORS, choice[1])
+
+    return quickest(run, with_lanes(best, sample.size, threads))
+
+
+def fastest(work: Work, sample: MicroBatch, candidates: Sequence[int] = CANDIDATES) -> int:
+    """The size of ``candidates`` in which a product with ``sample`` takes the least time, growing while it helps."""
     best, least = DEFAULT, float("inf")
     for size in candidates:
         if size > sample.size:
             break
         times: list[float] = []
         while not times or (sum(times) < SHORT and len(times) < RUNS):
-            started = time.perf_counter()
-            work([sample.part(i, min(i + size, sample.size)) for i in range(0, sample.size, size)])
-            times.append(time.perf_counter() - started)
+            times.append(_seconds(lambda size=size: work(_cut(sample, size), 1, 1)))  # type: ignore[misc]
         seconds = min(times)
         if seconds > 1.2 * least:
             break
         if seconds < least:
             best, least = size, seconds
     return best
+
+
+def with_lanes(best: int, most: int, threads: int) -> list[tuple[int, int]]:
+    """Sizes of micro-batches and numbers of lanes to try once ``best`` has won with one, which comes first."""
+    choices, lanes = [(best, 1)], 2
+    while lanes <= min(threads, LANES):
+        choices += [(size, lanes) for size in (best, best * lanes) if size <= most]
+        lanes *= 2
+    return choices
+
+
+def quickest(run: Callable[[T], object], choices: Sequence[T]) -> T:
+    """The choice whose run takes the least time in two rounds; the first unless another is clearly faster."""
+    if len(choices) == 1:
+        return choices[0]
+    seconds = dict.fromkeys(choices, float("inf"))
+    for _ in range(2):
+        for choice in choices:
+            seconds[choice] = min(seconds[choice], _seconds(lambda choice=choice: run(choice)))  # type: ignore[misc]
+    best = min(choices, key=lambda choice: seconds[choice])
+    return best if seconds[best] < LESS * seconds[choices[0]] else choices[0]
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _cut(sample: MicroBatch, size: int) -> list[MicroBatch]:
+    """``sample`` in parts of ``size`` examples, the last one smaller."""
+    return [sample.part(i, min(i + size, sample.size)) for i in range(0, sample.size, size)]

@@ -57,7 +57,8 @@ def resumable(
     loss compute what they did. The micro-batch is settled first, and kept: the last bits depend on it.
     """
     journal.once("audit", dict, given=[seen.loss, seen.weight, seen.gradient, seen.products])
-    objective.micro_batch = journal.once("micro-batch", lambda: {"size": _settled(objective)})["size"]
+    settled = journal.once("micro-batch", lambda: _settled(objective))
+    objective.micro_batch, objective.lanes = settled["size"], settled["lanes"]
 
     def note() -> Entry:
         assert objective.point is not None
@@ -109,6 +110,6 @@ def _described(thing: Any, depth: int = 3) -> Any:
     return [name, {k: v for k, v in tensors.items() if isinstance(v, Tensor)}, plain]
 
 
-def _settled(objective: Objective) -> int | str | None:
+def _settled(objective: Objective) -> Entry:
     objective.settle_micro_batch()
-    return objective.micro_batch
+    return {"size": objective.micro_batch, "lanes": objective.lanes}

@@ -1,0 +1,166 @@
+"""Pieces of a micro-batch side by side give the sums that the whole gives, and leave the threads as they were."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sharpscope import Objective, Problem, ProblemError
+from sharpscope.objective import lanes, sizes
+from sharpscope.operators import NAMES, curvature
+
+X = torch.randn(140, 1, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = torch.randint(0, 3, (140,), generator=torch.Generator().manual_seed(1))
+
+
+class Net(nn.Module):
+    """Convolution, ReLU and pooling, and which threads it ran in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.conv, self.last = nn.Conv2d(1, 2, 3), nn.Linear(8, 3)
+        self.double()
+        self.ran: set[int] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.ran.add(threading.get_ident())
+        hidden = nn.functional.max_pool2d(torch.relu(self.conv(x)), 2).flatten(1)
+        return self.last(hidden.tanh())
+
+
+def objective(count: int, operator: str = "hessian", size: int = 70, data: object = (X, Y)) -> Objective:
+    problem = Problem(model=Net(), loss=nn.CrossEntropyLoss(), data=data)
+    made = Objective(problem, micro_batch=size, curvature=curvature(operator, torch.Generator().manual_seed(0)))
+    made.lanes = count
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Four threads, so that lanes get more and less than one each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("operator", [name for name in NAMES if name != "finite-difference"])
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_lanes_add_up_to_the_whole(operator: str, count: int) -> None:
+    """Loss, gradient, products and cost are those of whole micro-batches, whichever the matrix."""
+    plain, laned = objective(1, operator), objective(count, operator)
+    block = torch.randn(plain.num_params, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    wanted, found = plain.hvp(block), laned.hvp(block)
+    assert float((wanted - found).norm() / wanted.norm()) < 1e-13
+    assert laned.loss == pytest.approx(plain.loss, rel=1e-14)
+    assert laned.gradients == plain.gradients
+    assert torch.equal(laned.hvp(block), found)
+
+
+def test_what_partwise_says_does_not_depend_on_lanes() -> None:
+    """A micro-batch is one part, however many lanes made it."""
+    block = torch.randn(objective(1).num_params, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (_, one), (_, two) = (objective(count).hvp_partwise(block) for count in (1, 2))
+    assert one.sizes == two.sizes == (70, 70)
+    assert float((one.forms - two.forms).abs().max()) < 1e-13
+
+
+def test_the_model_runs_in_one_thread_and_products_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's forward may keep what it likes; only graphs that are there are differentiated side by side."""
+    seen: set[int] = set()
+    model_threads = objective(4)
+    graph = model_threads.curvature.graph
+
+    def watched(terms, part, keep):  # type: ignore[no-untyped-def]
+        built = graph(terms, part, keep)
+
+        def products(block: Tensor, last: bool = False) -> Tensor:
+            seen.add(threading.get_ident())
+            assert torch.get_num_threads() == 1
+            return built.products(block, last)
+
+        return type(built)(built.loss, built.weight, built.gradient, products, built.examples)
+
+    model_threads.curvature = type(model_threads.curvature)("hessian", "Hessian", watched, 2.0, True)
+    model_threads.hvp(torch.ones(model_threads.num_params, 1, dtype=torch.float64))
+    assert len(seen) > 1
+    assert model_threads.terms.model.ran == {threading.get_ident()}
+    assert torch.get_num_threads() == 4
+
+
+def test_few_examples_are_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No piece has fewer than LEAST examples."""
+    built: list[int] = []
+    made = objective(8, size=2 * lanes.LEAST + 3)
+    graph = made.curvature.graph
+
+    def counted(terms, part, keep):  # type: ignore[no-untyped-def]
+        built.append(part.size)
+        return graph(terms, part, keep)
+
+    made.curvature = type(made.curvature)("hessian", "Hessian", counted, 2.0, True)
+    made.hvp(torch.ones(made.num_params, 1, dtype=torch.float64))
+    assert sum(built) == len(Y)
+    assert min(built) >= lanes.LEAST
+    assert max(built) <= lanes.LEAST + 2
+
+
+class Once(torch.autograd.Function):
+    """The identity, whose backward says that it has no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: int = 0) -> Tensor:
+        ctx.order = order
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if ctx.order:
+            raise RuntimeError("the derivative for 'self' is not implemented.")
+        return Once.apply(gradient, 1), None
+
+
+def test_an_error_in_a_lane_is_the_callers_and_threads_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence, as without lanes."""
+    made = objective(2)
+    monkeypatch.setattr(Net, "forward", lambda self, x: self.last(Once.apply(self.conv(x)).flatten(1)[:, :8].tanh()))
+    with pytest.raises(ProblemError, match="second derivative"):
+        made.hvp(torch.ones(made.num_params, 2, dtype=torch.float64))
+    assert torch.get_num_threads() == 4
+
+
+def test_lanes_are_chosen_where_they_are_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least time in two rounds wins, but not over the first choice by less than 5 %."""
+    now = [0.0]
+    monkeypatch.setattr(sizes.time, "perf_counter", lambda: now[0])
+
+    def chosen(*rounds: tuple[float, float]) -> tuple[int, int]:
+        left = [seconds for one in rounds for seconds in one]
+
+        def run(choice: tuple[int, int]) -> None:
+            now[0] += left.pop(0)
+
+        return sizes.quickest(run, [(256, 1), (256, 2)])
+
+    assert chosen((1.0, 3.0), (1.0, 0.96)) == (256, 1)
+    assert chosen((1.0, 3.0), (1.0, 0.94)) == (256, 2)
+    assert sizes.with_lanes(256, 512, 1) == [(256, 1)]
+    assert sizes.with_lanes(256, 512, 4) == [(256, 1), (256, 2), (512, 2), (256, 4)]
+
+
+def test_finite_differences_have_one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They write the weights that all lanes would read."""
+    monkeypatch.setattr(sizes, "quickest", lambda run, choices: choices[-1])
+    data = (X.repeat(30, 1, 1, 1), Y.repeat(30))
+    for operator, wanted in (("hessian", 4), ("finite-difference", 1)):
+        made = objective(1, operator, data=data)
+        made.micro_batch = None
+        made.settle_micro_batch()
+        assert made.lanes == wanted
