@@ -11,13 +11,17 @@ from sharpscope.cli import options, terminal
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that ask for blocks."""
-    parser.add_argument(
+    by = parser.add_mutually_exclusive_group()
+    by.add_argument(
         "--per-layer",
-        nargs="?",
+        dest="per_layer",
+        action="store_const",
         const="module",
-        choices=("module", "parameter"),
         help="instead, a row for each diagonal block of the Hessian: lambda_max, trace and share of the whole trace; a "
-        "block is the parameters of one module (default), or one parameter tensor; CKPT before it",
+        "block is the parameters of one module",
+    )
+    by.add_argument(
+        "--per-parameter", dest="per_layer", action="store_const", const="parameter", help="the same for each tensor"
     )
     parser.add_argument(
         "--probes", type=int, metavar="K", help="with --per-layer: random vectors for a trace (default 8)"

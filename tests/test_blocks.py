@@ -310,18 +310,16 @@ def test_the_command_prints_and_writes_the_blocks(tmp_path: Path, capsys: pytest
     checkpoint = tmp_path / "mlp.pt"
     train(Recipe(model="mlp", model_args={"hidden": (8,)}, epochs=1), checkpoint)
     parser = eigen.add_parser(argparse.ArgumentParser().add_subparsers())
-    if not any(action.dest == "per_layer" for action in parser._actions):
-        blocks.add_options(parser)
 
     def run(*argv: str | Path) -> int:
-        return blocks.run(parser.parse_args([str(arg) for arg in (checkpoint, "--device", "cpu", *argv)]))
+        return blocks.run(parser.parse_args([str(arg) for arg in ("--device", "cpu", *argv, checkpoint)]))
 
     capsys.readouterr()
     assert run("--per-layer", "--out", tmp_path / "r.json") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["block", "1", "3", "all"]
     assert BlockResult.load(tmp_path / "r.json").provenance["by"] == "module"
-    assert run("--json", "--per-layer", "parameter") == 0
+    assert run("--json", "--per-parameter") == 0
     record = json.loads(capsys.readouterr().out)
     assert [block["name"] for block in record["blocks"]] == ["1.weight", "1.bias", "3.weight", "3.bias"]
     with pytest.warns(ConvergenceWarning):

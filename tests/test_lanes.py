@@ -112,8 +112,11 @@ def test_few_examples_are_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(built) <= lanes.LEAST + 2
 
 
-class Once(torch.autograd.Function):
-    """The identity, whose backward says that it has no derivative."""
+class Fails(torch.autograd.Function):
+    """The identity, whose backward has no derivative for more than ``most`` examples, and says ``error``."""
+
+    error: Exception = MemoryError()
+    most = 0
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: int = 0) -> Tensor:
@@ -122,18 +125,37 @@ class Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        if ctx.order:
-            raise RuntimeError("the derivative for 'self' is not implemented.")
-        return Once.apply(gradient, 1), None
+        if ctx.order and len(gradient) > Fails.most:
+            raise Fails.error
+        return Fails.apply(gradient, ctx.order + 1), None
 
 
-def test_an_error_in_a_lane_is_the_callers_and_threads_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Objective:
+    """Two lanes, in which nothing goes well."""
+    monkeypatch.setattr(Net, "forward", lambda self, x: self.last(Fails.apply(self.conv(x)).flatten(1)[:, :8].tanh()))
+    return objective(2)
+
+
+def test_an_error_in_a_lane_is_the_callers_and_threads_come_back(
+    failing: Objective, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One sentence, as without lanes."""
-    made = objective(2)
-    monkeypatch.setattr(Net, "forward", lambda self, x: self.last(Once.apply(self.conv(x)).flatten(1)[:, :8].tanh()))
+    monkeypatch.setattr(Fails, "error", RuntimeError("the derivative for 'self' is not implemented."))
     with pytest.raises(ProblemError, match="second derivative"):
-        made.hvp(torch.ones(made.num_params, 2, dtype=torch.float64))
+        failing.hvp(torch.ones(failing.num_params, 2, dtype=torch.float64))
     assert torch.get_num_threads() == 4
+
+
+def test_lanes_that_do_not_fit_into_memory_are_halved(failing: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Micro-batches of 70 in lanes of 35, of which 20 fit, become some of 35 in lanes of 17 and 18."""
+    block = torch.randn(failing.num_params, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    monkeypatch.setattr(Fails, "most", 70)
+    wanted = failing.hvp(block)
+    monkeypatch.setattr(Fails, "most", 20)
+    found = failing.hvp(block)
+    assert failing.micro_batch == 35
+    assert float((wanted - found).norm() / wanted.norm()) < 1e-13
 
 
 def test_lanes_are_chosen_where_they_are_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
