@@ -77,7 +77,7 @@ def main() -> None:
             if "failed" in built:
                 raise SystemExit(f"{case}: {built.get('stderr', built['failed'])}")
         check = ["--check"] if args.check or args.quick else []
-        reference = worker.once("float64", "reference", "--reference-tol", str(args.reference_tol), *check)
+        reference = worker.once("reference", "reference", "--reference-tol", str(args.reference_tol), *check)
         settings = found_settings(worker, reference["values"], args)
         measure(worker, reference, settings, args)
     text = report.report(work / "runs", args.accuracy)
@@ -187,7 +187,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cases and solvers; a tool's name is all")
     parser.add_argument("--repeat", type=int, default=3, help="rounds (default 3)")
     parser.add_argument("--accuracy", type=float, default=1e-3, help="relative, of each eigenvalue (default 1e-3)")
-    parser.add_argument("--reference-tol", type=float, default=1e-8, help="of a new reference (default 1e-8)")
+    parser.add_argument(
+        "--reference-tol", type=float, default=1e-8, help="of a new reference (default 1e-8); from 1e-4 on in float32"
+    )
     parser.add_argument(
         "--patience", type=float, default=4, help="a power iteration may take so many times the fastest run (default 4)"
     )

@@ -16,7 +16,7 @@ from roster import ROSTER
 PACKAGES = ("sharpscope", "torch", "numpy", "scipy", "curvlinops-for-pytorch", "hessian-eigenthings", "pyhessian")
 HEAD = ["solver", "stops by", "largest error", "passes", "gradients", "seconds", "seconds / gradient", "peak MiB"]
 NOTES = """\
-- largest error: relative, over the top 5, against the reference in float64.
+- largest error: relative, over the top 5, against a reference with a bound of its own.
 - passes: walks over all data. gradients: work in units of one gradient (forward and backward) over all data; for the
   rivals their calls counted, a product by double backprop or forward over reverse as 3, on a kept graph as 2, by finite
   differences as 2.
@@ -60,7 +60,7 @@ def section(case: dict[str, Any]) -> str:
     reference, runs = case["reference"], case["runs"]
     gradients = [run["gradient_seconds"] for runs_of in runs.values() for run in runs_of]
     values = ", ".join(f"{value:.6g}" for value in reference["values"])
-    about = f"{reference['about']}. Reference, to {reference['tol']:g}: {values}"
+    about = f"{reference['about']}. Reference, in {reference.get('dtype', 'float64')} to {reference['tol']:g}: {values}"
     if "check" in reference:
         about += f" (another library's, in float64, differ by {reference['check']:.0e})"
     about += f". One gradient: {statistics.median(gradients):.3g} s."
