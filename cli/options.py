@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import os
 import sys
 from pathlib import Path
@@ -161,12 +162,24 @@ def outputs(args: argparse.Namespace, *, arrays: bool = False) -> list[Path | No
         if out.is_file():
             raise OutputError(f"With several checkpoints --out must be a folder, but {out} is a file.")
         files = [out / f"{name}.json" for name in names]
-    for out in files:
+    for path, out in zip(args.checkpoints, files, strict=True):
         if out.suffix == ".npz":
             raise OutputError(f"The result is JSON, and its vectors go beside it as .npz, got {out}. Name it .json.")
         # What an unfinished run has written already is its own.
-        require_new(args, out, *([out.with_suffix(".npz")] if arrays else []), own=any(state(out).glob("[0-9]*.npz")))
+        own = any(state(out).glob("[0-9]*.npz")) and _measured(out, path)
+        require_new(args, out, *([out.with_suffix(".npz")] if arrays else []), own=own)
     return list(files)
+
+
+def _measured(out: Path, path: str) -> bool:
+    """Whether the result in ``out`` is of the very bytes of the checkpoint at ``path``."""
+    from sharpscope.checkpoint import sha256_of
+
+    try:
+        with open(path, "rb") as stream:
+            return bool(json.loads(out.read_text(encoding="utf-8")).get("sha256") == sha256_of(stream))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def state(out: Path) -> Path:

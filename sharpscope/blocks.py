@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from sharpscope.audit import audit
-from sharpscope.blockwise import blocks_of, blockwise
 from sharpscope.errors import ConvergenceWarning
 from sharpscope.linalg import require_arguments
 from sharpscope.linalg.diagonal import diagonal_blocks
 from sharpscope.linalg.quadrature import require_probes
 from sharpscope.objective import Objective, Progress
 from sharpscope.operators import curvature
+from sharpscope.operators.blockwise import blocks_of, blockwise
 from sharpscope.params import select
 from sharpscope.problem import Problem
 from sharpscope.provenance import measured, provenance, seeded

@@ -65,7 +65,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         with open(place, "rb") as stream:
             # Digest and contents come from one open file, even if a training run replaces it meanwhile.
-            digest = _sha256(stream)
+            digest = sha256_of(stream)
             if stream.tell() == 0:
                 raise CheckpointError(f"The checkpoint {place} is empty. {HOW_TO_SAVE}")
             contents = _unpickle(place, stream)
@@ -164,7 +164,7 @@ def _first(items: list[str], separator: str = ", ") -> str:
     return separator.join(items[:SHOWN]) + (f"{separator}..." if len(items) > SHOWN else "")
 
 
-def _sha256(stream: BinaryIO) -> str:
+def sha256_of(stream: BinaryIO) -> str:
     digest = hashlib.sha256()
     while chunk := stream.read(1 << 20):
         digest.update(chunk)

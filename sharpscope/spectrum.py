@@ -16,14 +16,14 @@ from sharpscope.certify import Certified, certified
 from sharpscope.errors import ArgumentError, ConvergenceWarning
 from sharpscope.guide.subset import FEWEST, KEPT, Subset, sample, usual_size, worthwhile
 from sharpscope.linalg import Eigenpairs, guidable, require_arguments, top_eigenpairs
-from sharpscope.linalg.certificate import kuczynski_wozniakowski
+from sharpscope.linalg.certificate import STEPS, kuczynski_wozniakowski
 from sharpscope.objective import Objective, Progress
 from sharpscope.operators import curvature
 from sharpscope.precision import usable
 from sharpscope.problem import Problem
 from sharpscope.provenance import measured, provenance, seeded
 from sharpscope.results import EigenResult
-from sharpscope.results.eigen_table import CERTAIN
+from sharpscope.results.record import CERTAIN
 from sharpscope.resume import open_journal, resumable
 from sharpscope.sampling import sampling_error
 
@@ -84,7 +84,7 @@ def top_eigenvalues(
     Cost: "guided", at k = 5 and tol 1e-3 typically 2 passes of 11 to 13 gradients, half a gradient for a forward pass
     and 3 to 4 for the subset; "lanczos", 1 + 2 (k + 1) gradients a pass, 5 to 12 passes.
 
-    Raises: ArgumentError, ProblemError, DataError, AuditError.
+    Raises: ArgumentError, ProblemError, DataError, AuditError; OutputError where the journal cannot be written.
     """
     source, seed = seeded(generator)
     settings = {"k": k, "tol": tol, "method": method, "which": which, "certify": certify, "max_basis": max_basis}
@@ -111,7 +111,7 @@ def top_eigenvalues(
         seen = audit(objective, torch.Generator().manual_seed(source.initial_seed()))
         matmat = resumable(objective, state, seen, stage)
         guided = _guided(objective, method, which, k)
-        memory = _memory(objective, k, max_basis, guided)
+        memory = _memory(objective, k, max_basis, guided, certify is not None)
         stage(f"about {max(1, sum(memory.values()) >> 20)} MB", 0, objective.num_examples)
         guides = _guides(objective, method, source, stage) if guided else []
         options: dict[str, Any] = {
@@ -201,14 +201,18 @@ def _guides(objective: Objective, method: str, generator: torch.Generator, progr
     return found
 
 
-def _memory(objective: Objective, k: int, max_basis: int | None, guided: bool) -> dict[str, int]:
+def _memory(objective: Objective, k: int, max_basis: int | None, guided: bool, certify: bool) -> dict[str, int]:
     """Bytes that vectors and graphs will take at most, known before the start.
 
-    A search space has as many images; a block, its product and its sums are beside it.
+    A search space has as many images; a block, its product and its sums are beside it, and a product for each lane. A
+    certificate's run keeps its steps.
     """
     limit = 8 * (k + 1) if max_basis is None else max_basis
     each = objective.num_params * torch.finfo(objective.dtype).bits // 8
-    bytes_of = {"vectors": each * (2 * limit + 6 * (k + 1)), "graph": objective.graph_bytes()}
+    held = 2 * limit + (5 + objective.lanes) * (k + 1)
+    if certify:
+        held = max(held, 2 * k + STEPS + 8)
+    bytes_of = {"vectors": each * held, "graph": objective.graph_bytes()}
     if guided:
         bytes_of["subset"] = min(KEPT, objective.graph_bytes(usual_size(objective)))
     return bytes_of

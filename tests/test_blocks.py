@@ -26,9 +26,9 @@ from sharpscope import (
     Problem,
     block_spectra,
 )
-from sharpscope.blockwise import blocks_of, blockwise
 from sharpscope.cli import blocks, eigen
 from sharpscope.operators import curvature
+from sharpscope.operators.blockwise import blocks_of, blockwise
 from sharpscope.params import select
 from sharpscope.results import block_table
 from sharpscope.train import Recipe, train

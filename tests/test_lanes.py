@@ -173,13 +173,27 @@ def test_lanes_are_chosen_where_they_are_clearly_faster(monkeypatch: pytest.Monk
 
     assert chosen((1.0, 3.0), (1.0, 0.96)) == (256, 1)
     assert chosen((1.0, 3.0), (1.0, 0.94)) == (256, 2)
-    assert sizes.with_lanes(256, 512, 1) == [(256, 1)]
-    assert sizes.with_lanes(256, 512, 4) == [(256, 1), (256, 2), (512, 2), (256, 4)]
+
+
+def test_trials_of_lanes_are_within_their_price() -> None:
+    """More threads and more data are worth more trials, few data none."""
+    for threads, price, wanted in (
+        (1, 1e9, [(256, 1)]),
+        (4, 1e9, [(256, 1), (256, 2), (512, 2), (256, 4)]),
+        (2, 30_000, [(256, 1), (256, 2), (512, 2)]),
+        (2, 10_000, [(256, 1), (256, 2)]),
+        (2, 5_000, [(256, 1)]),
+    ):
+        choices = sizes.with_lanes(256, 512, threads, price)
+        assert choices == wanted
+        cost = sizes.ROUNDS * len(choices) * max(size for size, _ in choices) * (1 + 2 * sizes.VECTORS)
+        assert len(choices) == 1 or cost <= price
 
 
 def test_finite_differences_have_one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     """They write the weights that all lanes would read."""
     monkeypatch.setattr(sizes, "quickest", lambda run, choices: choices[-1])
+    monkeypatch.setattr(sizes, "PRICE", 100.0)
     data = (X.repeat(30, 1, 1, 1), Y.repeat(30))
     for operator, wanted in (("hessian", 4), ("finite-difference", 1)):
         made = objective(1, operator, data=data)

@@ -17,10 +17,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 from dense import dense_hessian
 from sharpscope import ArgumentError, AuditError, DataError, Objective, Problem, ProblemError, top_eigenvalues
+from sharpscope.objective.batches import num_examples_hint
 from sharpscope.objective.kernels import differentiable_kernels
 from sharpscope.zoo import load_data, make_model
 
@@ -788,3 +789,17 @@ def test_a_problem_of_wrong_parts_is_refused() -> None:
     ):
         with pytest.raises(ProblemError, match=message):
             Problem(**{"model": net(), "loss": nn.MSELoss(), "data": (X, Y), **parts})  # type: ignore[arg-type]
+
+
+def test_the_examples_that_a_loader_will_give_are_known() -> None:
+    """Samplers and dropped last batches count; batches of the user's own making are not guessed."""
+    data = TensorDataset(torch.randn(23, 2), torch.zeros(23))
+    given = {
+        23: DataLoader(data, batch_size=5),
+        20: DataLoader(data, batch_size=5, drop_last=True),
+        7: DataLoader(data, batch_size=5, sampler=SequentialSampler(range(7))),
+        None: DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 4, True)),
+    }
+    for count, loader in given.items():
+        assert num_examples_hint(loader) == count
+        assert count in (None, sum(len(x) for x, _ in loader))

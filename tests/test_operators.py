@@ -106,6 +106,30 @@ def gauss_newton(name: str) -> Tensor:
     return jacobian.T @ middle @ jacobian / weight
 
 
+class Segmenting(nn.Module):
+    """A network whose output is a convolution's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 2, 3, padding=1).double(), nn.Conv2d(2, 3, 1).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu())
+
+
+@pytest.mark.parametrize("operator", [name for name in NAMES if name != "finite-difference"])
+def test_an_output_that_is_a_convolution_is_differentiated(operator: str) -> None:
+    """Per-pixel losses of a convolution's output pass the audit, and the products are symmetric."""
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 1, 4, 4, generator=source, dtype=torch.float64)
+    y = torch.randint(0, 3, (8, 4, 4), generator=source)
+    problem = Problem(model=Segmenting(), loss=nn.CrossEntropyLoss(), data=(x, y))
+    objective = Objective(problem, curvature=curvature(operator))
+    audit(objective)
+    matrix = objective.hvp(torch.eye(objective.num_params, dtype=torch.float64))
+    assert float((matrix - matrix.T).abs().max()) < 1e-14
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gauss_newton_matches_the_dense_one(name: str) -> None:
     """J' H_L J over unequal batches is torch.func's over all at once, whatever the loss's terms."""

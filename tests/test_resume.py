@@ -139,6 +139,11 @@ def test_more_passes_go_on_with_a_result_that_has_not_converged(tmp_path: Path) 
     assert main([*command, str(short), "--max-passes", "3"]) == 3
     kept = entries(tmp_path / "short.json.partial")
     assert kept >= 3
+    train(Recipe(model="mlp", model_args={"hidden": (8,)}, epochs=1), tmp_path / "other.pt")
+    before = short.read_bytes()
+    assert main(["eigen", str(tmp_path / "other.pt"), "--out", str(short)]) == 1  # another checkpoint's is not its own
+    assert short.read_bytes() == before
+    assert entries(tmp_path / "short.json.partial") == kept
     assert not json.loads(short.read_text())["converged"][-1]
     assert main([*command, str(short), "--max-passes", "50"]) == 0
     first, second = (json.loads(path.read_text()) for path in (whole, short))

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.precision import wide
-
-# Elements of each vector converted to float64 at a time: bounds the extra memory, 512 kB a vector.
-CHUNK = 1 << 16
+from sharpscope.precision import CHUNK, wide
 
 # Below this multiple of eps times the operator's norm what is left after projection is rounding, no new direction.
 BREAKDOWN = 50.0

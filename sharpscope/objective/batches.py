@@ -85,10 +85,10 @@ def walkable(data: Any) -> Iterable[Any]:
 def num_examples_hint(batches: Iterable[Any]) -> int | None:
     """The number of examples where it is known without a walk, for a progress bar and the choice of sizes."""
     if isinstance(batches, DataLoader):
-        try:
-            return len(batches.dataset)  # type: ignore[arg-type]
-        except TypeError:
-            return None
+        if batches.batch_size is None or isinstance(batches.dataset, IterableDataset):
+            return None  # batches of the user's own making
+        count = len(batches.sampler)  # type: ignore[arg-type]
+        return count - count % batches.batch_size if batches.drop_last else count
     if isinstance(batches, list | tuple):
         return sum(batch_size(batch) for batch in batches)
     return None

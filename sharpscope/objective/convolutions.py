@@ -124,7 +124,7 @@ class _Convolution(torch.autograd.Function):
                 site.patches = _patches(x, w, g, site)
             # Views, since _asked cannot tell of a leaf.
             found = _ConvolutionBackward.apply(  # type: ignore[no-untyped-call]
-                g, x.view_as(x), w.view_as(w), site.patches, site, mask
+                g.view_as(g), x.view_as(x), w.view_as(w), site.patches, site, mask
             )
         elif site.patches is not None:
             found = _backward_of_patches(g, site.patches, w, mask)

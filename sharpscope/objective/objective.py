@@ -201,7 +201,7 @@ class Objective:
         partwise: bool = False,
     ) -> Sums:
         """Sums over ``parts`` of loss, gradient and the products with the rows of ``block`` (K, n), counted as cost."""
-        sums = accumulate(self.graph, parts, block, progress, self._room, partwise)
+        sums = accumulate(self.graph, parts, block, self._room, progress, partwise)
         if isinstance(self.micro_batch, int) and self._room.largest is not None:
             self.micro_batch = min(self.micro_batch, self._room.largest)
         return sums

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharpscope.linalg.vectors import CHUNK
-from sharpscope.precision import wide
+from sharpscope.precision import CHUNK, wide
 
 
 @dataclass(frozen=True)
@@ -22,21 +21,17 @@ class Partwise:
         weights: (B,), ``A_b = sum_i a_i``.
         forms: (B, K, K), ``v_j' H_b v_k``.
         squares: (B, K), ``||H_b v_k||^2``.
-        slopes: (B, K), ``g_b' v_k``, ``g_b`` the gradient of ``sum_i a_i l_i``.
-        losses: (B,), ``sum_i a_i l_i``.
         sizes: the examples of each micro-batch.
     """
 
     weights: Tensor
     forms: Tensor
     squares: Tensor
-    slopes: Tensor
-    losses: Tensor
     sizes: tuple[int, ...]
 
 
 class PartwiseRecord:
-    """Collects ``Partwise`` for ``block`` (K, n), at K^2 + 2K inner products a micro-batch, and waits for no device."""
+    """Collects ``Partwise`` for ``block`` (K, n), at K^2 + K inner products a micro-batch, and waits for no device."""
 
     def __init__(self, block: Tensor) -> None:
         self._block = block
@@ -44,19 +39,17 @@ class PartwiseRecord:
         self._rows: list[tuple[Tensor, ...]] = []
         self._sizes: list[int] = []
 
-    def add(self, loss: Tensor, weight: Tensor, gradient: list[Tensor], products: Tensor, size: int) -> None:
+    def add(self, weight: Tensor, products: Tensor, size: int) -> None:
         """One micro-batch's sums; ``products`` is (K, n)."""
         count = len(self._block)
         forms = torch.zeros(count, count, dtype=self._dtype, device=self._block.device)
-        squares, slopes = forms.new_zeros(count), forms.new_zeros(count)
-        flat = torch.cat([g.reshape(-1) for g in gradient])
+        squares = forms.new_zeros(count)
         for start in range(0, self._block.shape[1], CHUNK):
             part = slice(start, start + CHUNK)
             vectors, pushed = (t[:, part].to(self._dtype) for t in (self._block, products))
             forms += vectors @ pushed.T
             squares += pushed.square().sum(1)
-            slopes += vectors @ flat[part].to(self._dtype)
-        self._rows.append((weight.to(self._dtype), forms, squares, slopes, loss.to(self._dtype)))
+        self._rows.append((weight.to(self._dtype), forms, squares))
         self._sizes.append(size)
 
     def result(self) -> Partwise:
@@ -64,6 +57,6 @@ class PartwiseRecord:
         columns = [torch.stack(column) for column in zip(*self._rows, strict=True)]
         if not columns:
             count, empty = len(self._block), torch.zeros(0, dtype=self._dtype, device=self._block.device)
-            columns = [empty, empty.view(0, count, count), empty.view(0, count), empty.view(0, count), empty]
-        weights, forms, squares, slopes, losses = columns
-        return Partwise(weights, forms, squares, slopes, losses, tuple(self._sizes))
+            columns = [empty, empty.view(0, count, count), empty.view(0, count)]
+        weights, forms, squares = columns
+        return Partwise(weights, forms, squares, tuple(self._sizes))

@@ -28,9 +28,10 @@ GRAPH, SHARE = 1 << 28, 1 / 16
 # Seconds below which one run says little, and the runs that are then made, of which the fastest counts.
 SHORT, RUNS = 0.05, 3
 
-# Vectors in a trial of lanes, which share products but not the gradient before them; the lanes tried at most; and how
-# much less time than the first choice another must take, lest chance choose.
-VECTORS, LANES, LESS = 3, 8, 0.95
+# Vectors in a trial of lanes, which share products but not the gradient before them; the rounds of trials; the
+# gradients over all data that they may cost; and how much less time than the first choice another must take, lest
+# chance choose.
+VECTORS, ROUNDS, PRICE, LESS = 3, 2, 0.5, 0.95
 
 
 def chosen(
@@ -54,10 +55,9 @@ def chosen(
             sample = first_examples(larger[-1])
             best = fastest(work, sample, (best, *larger))
 
-    def run(choice: tuple[int, int]) -> None:
-        work(_cut(sample, choice[0]), VECTORS, choice[1])
-
-    return quickest(run, with_lanes(best, sample.size, threads))
+    choices = with_lanes(best, sample.size, threads, PRICE * num_examples)
+    trial = sample.part(0, max(size for size, _ in choices))
+    return quickest(lambda choice: work(_cut(trial, choice[0]), VECTORS, choice[1]), choices)
 
 
 def fastest(work: Work, sample: MicroBatch, candidates: Sequence[int] = CANDIDATES) -> int:
@@ -77,21 +77,27 @@ def fastest(work: Work, sample: MicroBatch, candidates: Sequence[int] = CANDIDAT
     return best
 
 
-def with_lanes(best: int, most: int, threads: int) -> list[tuple[int, int]]:
-    """Sizes of micro-batches and numbers of lanes to try once ``best`` has won with one, which comes first."""
+def with_lanes(best: int, most: int, threads: int, price: float) -> list[tuple[int, int]]:
+    """Sizes of micro-batches, up to ``most``, and lanes to try once ``best`` has won with one lane, which comes first.
+
+    As many as ``ROUNDS`` trials of each may cost, in gradients of an example.
+    """
     choices, lanes = [(best, 1)], 2
-    while lanes <= min(threads, LANES):
-        choices += [(size, lanes) for size in (best, best * lanes) if size <= most]
+    while lanes <= threads:
+        for size in (best, best * lanes):
+            larger = max(size, *(known for known, _ in choices))
+            if size <= most and ROUNDS * (len(choices) + 1) * larger * (1 + 2 * VECTORS) <= price:
+                choices.append((size, lanes))
         lanes *= 2
     return choices
 
 
 def quickest(run: Callable[[T], object], choices: Sequence[T]) -> T:
-    """The choice whose run takes the least time in two rounds; the first unless another is clearly faster."""
+    """The choice whose run takes the least time in ROUNDS; the first unless another is clearly faster."""
     if len(choices) == 1:
         return choices[0]
     seconds = dict.fromkeys(choices, float("inf"))
-    for _ in range(2):
+    for _ in range(ROUNDS):
         for choice in choices:
             seconds[choice] = min(seconds[choice], _seconds(lambda choice=choice: run(choice)))  # type: ignore[misc]
     best = min(choices, key=lambda choice: seconds[choice])

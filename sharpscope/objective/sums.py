@@ -57,19 +57,18 @@ def accumulate(
     graph: Callable[[MicroBatch, bool], Graph],
     parts: Iterable[MicroBatch],
     block: Tensor,
+    room: Room,
     progress: Callable[[int], None] | None = None,
-    room: Room | None = None,
     partwise: bool = False,
 ) -> Sums:
     """Loss, gradient and products with the rows of ``block`` (K, n), summed over ``parts``.
 
     ``graph(part, keep)`` is built once a part, every row goes through it, and it is freed. Memory: one part's graph,
-    and 1 + 2K vectors beside the block. A part that does not fit is halved in ``room``; ``partwise`` keeps
-    what each says by itself.
+    and 1 + 2K vectors beside the block, K more for each further lane. A part that does not fit is halved in ``room``;
+    ``partwise`` keeps what each says by itself.
 
     Raises: ProblemError, see ``graph`` and ``Room``.
     """
-    room = room or Room()
     loss = torch.zeros((), dtype=wide(block.device), device=block.device)
     weight, spread = torch.zeros_like(loss), torch.zeros_like(loss)
     sums = torch.zeros(1 + len(block), block.shape[1], dtype=block.dtype, device=block.device)
@@ -89,7 +88,7 @@ def accumulate(
             spread += torch.stack(torch._foreach_norm(one.gradient)).to(loss).norm()
             examples += one.examples
             if record is not None:
-                record.add(one.loss, one.weight, one.gradient, one.rows, one.examples)
+                record.add(one.weight, one.rows, one.examples)
         if progress is not None:
             progress(examples)
     return Sums(loss, weight, sums[0], sums[1:], spread, examples, record.result() if record else None)

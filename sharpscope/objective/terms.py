@@ -77,8 +77,9 @@ class LossTerms:
             if self.checked or out_of_memory(error):
                 raise
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            words = (str(error).splitlines() or [type(error).__name__])[0]
             raise ProblemError(
-                f"The model cannot take the data, here inputs of shape {shapes}: {str(error).splitlines()[0]}. "
+                f"The model cannot take the data, here inputs of shape {shapes}: {words}. "
                 "Check that model and data belong together."
             ) from error
         return output, target, batch

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError
 from sharpscope.files import atomic
 from sharpscope.results.cost import Cost
-from sharpscope.results.eigen_table import CERTAIN, notes_of, rows_of, table
-from sharpscope.results.record import head, opened, plain, read, refuse_taken, require_json_name, write
+from sharpscope.results.eigen_table import notes_of, rows_of, table
+from sharpscope.results.record import CERTAIN, head, opened, plain, read, refuse_taken, require_json_name, write
 from sharpscope.tables import as_html
 
 Array = NDArray[np.float64]

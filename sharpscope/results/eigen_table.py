@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sharpscope.results.record import POINT_AND_PRICE, names_of, origin_notes, point_and_price
+from sharpscope.results.record import CERTAIN, POINT_AND_PRICE, names_of, origin_notes, point_and_price
 from sharpscope.tables import narrowest, with_bound
 
 if TYPE_CHECKING:
     from sharpscope.results.eigen import EigenResult
-
-# Above this probability of a miss there is no certificate.
-CERTAIN = 0.01
 
 
 def rows_of(results: Sequence[EigenResult]) -> list[list[str]]:

@@ -17,6 +17,9 @@ from sharpscope.results.cost import Cost
 # The layout of the saved JSON; a reader refuses a later one.
 FORMAT = 1
 
+# Above this probability of a miss there is no certificate.
+CERTAIN = 0.01
+
 # The columns that close every table of results.
 POINT_AND_PRICE = ("loss", "|grad|", "gradients", "passes", "seconds")
 
