@@ -31,7 +31,7 @@ SHORT, RUNS = 0.05, 3
 # Vectors in a trial of lanes, which share products but not the gradient before them; the rounds of trials; the
 # gradients over all data that they may cost; and how much less time than the first choice another must take, lest
 # chance choose.
-VECTORS, ROUNDS, PRICE, LESS = 3, 2, 0.5, 0.95
+VECTORS, ROUNDS, PRICE, LESS = 2, 2, 1 / 3, 0.95
 
 
 def chosen(
