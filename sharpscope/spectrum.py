@@ -139,6 +139,8 @@ def top_eigenvalues(
 
             proof = certified(matmat, pairs, solve, certify, remaining=remaining, generator=source)
             pairs = proof.pairs
+        if objective.dtype == torch.float32:
+            pairs = pairs.widened(objective.curvature.single * float(pairs.eigenvalues.abs().max()), tol)
         sampling = None
         if population:
             ratio = k if which in ("largest", "both") else 0

@@ -140,3 +140,12 @@ def test_a_model_that_transforms_itself_is_left_to_torch() -> None:
     x = torch.randn(4, 1, 3, 3, dtype=torch.float64)
     problem = Problem(model=Sensitive(), loss=nn.CrossEntropyLoss(), data=(x, torch.arange(4) % 3))
     assert Objective(problem).loss_and_gradient()[1].isfinite().all()
+
+
+def test_complex_convolutions_are_left_to_torch() -> None:
+    """Its own way with them is differentiated as before."""
+    x, w = (torch.randn(s, dtype=torch.complex128, requires_grad=True) for s in ((2, 1, 4, 4), (2, 1, 3, 3)))
+    with faster_kernels(HOLDER):
+        out = F.conv2d(x, w)
+    assert "_Convolution" not in str(out.grad_fn)
+    assert torch.equal(out, F.conv2d(x, w))

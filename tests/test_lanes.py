@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -72,11 +73,11 @@ def test_what_partwise_says_does_not_depend_on_lanes() -> None:
     assert float((one.forms - two.forms).abs().max()) < 1e-13
 
 
-def test_the_model_runs_in_one_thread_and_products_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_runs_in_one_thread_and_products_in_several() -> None:
     """The user's forward may keep what it likes; only graphs that are there are differentiated side by side."""
     seen: set[int] = set()
-    model_threads = objective(4)
-    graph = model_threads.curvature.graph
+    made = objective(4)
+    graph = made.curvature.graph
 
     def watched(terms, part, keep):  # type: ignore[no-untyped-def]
         built = graph(terms, part, keep)
@@ -88,14 +89,14 @@ def test_the_model_runs_in_one_thread_and_products_in_several(monkeypatch: pytes
 
         return type(built)(built.loss, built.weight, built.gradient, products, built.examples)
 
-    model_threads.curvature = type(model_threads.curvature)("hessian", "Hessian", watched, 2.0, True)
-    model_threads.hvp(torch.ones(model_threads.num_params, 1, dtype=torch.float64))
+    made.curvature = dataclasses.replace(made.curvature, graph=watched)
+    made.hvp(torch.ones(made.num_params, 1, dtype=torch.float64))
     assert len(seen) > 1
-    assert model_threads.terms.model.ran == {threading.get_ident()}
+    assert made.terms.model.ran == {threading.get_ident()}
     assert torch.get_num_threads() == 4
 
 
-def test_few_examples_are_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_examples_are_one_graph() -> None:
     """No piece has fewer than LEAST examples."""
     built: list[int] = []
     made = objective(8, size=2 * lanes.LEAST + 3)
@@ -105,7 +106,7 @@ def test_few_examples_are_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         built.append(part.size)
         return graph(terms, part, keep)
 
-    made.curvature = type(made.curvature)("hessian", "Hessian", counted, 2.0, True)
+    made.curvature = dataclasses.replace(made.curvature, graph=counted)
     made.hvp(torch.ones(made.num_params, 1, dtype=torch.float64))
     assert sum(built) == len(Y)
     assert min(built) >= lanes.LEAST
@@ -200,3 +201,21 @@ def test_finite_differences_have_one_lane(monkeypatch: pytest.MonkeyPatch) -> No
         made.micro_batch = None
         made.settle_micro_batch()
         assert made.lanes == wanted
+
+
+def test_weights_that_move_and_batches_that_are_kept_are_never_cut() -> None:
+    """Lanes that somebody sets by hand change neither a finite difference nor a loader's batches."""
+    block = torch.randn(objective(1).num_params, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    one, two = (objective(count, "finite-difference") for count in (1, 2))
+    before = [p.clone() for p in two.terms.params]
+    assert torch.equal(one.hvp(block), two.hvp(block))
+    assert all(torch.equal(p, q) for p, q in zip(two.terms.params, before, strict=True))
+    kept = objective(2)
+    kept.micro_batch = "loader"
+    built: list[int] = []
+    graph = kept.curvature.graph
+    kept.curvature = dataclasses.replace(
+        kept.curvature, graph=lambda terms, part, keep: (built.append(part.size), graph(terms, part, keep))[1]
+    )
+    kept.hvp(block)
+    assert built == [140]

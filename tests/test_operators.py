@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 
 from dense import dense_hessian
-from sharpscope import ArgumentError, AuditError, Objective, Problem, ProblemError
+from sharpscope import ArgumentError, AuditError, Objective, Problem, ProblemError, top_eigenvalues
 from sharpscope.audit import audit
 from sharpscope.objective.batches import MicroBatch, micro_batches
 from sharpscope.operators import NAMES, curvature
@@ -479,3 +480,24 @@ def test_draws_belong_to_examples() -> None:
     columns = torch.stack([u[:, 0], u[:, 1], v[:, 0], u[:, 0].roll(1)])
     assert float((columns.mean(1) - 0.5).abs().max()) < 5 * (1 / 12 / 50_000) ** 0.5
     assert float((torch.corrcoef(columns) - torch.eye(4)).abs().max()) < 5 / 50_000**0.5
+
+
+def test_differences_in_single_precision_say_how_far_they_are_off() -> None:
+    """Every interval holds the dense eigenvalue in float32, and a tolerance finer than the products is not met."""
+    for seed in range(8):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            x, y = torch.randn(300, 6), torch.randint(0, 3, (300,))
+            model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        true = dense_hessian(copy.deepcopy(model).double(), lambda call, x=x, y=y: F.cross_entropy(call(x.double()), y))
+        wanted = torch.linalg.eigvalsh(true).flip(0)[:2]
+        problem = Problem(model=model, loss=nn.CrossEntropyLoss(), data=(x, y))
+        for tol in (1e-2, 1e-3):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                options = {"operator": "finite-difference", "dtype": torch.float32, "max_passes": 12}
+                found = top_eigenvalues(problem, 2, tol, **options)
+            done = torch.from_numpy(found.converged)
+            inside = (torch.from_numpy(found.lower) <= wanted) & (wanted <= torch.from_numpy(found.upper))
+            assert bool(inside[done].all())
+            assert tol > 2e-3 or not bool(done.any())

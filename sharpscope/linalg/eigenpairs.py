@@ -53,6 +53,14 @@ class Eigenpairs:
     method: str
     start: RandomStart | None = None
 
+    def widened(self, by: float, tol: float) -> Eigenpairs:
+        """Each interval longer by ``by`` at both ends, for products that are off by as much, and held to ``tol``."""
+        if not by:
+            return self
+        lower, upper = self.lower - by, self.upper + by
+        met = (upper - lower) / 2 <= tol * self.eigenvalues.abs()
+        return replace(self, lower=lower, upper=upper, converged=self.converged & met)
+
 
 def top_eigenpairs(
     matmat: Matmat,

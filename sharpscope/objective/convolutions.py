@@ -53,6 +53,9 @@ def _arguments(
     groups: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor | None, _Site] | None:
     plain = type(input) is Tensor and isinstance(weight, Tensor)
+    # torch makes a complex convolution of three real ones.
+    if input.is_complex() or weight.is_complex():
+        return None
     if not plain or isinstance(padding, str) or input.dim() != dimensions + 2 or input.numel() == 0:
         return None
     each = [list(value) if isinstance(value, Sequence) else [value] for value in (stride, padding, dilation)]

@@ -58,6 +58,7 @@ class Curvature:
         tangent: ``tangent(terms, part, vector)`` is the model's output and J v, J its Jacobian, where J is used.
         dtype: the precision that it is computed in where none is asked for, None for the parameters' own.
         exact: whether a product is right to rounding, so that a result need not be called approximate.
+        single: what a product in float32 may be off by beyond rounding, relative to the matrix's norm.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Curvature:
     tangent: Callable[[LossTerms, MicroBatch, Tensor], tuple[Tensor, Tensor]] | None = None
     dtype: torch.dtype | None = None
     exact: bool = True
+    single: float = 0.0
 
 
 def hessian(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:

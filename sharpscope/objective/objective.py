@@ -183,7 +183,9 @@ class Objective:
 
         To be used within ``measuring()``. Cost: 1 gradient of the part, and ``curvature.cost`` a product.
         """
-        graph = in_lanes(lambda piece: self.curvature.graph(self.terms, piece, keep), part, self.lanes if keep else 1)
+        # Batches that are kept may not be cut, and differences move the weights themselves, which all lanes share.
+        lanes = self.lanes if keep and self.curvature.exact and not self.keeps_batches else 1
+        graph = in_lanes(lambda piece: self.curvature.graph(self.terms, piece, keep), part, lanes)
         self.charge(part.size * GRADIENT)
 
         def products(block: Tensor, last: bool = False) -> Tensor:
@@ -278,7 +280,6 @@ class Objective:
             block = torch.ones(vectors, self.num_params, dtype=self.dtype, device=self.device)
             return float(self.accumulate(parts, block).loss)  # reading it waits for an asynchronous device
 
-        # Differences move the weights themselves, which all lanes share.
         side_by_side = self.device.type == "cpu" and self.curvature.exact
         threads = torch.get_num_threads() if side_by_side else 1
         return sizes.chosen(work, self.first_examples, self.num_examples, self.graph_bytes, threads)
