@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141  # 128 + SIGPIPE, what a shell shows for a program that this signal ended
         except KeyboardInterrupt:
-            print("sharpscope: interrupted; what was finished is kept.", file=sys.stderr)
+            again = args.command == "eigen" and args.out and not args.per_layer
+            then = " The same command goes on from there." if again else ""
+            print(f"sharpscope: interrupted; what was finished is kept.{then}", file=sys.stderr)
             return 130
 
 

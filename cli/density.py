@@ -108,6 +108,11 @@ def _eigen(args: argparse.Namespace) -> dict[str, Any]:
     for path in args.eigen:
         result = EigenResult.load(path)
         came = result.provenance
+        if result.eigenvectors is None and args.figure is None:
+            raise ArgumentError(
+                f"--eigen takes eigenvalues out with their vectors, or marks them in a --figure, but {path} has no "
+                "vectors. Measure it with --vectors."
+            )
         if came.get("sha256") not in wanted:
             raise ArgumentError(
                 f"--eigen must be a result for one of these checkpoints, but {path} is of {came.get('checkpoint')}."

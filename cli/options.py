@@ -159,8 +159,8 @@ def outputs(args: argparse.Namespace, *, arrays: bool = False) -> list[Path | No
         names = [Path(path).stem for path in args.checkpoints]
         if len(set(names)) < len(names):
             names = [f"{i}-{name}" for i, name in enumerate(names, start=1)]
-        if out.is_file():
-            raise OutputError(f"With several checkpoints --out must be a folder, but {out} is a file.")
+        if out.is_file() or out.suffix == ".json":
+            raise OutputError(f"With several checkpoints --out must be a folder, but {out} is the name of a file.")
         files = [out / f"{name}.json" for name in names]
     for path, out in zip(args.checkpoints, files, strict=True):
         if out.suffix == ".npz":

@@ -94,8 +94,10 @@ def top_eigenvalues(
     n = objective.num_params
     home = objective.device if basis_device is None else usable(basis_device)
     require_arguments(n, k, tol, method, max_passes, which)
-    if certify is not None and (which != "largest" or not 0 < certify < 1):
-        raise ArgumentError(f"certify must be between 0 and 1, with which='largest', got {certify} and {which!r}.")
+    if certify is not None and which != "largest":
+        raise ArgumentError(f"certify is for which='largest', got which={which!r}. Leave one of them out.")
+    if certify is not None and not 0 < certify < 1:
+        raise ArgumentError(f"certify must be between 0 and 1, got {certify}.")
     state = open_journal(journal, objective, **settings, seed=source.get_state())
     worst = [float("inf")]
 

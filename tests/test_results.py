@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,25 @@ def test_the_table_marks_what_has_not_converged() -> None:
     assert text.count("±0.01 ?") == 2
     assert "a.pt: NOT CONVERGED to the tolerance 0.001 (marked ?): lambda_max, lambda_2." in text
     assert "lambda_max/lambda_k" in text
+
+
+def test_what_has_not_converged_or_is_paid_for_claims_and_advises_nothing() -> None:
+    """No interval over the data for values that are unsure, and no --certify where it was given or is refused."""
+    sampling = {"lower": [1.9, 0.9], "upper": [2.1, 1.1], "examples": 5, "confidence": 0.95}
+    sure, unsure = (result([2.0, 1.0], converged=done) for done in (True, False))
+    said = {done: str(replace(r, sampling=sampling)) for done, r in ((True, sure), (False, unsure))}
+    assert "95 % intervals: lambda_max 1.9 to 2.1" in said[True]
+    assert "95 %" not in said[False]
+    assert "not all eigenvalues have converged" in said[False]
+    assert "may be about other eigenvalues" in said[False]
+    missed = np.array([0.01, 0.4])
+    proof = {"eps": 0.1, "above": 1.2, "probability": 0.004, "runs": 1, "steps": 9, "kuczynski_wozniakowski": 1.0}
+    assert "--certify pays" in str(replace(sure, missed_probability=missed))
+    assert "--certify pays" not in str(replace(sure, missed_probability=missed, certificate=proof))
+    for which, words in (("smallest", "below"), ("both", "no probability is stated")):
+        shown = str(replace(sure, missed_probability=missed, provenance={**sure.provenance, "which": which}))
+        assert words in shown
+        assert "--certify" not in shown
 
 
 def test_a_result_shows_itself_in_a_notebook() -> None:

@@ -48,14 +48,17 @@ def notes_of(results: Sequence[EigenResult]) -> list[str]:
             missing = np.flatnonzero(~r.converged)
             which = "all" if len(missing) == len(r.converged) > 5 else ", ".join(r.labels[i] for i in missing)
             notes.append(
-                f"{name}: NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?): {which}. {_remedy(r)}"
+                f"{name}: NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?): {which}. Their intervals may "
+                f"be about other eigenvalues. {_remedy(r)}"
             )
     return notes
 
 
 def _missed(result: EigenResult) -> str:
     """How sure it is that nothing larger was missed, as far as the run's random vectors say."""
-    if result.missed_probability is None or result.which not in ("largest", "smallest"):
+    if result.which not in ("largest", "smallest"):
+        return "no probability is stated of eigenvalues that were missed; that goes with --which largest or smallest."
+    if result.missed_probability is None:
         return ""
     first, last = float(result.missed_probability[0]), float(result.missed_probability[-1])
     side = "above" if result.which == "largest" else "below"
@@ -65,7 +68,8 @@ def _missed(result: EigenResult) -> str:
     said = f"an eigenvalue {side} {result.labels[0]} was missed with probability at most {_percent(first)}"
     if len(result.labels) > 1:
         said += f", {side} {result.labels[-1]} " + ("not excluded" if last >= 0.995 else f"at most {_percent(last)}")
-    return said + ("." if last <= CERTAIN else "; --certify pays for less.")
+    pays = last > CERTAIN and result.which == "largest" and not result.certificate
+    return said + ("; --certify pays for less." if pays else ".")
 
 
 def _certified(result: EigenResult) -> str:
@@ -86,6 +90,8 @@ def _sampled(result: EigenResult) -> str:
     if not result.sampling:
         return ""
     s = result.sampling
+    if not result.converged.all():
+        return "no intervals for all the data of which these are a sample: not all eigenvalues have converged."
     if s["lower"] is None:
         return f"no intervals for all the data of which these are a sample: {s['reason']}."
     pairs = zip(result.labels, s["lower"], s["upper"], strict=True)
