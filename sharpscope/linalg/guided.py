@@ -97,8 +97,9 @@ def guided(
     its residual. Where the guide is of no help the corrections are the residuals, and the iteration is a block Lanczos
     one with thick restart.
 
-    Cost: k + RANDOM products with H in the first pass, at most as many in the second and k + 1 in each later one, two
-    passes at the least; some 25 products with each guide.
+    Cost: k + RANDOM products with H in the first pass (one more for each row of ``initial`` beyond k), at most as many
+    in the second and k + 1 in each later one, RANDOM more where a random vector is drawn anew; two passes at the least;
+    some 25 products with each guide.
 
     Args: as ``top_eigenpairs``; ``like`` (0, n) carries n, dtype and device; ``guides`` take and give rows, as
         ``matmat`` does; ``initial``: rows (b, n) for the first block in place of the guide's eigenvectors.
