@@ -67,8 +67,7 @@ def parts_of(units: np.ndarray, vectors: np.ndarray, weights: np.ndarray | None 
     pushed = units @ vectors
     given = np.ones(len(units)) if weights is None else weights
     forms, squares = torch.from_numpy(vectors.T @ pushed), torch.from_numpy((pushed**2).sum(1))
-    empty = torch.zeros(len(units), dtype=torch.float64)
-    return Partwise(torch.from_numpy(given), forms, squares, torch.zeros_like(squares), empty, (1,) * len(units))
+    return Partwise(torch.from_numpy(given), forms, squares, (1,) * len(units))
 
 
 def sample_of(rows: np.ndarray, chosen: np.ndarray, units: int, k: int) -> tuple[Partwise, np.ndarray]:
