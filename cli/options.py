@@ -172,9 +172,11 @@ def outputs(args: argparse.Namespace, *, arrays: bool = False) -> list[Path | No
 
 
 def _measured(out: Path, path: str) -> bool:
-    """Whether the result in ``out`` is of the very bytes of the checkpoint at ``path``."""
+    """Whether the result in ``out``, if there is one yet, is of the very bytes of the checkpoint at ``path``."""
     from sharpscope.checkpoint import sha256_of
 
+    if not out.exists():
+        return True
     try:
         with open(path, "rb") as stream:
             return bool(json.loads(out.read_text(encoding="utf-8")).get("sha256") == sha256_of(stream))

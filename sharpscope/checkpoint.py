@@ -165,6 +165,7 @@ def _first(items: list[str], separator: str = ", ") -> str:
 
 
 def sha256_of(stream: BinaryIO) -> str:
+    """The digest of what is left of ``stream``."""
     digest = hashlib.sha256()
     while chunk := stream.read(1 << 20):
         digest.update(chunk)

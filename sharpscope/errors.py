@@ -48,3 +48,8 @@ def nearest(kind: str, name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}."
+
+
+def first_line(error: BaseException) -> str:
+    """What ``error`` says first, or its name where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

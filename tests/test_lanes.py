@@ -87,7 +87,7 @@ def test_the_model_runs_in_one_thread_and_products_in_several() -> None:
             assert torch.get_num_threads() == 1
             return built.products(block, last)
 
-        return type(built)(built.loss, built.weight, built.gradient, products, built.examples)
+        return dataclasses.replace(built, products=products)
 
     made.curvature = dataclasses.replace(made.curvature, graph=watched)
     made.hvp(torch.ones(made.num_params, 1, dtype=torch.float64))
@@ -170,7 +170,7 @@ def test_lanes_are_chosen_where_they_are_clearly_faster(monkeypatch: pytest.Monk
         def run(choice: tuple[int, int]) -> None:
             now[0] += left.pop(0)
 
-        return sizes.quickest(run, [(256, 1), (256, 2)])
+        return sizes.clearly_fastest(run, [(256, 1), (256, 2)])
 
     assert chosen((1.0, 3.0), (1.0, 0.96)) == (256, 1)
     assert chosen((1.0, 3.0), (1.0, 0.94)) == (256, 2)
@@ -193,7 +193,7 @@ def test_trials_of_lanes_are_within_their_price() -> None:
 
 def test_finite_differences_have_one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     """They write the weights that all lanes would read."""
-    monkeypatch.setattr(sizes, "quickest", lambda run, choices: choices[-1])
+    monkeypatch.setattr(sizes, "clearly_fastest", lambda run, choices: choices[-1])
     monkeypatch.setattr(sizes, "PRICE", 100.0)
     data = (X.repeat(30, 1, 1, 1), Y.repeat(30))
     for operator, wanted in (("hessian", 4), ("finite-difference", 1)):

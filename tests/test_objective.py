@@ -791,15 +791,25 @@ def test_a_problem_of_wrong_parts_is_refused() -> None:
             Problem(**{"model": net(), "loss": nn.MSELoss(), "data": (X, Y), **parts})  # type: ignore[arg-type]
 
 
+class Endless:
+    """A sampler that does not know how many it gives."""
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(range(9))
+
+
 def test_the_examples_that_a_loader_will_give_are_known() -> None:
-    """Samplers and dropped last batches count; batches of the user's own making are not guessed."""
+    """Samplers and dropped last batches count; what has no length, or batches of the user's making, is not guessed."""
     data = TensorDataset(torch.randn(23, 2), torch.zeros(23))
     given = {
         23: DataLoader(data, batch_size=5),
         20: DataLoader(data, batch_size=5, drop_last=True),
         7: DataLoader(data, batch_size=5, sampler=SequentialSampler(range(7))),
-        None: DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 4, True)),
     }
-    for count, loader in given.items():
+    unknown = [
+        DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 4, True)),
+        DataLoader(data, batch_size=5, sampler=Endless()),  # type: ignore[arg-type]
+    ]
+    for count, loader in [*given.items(), *((None, loader) for loader in unknown)]:
         assert num_examples_hint(loader) == count
         assert count in (None, sum(len(x) for x, _ in loader))

@@ -167,3 +167,17 @@ def test_seconds_are_those_of_the_passes_wherever_they_were_run(tmp_path: Path) 
     first, again = (top_eigenvalues(problem, k=2, journal=tmp_path / "state").cost for _ in range(2))
     assert first.seconds > 0.05 * first.passes
     assert again.seconds > 0.05 * first.passes
+
+
+def test_vectors_written_before_a_kill_are_the_runs_own(tmp_path: Path) -> None:
+    """Killed between the .npz and the .json, the same command goes on; without its passes neither is replaced."""
+    from sharpscope.cli import main
+
+    checkpoint, out = tmp_path / "a.pt", tmp_path / "r.json"
+    train(Recipe(model="mlp", model_args={"hidden": (8,)}, epochs=1), checkpoint)
+    command = ["eigen", str(checkpoint), "--k", "2", "--vectors", "--out", str(out)]
+    assert main([*command, "--max-passes", "2"]) == 3
+    out.unlink()
+    assert main(command) == 0
+    out.unlink()
+    assert main(command) == 1

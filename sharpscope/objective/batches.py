@@ -87,7 +87,10 @@ def num_examples_hint(batches: Iterable[Any]) -> int | None:
     if isinstance(batches, DataLoader):
         if batches.batch_size is None or isinstance(batches.dataset, IterableDataset):
             return None  # batches of the user's own making
-        count = len(batches.sampler)  # type: ignore[arg-type]
+        try:
+            count = len(batches.sampler)  # type: ignore[arg-type]
+        except TypeError:
+            return None
         return count - count % batches.batch_size if batches.drop_last else count
     if isinstance(batches, list | tuple):
         return sum(batch_size(batch) for batch in batches)

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from sharpscope.errors import ProblemError
+from sharpscope.errors import ProblemError, first_line
 from sharpscope.objective.batches import MicroBatch
 
 T = TypeVar("T")
@@ -84,9 +84,8 @@ class Room:
             return
         what = part.where(0) if part.size == 1 else f"batch {part.pieces[0][0]} of {part.size} examples"
         why = "" if part.size == 1 else f", and it may not be cut: {self.fixed or 'its tensors have unequal lengths'}"
-        words = (str(error).splitlines() or [type(error).__name__])[0]
         raise ProblemError(
-            f"The graph of {what} must fit into memory, but does not{why} ({words}). "
+            f"The graph of {what} must fit into memory, but does not{why} ({first_line(error)}). "
             f"{'Choose' if part.size == 1 else 'Make the batches smaller, or choose'} a device with more memory, a "
             "narrower dtype, or fewer vectors a block."
         ) from error

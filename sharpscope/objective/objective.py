@@ -235,7 +235,7 @@ class Objective:
         """The examples a graph, chosen by measuring at first with ``lanes``; None where batches are kept."""
         if self.micro_batch is None:
             with self.measuring():
-                self.micro_batch, self.lanes = self._fastest()
+                self.micro_batch, self.lanes = self._measured_choice()
         return self.micro_batch if isinstance(self.micro_batch, int) else None
 
     def _pass(
@@ -272,7 +272,7 @@ class Objective:
         singles = micro_batches(self.data, None if self.keeps_batches else 1)
         blame(singles, lambda part: self.accumulate([part], block), self.curvature.title)
 
-    def _fastest(self) -> tuple[int, int]:
+    def _measured_choice(self) -> tuple[int, int]:
         """Micro-batch and lanes, chosen by measuring where the data set is large enough."""
 
         def work(parts: Iterable[MicroBatch], vectors: int, lanes: int) -> float:

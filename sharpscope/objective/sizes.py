@@ -47,20 +47,20 @@ def chosen(
     sample = first_examples(CANDIDATES[-1])
     if not sample.splittable:
         return DEFAULT, 1
-    best = fastest(work, sample)
+    best = best_size(work, sample)
     if best == CANDIDATES[-1]:
         most = min(SHARE * num_examples, best * GRAPH / max(1, graph_bytes(best)))
         larger = [size for size in LARGE if size <= most]
         if larger:
             sample = first_examples(larger[-1])
-            best = fastest(work, sample, (best, *larger))
+            best = best_size(work, sample, (best, *larger))
 
     choices = with_lanes(best, sample.size, threads, PRICE * num_examples)
     trial = sample.part(0, max(size for size, _ in choices))
-    return quickest(lambda choice: work(_cut(trial, choice[0]), VECTORS, choice[1]), choices)
+    return clearly_fastest(lambda choice: work(_cut(trial, choice[0]), VECTORS, choice[1]), choices)
 
 
-def fastest(work: Work, sample: MicroBatch, candidates: Sequence[int] = CANDIDATES) -> int:
+def best_size(work: Work, sample: MicroBatch, candidates: Sequence[int] = CANDIDATES) -> int:
     """The size of ``candidates`` in which a product with ``sample`` takes the least time, growing while it helps."""
     best, least = DEFAULT, float("inf")
     for size in candidates:
@@ -92,7 +92,7 @@ def with_lanes(best: int, most: int, threads: int, price: float) -> list[tuple[i
     return choices
 
 
-def quickest(run: Callable[[T], object], choices: Sequence[T]) -> T:
+def clearly_fastest(run: Callable[[T], object], choices: Sequence[T]) -> T:
     """The choice whose run takes the least time in ROUNDS; the first unless another is clearly faster."""
     if len(choices) == 1:
         return choices[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpscope import params
-from sharpscope.errors import ProblemError
+from sharpscope.errors import ProblemError, first_line
 from sharpscope.objective.batches import MicroBatch, arguments, leaves, map_tensors
 from sharpscope.objective.losses import term_loss
 from sharpscope.objective.memory import out_of_memory
@@ -77,9 +77,8 @@ class LossTerms:
             if self.checked or out_of_memory(error):
                 raise
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor))
-            words = (str(error).splitlines() or [type(error).__name__])[0]
             raise ProblemError(
-                f"The model cannot take the data, here inputs of shape {shapes}: {words}. "
+                f"The model cannot take the data, here inputs of shape {shapes}: {first_line(error)}. "
                 "Check that model and data belong together."
             ) from error
         return output, target, batch
