@@ -81,7 +81,7 @@ def top_eigenvalues(
             the caller's to remove (``sharpscope.resume.discard``) once the result is safe. More ``max_passes`` than
             before go on with them too.
 
-    Cost: "guided", at k = 5 and tol 1e-3 typically 2 passes of 11 to 13 gradients, half a gradient for a forward pass
+    Cost: "guided", at k = 5 and tol 1e-3 typically 2 passes of 11 to 13 gradients, 0.45 for a forward pass
     and 3 to 4 for the subset; "lanczos", 1 + 2 (k + 1) gradients a pass, 5 to 12 passes.
 
     Raises: ArgumentError, ProblemError, DataError, AuditError; OutputError where the journal cannot be written.

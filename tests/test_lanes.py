@@ -160,7 +160,7 @@ def test_lanes_that_do_not_fit_into_memory_are_halved(failing: Objective, monkey
 
 
 def test_lanes_are_chosen_where_they_are_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The least time in two rounds wins, but not over the first choice by less than 5 %."""
+    """The least time in two rounds wins, by 5 % where it is not the first choice; one round does where it is clear."""
     now = [0.0]
     monkeypatch.setattr(sizes.time, "perf_counter", lambda: now[0])
 
@@ -172,18 +172,20 @@ def test_lanes_are_chosen_where_they_are_clearly_faster(monkeypatch: pytest.Monk
 
         return sizes.clearly_fastest(run, [(256, 1), (256, 2)])
 
-    assert chosen((1.0, 3.0), (1.0, 0.96)) == (256, 1)
-    assert chosen((1.0, 3.0), (1.0, 0.94)) == (256, 2)
+    assert chosen((1.0, 1.1), (1.0, 0.96)) == (256, 1)
+    assert chosen((1.0, 1.1), (1.0, 0.94)) == (256, 2)
+    assert chosen((1.0, 1.3)) == (256, 1)
+    assert chosen((1.0, 0.8)) == (256, 2)
 
 
 def test_trials_of_lanes_are_within_their_price() -> None:
     """More threads and more data are worth more trials, few data none."""
     for threads, price, wanted in (
         (1, 1e9, [(256, 1)]),
-        (4, 1e9, [(256, 1), (256, 2), (512, 2), (256, 4)]),
-        (2, 16_000, [(256, 1), (256, 2), (512, 2)]),
-        (2, 8_000, [(256, 1), (256, 2)]),
-        (2, 5_000, [(256, 1)]),
+        (4, 1e9, [(256, 1), (512, 2), (512, 4)]),
+        (2, 8_000, [(256, 1), (512, 2)]),
+        (2, 4_000, [(256, 1), (256, 2)]),
+        (2, 3_000, [(256, 1)]),
     ):
         choices = sizes.with_lanes(256, 512, threads, price)
         assert choices == wanted

@@ -26,7 +26,7 @@ from sharpscope.linalg.vectors import BREAKDOWN, combine, inner, norms, orthonor
 
 # A guide's own eigenvectors are found to residuals of this fraction of the k-th eigenvalue: a subset of some thousand
 # examples is itself off by 3 to 10 % (seen on a small CNN), so more would be wasted.
-START = 0.05
+START = 0.08
 
 # Inner residuals fall to this fraction of the outer ones: the guide's error leaves 5 to 15 % of them anyway.
 INNER = 0.1
