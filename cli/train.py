@@ -24,10 +24,22 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--model-args", metavar="K=V", nargs="+", help="such as depth=16 norm=none, or hidden=64,64")
     parser.add_argument("--data", default="digits", help="digits or fashion-mnist (default digits)")
     options.add_data_root(parser)
-    parser.add_argument("--optimizer", default="sgd", help="sam (SAM around SGD) or any torch optimizer (default sgd)")
     parser.add_argument(
-        "--rho", type=float, help="SAM's radius; puts SAM around any --optimizer (default for sam: 0.05)"
+        "--optimizer",
+        default="sgd",
+        help="sam, asam, gsam, looksam, friendlysam (each around SGD) or any torch optimizer (default sgd)",
     )
+    parser.add_argument(
+        "--rho", type=float, help="SAM's radius; puts SAM around any --optimizer (default 0.05, for asam 0.5)"
+    )
+    parser.add_argument("--variant", default="sam", help="with --rho: which of SAM's relatives (default sam)")
+    parser.add_argument(
+        "--sam-args",
+        metavar="K=V",
+        nargs="+",
+        help="more arguments of it: adaptive=filter, ascent_steps=2, alpha=0.3",
+    )
+    parser.add_argument("--m", type=int, help="examples that share a perturbation of SAM (default: the batch)")
     parser.add_argument("--p", default="2", choices=("2", "inf"), help="norm of SAM's ball (default 2)")
     parser.add_argument("--lr", type=float, default=0.05, help="initial learning rate (default 0.05)")
     parser.add_argument("--momentum", type=float, help="default 0.9 for SGD, torch's own elsewhere")
@@ -58,6 +70,9 @@ def run(args: argparse.Namespace) -> int:
         data=args.data,
         optimizer=args.optimizer,
         rho=args.rho,
+        variant=args.variant,
+        m=args.m,
+        sam_args=options.key_values(args.sam_args),
         p=math.inf if args.p == "inf" else 2.0,
         lr=args.lr,
         momentum=args.momentum,

@@ -14,6 +14,8 @@ from sharpscope.errors import ArgumentError, ProblemError
 # Elements of each vector converted to the wide dtype at a time: bounds the extra memory, 512 kB a vector.
 CHUNK = 1 << 16
 
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
 
 def wide(device: torch.device) -> torch.dtype:
     """The dtype of sums over long vectors: float64, but float32 on MPS, which has no float64."""

@@ -13,11 +13,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sharpscope.errors import ArgumentError, nearest
-from sharpscope.optim import SAM
+from sharpscope.optim import ASAM, GSAM, SAM, FriendlySAM, LookSAM
 from sharpscope.zoo import DATASETS, MODELS
 
 SCHEDULES = ("cosine", "constant")
-SAM_RHO = 0.05
+
+# SAM and its relatives by name, with the radius that each has where none is given.
+VARIANTS: dict[str, tuple[type[SAM], float]] = {
+    "sam": (SAM, 0.05),
+    "asam": (ASAM, 0.5),
+    "gsam": (GSAM, 0.05),
+    "looksam": (LookSAM, 0.05),
+    "friendlysam": (FriendlySAM, 0.05),
+}
 
 # SparseAdam is left out: it refuses the dense gradients that these models have.
 OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -37,9 +45,13 @@ class Recipe:
     Args:
         model, model_args: a bundled model; ``shape`` and ``classes`` come from the data.
         data: a bundled data set.
-        optimizer: any ``torch.optim`` class by name, whatever the case; "sam" stands for SGD with ``rho`` 0.05.
+        optimizer: any ``torch.optim`` class by name, whatever the case; "sam", "asam", "gsam", "looksam" and
+            "friendlysam" stand for SGD with that ``variant`` and its usual ``rho``.
         rho: the radius of SAM around the optimizer; None trains without SAM.
+        variant: which of SAM's relatives, where rho is given.
         p: the norm of SAM's ball, 2 or infinity.
+        m: examples that share a perturbation; None is the batch.
+        sam_args: further arguments of SAM or the variant, such as ``adaptive``, ``ascent_steps``, ``alpha`` or ``k``.
         lr: the learning rate of the first step.
         momentum: None is 0.9 for SGD and torch's default elsewhere; None too where the optimizer has no momentum.
         weight_decay: the factor c of the penalty c/2 ||w||^2, whose gradient at w joins that of the loss in the base
@@ -60,7 +72,10 @@ class Recipe:
     data: str = "digits"
     optimizer: str = "sgd"
     rho: float | None = None
+    variant: str = "sam"
     p: float = 2.0
+    m: int | None = None
+    sam_args: Mapping[str, Any] = field(default_factory=dict)
     lr: float = 0.05
     momentum: float | None = None
     weight_decay: float = 5e-4
@@ -74,13 +89,17 @@ class Recipe:
 
     def __post_init__(self) -> None:
         name = self.optimizer.lower()
-        if name == "sam":
+        if name in VARIANTS:
+            if self.variant not in ("sam", name):
+                raise ArgumentError(f"optimizer and variant say two kinds, {name} and {self.variant}. Pass one.")
+            object.__setattr__(self, "variant", name)
+            object.__setattr__(self, "rho", VARIANTS[name][1] if self.rho is None else self.rho)
             name = "sgd"
-            object.__setattr__(self, "rho", SAM_RHO if self.rho is None else self.rho)
         for kind, value, known in (
             ("model", self.model, MODELS),
             ("data set", self.data, DATASETS),
-            ("optimizer", name, [*OPTIMIZERS, "sam"]),
+            ("optimizer", name, [*OPTIMIZERS, *VARIANTS]),
+            ("variant", self.variant, VARIANTS),
             ("schedule", self.schedule, SCHEDULES),
         ):
             if value not in known:
@@ -93,7 +112,9 @@ class Recipe:
         self._check_numbers()
 
     def _check_numbers(self) -> None:
-        for key in ("batch_size", "epochs"):
+        if self.rho is None and (self.m is not None or self.variant != "sam" or self.sam_args):
+            raise ArgumentError("m, variant and sam_args belong to SAM. Pass rho (--rho), or name it as the optimizer.")
+        for key in ("batch_size", "epochs", *(() if self.m is None else ("m",))):
             value = getattr(self, key)
             if not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{key} must be an integer of at least 1, got {value!r}.")
@@ -142,7 +163,8 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
             optimizer: Optimizer = kind(parameters, **options)
             base = optimizer
         else:
-            optimizer = SAM(parameters, kind, rho=recipe.rho, p=recipe.p, **options)
+            sam = VARIANTS[recipe.variant][0]
+            optimizer = sam(parameters, kind, rho=recipe.rho, p=recipe.p, m=recipe.m, **recipe.sam_args, **options)
             base = optimizer.base_optimizer
     except (ValueError, TypeError, RuntimeError) as error:
         raise ArgumentError(f"{kind.__name__} does not fit the {recipe.model} or its options: {error}") from error

@@ -163,35 +163,39 @@ def _train_epoch(run: _Run, epoch: int, progress: Progress | None) -> None:
     generator = torch.Generator().manual_seed(_derived_seed("order", recipe.seed, epoch))
     order = torch.randperm(len(run.train_set), generator=generator).to(run.device)
     # SAM and LBFGS take several gradients a step; the others must not see the weights move before their only one.
-    closed = isinstance(optimizer, SAM) or _needs_closure(optimizer)
+    closed = _needs_closure(optimizer)
     seen, loss_sum, correct = 0, 0.0, 0
     model.train()
     for i in range(run.steps_per_epoch):
         batch = order[i * recipe.batch_size : (i + 1) * recipe.batch_size]
         step = (epoch - 1) * run.steps_per_epoch + i
         inputs, targets = run.train_set.inputs[batch], run.train_set.targets[batch]
-        first: list[tuple[float, int]] = []
+        # Loss, correct answers and examples of each piece of the batch, at the weights before the step.
+        at_w: dict[int, tuple[float, int, int]] = {}
 
-        def closure(inputs: Tensor = inputs, targets: Tensor = targets, first: Any = first, i: int = i) -> Tensor:
+        def closure(inputs: Tensor = inputs, targets: Tensor = targets, at_w: Any = at_w, i: int = i) -> Tensor:
             optimizer.zero_grad()
             logits = model(inputs)
             loss: Tensor = nn.functional.cross_entropy(logits, targets)
             value = loss.item()
             if not math.isfinite(value):
                 raise _diverged(epoch, i + 1)
-            if not first:
-                first.append((value, int((logits.argmax(1) == targets).sum())))
+            if inputs.data_ptr() not in at_w:
+                at_w[inputs.data_ptr()] = (value, int((logits.argmax(1) == targets).sum()), len(targets))
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
         for group in optimizer.param_groups:
             group["lr"] = run.learning_rate(step)
-        if closed:
+        if isinstance(optimizer, SAM):
+            optimizer.step(closure, inputs, targets)
+        elif closed:
             optimizer.step(closure)  # type: ignore[arg-type]
         else:
             closure()
             optimizer.step()
-        seen, loss_sum, correct = seen + len(batch), loss_sum + first[0][0] * len(batch), correct + first[0][1]
+        for value, right, examples in at_w.values():
+            seen, loss_sum, correct = seen + examples, loss_sum + value * examples, correct + right
         if progress is not None:
             total = run.steps_per_epoch * recipe.epochs
             progress(step + 1, total, {"loss": loss_sum / seen, "accuracy": correct / seen})
@@ -249,9 +253,11 @@ def _earlier_run(recipe: Recipe, target: Path, kept: set[int], resume: bool, ove
         return None
     earlier = read_checkpoint(target)
     ours = dataclasses.asdict(recipe)
+    # What an older version did not know it did as by default.
+    theirs = {**dataclasses.asdict(Recipe()), **earlier.recipe}
     for key, value in ours.items():
         # By way of JSON, in which a tuple and a list of the same sizes are the same recipe.
-        if key not in earlier.recipe or _as_json(earlier.recipe[key]) != _as_json(value):
+        if _as_json(theirs[key]) != _as_json(value):
             raise ArgumentError(
                 f"A run is resumed by its own recipe, but {key} is {value!r} and in {target} "
                 f"{earlier.recipe.get(key, 'missing')!r}. Change it back, or pass --overwrite to start anew."

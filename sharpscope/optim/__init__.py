@@ -2,5 +2,6 @@
 
 from sharpscope.optim.passes import frozen_buffers
 from sharpscope.optim.sam import SAM
+from sharpscope.optim.variants import ASAM, GSAM, FriendlySAM, LookSAM
 
-__all__ = ["SAM", "frozen_buffers"]
+__all__ = ["ASAM", "GSAM", "SAM", "FriendlySAM", "LookSAM", "frozen_buffers"]

@@ -1,11 +1,14 @@
-"""What SAM takes for its radius and its base optimizer."""
+"""What SAM takes for its radius, its base optimizer and the gradients."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import numbers
+from collections.abc import Sequence
 
+import torch
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from sharpscope.errors import ArgumentError
@@ -31,3 +34,19 @@ def check_base(base: object) -> None:
         raise ArgumentError(
             f"{what}, got {base.__name__}, whose own step needs a closure. Pass one whose step does not."
         )
+
+
+def dense_gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of ``params``, all of which have one.
+
+    Raises:
+        ArgumentError: a gradient is sparse.
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    sparse = next((g for g in grads if g.layout != torch.strided), None)
+    if sparse is not None:
+        raise ArgumentError(
+            f"SAM needs dense gradients, got one of shape {tuple(sparse.shape)} with layout {sparse.layout}. "
+            "Build the embedding with sparse=False."
+        )
+    return grads

@@ -7,12 +7,41 @@ running statistics) moves twice a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+
+
+class Pass:
+    """A closure on its piece of the batch; again, with the same draws and with the buffers left as they were.
+
+    Args:
+        closure: called as ``closure(*tensors)``.
+        ddp: whose ``no_sync`` keeps a pass to this process, or None.
+        devices: whose default generators the closure may draw from.
+    """
+
+    def __init__(
+        self, closure: Callable[..., Any], tensors: Sequence[Tensor], ddp: Any, devices: Iterable[torch.device]
+    ) -> None:
+        self._closure, self._tensors, self._ddp, self._devices = closure, tensors, ddp, devices
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self, local: bool) -> Any:
+        """What the closure returns; ``local`` keeps its gradients from being averaged over processes."""
+        again = self._replay is not None
+        if self._replay is None:
+            self._replay = random_state(self._devices)
+        else:
+            self._replay()
+        # no_sync must hold for the forward pass too.
+        alone = self._ddp.no_sync() if local and self._ddp is not None else nullcontext()
+        with frozen_buffers() if again else nullcontext(), alone, torch.enable_grad():
+            return self._closure(*self._tensors)
 
 
 def random_state(devices: Iterable[torch.device]) -> Callable[[], None]:

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from sharpscope.ball import Ball, norm_on_device, settled_norm
 from sharpscope.errors import ArgumentError
-from sharpscope.optim.arguments import check_base, check_rho
-from sharpscope.optim.ascent import ascent_direction, cosine, dense_gradients, norm_on_device, perturb, settled_norm
-from sharpscope.optim.passes import frozen_buffers, random_state
+from sharpscope.optim.arguments import check_base, check_rho, dense_gradients
+from sharpscope.optim.climb import Climb
+from sharpscope.optim.passes import Pass
+from sharpscope.optim.pieces import GradientSum, pieces_of
+from sharpscope.perturbation import cosine
 
 Loss = TypeVar("Loss")
 
 # Rounding to nearest leaves float32 above 0.999999; bfloat16 weights of a trained network reach 0.56.
 _LEAST_COSINE = 0.9
 
-# Frames from warnings.warn to the line that called step(): two of ours, step, and torch's two wrappers.
-_CALLER = 6
+# Frames from warnings.warn to the line that called step(), by where the gradient was taken: ours, step, and torch's two
+# wrappers (of which first_step and second_step have one).
+_CALLER = {"w": 5, "w + e": 6}
 
 
 class SAM(Optimizer):
@@ -35,16 +39,31 @@ class SAM(Optimizer):
     perturbation descends instead.
 
     A gradient that is zero or not finite at ``w``, or not finite at ``w + e``, leaves weights and state
-    untouched, warns (RuntimeWarning), and adds one to ``skipped_steps``.
+    untouched, warns (RuntimeWarning; not with a GradScaler, which tries it), and adds one to ``skipped_steps``.
 
     Args:
         params: parameters, named parameters or groups, as for any optimizer; real and with dense gradients.
         base_optimizer: an optimizer *class*, such as ``torch.optim.SGD``.
-        rho: radius of the perturbation, >= 0, in the units of the weights.
+        rho: radius of the perturbation, >= 0, in the units of the weights (of the scaled ones where adaptive).
         p: norm of the ball, 2 or inf (``float("inf")`` or ``"inf"``).
+        adaptive: None, "elementwise" or "filter": the ball is scaled by the weights' sizes, see ``sharpscope.ball``.
+        eta: added to the sizes of an adaptive ball.
+        ascent_steps: k steps of ``rho / k``, each along the gradient where the last one ended.
+        normalize: False takes ``e = rho D^2 g`` without a norm (Andriushchenko and Flammarion 2022), p = 2.
+        m: examples that share a perturbation (Foret et al. 2021, section 4.1). ``step(closure, *batch)`` is then cut
+            into pieces of m, the last one smaller, each with a perturbation of its own, and the gradients at ``w + e``
+            are averaged. None is one perturbation for all that a closure sees.
+        ddp: the ``DistributedDataParallel`` model, to let each process perturb with its own gradient, so that m is
+            at most a process's batch. Without it DDP averages the first gradient too, and all perturb alike.
         base_options: passed to ``base_optimizer``: ``lr``, ``momentum``, ``weight_decay``, ...
 
-    Cost: 2 gradients a step, and one copy of the weights.
+    Attributes:
+        skipped_steps: that changed nothing.
+        num_gradients: gradients taken so far, of a batch each.
+        effective_m: examples that shared a perturbation in the last step, over all processes; None where step() was
+            not given the batch.
+
+    Cost: 1 + ascent_steps gradients a step, and one copy of the weights; with several pieces a sum of gradients too.
 
     Raises:
         ArgumentError: an argument outside its domain, complex parameters, sparse gradients.
@@ -55,12 +74,28 @@ class SAM(Optimizer):
     """
 
     base_optimizer: Optimizer
-    p: float
+    m: int | None
     skipped_steps: int
+    num_gradients: float
+    effective_m: int | None = None
 
-    # (weights, their copies) from the perturbation to the restore; two empty lists when the step is skipped.
-    _backup: tuple[list[Tensor], list[Tensor]] | None = None
-    _rounding: Tensor | None = None
+    # What a copy takes along beside what every optimizer has; a variant adds its own.
+    _own: tuple[str, ...] = (
+        "base_optimizer",
+        "m",
+        "skipped_steps",
+        "num_gradients",
+        "_climb",
+        "_count",
+        "_kept",
+        "_ddp",
+    )
+    # Whether ``_combine`` wants the gradient at w beside that at w + e.
+    _both: bool = False
+    # Whether every step takes two gradients, so that first_step and second_step can be called.
+    _two_calls: bool = True
+    # The gradient at w, which the two-call form keeps for ``_combine``.
+    _at_w: GradientSum | None = None
     _rounding_reported: bool = False
 
     def __init__(
@@ -70,20 +105,35 @@ class SAM(Optimizer):
         rho: float = 0.05,
         *,
         p: float | str = 2,
+        adaptive: str | None = None,
+        eta: float = 0.0,
+        ascent_steps: int = 1,
+        normalize: bool = True,
+        m: int | None = None,
+        ddp: Any = None,
         **base_options: Any,
     ) -> None:
         check_base(base_optimizer)
         check_rho(rho)
-        if p not in (2, math.inf, "inf"):
-            raise ArgumentError(f"p must be 2 or inf, got {p!r}. Pass p=2, p=float('inf') or p='inf'.")
+        for name, count in (("ascent_steps", ascent_steps), ("m", 1 if m is None else m)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ArgumentError(f"{name} must be an integer of at least 1, got {count!r}.")
+        ball = Ball(p, adaptive, eta)  # type: ignore[arg-type]
+        if not normalize and ball.p != 2:
+            raise ArgumentError("normalize=False is for p=2, got p=inf, whose step is rho sign(g) either way.")
+        if ddp is not None and not hasattr(ddp, "no_sync"):
+            raise ArgumentError(f"ddp must be the DistributedDataParallel model, got {type(ddp).__name__}.")
         make_base: Callable[..., Optimizer] = base_optimizer
         base = make_base(params, **base_options)
         base.defaults["rho"] = rho
         super().__init__(base.param_groups, base.defaults)
         self.base_optimizer = base
         self.state = base.state  # some bases, Adagrad for one, fill it in their constructor
-        self.p = float(p)
-        self.skipped_steps = 0
+        self._climb, self.m, self._ddp = Climb(ball, ascent_steps, normalize), m, ddp
+        self.skipped_steps, self.num_gradients = 0, 0.0
+        # What a variant remembers from step to step: a number of steps, and tensors by parameter and name.
+        self._count = 0
+        self._kept: dict[Tensor, dict[str, Tensor]] = {}
         self._link()
 
     def _link(self) -> None:
@@ -93,8 +143,7 @@ class SAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("a copy")
-        own = {name: getattr(self, name) for name in ("base_optimizer", "p", "skipped_steps")}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -103,11 +152,14 @@ class SAM(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and the shared groups, ``rho`` among their options; loads into the base too.
 
+        Under "sam" besides: what a variant remembers, in the order of the parameters.
+
         Raises:
             ArgumentError: the weights are perturbed.
         """
         self._refuse_while_perturbed("state_dict()")
-        return super().state_dict()
+        kept = {i: self._kept[p] for i, p in enumerate(self._params()) if p in self._kept}
+        return {**super().state_dict(), "sam": {"count": self._count, "kept": kept}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state and options of a checkpoint of SAM, or of the base alone: ``rho`` then stays as it is.
@@ -120,6 +172,12 @@ class SAM(Optimizer):
         super().load_state_dict(state_dict)
         for group, rho in zip(self.param_groups, radii, strict=True):
             group.setdefault("rho", rho)
+        own, params = state_dict.get("sam", {}), self._params()
+        self._count = int(own.get("count", 0))
+        self._kept = {
+            params[i]: {name: value.to(params[i].device).clone() for name, value in named.items()}
+            for i, named in own.get("kept", {}).items()
+        }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to SAM and to the base optimizer; ``rho`` may be among its options.
@@ -138,22 +196,28 @@ class SAM(Optimizer):
             raise ArgumentError("SAM needs real parameters, got complex ones. Pass torch.view_as_real of them.")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Loss] | None = None) -> Loss:
+    def step(self, closure: Callable[..., Loss] | None = None, *batch: Tensor, scaler: Any = None) -> Loss:
         """Calls ``closure`` at ``w`` and at ``w + e``, steps the base optimizer, returns ``L(w)``.
 
         Needs no backward before it. Both passes draw the same dropout masks (torch's default generators are
         replayed; draws from NumPy, ``random`` or own generators belong before the closure), and buffers such
-        as BatchNorm's statistics move once. The weights are put back by copy, also if ``closure`` raises.
+        as BatchNorm's statistics move once. The weights are put back by copy, also if ``closure`` raises. To clip the
+        gradient at ``w + e``, do so in ``base_optimizer.register_step_pre_hook``.
 
         Args:
             closure: the ordinary one: zero the gradients, forward, backward, return the loss. Both calls must
                 see the same examples, so fetch them outside. To accumulate over micro-batches, call backward
                 for each of them inside; perturbation and step then belong to the whole batch.
+            batch: tensors that closure takes, as ``closure(inputs, targets)``; with ``m`` it is called with ``m`` of
+                their rows at a time, must return the mean over these, and the return value is the mean over all.
+            scaler: a ``torch.amp.GradScaler``, where the closure calls ``scaler.scale(loss).backward()``; only
+                ``scaler.update()`` is left to do.
 
-        Cost: 2 gradients.
+        Cost: 1 + ascent_steps gradients.
 
         Raises:
-            ArgumentError: no closure; sparse gradients; called between ``first_step`` and ``second_step``.
+            ArgumentError: no closure; m without the batch; sparse gradients; called between ``first_step`` and
+            ``second_step``.
         """
         if closure is None:
             raise ArgumentError(
@@ -161,19 +225,45 @@ class SAM(Optimizer):
                 "zeroes the gradients, calls backward and returns the loss, or call first_step() and second_step()."
             )
         self._refuse_while_perturbed("step()")
-        replay = random_state({p.device for group in self.param_groups for p in group["params"]})
-        with torch.enable_grad():
-            loss = closure()
-        try:
-            if self._ascend():
-                replay()
-                with frozen_buffers(), torch.enable_grad():
-                    closure()
-        finally:
-            perturbed = self._restore()
-        if perturbed:
-            self._descend()
-        return loss
+        self._begin()
+        pieces = pieces_of(batch, self.m)
+        self.effective_m = self._examples(batch)
+        looks = self._looks()
+        # With m and ddp never, lest one process take DDP's exchange and another, with more examples, ours.
+        alone = len(pieces) == 1 and (self._ddp is None or self.m is None)
+        unscale = 1.0 if scaler is None else 1.0 / scaler.get_scale()
+        # Sums are only kept where there is something to add up, or to combine.
+        at_w = GradientSum(self._params()) if self._both and looks else None
+        at_e = None if alone else GradientSum(self._params())
+        losses: list[Any] = []
+        for tensors, share in pieces:
+            work = Pass(closure, tensors, self._ddp, self._devices())
+            losses.append(self._gradient(work, share, local=looks or not alone))
+            if len(pieces) > 1 and not isinstance(losses[-1], Tensor | float | int):
+                raise ArgumentError(
+                    f"With m={self.m} the closure must return the mean loss of its piece, got "
+                    f"{type(losses[-1]).__name__}."
+                )
+            if at_w is not None:
+                at_w.add(share * unscale)
+            if looks:
+                refused = self._sharpness_aware(work, share, alone, unscale)
+                if refused is not None:
+                    self._skip(refused, "w", scaler)
+                    return losses[0]  # type: ignore[no-any-return]
+            if at_e is not None:
+                at_e.add(share)
+        if self._ddp is not None:
+            for total in (at_w, at_e):
+                if total is not None:
+                    total.average(self._ddp.process_group)
+        if at_e is not None:
+            at_e.write()
+        self._descend(at_w, scaler)
+        if len(pieces) == 1:
+            return losses[0]  # type: ignore[no-any-return]
+        mean: Any = sum(loss * share for loss, (_, share) in zip(losses, pieces, strict=True))
+        return mean  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -186,14 +276,28 @@ class SAM(Optimizer):
             zero_grad: zero the gradients afterwards.
 
         Raises:
-            ArgumentError: called twice without ``second_step``; sparse gradients.
+            ArgumentError: called twice without ``second_step``; sparse gradients; m or several ascent steps, which
+            need ``step(closure)``.
         """
         self._refuse_while_perturbed("first_step()")
+        self._begin()
+        if self.m is not None or self._climb.steps > 1 or not self._two_calls:
+            raise ArgumentError(
+                "first_step() and second_step() are for two gradients in every step, without m, more ascent_steps or "
+                "LookSAM: call step(closure, *batch)."
+            )
+        self.num_gradients += 2
+        if self._both:
+            self._at_w = GradientSum(self._params())
+            self._at_w.add(1.0)
         try:
-            self._ascend()
+            refused = self._climb.up(self.param_groups, self._followed, 1.0)
         except BaseException:
-            self._restore()
+            self._climb.restore()
             raise
+        if refused is not None:
+            self._climb.stay()
+            self._skip(refused, "w")
         if zero_grad:
             self.zero_grad()
 
@@ -207,72 +311,95 @@ class SAM(Optimizer):
         Raises:
             ArgumentError: no ``first_step`` came before.
         """
-        if self._backup is None:
+        if not self._climb.begun:
             raise ArgumentError("second_step() must follow first_step(), got none. Call first_step() before it.")
-        if self._restore():
-            self._descend()
+        if self._climb.restore():
+            self._descend(self._at_w)
+        self._at_w = None
         if zero_grad:
             self.zero_grad()
 
-    def _ascend(self) -> bool:
-        groups = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        weights = [p for params in groups for p in params]
-        grads = dense_gradients(weights)
-        norm = settled_norm(float(norm_on_device(grads)), grads)
-        self._rounding = None
-        if not 0.0 < norm < math.inf:
-            self._backup = ([], [])
-            self._skip("is zero" if norm == 0.0 else "is not finite", "w")
-            return False
-        for group in self.param_groups:
-            check_rho(group["rho"])
-        # Stored before the first weight is touched, so that an interrupt at any point finds it.
-        self._backup = (weights, [w.detach().clone() for w in weights])
-        for group, params in zip(self.param_groups, groups, strict=True):
-            if params:
-                direction, scale = ascent_direction(dense_gradients(params), norm, self.p)
-                sign = -1.0 if group.get("maximize") else 1.0
-                sums = perturb(params, direction, sign * float(group["rho"]) * scale)
-                if sums is not None:
-                    self._rounding = sums if self._rounding is None else self._rounding + sums.to(self._rounding)
-        # Under an autocast that encloses the whole step, the second pass would take w's cached low-precision copy.
-        torch.clear_autocast_cache()
+    @property
+    def p(self) -> float:
+        """The norm of the ball, 2 or infinity."""
+        return self._climb.ball.p
+
+    # What a variant may change.
+
+    def _begin(self) -> None:
+        """Called as a step begins."""
+
+    def _looks(self) -> bool:
+        """Whether this step takes the gradient at w + e."""
         return True
 
-    def _restore(self) -> bool:
-        if self._backup is None:
-            return False
-        weights, copies = self._backup
-        if weights:
-            torch._foreach_copy_(weights, copies)
-            torch.clear_autocast_cache()
-        self._backup = None
-        return bool(weights)
+    def _followed(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+        """What the perturbation follows, given the gradients of ``weights``."""
+        return list(grads)
 
-    def _descend(self) -> None:
-        grads = dense_gradients([p for group in self.param_groups for p in group["params"] if p.grad is not None])
-        norm = norm_on_device(grads)
+    def _combine(self, at_w: GradientSum | None) -> None:
+        """Make of ``.grad``, the gradient at w + e, and of that at w, what the base optimizer is given."""
+
+    # The passes.
+
+    def _gradient(self, work: Pass, share: float, local: bool) -> Any:
+        self.num_gradients += share
+        return work(local)
+
+    def _sharpness_aware(self, work: Pass, share: float, alone: bool, unscale: float) -> str | None:
+        """Replace ``.grad`` by the gradient at w + e of the same piece, or say why the whole step must be skipped."""
+        try:
+            for i in range(self._climb.steps):
+                refused = self._climb.up(self.param_groups, self._followed, unscale)
+                # Where other processes wait for this one's last pass, or other pieces may still move, go on without e:
+                # a gradient of zeros adds nothing, and what is not finite stops the step for all alike.
+                if refused is not None and i == 0 and alone and self._ddp is None:
+                    return refused
+                if refused is not None and i > 0 and not (alone and self._ddp is not None):
+                    break  # the gradient where the last ascent step ended is already here
+                last = refused is not None or i + 1 == self._climb.steps
+                self._gradient(work, share, local=not (last and alone))
+                if last:
+                    break
+        finally:
+            self._climb.restore()
+        return None
+
+    def _descend(self, at_w: GradientSum | None, scaler: Any = None) -> None:
+        if scaler is not None:
+            scaler.unscale_(self.base_optimizer)
+        grads = dense_gradients([p for p in self._params() if p.grad is not None])
+        both = grads if at_w is None else [*grads, *at_w.sums.values()]
+        # Whether it is finite is all that is asked, so in the gradients' own precision: settled_norm looks again if not.
+        norm = norm_on_device(both, None)
         # One transfer for both checks: each wait for the device costs the time that it could have run ahead.
-        values = norm if self._rounding is None else torch.cat([norm, self._rounding.to(norm)])
-        total, *rounding = values.tolist()
-        self._rounding = None
+        lost, self._climb.rounding = self._climb.rounding, None
+        total, *rounding = (norm if lost is None else torch.cat([norm, lost.to(norm)])).tolist()
         if rounding:
             self._report_rounding(cosine(*rounding))
-        if not math.isfinite(settled_norm(total, grads)):
-            self._skip("is not finite", "w + e")
+        if not math.isfinite(settled_norm(total, both)):
+            self._skip("is not finite", "w + e", unscaled=scaler)
             return
-        self.base_optimizer.step()
+        self._combine(at_w)
+        if scaler is None:
+            self.base_optimizer.step()
+        else:
+            scaler.step(self.base_optimizer)
         # What a scheduler looks at before it complains that no step came before it; second_step() is one too.
         self._opt_called = True
 
-    def _skip(self, what: str, where: str) -> None:
+    def _skip(self, what: str, where: str, scaler: Any = None, unscaled: Any = None) -> None:
         self.skipped_steps += 1
+        if scaler is not None:
+            scaler.unscale_(self.base_optimizer)  # so that its update() knows of this step
+        if scaler is not None or unscaled is not None:
+            return
         cause = "Does the closure call backward?" if what == "is zero" else "Check the data and the learning rate."
         warnings.warn(
             f"SAM skipped a step: the gradient at {where} {what}. Weights and optimizer state are unchanged; "
             f"skipped_steps counts such steps. {cause}",
             RuntimeWarning,
-            stacklevel=_CALLER,
+            stacklevel=_CALLER[where],
         )
 
     def _report_rounding(self, cosine: float) -> None:
@@ -283,12 +410,25 @@ class SAM(Optimizer):
                 f"{cosine:.2f}, and should be above {_LEAST_COSINE}. Keep the weights in float32 and run the forward "
                 "pass under torch.autocast.",
                 RuntimeWarning,
-                stacklevel=_CALLER,
+                stacklevel=_CALLER["w + e"],
             )
 
     def _refuse_while_perturbed(self, what: str) -> None:
-        if self._backup is not None:
+        if self._climb.begun:
             raise ArgumentError(
                 f"{what} needs the weights w, but they are perturbed to w + e since first_step(). "
                 "Call second_step() first."
             )
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _devices(self) -> set[torch.device]:
+        return {p.device for p in self._params()}
+
+    def _examples(self, batch: Sequence[Tensor]) -> int | None:
+        if not batch:
+            return None
+        size = len(batch[0]) if self.m is None else min(self.m, len(batch[0]))
+        together = self._ddp is None and torch.distributed.is_available() and torch.distributed.is_initialized()
+        return size * torch.distributed.get_world_size() if together else size

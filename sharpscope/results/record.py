@@ -128,5 +128,7 @@ def _training(provenance: Mapping[str, Any]) -> str:
     said = ""
     if recipe.get("optimizer"):
         rho = recipe.get("rho")
-        said += f", {recipe['optimizer']}" if rho is None else f", SAM around {recipe['optimizer']}, rho {rho:g}"
+        variant, m = str(recipe.get("variant", "sam")).upper(), recipe.get("m")
+        said += f", {recipe['optimizer']}" if rho is None else f", {variant} around {recipe['optimizer']}, rho {rho:g}"
+        said += "" if m is None else f", m {m}"
     return said + (f", epoch {epoch}" if epoch is not None else "")

@@ -1,0 +1,135 @@
+"""The ball ``||D^-1 e||_p <= rho`` around the weights, D = 1 or the weights' own sizes, and its steepest ascent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sharpscope.errors import ArgumentError
+from sharpscope.precision import LOW_PRECISION, wide
+
+SCALINGS = ("elementwise", "filter")
+
+# Below this norm, rho / norm may pass float32's largest number (3.4e38).
+_TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Ball:
+    """``||D^-1 e||_p <= rho``, with D taken at the weights w that are its centre.
+
+    Args:
+        p: 2 or inf.
+        scaling: None is D = 1. "elementwise" is ``D = |w| + offset`` (Kwon et al. 2021, whose T it is); "filter" is
+            ``D = ||w_f||_2 + offset`` for each slice f of a tensor's first dimension, elementwise where a tensor has
+            but one. Either covers every tensor, biases and norms too: only so is it invariant to rescaling by layers.
+        offset: their eta, so that a weight of 0 moves too.
+
+    Nothing divides by D: a weight with D = 0 stays where it is.
+
+    Raises: ArgumentError for an argument outside its domain.
+    """
+
+    p: float = 2.0
+    scaling: str | None = None
+    offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.p not in (2, math.inf, "inf"):
+            raise ArgumentError(f"p must be 2 or inf, got {self.p!r}. Pass p=2, p=float('inf') or p='inf'.")
+        object.__setattr__(self, "p", float(self.p))
+        if self.scaling is not None and self.scaling not in SCALINGS:
+            raise ArgumentError(f"An adaptive ball must be one of {', '.join(SCALINGS)}, got {self.scaling!r}.")
+        if not 0 <= self.offset < math.inf:
+            raise ArgumentError(f"eta must be a finite number >= 0, got {self.offset!r}.")
+
+    def scales(self, weights: Sequence[Tensor]) -> list[Tensor] | None:
+        """D, a tensor for each of ``weights`` that it can be multiplied with; None is 1."""
+        if self.scaling is None:
+            return None
+        return [self._scale(widened(w)) for w in weights]
+
+    def steepest(
+        self, grads: Sequence[Tensor], scales: Sequence[Tensor] | None, norm: float | None = None
+    ) -> tuple[list[Tensor], float]:
+        """``d`` and ``c`` such that ``e = rho c d`` maximises ``g'e`` over the ball.
+
+        p = 2: ``c d = D^2 g / ||D g||_2``; p = inf: ``c d = D sign(g)``; Foret et al. 2021, Eq. 2, and Kwon et al.
+        2021, Eq. 4. No epsilon in the denominator, so ``||D^-1 c d||_p = 1`` however small the gradient.
+
+        Args:
+            grads: g, not zero, and finite.
+            scales: D.
+            norm: ``||D g||_2`` where it is known.
+        """
+        wide_grads = [widened(g) for g in grads]
+        if self.p == math.inf:
+            signs = list(torch._foreach_sign(wide_grads))
+            return (signs if scales is None else list(torch._foreach_mul(signs, list(scales)))), 1.0
+        scaled = wide_grads if scales is None else list(torch._foreach_mul(wide_grads, list(scales)))
+        size = norm_of(scaled) if norm is None else norm
+        factor = 1.0
+        if size < _TINY:
+            # A power of two: exact, and 2**126 is a float32.
+            factor = 2.0 ** min(126, -math.frexp(size)[1])
+            scaled = list(torch._foreach_mul(scaled, factor))
+        if scales is not None:
+            scaled = list(torch._foreach_mul(scaled, list(scales)))
+        return scaled, 1.0 / (size * factor)
+
+    def dual_norm(self, grads: Sequence[Tensor], scales: Sequence[Tensor] | None) -> float:
+        """``max g'e`` over the ball of radius 1: ``||D g||_2`` for p = 2, ``||D g||_1`` for p = inf."""
+        scaled = list(grads) if scales is None else list(torch._foreach_mul([widened(g) for g in grads], list(scales)))
+        if self.p == 2:
+            return norm_of(scaled)
+        return float(torch.stack([torch.linalg.vector_norm(g, 1, dtype=wide(g.device)) for g in scaled]).sum())
+
+    def _scale(self, weight: Tensor) -> Tensor:
+        if self.scaling == "filter" and weight.dim() > 1:
+            size: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1) + self.offset
+            return size.reshape(-1, *[1] * (weight.dim() - 1)).expand_as(weight).contiguous()
+        return weight.abs().add_(self.offset)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """``tensor``, detached, in float32 where it is in 16 bits."""
+    return tensor.detach().float() if tensor.dtype in LOW_PRECISION else tensor.detach()
+
+
+def norm_on_device(tensors: Sequence[Tensor], dtype: torch.dtype | None = torch.float64) -> Tensor:
+    """``||g||_2`` over all tensors as a tensor of one element, accumulated in ``dtype``; waits for no device.
+
+    Float64 because the squares of gradients below 1e-23 underflow in float32, and those below 1e-4 in float16. MPS has
+    no float64: float32 there. None is each tensor's own.
+    """
+    if not tensors:
+        return torch.zeros(1, dtype=torch.float64)
+    if dtype is not None and any(g.device.type == "mps" for g in tensors):
+        dtype = torch.float32
+    norms = torch._foreach_norm(list(tensors), 2, dtype)
+    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]))
+    return total.reshape(1)
+
+
+def settled_norm(norm: float, tensors: Sequence[Tensor]) -> float:
+    """``norm``, or a second opinion where it says 0 or not finite: the squares may have left the range.
+
+    Costs nothing but in that rare case, when it waits for the device a second time.
+    """
+    if 0.0 < norm < math.inf or not tensors:
+        return norm
+    largest = max(float(g.abs().max()) if g.numel() else 0.0 for g in tensors)
+    if not 0.0 < largest < math.inf or any(bool(g.isnan().any()) for g in tensors):
+        return norm
+    if any(g.device.type == "mps" for g in tensors):
+        tensors = [g.cpu() for g in tensors]
+    return largest * float(norm_on_device([g.double() / largest for g in tensors]))
+
+
+def norm_of(tensors: Sequence[Tensor]) -> float:
+    """``||g||_2`` over all tensors, wherever in the range of their dtype."""
+    return settled_norm(float(norm_on_device(tensors)), tensors)

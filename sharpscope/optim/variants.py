@@ -1,0 +1,189 @@
+"""SAM's relatives: what they do other than SAM, each as its paper's equation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from sharpscope.ball import norm_of, widened
+from sharpscope.errors import ArgumentError
+from sharpscope.optim.pieces import GradientSum
+from sharpscope.optim.sam import SAM
+from sharpscope.precision import wide
+
+
+class ASAM(SAM):
+    """``e = rho T^2 g / ||T g||_2`` with ``T = |w| + eta``: SAM in a ball that rescaling the weights takes along.
+
+    ``adaptive="filter"`` takes a filter's norm for its weights' sizes. T covers every tensor, biases and norms too; the
+    paper's code leaves those at T = 1. Args, cost and the rest: as SAM.
+
+    Source: Kwon et al. 2021, Eq. 4 to 6 and Algorithm 1; rho = 0.5 and eta = 0.01 are theirs for CIFAR-10.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        rho: float = 0.5,
+        *,
+        adaptive: str = "elementwise",
+        eta: float = 0.01,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, rho, adaptive=adaptive, eta=eta, **options)
+
+
+class GSAM(SAM):
+    """The base step takes ``g_e - alpha g_perp``, g_perp the part of ``g = grad L(w)`` orthogonal to ``g_e``.
+
+    ``g_e = grad L(w + e)``; ``g_perp = g - <g, g_e> / ||g_e||^2 g_e`` is what would lower L(w) and leave the loss at
+    w + e as it is, so stepping against it closes the surrogate gap ``L(w + e) - L(w)``. The paper lets rho follow the
+    learning rate: set each group's ``rho`` where the learning rate is set.
+
+    Args: as SAM, and ``alpha``, >= 0. Cost: 2 gradients, and one more copy of a gradient.
+
+    Source: Zhuang et al. 2022, Algorithm 1.
+    """
+
+    _both = True
+    _own = (*SAM._own, "alpha")
+
+    def __init__(
+        self, params: ParamsT, base_optimizer: type[Optimizer], rho: float = 0.05, *, alpha: float = 0.4, **options: Any
+    ) -> None:
+        self.alpha = _number("alpha", alpha)
+        super().__init__(params, base_optimizer, rho, **options)
+
+    def _combine(self, at_w: GradientSum | None) -> None:
+        assert at_w is not None
+        params = [p for p in self._params() if p.grad is not None and p in at_w.sums]
+        new, old = [widened(p.grad) for p in params if p.grad is not None], [at_w.sums[p] for p in params]
+        along = _dot(old, new) / max(norm_of(new) ** 2, torch.finfo(torch.float64).tiny)
+        for p, g, e in zip(params, old, new, strict=True):
+            assert p.grad is not None
+            p.grad.sub_((g - along * e).to(p.grad.dtype), alpha=self.alpha)
+
+
+class LookSAM(SAM):
+    """SAM's gradient in every k-th step; in between ``g + alpha ||g|| / ||g_v|| g_v`` at one gradient a step.
+
+    ``g_v = g_e - <g_e, g> / ||g||^2 g``, of the last step that looked: the part of ``g_e = grad L(w + e)`` orthogonal
+    to ``g = grad L(w)``, which changes slowly. Needs ``step(closure)``.
+
+    Args: as SAM, and ``k`` and ``alpha``. Cost: ``1 + 1/k`` gradients a step, and one more copy of a gradient.
+
+    Source: Liu et al. 2022, Algorithm 1.
+    """
+
+    _both, _two_calls = True, False
+    _own = (*SAM._own, "k", "alpha")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        rho: float = 0.05,
+        *,
+        k: int = 5,
+        alpha: float = 0.7,
+        **options: Any,
+    ) -> None:
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ArgumentError(f"k must be an integer of at least 1, got {k!r}.")
+        self.k, self.alpha = k, _number("alpha", alpha)
+        super().__init__(params, base_optimizer, rho, **options)
+
+    def _looks(self) -> bool:
+        # Where the step that should have looked was skipped, the next one does.
+        return self._count % self.k == 0 or not self._kept
+
+    def _combine(self, at_w: GradientSum | None) -> None:
+        self._count += 1
+        params = [p for p in self._params() if p.grad is not None]
+        now = [widened(p.grad) for p in params if p.grad is not None]
+        if at_w is not None:
+            old = [at_w.sums.get(p, torch.zeros_like(e)) for p, e in zip(params, now, strict=True)]
+            along = _dot(now, old) / max(norm_of(old) ** 2, torch.finfo(torch.float64).tiny)
+            self._kept = {p: {"g_v": e - along * g} for p, e, g in zip(params, now, old, strict=True)}
+            return
+        sideways = [
+            self._kept[p]["g_v"] if p in self._kept else torch.zeros_like(g) for p, g in zip(params, now, strict=True)
+        ]
+        # Before the first is written to: what is now may be the gradients themselves.
+        size, length = norm_of(sideways), norm_of(now)
+        if size > 0:
+            for p, v in zip(params, sideways, strict=True):
+                assert p.grad is not None
+                p.grad.add_(v.to(p.grad.dtype), alpha=self.alpha * length / size)
+
+
+class FriendlySAM(SAM):
+    """``e = rho d / ||d||_2``, ``d = g - sigma m``, ``m <- lmbda m + (1 - lmbda) g``: F-SAM.
+
+    Takes the running mean of gradients, an estimate of the full one, out of the batch's, so that the perturbation
+    follows the batch's own noise. With several pieces the mean runs over them one after another; with ``ddp`` each
+    process has one of its own gradients, so each must keep its own ``state_dict``. A skipped step leaves it alone.
+
+    Args: as SAM, and ``sigma`` and ``lmbda``. Cost: 2 gradients, and a copy of a gradient for m.
+
+    Source: Li et al. 2024, Eq. 9 and 10, and their code, which agree for sigma = 1 (there m is taken out before it has
+    moved, which changes the length of d alone) but for the first step, where there is no m yet: then d = g.
+    """
+
+    _own = (*SAM._own, "sigma", "lmbda")
+    # The mean after this step, until that is taken.
+    _next: dict[Tensor, Tensor] | None = None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        rho: float = 0.05,
+        *,
+        sigma: float = 1.0,
+        lmbda: float = 0.9,
+        **options: Any,
+    ) -> None:
+        if options.get("ascent_steps", 1) != 1:
+            raise ArgumentError("FriendlySAM takes one ascent step, since its running mean is of gradients at w.")
+        if not 0 <= lmbda <= 1:
+            raise ArgumentError(f"lmbda must be from 0 to 1, got {lmbda!r}.")
+        self.sigma, self.lmbda = _number("sigma", sigma), float(lmbda)
+        super().__init__(params, base_optimizer, rho, **options)
+
+    def _begin(self) -> None:
+        self._next = None
+
+    def _followed(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+        if not math.isfinite(norm_of(grads)):
+            return list(grads)  # the step is skipped
+        means = self._next if self._next is not None else {p: kept["mean"] for p, kept in self._kept.items()}
+        after, followed = dict(means), []
+        for p, g in zip(weights, grads, strict=True):
+            now, mean = widened(g), means.get(p)
+            after[p] = now.clone() if mean is None else torch.lerp(mean, now, 1 - self.lmbda)
+            followed.append(now if mean is None else now - self.sigma * mean)
+        self._next = after
+        return followed
+
+    def _combine(self, at_w: GradientSum | None) -> None:
+        if self._next is not None:
+            self._kept = {p: {"mean": mean} for p, mean in self._next.items()}
+
+
+def _number(name: str, value: float) -> float:
+    if not 0 <= value < math.inf:
+        raise ArgumentError(f"{name} must be a finite number >= 0, got {value!r}.")
+    return float(value)
+
+
+def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """``<a, b>`` over all tensors, in float64 where the device has it."""
+    sums = [(a.to(wide(a.device)) * b.to(wide(a.device))).sum() for a, b in zip(left, right, strict=True)]
+    return float(torch.stack([s.to(sums[0].device) for s in sums]).sum()) if sums else 0.0
