@@ -13,7 +13,16 @@ from typing import Any
 
 from roster import ROSTER
 
-PACKAGES = ("sharpscope", "torch", "numpy", "scipy", "curvlinops-for-pytorch", "hessian-eigenthings", "pyhessian")
+PACKAGES = (
+    "sharpscope",
+    "torch",
+    "numpy",
+    "scipy",
+    "curvlinops-for-pytorch",
+    "hessian-eigenthings",
+    "pyhessian",
+    "pytorch_optimizer",
+)
 HEAD = ["solver", "stops by", "largest error", "passes", "gradients", "seconds", "seconds / gradient", "peak MiB"]
 NOTES = """\
 - largest error: relative, over the top 5, against a reference with a bound of its own.
