@@ -12,6 +12,11 @@ from sharpscope.zoo import load_data
 # Figures are drawn, never shown.
 matplotlib.use("Agg")
 
+# Of several processes each has one thread, and so have those that it starts.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
