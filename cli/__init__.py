@@ -8,11 +8,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from sharpscope.cli import demo, density, eigen, inspect, train
+from sharpscope.cli import demo, density, eigen, inspect, invariance, sharpness, train
 from sharpscope.errors import ConvergenceWarning, SharpscopeError
 from sharpscope.version import __version__
 
-COMMANDS = (demo, train, eigen, density, inspect)
+COMMANDS = (demo, train, eigen, density, sharpness, invariance, inspect)
 
 EPILOG = """\
 exit status: 0 done, 1 the input is wrong (one sentence on stderr), 2 wrong usage,
@@ -23,6 +23,7 @@ examples:
   sharpscope train --model cnn --data digits --optimizer sam --rho 0.05 --out sam.pt
   sharpscope eigen sgd.pt sam.pt
   sharpscope density sgd.pt sam.pt --figure density.png
+  sharpscope sharpness sgd.pt sam.pt --examples 1024 --figure m.png
   sharpscope inspect sam.pt
 """
 

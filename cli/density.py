@@ -8,8 +8,6 @@ from typing import Any
 
 from sharpscope.cli import options, terminal
 
-FIGURES = (".png", ".pdf", ".svg")
-
 DESCRIPTION = """\
 The density of all eigenvalues of the Hessian of the mean loss over the data at the checkpoint's weights, by stochastic
 Lanczos quadrature, with its trace (the sum of the eigenvalues), Frobenius norm (the root of the sum of their squares),
@@ -56,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from sharpscope.results import DensityResult, density_table
 
     outputs = options.outputs(args)
-    figure = None if args.figure is None else _figure(args)
+    figure = None if args.figure is None else options.figure(args)
     options.load_all(args)
     eigen = _eigen(args)
     results: list[DensityResult] = []
@@ -83,17 +81,6 @@ def run(args: argparse.Namespace) -> int:
         if figure is not None and results:
             _draw(results, eigen, figure)
     return 0
-
-
-def _figure(args: argparse.Namespace) -> Path:
-    """Where the figure goes, made sure to be writable and new."""
-    from sharpscope.errors import OutputError
-
-    path = Path(args.figure)
-    if path.suffix not in FIGURES:
-        raise OutputError(f"The figure must be one of {', '.join(FIGURES)}, got {path}. Name it so.")
-    options.require_new(args, path)
-    return path
 
 
 def _eigen(args: argparse.Namespace) -> dict[str, Any]:
@@ -132,25 +119,19 @@ def _eigen(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _draw(results: list[Any], eigen: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")  # a file, on a machine that may have no screen
-    import matplotlib.pyplot as plt
-
-    from sharpscope.files import atomic
     from sharpscope.plot import COLOURS, density_curve
 
-    axes = None
-    for i, result in enumerate(results):
-        provenance = result.provenance
-        axes = density_curve(
-            result,
-            eigen.get(provenance["sha256"]),
-            axes,
-            label=Path(provenance["checkpoint"]).name,
-            colour=COLOURS[i % len(COLOURS)],
-        )
-    assert axes is not None
-    with atomic(path) as temporary:
-        axes.figure.savefig(temporary, format=path.suffix[1:], dpi=150)
-    plt.close(axes.figure)
+    def curves() -> Any:
+        axes = None
+        for i, result in enumerate(results):
+            provenance = result.provenance
+            axes = density_curve(
+                result,
+                eigen.get(provenance["sha256"]),
+                axes,
+                label=Path(provenance["checkpoint"]).name,
+                colour=COLOURS[i % len(COLOURS)],
+            )
+        return axes
+
+    terminal.save_figure(curves, path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "float64")
+FIGURES = (".png", ".pdf", ".svg")
 
 
 def add_model_and_data(parser: argparse.ArgumentParser) -> None:
@@ -39,14 +40,16 @@ def add_data_root(parser: Any) -> None:
     )
 
 
-def add_measured(parser: argparse.ArgumentParser) -> None:
-    """Options that say which examples and parameters are measured, and how."""
+def add_measured(parser: argparse.ArgumentParser, computed: bool = True) -> None:
+    """Options that say which examples and parameters are measured, and how unless that is not ``computed`` freely."""
     parser.add_argument("--split", default="train", choices=("train", "test"), help="part of the data (default train)")
     parser.add_argument("--examples", type=int, metavar="N", help="measure on N examples drawn at random, not on all")
     parser.add_argument(
         "--params", action="append", metavar="PATTERN", help="only parameters of such names; may be given again"
     )
     parser.add_argument("--weight-decay", type=float, default=0.0, metavar="C", help="add C to each eigenvalue")
+    if not computed:
+        return
     parser.add_argument("--dtype", choices=DTYPES, help="precision of the computation (default: the weights')")
     parser.add_argument("--micro-batch", type=int, metavar="N", help="examples a graph (default: measured)")
 
@@ -187,6 +190,17 @@ def _measured(out: Path, path: str) -> bool:
 def state(out: Path) -> Path:
     """The folder of the passes of an unfinished run that writes ``out``."""
     return out.with_name(f"{out.name}.partial")
+
+
+def figure(args: argparse.Namespace) -> Path:
+    """Where ``--figure`` goes, made sure to be writable and new."""
+    from sharpscope.errors import OutputError
+
+    path = Path(args.figure)
+    if path.suffix not in FIGURES:
+        raise OutputError(f"The figure must be one of {', '.join(FIGURES)}, got {path}. Name it so.")
+    require_new(args, path)
+    return path
 
 
 def require_new(args: argparse.Namespace, *files: Path, own: bool = False) -> None:

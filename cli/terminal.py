@@ -62,6 +62,21 @@ def measure_each(
             emit(table(results))
 
 
+def save_figure(draw: Callable[[], Any], path: Path) -> None:
+    """Write the figure of the Axes that ``draw()`` returns to ``path``, atomically, in the format of its suffix."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # a file, on a machine that may have no screen
+    import matplotlib.pyplot as plt
+
+    from sharpscope.files import atomic
+
+    axes = draw()
+    with atomic(path) as temporary:
+        axes.figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+    plt.close(axes.figure)
+
+
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[str, int, int | None], None]]:
     """A bar on stderr with the time left, one line that is reused for every stage; silent where that is no terminal."""

@@ -22,11 +22,24 @@ if TYPE_CHECKING:
     from sharpscope.loading import load
     from sharpscope.objective import Objective
     from sharpscope.problem import Problem
-    from sharpscope.results import BlockResult, Cost, DensityResult, EigenResult, Estimate, Ratio, TraceResult
+    from sharpscope.results import (
+        BlockResult,
+        Cost,
+        DensityResult,
+        EigenResult,
+        Estimate,
+        InvarianceResult,
+        Measure,
+        Ratio,
+        SharpnessResult,
+        TraceResult,
+    )
+    from sharpscope.sharpness import Ascent, measure_sharpness, rescaling_invariance
     from sharpscope.spectrum import top_eigenvalues
 
 __all__ = [
     "ArgumentError",
+    "Ascent",
     "AuditError",
     "BlockResult",
     "CheckpointError",
@@ -36,16 +49,21 @@ __all__ = [
     "DensityResult",
     "EigenResult",
     "Estimate",
+    "InvarianceResult",
+    "Measure",
     "Objective",
     "OutputError",
     "Problem",
     "ProblemError",
     "Ratio",
+    "SharpnessResult",
     "SharpscopeError",
     "TraceResult",
     "__version__",
     "block_spectra",
     "load",
+    "measure_sharpness",
+    "rescaling_invariance",
     "spectral_density",
     "top_eigenvalues",
     "trace",
@@ -60,8 +78,13 @@ if (_beside / "setup.cfg").is_file() and (_beside / "cli" / "__init__.py").is_fi
 _HOMES = {"load": "loading", "Objective": "objective", "Problem": "problem", "top_eigenvalues": "spectrum"}
 _HOMES |= {"block_spectra": "blocks"}
 _HOMES |= dict.fromkeys(("spectral_density", "trace"), "density")
+_HOMES |= dict.fromkeys(("Ascent", "measure_sharpness", "rescaling_invariance"), "sharpness")
 _HOMES |= dict.fromkeys(
-    ("BlockResult", "Cost", "DensityResult", "EigenResult", "Estimate", "Ratio", "TraceResult"), "results"
+    (
+        *("BlockResult", "Cost", "DensityResult", "EigenResult", "Estimate", "InvarianceResult", "Measure", "Ratio"),
+        *("SharpnessResult", "TraceResult"),
+    ),
+    "results",
 )
 
 

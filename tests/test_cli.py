@@ -397,3 +397,80 @@ def test_every_public_name_is_there() -> None:
     assert all(getattr(sharpscope, name) is not None for name in sharpscope.__all__)
     with pytest.raises(AttributeError, match="no attribute 'top_eigenvalue'"):
         _ = sharpscope.top_eigenvalue  # type: ignore[attr-defined]
+
+
+def test_sharpness_prints_measures_beside_their_predictions(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row for each m and rho, a column for each checkpoint; JSON and a figure beside it."""
+    figure = tmp_path / "m.png"
+    options_ = ("--examples", "64", "--m", "4,16", "--rho", "0.01,0.1", "--device", "cpu")
+    assert run("sharpness", trained, "--out", tmp_path / "s.json", "--figure", figure, *options_) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    rows = [line.split("  ")[0] for line in shown.out.splitlines()]
+    assert rows[1:5] == [f"m-sharpness, m={m}, rho={rho}" for m in (4, 16) for rho in (0.01, 0.1)]
+    assert "predicted" in shown.out.splitlines()[0]
+    assert "1 step" in shown.out
+    assert figure.stat().st_size > 1000
+    kept = sharpscope.SharpnessResult.load(tmp_path / "s.json")
+    assert kept.find("m-sharpness", m=4, rho=0.1).examples == 64
+    assert run("sharpness", trained, "--out", tmp_path / "s.json", *options_) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_every_measure_runs_on_two_checkpoints(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--measures all takes the learning rate and the rest from the checkpoint."""
+    few = ("--examples", "32", "--m", "8", "--draws", "2", "--probes", "2", "--ascent", "2", "--device", "cpu")
+    assert run("sharpness", trained, trained, "--measures", "all", "--json", *few) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    names = {m["name"] for m in first["measures"]}
+    assert len(names) == 10
+    assert all(m["definition"] for m in first["measures"])
+    assert [m["value"] for m in first["measures"]] == [m["value"] for m in second["measures"]]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--measures", "sharpnes"), "sharpnes"),
+        (("--ascent", "many"), "--ascent must be a number of steps, apgd, or apgd:STEPS, got 'many'"),
+        (("--ascent", "2", "--restarts", "3"), "--restarts goes with --ascent apgd"),
+        (("--restarts", "3"), "--restarts goes with --ascent apgd"),
+        (("--m", "100000"), "m must be at most the number of examples (1437), got 100000"),
+        (("--measures", "trace", "--figure", "m.png"), "--figure is of m-sharpness"),
+        (("--figure", "m.txt"), "must be one of .png, .pdf, .svg"),
+    ],
+)
+def test_wrong_options_of_sharpness_are_one_sentence(
+    trained: Path, given: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No traceback, and exit status 1."""
+    assert run("sharpness", trained, "--device", "cpu", *given) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_invariance_shows_what_moves(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The adaptive rows stand still, lambda_max does not."""
+    assert run("invariance", trained, "--examples", "64", "--m", "16", "--device", "cpu") == 0
+    lines = capsys.readouterr().out.splitlines()
+    change = {line.split("  ")[0]: float(line.split()[-1]) for line in lines if line.startswith(("lambda", "worst"))}
+    assert change["lambda-max"] > 0.1
+    assert change["lambda-max, adaptive (elementwise)"] < 1e-5
+    assert change["worst-case, rho=0.05, adaptive (elementwise)"] < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["asam", "gsam", "looksam", "friendlysam"])
+def test_train_takes_sams_relatives(variant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each trains by name around SGD, with its m, and the table of its result says so."""
+    out = tmp_path / "net.pt"
+    small = ("--model", "mlp", "--model-args", "hidden=4,4", "--epochs", "1", "--device", "cpu")
+    assert run("train", "--optimizer", variant, "--m", "16", "--out", out, *small) == 0
+    assert run("eigen", out, "--k", "1", "--tol", "0.1", "--device", "cpu") == 0
+    assert f"{variant.upper()} around sgd, rho" in capsys.readouterr().out
+    assert run("train", "--m", "16", "--out", tmp_path / "other.pt", *small) == 1
+    assert "m, variant and sam_args belong to SAM" in capsys.readouterr().err

@@ -21,6 +21,8 @@ ALLOWED: dict[str, set[str]] = {
     "problem": set(),
     "params": set(),
     "tables": set(),
+    "ball": {"precision"},
+    "perturbation": {"ball", "precision"},
     "linalg": {"precision"},
     "results": {"files", "tables"},
     "objective": {"params", "precision", "preserve", "problem"},
@@ -39,7 +41,11 @@ ALLOWED: dict[str, set[str]] = {
         *("audit", "linalg", "objective", "operators", "params", "problem", "provenance", "results"),
     },
     "density": {"audit", "linalg", "objective", "operators", "problem", "provenance", "results"},
-    "optim": set(),
+    "sharpness": {
+        *("audit", "ball", "linalg", "objective", "params", "perturbation"),
+        *("precision", "problem", "provenance", "results"),
+    },
+    "optim": {"ball", "perturbation", "precision"},
     "zoo": set(),
     "checkpoint": {"files"},
     "loading": {"checkpoint", "problem", "zoo"},
@@ -47,7 +53,18 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"checkpoint", "files", "optim", "precision", "recipe", "zoo"},
     "plot": {"results"},
     "__main__": {"cli"},
-    "__init__": {"blocks", "density", "errors", "loading", "objective", "problem", "results", "spectrum", "version"},
+    "__init__": {
+        "blocks",
+        "density",
+        "errors",
+        "loading",
+        "objective",
+        "problem",
+        "results",
+        "sharpness",
+        "spectrum",
+        "version",
+    },
 }
 # What each module of these packages may import of its own package.
 INSIDE: dict[str, set[str]] = {

@@ -34,7 +34,7 @@ class Objective:
     Vectors are in ``dtype`` (the parameters' own by default, float32 for bfloat16 and float16 ones). Neither the
     loader's nor the micro-batch size changes L beyond rounding, unless BatchNorm takes its statistics from the batch:
     then the loader's batches are kept. The model, its buffers, modes and gradients and all random states are restored
-    after each call, on exceptions too; parameters are never written, but for finite differences, which put them back.
+    after each call, on exceptions too; parameters are written by finite differences alone, which put them back.
 
     Args:
         problem: model, loss and data.

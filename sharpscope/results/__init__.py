@@ -7,6 +7,9 @@ from sharpscope.results.density import DensityResult, density_table
 from sharpscope.results.eigen import EigenResult, Ratio
 from sharpscope.results.eigen_table import table
 from sharpscope.results.estimate import Estimate
+from sharpscope.results.invariance import InvarianceResult, invariance_table
+from sharpscope.results.sharpness import Measure, SharpnessResult
+from sharpscope.results.sharpness_table import sharpness_table
 from sharpscope.results.trace import TraceResult
 
 __all__ = [
@@ -16,9 +19,14 @@ __all__ = [
     "DensityResult",
     "EigenResult",
     "Estimate",
+    "InvarianceResult",
+    "Measure",
     "Ratio",
+    "SharpnessResult",
     "TraceResult",
     "block_table",
     "density_table",
+    "invariance_table",
+    "sharpness_table",
     "table",
 ]

@@ -1,0 +1,152 @@
+"""Measures from Hessian-vector products: eigenvalue and trace in a scaled ball, relative flatness, alignment, edges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharpscope.ball import Ball
+from sharpscope.errors import ArgumentError
+from sharpscope.linalg import Eigenpairs, top_eigenpairs
+from sharpscope.linalg.trace import trace_and_frobenius
+from sharpscope.objective import Objective, Progress
+from sharpscope.params import select, views
+from sharpscope.perturbation import Perturbation
+from sharpscope.precision import wide
+from sharpscope.results.estimate import Estimate
+from sharpscope.sharpness.losses import whole
+
+
+def scaled_products(objective: Objective, ball: Ball, progress: Progress | None) -> Callable[[Tensor], Tensor]:
+    """``V -> D H D V`` (n, K), D that of ``ball`` at w; cost ``1 + 2K`` gradients."""
+    scales = ball.scales(objective.terms.params)
+    if scales is None:
+        return lambda block: objective.hvp(block, progress)
+    d = torch.cat([s.flatten() for s in scales]).to(objective.device, objective.dtype)[:, None]
+    return lambda block: d * objective.hvp(d * block.to(d), progress)
+
+
+def largest_eigenvalue(
+    objective: Objective, ball: Ball, tol: float, generator: torch.Generator, progress: Progress | None = None
+) -> Eigenpairs:
+    """``lambda_max(DHD)`` and the next eigenvalue with their vectors, by block Lanczos; cost 7 gradients a pass."""
+    return top_eigenpairs(
+        scaled_products(objective, ball, progress),
+        objective.num_params,
+        min(2, objective.num_params),
+        tol=tol,
+        method="lanczos",
+        dtype=objective.dtype,
+        device=objective.device,
+        generator=generator,
+    )
+
+
+def scaled_trace(
+    objective: Objective, ball: Ball, probes: int, generator: torch.Generator, progress: Progress | None = None
+) -> Estimate:
+    """``tr(DHD)`` by XTrace; cost ``2 (1 + 2 probes)`` gradients."""
+    found = trace_and_frobenius(
+        scaled_products(objective, ball, progress),
+        objective.num_params,
+        probes,
+        dtype=objective.dtype,
+        device=objective.device,
+        generator=generator,
+    )
+    return Estimate(found.trace, found.trace_error)
+
+
+def relative_flatness(
+    objective: Objective, probes: int, generator: torch.Generator, progress: Progress | None = None
+) -> dict[str, Estimate]:
+    """``sum_{s,s'} <w_s, w_s'> tr(H_ss')`` of each weight matrix W, w_s its rows and H_ss' their blocks of H.
+
+    A convolution's filters are its rows. With a and b random signs and ``U = (W a) b'``, ``E[U'HU]`` is that number, so
+    a probe takes one product, where dense blocks would take as many as there are weights.
+
+    Cost: ``1 + 2 probes`` gradients for each matrix, a pass.
+
+    Raises: ArgumentError where no weight has two dimensions.
+    Source: Petzka et al. 2021, Definition 3.
+    """
+    chosen = select(objective.problem.model, objective.problem.params)
+    names = require_matrices(objective)
+    weights = dict(zip(chosen, objective.terms.params, strict=True))
+    found = {}
+    for name in names:
+        block = torch.zeros(objective.num_params, probes, dtype=objective.dtype, device=objective.device)
+        w = weights[name].detach().flatten(1)
+        for k in range(probes):
+            a, b = (_signs(w.shape[1], generator).to(w) for _ in range(2))
+            column = torch.zeros(objective.num_params, dtype=objective.dtype, device=objective.device)
+            piece = dict(zip(chosen, views(column, objective.terms.params), strict=True))[name]
+            piece.copy_(torch.outer(w @ a, b).view_as(piece))
+            block[:, k] = column
+        images = objective.hvp(block, progress)
+        forms = (block.to(wide(block.device)) * images.to(wide(block.device))).sum(0)
+        found[name] = Estimate.of(forms.cpu().numpy().astype(np.float64))
+    return found
+
+
+def require_matrices(objective: Objective) -> list[str]:
+    """The names of the parameters with two dimensions or more.
+
+    Raises: ArgumentError where there are none.
+    """
+    chosen = select(objective.problem.model, objective.problem.params)
+    names = [name for name, p in chosen.items() if p.dim() > 1]
+    if not names:
+        raise ArgumentError("Relative flatness is of weight matrices, and no chosen parameter has two dimensions.")
+    return names
+
+
+def alignment(objective: Objective, eigenvector: Tensor, rho: float) -> tuple[float, float]:
+    """``|cos(g, v)|`` and ``|cos(g_SAM, v)|`` of the gradients at w and at ``w + rho g / ||g||`` with a unit vector v.
+
+    NaN where a gradient is zero. Cost: 2 gradients.
+
+    Source: Long and Bartlett 2024.
+    """
+    v = [t.to(wide(t.device)) for t in views(eigenvector.to(objective.device), objective.terms.params)]
+    with objective.measuring(), Perturbation(objective.terms.params) as moved:
+        loss = whole(objective)
+        _, grads = loss.gradient()
+        ball = Ball()
+        if not ball.dual_norm(grads, None):
+            return math.nan, math.nan
+        direction, factor = ball.steepest(grads, None)
+        moved.add(moved.weights, direction, rho * factor)
+        _, there = loss.gradient()
+    return _cosine(grads, v), _cosine(there, v)
+
+
+def edges(lr: float, momentum: float, gradient_norm: float, rho: float | None) -> tuple[float, float]:
+    """The lambda_max beyond which a quadratic makes training with this step diverge: without and with SAM.
+
+    Gradient descent: ``2/eta``; with momentum beta ``2 (1 + beta) / eta`` (Cohen et al. 2021, section 2). SAM without
+    momentum: ``(||g|| / (2 rho)) (sqrt(1 + 8 rho / (eta ||g||)) - 1)`` (Long and Bartlett 2024), NaN without rho.
+    """
+    plain = 2 * (1 + momentum) / lr if lr else math.inf
+    if not rho or not lr:
+        return plain, math.nan
+    return plain, gradient_norm / (2 * rho) * (
+        math.sqrt(1 + 8 * rho / (lr * gradient_norm)) - 1
+    ) if gradient_norm else 0.0
+
+
+def _signs(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, (count,), generator=generator) * 2 - 1
+
+
+def _cosine(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    dots = [
+        torch.stack([(a.to(b) * b).sum(), a.to(b).square().sum(), b.square().sum()])
+        for a, b in zip(left, right, strict=True)
+    ]
+    dot, a, b = torch.stack(dots).sum(0).tolist()
+    return abs(dot) / math.sqrt(a * b) if a and b else math.nan

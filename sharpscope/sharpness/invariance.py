@@ -1,0 +1,152 @@
+"""Which measures move when a network is rescaled without changing its function."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharpscope.errors import ArgumentError, ProblemError
+from sharpscope.objective import Objective, Progress
+from sharpscope.objective.batches import leaves
+from sharpscope.problem import Problem
+from sharpscope.results import Cost, InvarianceResult, SharpnessResult
+from sharpscope.sharpness.ascent import Ascent
+from sharpscope.sharpness.measures import measure_sharpness
+
+# Examples on which a rescaled network must give the same outputs, and to what share of the largest.
+EXAMPLES, SAME = 32, 1e-9
+
+
+def rescaling_invariance(
+    problem: Problem,
+    factor: float = 4.0,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+    *,
+    rho: float = 0.05,
+    m: int = 64,
+    ascent: Ascent | None = None,
+    draws: int = 4,
+    probes: int = 4,
+    device: torch.device | str | None = None,
+) -> InvarianceResult:
+    """Measures of L before and after ``W_l, b_l`` are multiplied and ``W_{l+1}`` is divided by ``factor``.
+
+    ReLU passes a positive factor on, so for each pair of layers with one between them (pooling and flattening too) the
+    network's function stays the same, which is checked; what changes is the coordinates. Every second such pair is
+    rescaled. In float64, with the same subsets, draws and probes on both sides, so that what is invariant stands still
+    to rounding, though each number by itself has its scatter.
+
+    Args:
+        problem: model, loss and data.
+        factor: positive, not 1.
+        generator, progress, device: as for ``measure_sharpness``.
+        rho, m, ascent, draws, probes: as for ``measure_sharpness``.
+
+    Cost: twice that of these measures by ``measure_sharpness``, all but relative flatness both plain and adaptive.
+
+    Raises: ArgumentError; ProblemError where no pair of layers can be rescaled.
+    Source: Dinh et al. 2017, section 3.
+    """
+    if not 0 < factor < float("inf") or factor == 1.0:
+        raise ArgumentError(f"factor must be positive, finite and not 1, got {factor!r}.")
+    seed = 0 if generator is None else generator.initial_seed()
+    # Together, since a loss may hold the model.
+    model, loss = copy.deepcopy((problem.model, problem.loss))
+    before = replace(problem, model=model.double(), loss=loss.double() if isinstance(loss, nn.Module) else loss)
+    pairs = rescalable(before, factor)
+    if not pairs:
+        raise ProblemError("No two layers of this network pass a factor on through a ReLU. Nothing can be rescaled.")
+    chosen = pairs[::2]
+    after = replace(before, model=rescaled(before.model, chosen, factor))
+
+    def measured(one: Problem, adaptive: str | None, names: Sequence[str]) -> SharpnessResult:
+        return measure_sharpness(
+            one,
+            names,
+            torch.Generator().manual_seed(seed),
+            progress,
+            m=(m,),
+            rho=(rho,),
+            adaptive=adaptive,
+            ascent=ascent,
+            draws=draws,
+            probes=probes,
+            dtype=torch.float64,
+            device=device,
+        )
+
+    shared = ("lambda-max", "trace", "m-sharpness", "worst-case", "average-case")
+    sides: list[tuple[SharpnessResult, SharpnessResult]] = []
+    for adaptive, names in ((None, shared), ("elementwise", shared), (None, ("relative-flatness",))):
+        sides.append((measured(before, adaptive, names), measured(after, adaptive, names)))
+    one, two = sides[0]
+    if abs(one.loss - two.loss) > SAME * abs(one.loss):
+        raise ProblemError(
+            f"Rescaling must leave the loss as it is, but on all the data it is {one.loss:.9g} before and "
+            f"{two.loss:.9g} after. Report this network."
+        )
+    return InvarianceResult(
+        before=tuple(m for side, _ in sides for m in side.measures),
+        after=tuple(m for _, side in sides for m in side.measures),
+        factor=factor,
+        layers=tuple(chosen),
+        loss=one.loss,
+        cost=_total([side.cost for pair in sides for side in pair]),
+        provenance={key: value for key, value in one.provenance.items() if key != "left_out"},
+    )
+
+
+def _total(costs: Sequence[Cost]) -> Cost:
+    return Cost(
+        sum(c.passes for c in costs),
+        sum(c.hvps for c in costs),
+        sum(c.gradients for c in costs),
+        sum(c.seconds for c in costs),
+    )
+
+
+def rescalable(problem: Problem, factor: float) -> list[tuple[str, str]]:
+    """Names of neighbouring layers with weights whose rescaling by ``factor`` leaves the outputs as they are.
+
+    Tried on the first EXAMPLES, layer by layer in the order of registration, so that whatever lies between two layers
+    is judged by what it does.
+    """
+    objective = Objective(problem, dtype=torch.float64)
+    names = [
+        name for name, module in problem.model.named_modules() if isinstance(getattr(module, "weight", None), Tensor)
+    ]
+    found = []
+    with objective.measuring(), torch.no_grad():
+        part = objective.first_examples(EXAMPLES)
+        expected = _flat(objective.terms.forward(part)[0])
+        for pair in pairwise(names):
+            other = Objective(replace(problem, model=rescaled(problem.model, [pair], factor)), dtype=torch.float64)
+            with other.measuring(), torch.no_grad():
+                got = _flat(other.terms.forward(part)[0])
+            if float((got - expected).abs().max()) <= SAME * float(expected.abs().max()):
+                found.append(pair)
+    return found
+
+
+@torch.no_grad()
+def rescaled(model: nn.Module, pairs: Sequence[tuple[str, str]], factor: float) -> nn.Module:
+    """A copy of ``model`` with weight and bias of each pair's first layer multiplied, the second's weight divided."""
+    changed = copy.deepcopy(model)
+    for first, second in pairs:
+        named = dict(changed.get_submodule(first).named_parameters(recurse=False))
+        for name in ("weight", "bias"):
+            if name in named:
+                named[name].mul_(factor)
+        changed.get_submodule(second).get_parameter("weight").div_(factor)
+    return changed
+
+
+def _flat(output: Any) -> Tensor:
+    return torch.cat([leaf.double().flatten() for leaf in leaves(output) if isinstance(leaf, Tensor)])

@@ -1,0 +1,161 @@
+"""From a problem to the measures of sharpness that are asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sharpscope.audit import audit
+from sharpscope.ball import Ball
+from sharpscope.errors import ArgumentError, nearest
+from sharpscope.objective import Objective, Progress
+from sharpscope.problem import Problem
+from sharpscope.provenance import measured, provenance, seeded
+from sharpscope.results import Measure, SharpnessResult
+from sharpscope.sharpness.ascent import Ascent
+from sharpscope.sharpness.catalogue import MEASURES, REQUIRES, Run, Settings
+
+M = (1, 4, 16, 64, 256)
+RHO = (0.05,)
+
+# What looks for the worst case of all the data where nothing else is asked for.
+WORST = Ascent(20, adaptive=True, restarts=1)
+
+
+def measure_sharpness(
+    problem: Problem,
+    measures: str | Sequence[str] = ("m-sharpness",),
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+    *,
+    m: Sequence[int] | None = None,
+    rho: Sequence[float] = RHO,
+    p: float = 2,
+    adaptive: str | None = None,
+    eta: float = 0.0,
+    ascent: Ascent | None = None,
+    sigma: float = 0.01,
+    draws: int = 8,
+    probes: int = 16,
+    box: float = 1e-3,
+    lr: float | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    micro_batch: int | None = None,
+) -> SharpnessResult:
+    """Measures of the sharpness of L at w, each with its definition, cost and, where it is sampled, an interval.
+
+    With D = 1, or the weights' own sizes where ``adaptive``, and H the Hessian of L:
+
+    - "m-sharpness": the mean over disjoint subsets b of m examples of ``max L_b(w + e) - L_b(w)``,
+      ``||D^-1 e||_p <= rho``, as far as ``ascent`` finds it; predicted to first order ``rho ||D g_b||_q``.
+    - "worst-case": the same of all the data at once, by APGD unless ``ascent`` says otherwise; predicted for p = 2 and
+      small rho ``rho^2/2 lambda_max(DHD)``, which at a critical point it is, and bounded, as far as L is quadratic, by
+      that plus ``rho ||D g||_2``.
+    - "average-case": ``E L(w + e) - L(w)``, ``e ~ N(0, sigma^2 D^2)``; predicted ``sigma^2/2 tr(DHD)``.
+    - "pac-bayes": ``1/sigma^2`` for the largest sigma whose mean drop of accuracy under ``N(0, sigma^2 I)`` is <= 0.1.
+    - "lambda-max" and "trace": of ``DHD``.
+    - "relative-flatness": ``sum <w_s, w_s'> tr(H_ss')`` of each weight matrix.
+    - "keskar": ``100 (max L - L) / (1 + L)`` over the box ``|e| <= box (|w| + 1)``.
+    - "edge": lambda_max over SGD's edge of stability; beside it that of plain SAM, where the recipe is of it.
+    - "alignment": |cosine| of the gradient, and of SAM's, with the top eigenvector.
+
+    An eigenvalue that several measures need is billed to the first. The model and all random states are left bit for
+    bit as they were.
+
+    Args:
+        problem: model, loss and data.
+        measures: names, or ("all",): those that the problem has; ``left_out`` in the provenance says why not others.
+        generator: source of subsets, restarts, draws and probes; by default one seeded with 0. Each measure draws its
+            own sequence, the same whatever else is measured.
+        progress: called as ``progress(stage, done, total)``.
+        m: of m-sharpness; by default 1, 4, 16, 64 and 256 as far as there are as many examples.
+        rho: of m-sharpness, with each m, and worst-case; the largest is SAM's for "alignment" where the recipe is not
+            of plain SAM.
+        p: norm of the ball, 2 or inf.
+        adaptive: None, "elementwise" or "filter", see ``sharpscope.ball``.
+        eta: added to the weights' sizes there.
+        ascent: of m-sharpness one step unless given, of worst-case APGD.
+        sigma: of average-case, a standard deviation of each weight (times D).
+        draws: pairs of perturbations for average-case, draws for pac-bayes; at least 2.
+        probes: of trace and relative flatness; at least 2.
+        box: Keskar's epsilon.
+        lr: for "edge"; by default that in force when the checkpoint was written.
+        dtype, device, micro_batch: as for ``top_eigenvalues``.
+
+    Raises: ArgumentError, ProblemError, DataError, AuditError.
+    Sources: see ``Measure.definition``.
+    """
+    wanted = (measures,) if isinstance(measures, str) else tuple(measures)
+    everything = wanted == ("all",)
+    chosen = tuple(MEASURES) if everything else tuple(dict.fromkeys(wanted))
+    for name in chosen:
+        if name not in MEASURES:
+            raise ArgumentError(nearest("measure", name, (*MEASURES, "all")))
+    for name, values, least in (("m", M if m is None else m, 1), ("rho", rho, 0.0)):
+        if not values or not all(least <= v < math.inf and not isinstance(v, bool) for v in values):
+            raise ArgumentError(f"{name} must be one or more finite numbers of at least {least}, got {values!r}.")
+    if m is not None and not all(isinstance(value, int) for value in m):
+        raise ArgumentError(f"m must be whole numbers of examples, got {m!r}.")
+    for name, number in (("sigma", sigma), ("box", box), ("lr", 1.0 if lr is None else lr)):
+        if not 0 < number < math.inf:
+            raise ArgumentError(f"{name} must be positive and finite, got {number!r}.")
+    for name, count in (("draws", draws), ("probes", probes)):
+        if count < 2:
+            raise ArgumentError(f"{name} must be at least 2, for a standard error, got {count!r}.")
+    source, seed = seeded(generator)
+    objective = Objective(problem, dtype=dtype, device=device, micro_batch=micro_batch)
+    settings = Settings(
+        m=M if m is None else tuple(m),
+        rho=tuple(float(r) for r in rho),
+        ball=Ball(p, adaptive, eta),
+        ascent=ascent or Ascent(),
+        worst=ascent or WORST,
+        sigma=sigma,
+        draws=draws,
+        probes=probes,
+        box=box,
+        recipe=_recipe(problem, lr),
+    )
+    run = Run(objective, settings, int(torch.randint(2**62, (), generator=source)), progress)
+    with objective.measuring():
+        audit(objective, torch.Generator().manual_seed(source.initial_seed()))
+        objective.loss_and_gradient(progress)
+        objective.settle_micro_batch()
+        if m is None and objective.num_examples is not None:
+            run.settings = replace(settings, m=tuple(size for size in M if size <= objective.num_examples))
+        found: list[Measure] = []
+        left_out: dict[str, str] = {}
+        # What is missing is said before the first long measurement.
+        for name in chosen:
+            try:
+                if name in REQUIRES:
+                    REQUIRES[name](run)
+            except ArgumentError as error:
+                if not everything:
+                    raise
+                left_out[name] = str(error)
+        for name in chosen:
+            if name not in left_out:
+                try:
+                    found += tuple(MEASURES[name](run))
+                except ArgumentError as error:
+                    if not everything:
+                        raise
+                    left_out[name] = str(error)
+    return SharpnessResult(
+        measures=tuple(found),
+        **measured(objective),
+        provenance=provenance(problem, objective, seed, left_out=left_out),
+    )
+
+
+def _recipe(problem: Problem, lr: float | None) -> dict[str, Any]:
+    """Learning rate, momentum and rho with which training stopped, as far as the checkpoint says."""
+    said = dict(problem.provenance.get("recipe") or {})
+    metrics = problem.provenance.get("metrics") or {}
+    return {**said, "lr": lr if lr is not None else metrics.get("lr", said.get("lr"))}
