@@ -12,7 +12,8 @@ from sharpscope.cli import options, terminal
 DESCRIPTION = """\
 How much the loss rises around the checkpoint's weights. By default m-sharpness for several m: the mean over disjoint
 subsets of m examples of the largest rise of the subset's loss within distance RHO, as far as one ascent step finds it.
-Beside each number stands what a small perturbation predicts; the two agree where it is small.
+Beside each number stands what a small perturbation predicts, for m-sharpness rho ||gradient||: of a network that is not
+at a minimum the slope is most of it. Checkpoints are measured on the same subsets, noise and probes.
 
 --measures takes names after one another with commas, or all:
   m-sharpness        by subsets of --m examples, within --rho
@@ -22,7 +23,7 @@ Beside each number stands what a small perturbation predicts; the two agree wher
   lambda-max, trace  of the Hessian (of D H D with --adaptive)
   relative-flatness  of each weight matrix
   keskar             100 (max L - L)/(1 + L) in a box of --box times (|weight| + 1)
-  edge               lambda_max over the optimizer's edge of stability
+  edge               lambda_max over SGD's edge of stability 2 (1 + momentum)/lr; above 1 training diverges
   alignment          of gradient and SAM's gradient with the top eigenvector
 """
 

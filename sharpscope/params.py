@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,22 @@ def select(model: nn.Module, patterns: str | Sequence[str] = "*") -> dict[str, n
             raise ProblemError(f"Every weight must be finite, but {name} holds NaN or infinity.")
         if parameter._backward_hooks:
             raise ProblemError(f"{name} has a gradient hook, which would change its Hessian. Remove the hook first.")
+    _require_apart(chosen)
     return chosen
+
+
+def _require_apart(chosen: dict[str, nn.Parameter]) -> None:
+    """Raise ProblemError where two parameters are views of the same numbers, which would count twice."""
+    places = sorted(
+        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name)
+        for name, p in chosen.items()
+        if p.numel() and p.is_contiguous()
+    )
+    for (device, _, stop, one), (other_device, start, _, two) in pairwise(places):
+        if device == other_device and start < stop:
+            raise ProblemError(
+                f"{one} and {two} are two parameters on the same memory. Tie them as one: module.weight = other.weight."
+            )
 
 
 @torch.no_grad()

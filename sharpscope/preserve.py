@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -52,8 +52,13 @@ def _module(module: nn.Module) -> Iterator[None]:
             for buffer, copy in copies:
                 # Compared by value: BatchNorm's kernels write without counting up the version, and an expanded buffer
                 # refuses to be written to.
-                if not torch.equal(buffer, copy):
+                if not _same_bits(buffer, copy):
                     buffer.copy_(copy)
+
+
+def _same_bits(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors are equal and so are the signs of their zeros."""
+    return torch.equal(one, two) and (not one.is_floating_point() or torch.equal(one.signbit(), two.signbit()))
 
 
 @contextmanager

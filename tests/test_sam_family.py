@@ -457,3 +457,40 @@ def test_step_hooks_run_once_a_step() -> None:
         optimizer.register_step_pre_hook(lambda *_, calls=calls: calls.append(1))
         train(model, optimizer, batches(1))
         assert calls == [1]
+
+
+def test_friendly_sam_goes_on_where_batch_and_mean_agree() -> None:
+    """A linear loss has one gradient: with nothing left to follow e is 0, and every step is SGD's."""
+    w = nn.Parameter(torch.ones(2))
+    optimizer = FriendlySAM([w], torch.optim.SGD, lr=0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (w * torch.tensor([1.0, 2.0])).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(5):
+        optimizer.step(closure)
+    torch.testing.assert_close(w.detach(), torch.tensor([0.5, 0.0]))
+    assert optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize(("kind", "options"), [(SAM, {"m": 2}), (GSAM, {"m": 2}), (LookSAM, {})])
+def test_gradient_of_zeros_skips_the_step_of_all(kind: type[SAM], options: dict[str, Any]) -> None:
+    """With pieces, and between looks: momentum and weight decay do not move what has no gradient."""
+    w = nn.Parameter(torch.ones(2))
+    optimizer = kind([w], torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1, **options)
+
+    def closure(x: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = (w * x).pow(2).sum(1).mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure, torch.ones(4, 2))
+    before = w.detach().clone()
+    with pytest.warns(RuntimeWarning, match="is zero"):
+        optimizer.step(closure, torch.zeros(4, 2))
+    assert torch.equal(w.detach(), before)
+    assert optimizer.skipped_steps == 1

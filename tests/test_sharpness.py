@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -539,6 +540,16 @@ def test_edge_is_sgds() -> None:
         assert measure_sharpness(problem, "edge").find("edge").settings["rho"] == wanted
 
 
+def test_single_values_may_stand_for_lists() -> None:
+    """One m, one rho, a number of steps, adaptive=True and names with commas mean what they look like."""
+    wanted = measure_sharpness(
+        quadratic(), ("m-sharpness", "trace"), m=(4,), rho=(0.1,), adaptive="elementwise", ascent=Ascent(2)
+    )
+    found = measure_sharpness(quadratic(), "m-sharpness, trace", m=4, rho=0.1, adaptive=True, ascent=2)
+    assert [m.value for m in found.measures] == [m.value for m in wanted.measures]
+    assert "APGD" in measure_sharpness(quadratic(), "worst-case", ascent="apgd").measures[0].settings["ascent"]
+
+
 def test_all_leaves_out_what_the_problem_has_not() -> None:
     """A regression has no accuracy and this model no learning rate: said, and the other measures are there."""
     found = measure_sharpness(quadratic(), ("all",), m=(4,), draws=2, probes=2)
@@ -625,6 +636,136 @@ def test_what_cannot_go_side_by_side_goes_one_after_another() -> None:
     assert found.measures[0].value == pytest.approx(wanted.measures[0].value, rel=1e-10)
 
 
+class Scaled(nn.Module):
+    """Takes a number beside its input, which is not the same in every batch; keeps its last output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2).double()
+        self.last = torch.zeros(1)
+
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        self.last = self.linear(x).detach()
+        return self.linear(x) * scale
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_subsets_side_by_side_have_their_own_numbers(kind: Any) -> None:
+    """What has no row an example, and differs from batch to batch, is each subset's own."""
+    inputs, labels = drawn(64, 3), torch.randint(2, (64,), generator=torch.Generator().manual_seed(0))
+    model = Scaled()
+    data = [
+        {"x": inputs[i : i + 16], "scale": kind(2.0 ** (i // 16)), "y": labels[i : i + 16]} for i in range(0, 64, 16)
+    ]
+    found = sharp(Problem(model=model, loss=nn.CrossEntropyLoss(), data=data), "m-sharpness", m=(1,), rho=(0.1,))
+    rises = []
+    for i in range(64):
+        at_w = nn.functional.cross_entropy(model(inputs[i : i + 1], 2.0 ** (i // 16)), labels[i : i + 1])
+        g = torch.autograd.grad(at_w, list(model.parameters()))
+        size = torch.cat([t.flatten() for t in g]).norm()
+        moved = {n: p + 0.1 * t / size for (n, p), t in zip(model.named_parameters(), g, strict=True)}
+        out = torch.func.functional_call(model, moved, (inputs[i : i + 1], 2.0 ** (i // 16)))
+        rises.append(float((nn.functional.cross_entropy(out, labels[i : i + 1]) - at_w).detach()))
+    assert found.value == pytest.approx(np.mean(rises), rel=1e-9)
+
+
+def test_what_a_model_keeps_of_its_last_forward_pass_can_be_used() -> None:
+    """After subsets went side by side an activation that the model stored is a plain tensor."""
+    model = Scaled()
+    data = [{"x": drawn(64, 3), "scale": 1.0, "y": torch.randint(2, (64,))}]
+    measure_sharpness(Problem(model=model, loss=nn.CrossEntropyLoss(), data=data), m=(1,))
+    copy.deepcopy(model)
+    assert float(model.last.sum()) == float(model.last.clone().sum())
+
+
+def test_batches_of_other_lengths_go_one_after_another() -> None:
+    """Padded batches, first groups within one and later ones across two: a number, the mean of all examples."""
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.linear = nn.Embedding(10, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.linear(self.embedding(x).mean(1))
+            return out
+
+    data = [(torch.randint(10, (48, length)), torch.randint(2, (48,))) for length in (5, 7, 9)]
+    model = Mean().double()
+    found = sharp(Problem(model=model, loss=nn.CrossEntropyLoss(), data=data), "m-sharpness", m=(1,))
+    parts = [sharp(Problem(model=model, loss=nn.CrossEntropyLoss(), data=[one]), "m-sharpness", m=(1,)) for one in data]
+    assert found.value == pytest.approx(np.mean([part.value for part in parts]), rel=1e-9)
+
+
+def test_interval_of_tiny_perturbations_holds_the_truth_in_float32() -> None:
+    """The rounding of the loss at w, which all draws share, is in the interval."""
+    single = classifier(0, nn.Tanh)
+    for sigma in (1e-5, 1e-4):
+        true = sharp(single, "average-case", sigma=sigma, draws=16)
+        rough = sharp(
+            Problem(model=copy.deepcopy(single.model).float(), loss=single.loss, data=(X.float(), single.data[1])),
+            "average-case",
+            sigma=sigma,
+            draws=16,
+        )
+        assert rough.lower is not None
+        assert rough.upper is not None
+        assert rough.lower <= true.value <= rough.upper
+
+
+def test_radius_of_another_sam_is_no_plain_radius() -> None:
+    """SAM's edge and gradient are stated of plain SAM alone."""
+    for more, wanted in (
+        ({}, 0.5),
+        ({"m": 4}, None),
+        ({"sam_args": {"adaptive": "elementwise"}}, None),
+        ({"p": INF}, None),
+    ):
+        recipe = {"optimizer": "sgd", "lr": 0.1, "rho": 0.5, **more}
+        base = quadratic()
+        problem = Problem(model=base.model, loss=base.loss, data=base.data, provenance={"recipe": recipe})
+        assert measure_sharpness(problem, "edge").find("edge").settings["rho"] == wanted
+
+
+def test_accuracy_that_any_noise_destroys_has_no_sigma() -> None:
+    """Where all outputs tie, the floor of the search is no measurement."""
+    model = nn.Linear(4, 3).double()
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    problem = Problem(model=model, loss=nn.CrossEntropyLoss(), data=(X, torch.zeros(N, dtype=torch.long)))
+    with pytest.raises(ArgumentError, match="Even noise of 1e-06 costs more"):
+        measure_sharpness(problem, "pac-bayes")
+
+
+def test_parameters_on_the_same_memory_are_refused() -> None:
+    """Two parameters that share their numbers would each be moved: named, with how to tie them."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False)).double()
+    model[2].weight.data = model[0].weight.data
+    problem = Problem(model=model, loss=nn.MSELoss(), data=(X, X))
+    with pytest.raises(ProblemError, match=r"0.weight and 2.weight are two parameters on the same memory"):
+        measure_sharpness(problem, "worst-case")
+
+
+def test_sign_of_a_zero_in_a_buffer_is_put_back() -> None:
+    """Bit for bit means -0.0 too."""
+
+    class Turning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 1).double()
+            self.register_buffer("zero", torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.zero.mul_(-1)
+            out: Tensor = self.linear(x)
+            return out
+
+    model = Turning()
+    for steps in (1, 2):
+        sharp(Problem(model=model, loss=nn.MSELoss(), data=(X, Y)), "worst-case", ascent=Ascent(steps))
+        assert not bool(model.zero.signbit().any())
+
+
 # Invariance
 
 
@@ -650,6 +791,38 @@ def test_rescaling_moves_the_plain_measures_and_not_the_adaptive_ones(tmp_path: 
     assert "function is the same" in found.summary()
     found.save(tmp_path / "i.json")
     assert InvarianceResult.load(tmp_path / "i.json").summary() == found.summary()
+
+
+class Penalised(nn.Module):
+    """A loss that looks at the weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        loss: Tensor = nn.functional.cross_entropy(output, target)
+        return loss + 0.1 * sum((p**2).sum() for p in self.model.parameters())
+
+
+def test_what_is_not_the_functions_own_is_refused() -> None:
+    """Weight decay, a penalty in the loss, and tied layers have no invariance to show."""
+    base = classifier(0)
+    decayed = Problem(model=base.model, loss=base.loss, data=base.data, weight_decay=0.1)
+    with pytest.raises(ArgumentError, match="weight_decay must be 0"):
+        sharpscope.rescaling_invariance(decayed)
+    few = {"m": 12, "draws": 2, "probes": 2, "ascent": Ascent(1)}
+    held = Problem(model=base.model, loss=Penalised(base.model), data=base.data)
+    with pytest.raises(ProblemError, match="the loss looks at the weights"):
+        sharpscope.rescaling_invariance(held, **few)
+    loss = Penalised(base.model)
+    caught = Problem(model=base.model, loss=lambda output, target: loss(output, target), data=base.data)
+    with pytest.raises(ProblemError, match="reads the model's own parameters"):
+        sharpscope.rescaling_invariance(caught, **few)
+    tied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False)).double()
+    tied[2].weight = tied[0].weight
+    with pytest.raises(ProblemError, match="Nothing can be rescaled"):
+        sharpscope.rescaling_invariance(Problem(model=tied, loss=nn.CrossEntropyLoss(), data=base.data))
 
 
 def test_what_passes_no_factor_is_not_rescaled() -> None:

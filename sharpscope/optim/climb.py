@@ -13,7 +13,7 @@ from sharpscope.ball import Ball, norm_on_device, settled_norm
 from sharpscope.optim.arguments import check_rho, dense_gradients
 from sharpscope.perturbation import Perturbation
 
-Followed = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
+Followed = Callable[[Sequence[Tensor], list[Tensor]], list[Tensor]]
 
 
 class Climb:
@@ -54,10 +54,14 @@ class Climb:
         grads = dense_gradients(weights)
         if unscale != 1.0 and grads:
             grads = list(torch._foreach_mul(grads, unscale))
-        grads = followed(weights, grads)
+        raw, grads = grads, followed(weights, grads)
         scales = self._scales_of(weights)
         scaled = grads if scales is None else list(torch._foreach_mul(grads, scales))
         norm = settled_norm(float(norm_on_device(scaled)), scaled)
+        if norm == 0.0 and grads is not raw and 0.0 < settled_norm(float(norm_on_device(raw)), raw) < math.inf:
+            # Nothing to follow is no gradient of zero: e = 0.
+            self._moved = self._moved or Perturbation(weights)
+            return None
         if not 0.0 < norm < math.inf:
             return "is zero" if norm == 0.0 else "is not finite"
         for group in groups:

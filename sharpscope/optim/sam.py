@@ -259,7 +259,7 @@ class SAM(Optimizer):
                     total.average(self._ddp.process_group)
         if at_e is not None:
             at_e.write()
-        self._descend(at_w, scaler)
+        self._descend(at_w, scaler, climbed=looks and alone)
         if len(pieces) == 1:
             return losses[0]  # type: ignore[no-any-return]
         mean: Any = sum(loss * share for loss, (_, share) in zip(losses, pieces, strict=True))
@@ -333,9 +333,9 @@ class SAM(Optimizer):
         """Whether this step takes the gradient at w + e."""
         return True
 
-    def _followed(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
-        """What the perturbation follows, given the gradients of ``weights``."""
-        return list(grads)
+    def _followed(self, weights: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """What the perturbation follows, given the gradients of ``weights``; those themselves, or others."""
+        return grads
 
     def _combine(self, at_w: GradientSum | None) -> None:
         """Make of ``.grad``, the gradient at w + e, and of that at w, what the base optimizer is given."""
@@ -365,20 +365,22 @@ class SAM(Optimizer):
             self._climb.restore()
         return None
 
-    def _descend(self, at_w: GradientSum | None, scaler: Any = None) -> None:
+    def _descend(self, at_w: GradientSum | None, scaler: Any = None, *, climbed: bool = True) -> None:
         if scaler is not None:
             scaler.unscale_(self.base_optimizer)
         grads = dense_gradients([p for p in self._params() if p.grad is not None])
         both = grads if at_w is None else [*grads, *at_w.sums.values()]
-        # Whether it is finite is all that is asked, so in the gradients' own precision: settled_norm looks again if not.
+        # Whether it is finite is all that is asked, so in the gradients' own precision; settled_norm looks again.
         norm = norm_on_device(both, None)
         # One transfer for both checks: each wait for the device costs the time that it could have run ahead.
         lost, self._climb.rounding = self._climb.rounding, None
         total, *rounding = (norm if lost is None else torch.cat([norm, lost.to(norm)])).tolist()
         if rounding:
             self._report_rounding(cosine(*rounding))
-        if not math.isfinite(settled_norm(total, both)):
-            self._skip("is not finite", "w + e", unscaled=scaler)
+        total = settled_norm(total, both)
+        # Of one piece that climbed a gradient of zero at w has been refused already, and at w + e it may be.
+        if not math.isfinite(total) or (total == 0.0 and not climbed):
+            self._skip("is zero" if total == 0.0 else "is not finite", "w + e", unscaled=scaler)
             return
         self._combine(at_w)
         if scaler is None:

@@ -160,9 +160,9 @@ class FriendlySAM(SAM):
     def _begin(self) -> None:
         self._next = None
 
-    def _followed(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    def _followed(self, weights: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
         if not math.isfinite(norm_of(grads)):
-            return list(grads)  # the step is skipped
+            return grads  # the step is skipped
         means = self._next if self._next is not None else {p: kept["mean"] for p, kept in self._kept.items()}
         after, followed = dict(means), []
         for p, g in zip(weights, grads, strict=True):

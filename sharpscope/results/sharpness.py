@@ -35,7 +35,8 @@ DEFINITIONS = {
     "trace": "trace of D H D",
     "relative-flatness": "sum over rows s, s' of a weight matrix of <w_s, w_s'> tr(H_ss') (Petzka et al. 2021)",
     "keskar": "100 (max L - L) / (1 + L) over |e| <= box (|w| + 1), as far as the ascent found it (Keskar et al. 2017)",
-    "edge": "lambda_max over gradient descent's edge of stability 2 (1 + momentum) / lr (Cohen et al. 2021)",
+    "edge": "lambda_max over SGD's edge of stability 2 (1 + momentum) / lr, at the lr in force when the checkpoint was "
+    "written; above 1 a quadratic would diverge (Cohen et al. 2021)",
     "alignment": "|cosine| with the Hessian's top eigenvector (Long and Bartlett 2024)",
 }
 

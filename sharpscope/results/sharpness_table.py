@@ -12,6 +12,10 @@ from sharpscope.tables import aligned, as_html
 _COMPARED = ("p", "ascent", "eta", "drop", "tol", "order")
 
 
+# What scales the ball, see ``sharpscope.ball``.
+_D = {None: "1", "elementwise": "|w| + eta", "filter": "the filter's norm + eta"}
+
+
 def sharpness_table(results: Sequence[SharpnessResult]) -> str:
     """A row for each measure and a column for each result, with the notes below."""
     return "\n".join([aligned(_rows(results)), "", *_notes(results)])
@@ -87,10 +91,15 @@ def _notes(results: Sequence[SharpnessResult]) -> list[str]:
                 if key in ("p", "ascent", "eta", "probes", "pairs of draws", "draws") and value not in (None, 0.0)
             ]
             rule = f"; predicted: {' to '.join(m.prediction)}" if m.prediction else ""
-            shape = "; D = 1" if "D" in m.definition and not m.settings.get("adaptive") else ""
+            shape = f"; D = {_D[m.settings.get('adaptive')]}" if "D" in m.definition else ""
             seen.setdefault(m.name, f"{m.name}: {m.definition}{shape}{''.join(f'; {h}' for h in how)}{rule}.")
     sampled = any(m.standard_error is not None for r in results for m in r.measures)
     if not all(r.converged for r in results):
         seen["?"] = "? has not converged."
+    if "average-case" in seen:
+        seen["kinks"] = (
+            "The Hessian does not see the kinks of ReLU and max-pooling, which add a term of the same order to the "
+            "average case: with them it may differ from what is predicted however small sigma is."
+        )
     closing = ["± is a 95 % interval over subsets or draws, or a bound from residuals."] if sampled else []
     return [*notes, *seen.values(), *closing]

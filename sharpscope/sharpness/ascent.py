@@ -48,7 +48,8 @@ class Ascent:
     def __str__(self) -> str:
         if not self.adaptive:
             return f"{self.steps} step{'s' if self.steps > 1 else ''}"
-        return f"APGD, {self.steps} steps" + (f", {self.restarts} random restarts" if self.restarts else "")
+        again = f", {self.restarts} random restart{'s' if self.restarts > 1 else ''}" if self.restarts else ""
+        return f"APGD, {self.steps} steps{again}"
 
 
 def highest(

@@ -92,7 +92,7 @@ def _m_sharpness(run: Run) -> Iterator[Measure]:
         for rho, rises in zip(s.rho, found, strict=True):
             yield Measure(
                 "m-sharpness",
-                *_interval(np.array(rises.rises)),
+                *_interval(np.array(rises.rises), _rounding(run)),
                 settings={
                     "m": m,
                     "rho": rho,
@@ -138,7 +138,7 @@ def _average_case(run: Run) -> Iterator[Measure]:
         price = cost()
     yield Measure(
         "average-case",
-        *_of(found.rise, s.draws),
+        *_of(found.rise, s.draws, _rounding(run)),
         settings={"sigma": s.sigma, "adaptive": s.ball.scaling, "eta": s.ball.offset, "pairs of draws": s.draws},
         prediction={"small sigma": found.second_order.value},
         gradients=price,
@@ -261,7 +261,7 @@ def _edge(run: Run) -> Iterator[Measure]:
 
 
 def _alignment(run: Run) -> Iterator[Measure]:
-    rho = _plain_rho(run.settings.recipe) or max(run.settings.rho)
+    rho = max(run.settings.rho)
     with run.costing() as cost:
         top = run.top(Ball())
         found = curvature.alignment(run.objective, top.eigenvectors[:, 0], rho)
@@ -297,15 +297,20 @@ def _ball(ball: Ball) -> dict[str, Any]:
     return {"p": "inf" if ball.p == math.inf else 2, "adaptive": ball.scaling, "eta": ball.offset}
 
 
-def _interval(values: np.ndarray) -> tuple[float, float | None, float | None, float | None]:
+def _rounding(run: Run) -> float:
+    """What a difference of two losses is off by, which all subsets or draws may share: the loss times eps."""
+    return torch.finfo(run.objective.dtype).eps * abs(run.objective.loss or 0.0)
+
+
+def _interval(values: np.ndarray, rounding: float) -> tuple[float, float | None, float | None, float | None]:
     """Mean, its standard error, and an interval for the mean over all such subsets (Student's t)."""
     if len(values) < 2 or not np.isfinite(values).all():
         return float(values.mean()), None, None, None
-    return _of(Estimate.of(values), len(values))
+    return _of(Estimate.of(values), len(values), rounding)
 
 
-def _of(estimate: Estimate, count: int) -> tuple[float, float, float, float]:
-    half = student(CONFIDENCE, count - 1) * estimate.standard_error
+def _of(estimate: Estimate, count: int, rounding: float = 0.0) -> tuple[float, float, float, float]:
+    half = student(CONFIDENCE, count - 1) * estimate.standard_error + rounding
     return estimate.value, estimate.standard_error, estimate.value - half, estimate.value + half
 
 
@@ -321,7 +326,7 @@ REQUIRES: dict[str, Callable[[Run], object]] = {
 def _require_subsets(run: Run) -> None:
     count, largest = run.objective.num_examples, max(run.settings.m)
     if count is not None and largest > count:
-        raise ArgumentError(f"m must be at most the number of examples ({count}), got {largest}.")
+        raise ArgumentError(f"m must be at most the number of examples ({count}), got {largest}. Lower it.")
 
 
 def _require_sgd(recipe: Mapping[str, Any]) -> None:
@@ -333,8 +338,9 @@ def _require_sgd(recipe: Mapping[str, Any]) -> None:
 
 def _plain_rho(recipe: Mapping[str, Any]) -> float | None:
     """The radius of SAM in the plain ball of p = 2, None where the recipe is of no or another SAM."""
-    plain = recipe.get("variant", "sam") == "sam" and recipe.get("p", 2) == 2 and recipe.get("rho")
-    return float(recipe["rho"]) if plain else None
+    named = recipe.get("variant", "sam") == "sam" and recipe.get("p", 2) == 2
+    plain = named and recipe.get("m") is None and not recipe.get("sam_args")
+    return float(recipe["rho"]) if plain and recipe.get("rho") else None
 
 
 def _missed(top: Eigenpairs) -> float:

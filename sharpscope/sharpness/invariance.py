@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sharpscope.audit.twin import reads
 from sharpscope.errors import ArgumentError, ProblemError
 from sharpscope.objective import Objective, Progress
 from sharpscope.objective.batches import leaves
+from sharpscope.precision import placed
 from sharpscope.problem import Problem
 from sharpscope.results import Cost, InvarianceResult, SharpnessResult
 from sharpscope.sharpness.ascent import Ascent
@@ -57,14 +58,16 @@ def rescaling_invariance(
     if not 0 < factor < float("inf") or factor == 1.0:
         raise ArgumentError(f"factor must be positive, finite and not 1, got {factor!r}.")
     seed = 0 if generator is None else generator.initial_seed()
-    # Together, since a loss may hold the model.
-    model, loss = copy.deepcopy((problem.model, problem.loss))
-    before = replace(problem, model=model.double(), loss=loss.double() if isinstance(loss, nn.Module) else loss)
+    if problem.weight_decay:
+        raise ArgumentError("weight_decay must be 0 here, since c/2 ||w||^2 is not the function's own. Leave it out.")
+    before = _doubled(problem)
     pairs = rescalable(before, factor)
     if not pairs:
         raise ProblemError("No two layers of this network pass a factor on through a ReLU. Nothing can be rescaled.")
     chosen = pairs[::2]
-    after = replace(before, model=rescaled(before.model, chosen, factor))
+    after = rescaled(before, chosen, factor)
+    for side in (before, after):
+        _require_outputs_alone(problem, side)
 
     def measured(one: Problem, adaptive: str | None, names: Sequence[str]) -> SharpnessResult:
         return measure_sharpness(
@@ -90,7 +93,7 @@ def rescaling_invariance(
     if abs(one.loss - two.loss) > SAME * abs(one.loss):
         raise ProblemError(
             f"Rescaling must leave the loss as it is, but on all the data it is {one.loss:.9g} before and "
-            f"{two.loss:.9g} after. Report this network."
+            f"{two.loss:.9g} after: the loss looks at the weights, or the outputs change on some examples."
         )
     return InvarianceResult(
         before=tuple(m for side, _ in sides for m in side.measures),
@@ -127,7 +130,10 @@ def rescalable(problem: Problem, factor: float) -> list[tuple[str, str]]:
         part = objective.first_examples(EXAMPLES)
         expected = _flat(objective.terms.forward(part)[0])
         for pair in pairwise(names):
-            other = Objective(replace(problem, model=rescaled(problem.model, [pair], factor)), dtype=torch.float64)
+            one, two = (problem.model.get_submodule(name).get_parameter("weight") for name in pair)
+            if one.data_ptr() == two.data_ptr():  # tied: what is multiplied would be divided again
+                continue
+            other = Objective(rescaled(problem, [pair], factor), dtype=torch.float64)
             with other.measuring(), torch.no_grad():
                 got = _flat(other.terms.forward(part)[0])
             if float((got - expected).abs().max()) <= SAME * float(expected.abs().max()):
@@ -136,16 +142,32 @@ def rescalable(problem: Problem, factor: float) -> list[tuple[str, str]]:
 
 
 @torch.no_grad()
-def rescaled(model: nn.Module, pairs: Sequence[tuple[str, str]], factor: float) -> nn.Module:
-    """A copy of ``model`` with weight and bias of each pair's first layer multiplied, the second's weight divided."""
-    changed = copy.deepcopy(model)
+def rescaled(problem: Problem, pairs: Sequence[tuple[str, str]], factor: float) -> Problem:
+    """A copy of ``problem`` with weight and bias of each pair's first layer multiplied, the second's weight divided."""
+    changed = _doubled(problem)
     for first, second in pairs:
-        named = dict(changed.get_submodule(first).named_parameters(recurse=False))
+        named = dict(changed.model.get_submodule(first).named_parameters(recurse=False))
         for name in ("weight", "bias"):
             if name in named:
                 named[name].mul_(factor)
-        changed.get_submodule(second).get_parameter("weight").div_(factor)
+        changed.model.get_submodule(second).get_parameter("weight").div_(factor)
     return changed
+
+
+def _doubled(problem: Problem) -> Problem:
+    """A copy in float64; model and loss together, since a loss may hold the model."""
+    device = next(iter(problem.model.parameters())).device
+    model, loss = placed(problem.model, problem.loss, torch.float64, device, copied=True)
+    return replace(problem, model=model, loss=loss)
+
+
+def _require_outputs_alone(problem: Problem, side: Problem) -> None:
+    """Raise ProblemError where the loss of a copy still reads the weights of the original."""
+    objective = Objective(side, dtype=torch.float64)
+    originals = [p for p in problem.model.parameters() if p.requires_grad]
+    with objective.measuring():
+        if reads(objective, objective.first_examples(EXAMPLES), originals):
+            raise ProblemError("The loss reads the model's own parameters, which a rescaled copy does not have.")
 
 
 def _flat(output: Any) -> Tensor:

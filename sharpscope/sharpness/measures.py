@@ -32,12 +32,12 @@ def measure_sharpness(
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
     *,
-    m: Sequence[int] | None = None,
-    rho: Sequence[float] = RHO,
+    m: int | Sequence[int] | None = None,
+    rho: float | Sequence[float] = RHO,
     p: float = 2,
-    adaptive: str | None = None,
+    adaptive: str | bool | None = None,
     eta: float = 0.0,
-    ascent: Ascent | None = None,
+    ascent: Ascent | int | str | None = None,
     sigma: float = 0.01,
     draws: int = 8,
     probes: int = 16,
@@ -74,12 +74,12 @@ def measure_sharpness(
             own sequence, the same whatever else is measured.
         progress: called as ``progress(stage, done, total)``.
         m: of m-sharpness; by default 1, 4, 16, 64 and 256 as far as there are as many examples.
-        rho: of m-sharpness, with each m, and worst-case; the largest is SAM's for "alignment" where the recipe is not
-            of plain SAM.
+        rho: of m-sharpness, with each m, and worst-case; the largest is SAM's for "alignment".
         p: norm of the ball, 2 or inf.
-        adaptive: None, "elementwise" or "filter", see ``sharpscope.ball``.
+        adaptive: None, "elementwise" (also True) or "filter", see ``sharpscope.ball``: for m-sharpness, worst and
+            average case, lambda-max and trace; the others have no ball, or one of their own.
         eta: added to the weights' sizes there.
-        ascent: of m-sharpness one step unless given, of worst-case APGD.
+        ascent: an Ascent, a number of steps or "apgd"; of m-sharpness one step unless given, of worst-case APGD.
         sigma: of average-case, a standard deviation of each weight (times D).
         draws: pairs of perturbations for average-case, draws for pac-bayes; at least 2.
         probes: of trace and relative flatness; at least 2.
@@ -90,7 +90,10 @@ def measure_sharpness(
     Raises: ArgumentError, ProblemError, DataError, AuditError.
     Sources: see ``Measure.definition``.
     """
-    wanted = (measures,) if isinstance(measures, str) else tuple(measures)
+    wanted = tuple(name.strip() for name in measures.split(",")) if isinstance(measures, str) else tuple(measures)
+    m, rho, ascent = (m,) if isinstance(m, int) else m, (rho,) if isinstance(rho, int | float) else rho, _ascent(ascent)
+    if isinstance(adaptive, bool):
+        adaptive = "elementwise" if adaptive else None
     everything = wanted == ("all",)
     chosen = tuple(MEASURES) if everything else tuple(dict.fromkeys(wanted))
     for name in chosen:
@@ -152,6 +155,16 @@ def measure_sharpness(
         **measured(objective),
         provenance=provenance(problem, objective, seed, left_out=left_out),
     )
+
+
+def _ascent(given: Ascent | int | str | None) -> Ascent | None:
+    if given is None or isinstance(given, Ascent):
+        return given
+    if given == "apgd":
+        return WORST
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise ArgumentError(f"ascent must be an Ascent, a number of steps or 'apgd', got {given!r}.")
+    return Ascent(given)
 
 
 def _recipe(problem: Problem, lr: float | None) -> dict[str, Any]:

@@ -73,7 +73,9 @@ class SideBySide:
         return found
 
     def where_it_fits(self, parts: Sequence[MicroBatch]) -> Found | None:
-        """As a call, None where memory does not suffice."""
+        """As a call, None where memory does not suffice or ``parts`` differ in more than their tensors' values."""
+        if not _alike(parts):
+            return None
         try:
             return self(parts)
         except RuntimeError as error:
@@ -143,6 +145,8 @@ def faster(
 
     ``alone(part)`` is its base and highest losses. Cost: two groups, and two subsets.
     """
+    if not _alike(parts):
+        return False
     try:
         together(parts)  # the first call prepares more than it does
         started = time.perf_counter()
@@ -161,6 +165,23 @@ def faster(
             if not abs((top - at_w) - rise) <= SAME * abs(rise) + ROUNDING * eps * abs(expected_base):
                 return False
     return group < min(seconds)
+
+
+def _alike(parts: Sequence[MicroBatch]) -> bool:
+    """Whether all are of the same shapes, and what has no row an example is the same in all."""
+    first = leaves(parts[0].batch)
+    return all(
+        len(other) == len(first) and all(_same(a, b) for a, b in zip(first, other, strict=True))
+        for other in (leaves(part.batch) for part in parts[1:])
+    )
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and a.dim():
+        return isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    return type(a) is type(b) and a == b
 
 
 def _tensors(part: MicroBatch) -> list[Tensor]:

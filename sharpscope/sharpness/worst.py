@@ -92,6 +92,9 @@ def worst_rises(
                     first[i].append(rho * slope)
             if progress is not None:
                 progress("all examples" if m is None else f"m = {m}", done, objective.num_examples)
+        if together is not None and not untried:
+            # What the model keeps of its last forward pass must not be of vmap's own kind, which outlives it.
+            alone(LossOn(objective, lambda: [parts[0]], parts[0].size))
     if not examples:
         raise DataError("There are no loss terms in any subset. Check the targets.")
     if m is not None:
