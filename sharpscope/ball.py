@@ -64,7 +64,7 @@ class Ball:
         Args:
             grads: g, not zero, and finite.
             scales: D.
-            norm: ``||D g||_2`` where it is known.
+            norm: ``||D g||_2`` where it is known, as from ``dual_norm``; p = inf needs none.
         """
         wide_grads = [widened(g) for g in grads]
         if self.p == math.inf:
@@ -128,6 +128,12 @@ def settled_norm(norm: float, tensors: Sequence[Tensor]) -> float:
     if any(g.device.type == "mps" for g in tensors):
         tensors = [g.cpu() for g in tensors]
     return largest * float(norm_on_device([g.double() / largest for g in tensors]))
+
+
+def inner_of(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """``<a, b>`` over all tensors, in float64 where the device has it."""
+    sums = [(a.to(wide(a.device)) * b.to(a.device, wide(a.device))).sum() for a, b in zip(left, right, strict=True)]
+    return float(torch.stack([s.to(sums[0].device) for s in sums]).sum()) if sums else 0.0
 
 
 def norm_of(tensors: Sequence[Tensor]) -> float:

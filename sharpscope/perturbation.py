@@ -9,7 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from sharpscope.ball import norm_of
+from sharpscope.ball import inner_of, norm_of
 from sharpscope.precision import LOW_PRECISION, wide
 
 
@@ -70,8 +70,7 @@ class Perturbation:
         length = norm_of(moved)
         if wished is None:
             return length, 1.0
-        dots = [(a * e.detach().to(a)).sum() for a, e in zip(moved, wished, strict=True)]
-        return length, cosine(float(torch.stack(dots).sum()), length**2, norm_of(wished) ** 2)
+        return length, cosine(inner_of(moved, wished), length**2, norm_of(wished) ** 2)
 
     @torch.no_grad()
     def restore(self) -> None:

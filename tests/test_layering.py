@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "linalg": {"precision"},
     "results": {"files", "tables"},
     "objective": {"params", "precision", "preserve", "problem"},
-    "operators": {"objective", "params", "precision"},
+    "operators": {"objective", "params", "perturbation", "precision"},
     "audit": {"objective", "params", "precision"},
     "guide": {"objective"},
     "resume": {"files", "objective", "preserve"},

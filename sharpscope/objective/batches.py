@@ -183,7 +183,7 @@ def _flush(pending: list[MicroBatch]) -> Iterator[MicroBatch]:
     if len(pending) == 1:
         yield pending[0]
     elif pending:
-        columns = iter([torch.cat(parts) for parts in zip(*(_tensors(p.batch) for p in pending), strict=True)])
+        columns = iter([torch.cat(parts) for parts in zip(*(tensors(p.batch) for p in pending), strict=True)])
         pieces = tuple(piece for p in pending for piece in p.pieces)
         yield MicroBatch(map_tensors(pending[0].batch, lambda _: next(columns)), sum(p.size for p in pending), pieces)
     pending.clear()
@@ -224,7 +224,8 @@ def _joinable(first: Any, second: Any) -> bool:
     return True
 
 
-def _tensors(batch: Any) -> list[Tensor]:
+def tensors(batch: Any) -> list[Tensor]:
+    """The tensors that ``map_tensors`` maps, in its order."""
     return [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
 
 

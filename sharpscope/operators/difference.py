@@ -9,6 +9,7 @@ from sharpscope.objective.batches import MicroBatch
 from sharpscope.objective.derivatives import Curvature, Graph, derivative_errors, nothing
 from sharpscope.objective.terms import LossTerms
 from sharpscope.params import views
+from sharpscope.perturbation import Perturbation
 from sharpscope.precision import wide
 
 # Balances rounding against the third derivative, which is large along the top eigenvectors: eps^(1/3) alone, for
@@ -38,19 +39,17 @@ def finite_difference(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:
 
     def products(block: Tensor, last: bool = False) -> Tensor:
         rows = torch.empty_like(block)
-        exact = [p.detach().clone() for p in terms.params]
-        try:
+        with Perturbation(terms.params) as moved:
             for k, row in enumerate(block):
-                step, vector = _step(exact, row), views(row, terms.params)
+                step, vector = _step(moved.centre, row), views(row, terms.params)
                 ends = []
                 for signed in (step, -step):
-                    _write(terms, [w + signed.to(w) * v for w, v in zip(exact, vector, strict=True)])
+                    # The step is on the device, and stays there.
+                    moved.move_to([signed.to(v) * v for v in vector])
                     ends.append(torch.autograd.grad(terms.sums(part)[0], terms.params, materialize_grads=True))
                 found = torch._foreach_sub(ends[0], ends[1])
                 torch._foreach_copy_(views(rows[k], terms.params), found)
                 rows[k] /= 2 * step.to(row)
-        finally:
-            _write(terms, exact)
         return rows
 
     return Graph(value.detach(), weight, list(grads), products, part.size)
@@ -64,11 +63,6 @@ def _step(exact: list[Tensor], row: Tensor) -> Tensor:
     # A zero vector has a zero product whatever the step.
     step: Tensor = SCALE * eps ** (1 / 3) * torch.where(size > 0, size, 1.0) / torch.where(length > 0, length, 1.0)
     return step
-
-
-@torch.no_grad()
-def _write(terms: LossTerms, values: list[Tensor]) -> None:
-    torch._foreach_copy_(terms.params, values)
 
 
 FINITE_DIFFERENCE = Curvature(

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from sharpscope.ball import norm_of, widened
+from sharpscope.ball import inner_of, norm_of, widened
 from sharpscope.errors import ArgumentError
 from sharpscope.optim.pieces import GradientSum
 from sharpscope.optim.sam import SAM
-from sharpscope.precision import wide
 
 
 class ASAM(SAM):
@@ -64,7 +63,7 @@ class GSAM(SAM):
         assert at_w is not None
         params = [p for p in self._params() if p.grad is not None and p in at_w.sums]
         new, old = [widened(p.grad) for p in params if p.grad is not None], [at_w.sums[p] for p in params]
-        along = _dot(old, new) / max(norm_of(new) ** 2, torch.finfo(torch.float64).tiny)
+        along = inner_of(old, new) / max(norm_of(new) ** 2, torch.finfo(torch.float64).tiny)
         for p, g, e in zip(params, old, new, strict=True):
             assert p.grad is not None
             p.grad.sub_((g - along * e).to(p.grad.dtype), alpha=self.alpha)
@@ -109,7 +108,7 @@ class LookSAM(SAM):
         now = [widened(p.grad) for p in params if p.grad is not None]
         if at_w is not None:
             old = [at_w.sums.get(p, torch.zeros_like(e)) for p, e in zip(params, now, strict=True)]
-            along = _dot(now, old) / max(norm_of(old) ** 2, torch.finfo(torch.float64).tiny)
+            along = inner_of(now, old) / max(norm_of(old) ** 2, torch.finfo(torch.float64).tiny)
             self._kept = {p: {"g_v": e - along * g} for p, e, g in zip(params, now, old, strict=True)}
             return
         sideways = [
@@ -181,9 +180,3 @@ def _number(name: str, value: float) -> float:
     if not 0 <= value < math.inf:
         raise ArgumentError(f"{name} must be a finite number >= 0, got {value!r}.")
     return float(value)
-
-
-def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """``<a, b>`` over all tensors, in float64 where the device has it."""
-    sums = [(a.to(wide(a.device)) * b.to(wide(a.device))).sum() for a, b in zip(left, right, strict=True)]
-    return float(torch.stack([s.to(sums[0].device) for s in sums]).sum()) if sums else 0.0

@@ -102,9 +102,10 @@ def _steps(
     best = -math.inf
     try:
         for i in range(steps):
-            if not ball.dual_norm(grads, scales):
+            slope = ball.dual_norm(grads, scales)
+            if not slope:
                 return max(best, base)
-            direction, factor = ball.steepest(grads, scales)
+            direction, factor = ball.steepest(grads, scales, slope)
             moved.add(moved.weights, direction, rho / steps * factor)
             if i + 1 < steps:
                 value, grads = loss.gradient()
@@ -149,7 +150,7 @@ class _Apgd:
             # Once at a point where the gradient vanishes there is nowhere to go.
             if best == math.inf or not norm_of(slope):
                 break
-            ahead = self._projected(self._plus(at, self._unit(slope), length))
+            ahead = self._projected(list(torch._foreach_add(at, self._unit(slope), alpha=length)))
             if k > 1:
                 ahead = self._projected(
                     [
@@ -181,9 +182,6 @@ class _Apgd:
 
     def _scaled(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return list(tensors) if self.scales is None else list(torch._foreach_mul(list(tensors), self.scales))
-
-    def _plus(self, u: list[Tensor], direction: list[Tensor], length: float) -> list[Tensor]:
-        return list(torch._foreach_add(u, direction, alpha=length))
 
     def _unit(self, slope: list[Tensor]) -> list[Tensor]:
         direction, factor = Ball(self.ball.p).steepest(slope, None)

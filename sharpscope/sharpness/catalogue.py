@@ -83,7 +83,7 @@ class Run:
 
 
 def _m_sharpness(run: Run) -> Iterator[Measure]:
-    s = run.settings
+    s, order = run.settings, "random" if in_memory(run.objective.data) else "as loaded"
     for m in s.m:
         with run.costing() as cost:
             # The same subsets at every m that divides another: one order of the examples.
@@ -99,7 +99,7 @@ def _m_sharpness(run: Run) -> Iterator[Measure]:
                     **_ball(s.ball),
                     "ascent": str(s.ascent),
                     "subsets": len(rises.rises),
-                    "order": "random" if in_memory(run.objective.data) else "as loaded",
+                    "order": order,
                     "side by side": rises.side_by_side,
                 },
                 prediction={"first order": float(np.mean(rises.first_order))},

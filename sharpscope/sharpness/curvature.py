@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpscope.ball import Ball
+from sharpscope.ball import Ball, inner_of, norm_of
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg import Eigenpairs, top_eigenpairs
 from sharpscope.linalg.trace import trace_and_frobenius
@@ -74,35 +74,31 @@ def relative_flatness(
     Raises: ArgumentError where no weight has two dimensions.
     Source: Petzka et al. 2021, Definition 3.
     """
-    chosen = select(objective.problem.model, objective.problem.params)
-    names = require_matrices(objective)
-    weights = dict(zip(chosen, objective.terms.params, strict=True))
+    params = objective.terms.params
     found = {}
-    for name in names:
-        block = torch.zeros(objective.num_params, probes, dtype=objective.dtype, device=objective.device)
-        w = weights[name].detach().flatten(1)
-        for k in range(probes):
+    for name, place in require_matrices(objective).items():
+        rows = torch.zeros(probes, objective.num_params, dtype=objective.dtype, device=objective.device)
+        w = params[place].detach().flatten(1)
+        for row in rows:
             a, b = (_signs(w.shape[1], generator).to(w) for _ in range(2))
-            column = torch.zeros(objective.num_params, dtype=objective.dtype, device=objective.device)
-            piece = dict(zip(chosen, views(column, objective.terms.params), strict=True))[name]
-            piece.copy_(torch.outer(w @ a, b).view_as(piece))
-            block[:, k] = column
+            views(row, params)[place].copy_(torch.outer(w @ a, b).view_as(params[place]))
+        block = rows.T
         images = objective.hvp(block, progress)
         forms = (block.to(wide(block.device)) * images.to(wide(block.device))).sum(0)
         found[name] = Estimate.of(forms.cpu().numpy().astype(np.float64))
     return found
 
 
-def require_matrices(objective: Objective) -> list[str]:
-    """The names of the parameters with two dimensions or more.
+def require_matrices(objective: Objective) -> dict[str, int]:
+    """The names of the parameters with two dimensions or more, and their places among all.
 
     Raises: ArgumentError where there are none.
     """
     chosen = select(objective.problem.model, objective.problem.params)
-    names = [name for name, p in chosen.items() if p.dim() > 1]
-    if not names:
+    places = {name: i for i, (name, p) in enumerate(chosen.items()) if p.dim() > 1}
+    if not places:
         raise ArgumentError("Relative flatness is of weight matrices, and no chosen parameter has two dimensions.")
-    return names
+    return places
 
 
 def alignment(objective: Objective, eigenvector: Tensor, rho: float) -> tuple[float, float]:
@@ -112,14 +108,15 @@ def alignment(objective: Objective, eigenvector: Tensor, rho: float) -> tuple[fl
 
     Source: Long and Bartlett 2024.
     """
-    v = [t.to(wide(t.device)) for t in views(eigenvector.to(objective.device), objective.terms.params)]
+    v = views(eigenvector.to(objective.device), objective.terms.params)
     with objective.measuring(), Perturbation(objective.terms.params) as moved:
         loss = whole(objective)
         _, grads = loss.gradient()
         ball = Ball()
-        if not ball.dual_norm(grads, None):
+        slope = ball.dual_norm(grads, None)
+        if not slope:
             return math.nan, math.nan
-        direction, factor = ball.steepest(grads, None)
+        direction, factor = ball.steepest(grads, None, slope)
         moved.add(moved.weights, direction, rho * factor)
         _, there = loss.gradient()
     return _cosine(grads, v), _cosine(there, v)
@@ -144,9 +141,5 @@ def _signs(count: int, generator: torch.Generator) -> Tensor:
 
 
 def _cosine(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    dots = [
-        torch.stack([(a.to(b) * b).sum(), a.to(b).square().sum(), b.square().sum()])
-        for a, b in zip(left, right, strict=True)
-    ]
-    dot, a, b = torch.stack(dots).sum(0).tolist()
-    return abs(dot) / math.sqrt(a * b) if a and b else math.nan
+    size = norm_of(left) * norm_of(right)
+    return abs(inner_of(left, right)) / size if size else math.nan

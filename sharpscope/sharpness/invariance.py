@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharpscope.audit.twin import reads
 from sharpscope.errors import ArgumentError, ProblemError
@@ -123,7 +123,9 @@ def rescalable(problem: Problem, factor: float) -> list[tuple[str, str]]:
     """
     objective = Objective(problem, dtype=torch.float64)
     names = [
-        name for name, module in problem.model.named_modules() if isinstance(getattr(module, "weight", None), Tensor)
+        name
+        for name, module in problem.model.named_modules()
+        if isinstance(getattr(module, "weight", None), nn.Parameter)
     ]
     found = []
     with objective.measuring(), torch.no_grad():

@@ -45,7 +45,7 @@ class LossOn:
         return self._objective.terms.params
 
     @property
-    def whole(self) -> MicroBatch:
+    def part(self) -> MicroBatch:
         """The examples as one micro-batch; they must be one part."""
         (part,) = self._parts()
         return part

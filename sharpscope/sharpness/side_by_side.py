@@ -11,7 +11,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from sharpscope.ball import Ball
 from sharpscope.objective import Objective
-from sharpscope.objective.batches import MicroBatch, leaves, map_tensors
+from sharpscope.objective.batches import MicroBatch, leaves, map_tensors, tensors
 from sharpscope.objective.memory import out_of_memory
 from sharpscope.params import select
 from sharpscope.precision import wide
@@ -58,18 +58,16 @@ class SideBySide:
     @torch.no_grad()
     def __call__(self, parts: Sequence[MicroBatch]) -> Found:
         """Of the subsets ``parts``, in order."""
-        columns = [iter(_tensors(part)) for part in parts]
-        stacked = map_tensors(parts[0].batch, lambda _: torch.stack([next(column) for column in columns]))
+        stacked = [torch.stack(column) for column in zip(*(tensors(part.batch) for part in parts), strict=True)]
         size = parts[0].size
-        flat = _tensors_of(stacked)
 
-        def one(*tensors: Tensor) -> Found:
-            given = iter(tensors)
+        def one(*rows: Tensor) -> Found:
+            given = iter(rows)
             batch = map_tensors(parts[0].batch, lambda _: next(given))
             return self._rises(MicroBatch(batch, size, parts[0].pieces))
 
         self._objective.charge(self._cost * size * len(parts))
-        found: Found = vmap(one)(*flat)
+        found: Found = vmap(one)(*stacked)
         return found
 
     def where_it_fits(self, parts: Sequence[MicroBatch]) -> Found | None:
@@ -119,8 +117,8 @@ class SideBySide:
             return self._norm(scaled)
         return torch.stack([g.to(wide(g.device)).abs().sum() for g in scaled.values()]).sum()
 
-    def _norm(self, tensors: dict[str, Tensor]) -> Tensor:
-        return torch.stack([t.to(wide(t.device)).square().sum() for t in tensors.values()]).sum().sqrt()
+    def _norm(self, scaled: dict[str, Tensor]) -> Tensor:
+        return torch.stack([t.to(wide(t.device)).square().sum() for t in scaled.values()]).sum().sqrt()
 
     def _scaled(self, name: str, tensor: Tensor) -> Tensor:
         return tensor * self._scales[name] if self._scales else tensor
@@ -182,11 +180,3 @@ def _same(a: object, b: object) -> bool:
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and torch.equal(a, b)
     return type(a) is type(b) and a == b
-
-
-def _tensors(part: MicroBatch) -> list[Tensor]:
-    return _tensors_of(part.batch)
-
-
-def _tensors_of(batch: object) -> list[Tensor]:
-    return [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]

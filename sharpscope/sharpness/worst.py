@@ -72,11 +72,11 @@ def worst_rises(
         untried = True
         for group in _grouped(subsets(objective, m, generator), 1 if together is None else together.group):
             if untried and together is not None:
-                parts = [loss.whole for loss in group]
+                parts = [loss.part for loss in group]
                 if not faster(together, lambda part: alone(LossOn(objective, lambda: [part], part.size))[::2], parts):
                     together = None
                 untried = False
-            swept = None if together is None else together.where_it_fits([loss.whole for loss in group])
+            swept = None if together is None else together.where_it_fits([loss.part for loss in group])
             if swept is None:
                 found = [alone(loss) for loss in group]
             else:
