@@ -29,12 +29,15 @@ if TYPE_CHECKING:
         EigenResult,
         Estimate,
         InvarianceResult,
+        Mark,
         Measure,
         Ratio,
         SharpnessResult,
+        SliceResult,
         TraceResult,
     )
     from sharpscope.sharpness import Ascent, measure_sharpness, rescaling_invariance
+    from sharpscope.slices import loss_slice, loss_surface
     from sharpscope.spectrum import top_eigenvalues
 
 __all__ = [
@@ -50,6 +53,7 @@ __all__ = [
     "EigenResult",
     "Estimate",
     "InvarianceResult",
+    "Mark",
     "Measure",
     "Objective",
     "OutputError",
@@ -58,10 +62,13 @@ __all__ = [
     "Ratio",
     "SharpnessResult",
     "SharpscopeError",
+    "SliceResult",
     "TraceResult",
     "__version__",
     "block_spectra",
     "load",
+    "loss_slice",
+    "loss_surface",
     "measure_sharpness",
     "rescaling_invariance",
     "spectral_density",
@@ -78,11 +85,12 @@ if (_beside / "setup.cfg").is_file() and (_beside / "cli" / "__init__.py").is_fi
 _HOMES = {"load": "loading", "Objective": "objective", "Problem": "problem", "top_eigenvalues": "spectrum"}
 _HOMES |= {"block_spectra": "blocks"}
 _HOMES |= dict.fromkeys(("spectral_density", "trace"), "density")
+_HOMES |= dict.fromkeys(("loss_slice", "loss_surface"), "slices")
 _HOMES |= dict.fromkeys(("Ascent", "measure_sharpness", "rescaling_invariance"), "sharpness")
 _HOMES |= dict.fromkeys(
     (
-        *("BlockResult", "Cost", "DensityResult", "EigenResult", "Estimate", "InvarianceResult", "Measure", "Ratio"),
-        *("SharpnessResult", "TraceResult"),
+        *("BlockResult", "Cost", "DensityResult", "EigenResult", "Estimate", "InvarianceResult", "Mark", "Measure"),
+        *("Ratio", "SharpnessResult", "SliceResult", "TraceResult"),
     ),
     "results",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from sharpscope import params
 from sharpscope.errors import ProblemError, first_line
 from sharpscope.objective.batches import MicroBatch, arguments, leaves, map_tensors
-from sharpscope.objective.losses import term_loss
+from sharpscope.objective.losses import output_tensor, term_loss
 from sharpscope.objective.memory import out_of_memory
 from sharpscope.precision import compute_dtype, converted, placed, usable
 from sharpscope.problem import Problem
+
+# Losses whose targets are labels.
+CLASSES = ("cross_entropy", "nll")
 
 
 class LossTerms:
@@ -64,12 +68,23 @@ class LossTerms:
         from_batch = any(self.problem.mode == "train" or m.running_mean is None for m in norms)
         return "batch statistics" if from_batch else "running statistics"
 
+    def problem_with(self, data: Any) -> Problem:
+        """The problem of ``data`` for the very tensors that are computed with, which share their weights with it."""
+        return replace(self.problem, model=self.model, loss=self.loss_function, data=data)
+
     def forward(self, part: MicroBatch) -> tuple[Any, Any, Any]:
         """``(output, target, batch)`` of one micro-batch; cost one forward pass.
 
         Raises: ProblemError when the model cannot take the data.
         """
-        batch = map_tensors(part.batch, self._placed)
+        return self.forward_on(self.placed(part.batch))
+
+    def placed(self, batch: Any) -> Any:
+        """A copy of ``batch`` on the device and in the dtype of the computation."""
+        return map_tensors(batch, self._placed)
+
+    def forward_on(self, batch: Any) -> tuple[Any, Any, Any]:
+        """``forward`` of a batch that ``placed`` gave, which the model may write into."""
         args, kwargs, target = arguments(batch, self._accepts)
         try:
             output = self.model(*args, **kwargs)
@@ -94,9 +109,30 @@ class LossTerms:
         value, weight = self.loss.sums(output, target, batch, part.size)
         return (value, weight) if part.scale == 1 else (value * part.scale, weight * part.scale)
 
+    def answers(self, output: Any, target: Any) -> tuple[Tensor, Tensor]:
+        """How many labels are the place of the largest output, and how many there are; none where a loss has none."""
+        if self.loss.name not in CLASSES or not isinstance(target, Tensor) or target.is_floating_point():
+            return (none := torch.zeros((), dtype=torch.long, device=self.device)), none
+        known = target != _ignored(self.loss_function)
+        return ((output_tensor(output).argmax(1) == target) & known).sum(), known.sum()
+
+    @torch.no_grad()
+    def decay(self) -> float:
+        """``c/2 ||w||^2``, what a weight decay c adds to the mean loss."""
+        if not self.problem.weight_decay:
+            return 0.0
+        squares = torch.stack(torch._foreach_norm([p.detach() for p in self.params])).cpu().double().square()
+        return self.problem.weight_decay / 2 * float(squares.sum())
+
     def _placed(self, tensor: Tensor) -> Tensor:
         # A copy: a model may write into its input, or ask for its gradient, and the user's data are his.
         return tensor.detach().to(self.device, converted(tensor, self.dtype), copy=True)
+
+
+def _ignored(loss: Any) -> int:
+    """The label that is no loss term, of a module or of a functional form with options."""
+    options = getattr(loss, "keywords", {})
+    return int(options.get("ignore_index", getattr(loss, "ignore_index", -100)))
 
 
 def _forward_names(model: nn.Module) -> Callable[[str], bool]:

@@ -10,6 +10,8 @@ from sharpscope.results.estimate import Estimate
 from sharpscope.results.invariance import InvarianceResult, invariance_table
 from sharpscope.results.sharpness import Measure, SharpnessResult
 from sharpscope.results.sharpness_table import sharpness_table
+from sharpscope.results.slice import Mark, SliceResult
+from sharpscope.results.slice_table import slice_table
 from sharpscope.results.trace import TraceResult
 
 __all__ = [
@@ -20,13 +22,16 @@ __all__ = [
     "EigenResult",
     "Estimate",
     "InvarianceResult",
+    "Mark",
     "Measure",
     "Ratio",
     "SharpnessResult",
+    "SliceResult",
     "TraceResult",
     "block_table",
     "density_table",
     "invariance_table",
     "sharpness_table",
+    "slice_table",
     "table",
 ]

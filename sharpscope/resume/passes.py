@@ -24,17 +24,19 @@ BILL = ("passes", "hvps", "example_gradients", "seconds")
 
 
 def open_journal(path: str | os.PathLike[str] | None, objective: Objective, **settings: Any) -> Journal:
-    """The journal at ``path`` of just this measurement: weights, buffers, model, loss, data, ``settings``, versions.
+    """The journal at ``path`` of just this measurement; None keeps no journal. Cost: as ``key_of``."""
+    return Journal(None) if path is None else Journal(path, key_of(objective, **settings))
+
+
+def key_of(objective: Objective, **settings: Any) -> str:
+    """The hash of just this measurement: weights, buffers, model, loss, data, ``settings``, versions.
 
     Model and loss count by their plain attributes, tensors and closures too; what neither those nor the audit's
-    examples show (``resumable``), a journal cannot see. None keeps no journal. Cost: one walk over the data, without
-    the model.
+    examples show (``resumable``), a journal cannot see. Cost: one walk over the data, without the model.
     """
-    if path is None:
-        return Journal(None)
     problem = objective.problem
     state = {**problem.model.state_dict(), **dict(problem.model.named_parameters())}
-    key = fingerprint(
+    return fingerprint(
         {name: value for name, value in state.items() if isinstance(value, Tensor)},
         [name for name, p in problem.model.named_parameters() if p.requires_grad],
         [_described(module) for module in problem.model.modules()],
@@ -45,7 +47,6 @@ def open_journal(path: str | os.PathLike[str] | None, objective: Objective, **se
         settings,
         [__version__, torch.__version__, torch.get_num_threads()],
     )
-    return Journal(path, key)
 
 
 def resumable(

@@ -1,0 +1,90 @@
+"""Directions that checkpoints decide: towards another one, the plane through three, the plane of a trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sharpscope import params
+from sharpscope.errors import ArgumentError, ProblemError
+from sharpscope.problem import Problem
+from sharpscope.slices.direction import Direction, orthonormal
+from sharpscope.slices.statistics import running_statistics
+
+
+def difference(problem: Problem, other: Problem) -> Tensor:
+    """``w' - w`` (n,) in float64 on the CPU, from the selected weights of two networks of one architecture.
+
+    Raises: ProblemError where their weights have not the same names and shapes.
+    """
+    ours = params.select(problem.model, problem.params)
+    theirs = dict(other.model.named_parameters(remove_duplicate=False))
+    for name, weight in ours.items():
+        shape = None if name not in theirs else tuple(theirs[name].shape)
+        if shape != tuple(weight.shape):
+            came = "has no such weight" if shape is None else f"has {shape}"
+            raise ProblemError(
+                f"Both networks must have the same weights, but {name} is {tuple(weight.shape)} in one and the other "
+                f"{came}. Name checkpoints of one architecture."
+            )
+    moved = [theirs[name].detach().cpu().double() - weight.detach().cpu().double() for name, weight in ours.items()]
+    return torch.cat([m.reshape(-1) for m in moved])
+
+
+def towards(problem: Problem, other: Problem, name: str = "the other") -> Direction:
+    """``d = w' - w``: t = 0 is ``problem``'s network, t = 1 the other's, as far as its weights are selected.
+
+    Raises: ProblemError for another architecture, ArgumentError where both have the same weights.
+    """
+    vector = difference(problem, other)
+    if not float(vector.abs().max()):
+        raise ArgumentError(f"The line to {name} needs another network, but its weights are the same. Name another.")
+    here, there = running_statistics(problem.model), running_statistics(other.model)
+    statistics = {key: there[key] - here[key] for key in here if key in there}
+    return Direction(vector, f"towards {name}", {"kind": "checkpoint", "towards": name}, statistics)
+
+
+def plane_through(problem: Problem, others: Mapping[str, Problem]) -> list[Direction]:
+    """Two orthonormal directions whose plane holds w and both others; the first leads straight to the first of them.
+
+    Raises: ProblemError for another architecture, ArgumentError unless there are two others and no three in one line.
+    """
+    if len(others) != 2:
+        raise ArgumentError(f"A plane through checkpoints needs two besides the centre, got {len(others)}.")
+    axes = orthonormal([difference(problem, other) for other in others.values()])
+    first, second = others
+    settings = {"kind": "plane", "through": [first, second]}
+    return [
+        Direction(axes[0], f"distance towards {first}", {**settings, "index": 1}),
+        Direction(axes[1], f"distance across, on the side of {second}", {**settings, "index": 2}),
+    ]
+
+
+def trajectory_plane(problem: Problem, steps: Sequence[Problem]) -> list[Direction]:
+    """Two orthonormal directions of the plane through w that is nearest to ``steps``, in squares.
+
+    The two largest right singular vectors of the rows ``w_t - w`` (Li et al. 2018, section 7, take the same rows from
+    the last step and subtract their mean, whose plane need not pass through w). ``settings["explained"]`` is the share
+    of ``sum_t ||w_t - w||^2`` that lies along each.
+
+    Raises: ProblemError for another architecture, ArgumentError where the steps lie in one line through w.
+    """
+    rows = torch.stack([difference(problem, step) for step in steps]) if steps else torch.zeros(0, 1)
+    if len(rows) < 2:
+        raise ArgumentError(f"The plane of a trajectory needs two steps besides the centre, got {len(rows)}.")
+    _, sizes, vectors = torch.linalg.svd(rows, full_matrices=False)
+    if not float(sizes[1]) > 1e-9 * float(sizes[0]):
+        raise ArgumentError("The steps of the trajectory must not lie in one line through the centre. Add others.")
+    shares = (sizes**2 / (sizes**2).sum()).tolist()
+    found = []
+    for i, vector in enumerate(orthonormal([_signed(vectors[0]), _signed(vectors[1])])):
+        settings = {"kind": "trajectory", "steps": len(rows), "index": i + 1, "explained": shares[i]}
+        found.append(Direction(vector, f"PCA {i + 1} ({100 * shares[i]:.1f} % of the variance)", settings))
+    return found
+
+
+def _signed(vector: Tensor) -> Tensor:
+    """``vector`` or its negative, whichever has its largest component positive: the same picture on every machine."""
+    return vector if float(vector[vector.abs().argmax()]) > 0 else -vector

@@ -1,0 +1,100 @@
+"""A direction in weight space, and planes that directions span."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpscope.errors import ArgumentError
+
+# Less than this share of a vector left outside the others is rounding: it lies in their span.
+INDEPENDENT = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """``d`` of the line ``w + t d``.
+
+    Attributes:
+        vector: d (n,), float64 on the CPU, in the parameters' flat order.
+        label: what its axis is called.
+        settings: everything that it depends on beside the weights: kind, normalisation, seed, ...
+        statistics: by the name of the buffer, by how much BatchNorm's running statistics change at t = 1; empty where
+            the direction leads to no other network.
+    """
+
+    vector: Tensor
+    label: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.vector.dim() != 1 or self.vector.dtype != torch.float64 or self.vector.device.type != "cpu":
+            came = f"{self.vector.dtype} {tuple(self.vector.shape)} on {self.vector.device}"
+            raise ArgumentError(f"A direction must be a float64 vector on the CPU, got {came}. Use .cpu().double().")
+        if not 0 < self.length < math.inf:
+            raise ArgumentError(f"The direction {self.label} must be finite and not zero, got length {self.length:g}.")
+
+    @property
+    def length(self) -> float:
+        """``||d||_2``."""
+        return float(torch.linalg.vector_norm(self.vector))
+
+
+def cosine(one: Direction, two: Direction) -> float:
+    """The cosine of the angle between two directions."""
+    return float(one.vector / one.length @ (two.vector / two.length))
+
+
+def orthonormal(vectors: Sequence[Tensor]) -> list[Tensor]:
+    """Orthonormal float64 vectors, the first k of which span what the first k given span.
+
+    Gram-Schmidt, twice: "twice is enough" (Giraud et al. 2005).
+
+    Raises: ArgumentError where one lies in the span of those before it.
+    """
+    done: list[Tensor] = []
+    for i, vector in enumerate(vectors):
+        length = float(torch.linalg.vector_norm(vector))
+        rest = vector.double() / length if length else vector
+        for _ in range(2):
+            for axis in done:
+                rest = rest - (axis @ rest) * axis
+            left = float(torch.linalg.vector_norm(rest))
+            if not left > INDEPENDENT:
+                raise ArgumentError(
+                    f"Directions must not lie in each other's span, but direction {i + 1} is "
+                    f"{'zero' if not length else 'a combination of those before it'}. Name others."
+                )
+            rest = rest / left
+        done.append(rest)
+    return done
+
+
+def orthonormalised(directions: Sequence[Direction]) -> list[Direction]:
+    """The same plane with axes of length 1 at right angles, the first along the first of ``directions``.
+
+    Raises: ArgumentError where one lies in the span of those before it.
+    """
+    axes = orthonormal([d.vector for d in directions])
+    return [
+        replace(d, vector=axis, label=d.label if i == 0 else f"{d.label}, across", statistics={})
+        for i, (d, axis) in enumerate(zip(directions, axes, strict=True))
+    ]
+
+
+def coordinates(vector: Tensor, directions: Sequence[Direction]) -> tuple[list[float], float]:
+    """The ``c`` that makes ``||vector - sum_k c_k d_k||_2`` least, and that distance.
+
+    The directions need be neither orthogonal nor of length 1.
+    """
+    lengths = [d.length for d in directions]
+    basis = torch.stack([d.vector / length for d, length in zip(directions, lengths, strict=True)])
+    scaled = torch.linalg.solve(basis @ basis.T, basis @ vector)
+    rest = vector - scaled @ basis
+    return [float(c) / length for c, length in zip(scaled, lengths, strict=True)], float(torch.linalg.vector_norm(rest))

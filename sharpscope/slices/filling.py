@@ -1,0 +1,109 @@
+"""A grid that fills, from coarse to fine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from sharpscope.errors import DataError
+from sharpscope.results.slice import DIVERGED, DONE, PENDING
+from sharpscope.resume import PointLog
+from sharpscope.slices.grid import Array, coarse_to_fine, refined
+from sharpscope.slices.walk import Walk
+
+
+class Grid:
+    """The points of ``lines`` lines or planes over ``axes``; their values are in ``log``, by ``(line, x, ...)``.
+
+    Attributes:
+        axes: ascending coordinates (x,) or (x, y).
+    """
+
+    def __init__(self, walk: Walk, log: PointLog, lines: int, axes: tuple[Array, ...], splits: int) -> None:
+        self._walk, self._log, self._lines, self._splits = walk, log, lines, splits
+        self.axes = axes
+
+    def centre(self) -> Array:
+        """Loss and accuracy at w (splits, 2), from the log where it has them.
+
+        Raises: DataError when the loss is not finite there.
+        """
+        values = np.array(self._value(0, (0.0,) * len(self.axes))).reshape(self._splits, 2)
+        if not np.isfinite(values[0, 0]):
+            raise DataError(
+                f"The loss at the weights must be finite, got {values[0, 0]}. Check that checkpoint and data belong "
+                "together."
+            )
+        for line in range(1, self._lines):  # w is on every line
+            self._keep(line, (0.0,) * len(self.axes), values.reshape(-1).tolist())
+        return values
+
+    def fill(
+        self,
+        report: Callable[[int, int], None],
+        shard: tuple[int, int] | None = None,
+        preview: Callable[[], None] | None = None,
+    ) -> None:
+        """Take every point, or every n-th from the i-th on; ``preview`` is called between the levels.
+
+        ``report(done, points)`` is called after each.
+        """
+        order, levels = coarse_to_fine(self.axes)
+        shape = self._shape
+        points = [
+            (
+                level,
+                line,
+                tuple(float(a[i]) for a, i in zip(self.axes, reversed(np.unravel_index(flat, shape)), strict=True)),
+            )
+            for flat, level in zip(order.tolist(), levels.tolist(), strict=True)
+            for line in range(self._lines)
+        ]
+        if shard is not None:
+            points = points[shard[0] - 1 :: shard[1]]
+        before = 0
+        for done, (level, line, coordinates) in enumerate(points, start=1):
+            if level > before and preview is not None:
+                preview()
+            before = level
+            self._value(line, coordinates)
+            report(done, len(points))
+        if shard is not None:
+            self._log.read()
+
+    def arrays(self) -> tuple[Array, Array, Any]:
+        """Loss and accuracy (splits, lines, ...), NaN where pending, and the status (lines, ...)."""
+        points = np.stack(np.meshgrid(*self.axes), axis=-1)
+        values = np.full((self._lines, *self._shape, self._splits, 2), np.nan)
+        known = np.zeros((self._lines, *self._shape), bool)
+        for place in np.ndindex(*known.shape):
+            point = (float(place[0]), *points[place[1:]].tolist())
+            if point in self._log:
+                known[place] = True
+                values[place] = np.reshape(self._log[point], (self._splits, 2))
+        loss, accuracy = np.moveaxis(values, (-1, -2), (0, 1))
+        diverged = known & ~np.isfinite(loss).all(axis=0)
+        return loss, accuracy, np.where(diverged, DIVERGED, np.where(known, DONE, PENDING)).astype(np.int8)
+
+    def refine(self, count: int) -> None:
+        """At most ``count`` coordinates more on each axis, where the first split's loss bends most."""
+        loss = self.arrays()[0][0]
+        across = np.swapaxes(loss, -1, -2) if len(self.axes) == 2 else loss
+        self.axes = tuple(refined(a, values, count) for a, values in zip(self.axes, (loss, across), strict=False))
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return tuple(len(a) for a in reversed(self.axes))
+
+    def _value(self, line: int, coordinates: tuple[float, ...]) -> tuple[float, ...]:
+        point = (float(line), *coordinates)
+        if point not in self._log:
+            self._keep(line, coordinates, self._walk.at(line, coordinates))
+        return self._log[point]
+
+    def _keep(self, line: int, coordinates: tuple[float, ...], values: list[float]) -> None:
+        point = (float(line), *coordinates)
+        if point not in self._log:
+            self._log.add(point, values)

@@ -1,0 +1,106 @@
+"""From point to point: the weights moved, the loss taken, the values kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpscope.objective import Objective
+from sharpscope.params import views
+from sharpscope.perturbation import Perturbation
+from sharpscope.slices.direction import Direction
+from sharpscope.slices.evaluation import Evaluation
+from sharpscope.slices.statistics import Statistics
+
+# A forward pass in gradients, as measured on a small CNN, a WRN, an MLP and a transformer: 0.30 to 0.41.
+FORWARD = 0.4
+
+
+class Walk:
+    """Loss and accuracy of each split at points ``w + sum_k c_k d_k``.
+
+    To be used within ``measuring()`` of each objective, and as a context, which puts the weights back to the bit. Each
+    point is written from the stored centre in one addition, so nothing drifts. Memory: the weights, and each direction,
+    once more.
+
+    Args:
+        objectives: by the name of the split, of one model.
+        lines: the directions of each line or plane.
+        batchnorm: see ``Statistics``.
+        micro_batch: examples a forward pass.
+    """
+
+    def __init__(
+        self,
+        objectives: Mapping[str, Objective],
+        lines: Sequence[Sequence[Direction]],
+        batchnorm: str,
+        micro_batch: int,
+    ) -> None:
+        self._objectives = list(objectives.values())
+        first = self._objectives[0]
+        self._terms = first.terms
+        self._evaluations = [Evaluation(objective, micro_batch) for objective in self._objectives]
+        changes = [[d.statistics for d in line] for line in lines]
+        self._statistics = [Statistics(first.terms.model, batchnorm, change) for change in changes]
+        self._lines = [[self._moves(d) for d in line] for line in lines]
+        self._moved = Perturbation(first.terms.params)
+
+    def __enter__(self) -> Walk:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._moved.restore()
+
+    def at(self, line: int, coefficients: Sequence[float]) -> list[float]:
+        """Loss and accuracy of each split, in turn; cost, a forward pass over each, another with "recalibrate"."""
+        self._move(line, coefficients)
+        statistics = self._statistics[line]
+        statistics.move_to(coefficients, self._evaluations[0].run)
+        values = [value for evaluation in self._evaluations for value in evaluation()]
+        for objective, evaluation in zip(self._objectives, self._evaluations, strict=True):
+            objective.num_examples = evaluation.examples
+            objective.charge(FORWARD * evaluation.examples)
+            objective.meter.passes += 1
+        if statistics.treatment == "recalibrate":
+            self._objectives[0].charge(FORWARD * self._evaluations[0].examples)
+            self._objectives[0].meter.passes += 1
+        return values
+
+    def _moves(self, direction: Direction) -> list[Tensor]:
+        """d as tensors like the weights."""
+        return views(direction.vector.to(self._terms.device, self._terms.dtype), self._terms.params)
+
+    @torch.no_grad()
+    def _move(self, line: int, coefficients: Sequence[float]) -> None:
+        moves = [(d, c) for d, c in zip(self._lines[line], coefficients, strict=True) if c]
+        if not moves:
+            self._moved.restore()
+            return
+        (direction, scale), *others = moves
+        if others:
+            # One sum, rounded once, whatever the number of directions.
+            total = list(torch._foreach_mul(direction, scale))
+            for other, c in others:
+                torch._foreach_add_(total, other, alpha=c)
+            direction, scale = total, 1.0
+        self._moved.move_to(direction, scale)
+
+
+def quadratic(objective: Objective, lines: Sequence[Sequence[Direction]]) -> list[tuple[Tensor, Tensor]]:
+    """``(g'd, d'Hd)`` (q,), (q, q) in float64 of each line's directions; cost 1 + 2 gradients a direction, one pass."""
+    rows = [d.vector.to(objective.device, objective.dtype) for line in lines for d in line]
+    block = torch.stack(rows, dim=1)
+    images = objective.hvp(block).cpu().double()
+    assert objective.gradient is not None
+    gradient = objective.gradient.cpu().double()
+    found, start = [], 0
+    for line in lines:
+        d = torch.stack([direction.vector for direction in line])
+        h = d @ images[:, start : start + len(line)]
+        found.append((d @ gradient, (h + h.T) / 2))
+        start += len(line)
+    return found
