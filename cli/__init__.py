@@ -8,11 +8,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from sharpscope.cli import demo, density, eigen, inspect, invariance, sharpness, train
+from sharpscope.cli import demo, density, eigen, inspect, invariance, sharpness, slice, surface, train
 from sharpscope.errors import ConvergenceWarning, SharpscopeError
 from sharpscope.version import __version__
 
-COMMANDS = (demo, train, eigen, density, sharpness, invariance, inspect)
+COMMANDS = (demo, train, eigen, density, sharpness, invariance, slice, surface, inspect)
 
 EPILOG = """\
 exit status: 0 done, 1 the input is wrong (one sentence on stderr), 2 wrong usage,
@@ -24,6 +24,8 @@ examples:
   sharpscope eigen sgd.pt sam.pt
   sharpscope density sgd.pt sam.pt --figure density.png
   sharpscope sharpness sgd.pt sam.pt --examples 1024 --figure m.png
+  sharpscope slice sgd.pt --to sam.pt --figure between.png
+  sharpscope surface sgd.pt sam.pt --examples 1000 --out surfaces --figure surfaces.png
   sharpscope inspect sam.pt
 """
 
@@ -61,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141  # 128 + SIGPIPE, what a shell shows for a program that this signal ended
         except KeyboardInterrupt:
-            again = args.command == "eigen" and args.out and not args.per_layer
+            resumed = args.command in ("slice", "surface") or (args.command == "eigen" and not args.per_layer)
+            again = resumed and args.out
             then = " The same command goes on from there." if again else ""
             print(f"sharpscope: interrupted; what was finished is kept.{then}", file=sys.stderr)
             return 130

@@ -40,9 +40,11 @@ def add_data_root(parser: Any) -> None:
     )
 
 
-def add_measured(parser: argparse.ArgumentParser, computed: bool = True) -> None:
+def add_measured(
+    parser: argparse.ArgumentParser, computed: bool = True, splits: tuple[str, ...] = ("train", "test")
+) -> None:
     """Options that say which examples and parameters are measured, and how unless that is not ``computed`` freely."""
-    parser.add_argument("--split", default="train", choices=("train", "test"), help="part of the data (default train)")
+    parser.add_argument("--split", default="train", choices=splits, help="part of the data (default train)")
     parser.add_argument("--examples", type=int, metavar="N", help="measure on N examples drawn at random, not on all")
     parser.add_argument(
         "--params", action="append", metavar="PATTERN", help="only parameters of such names; may be given again"
@@ -122,7 +124,7 @@ def key_values(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def load(args: argparse.Namespace, path: str) -> Any:
-    """The Problem of the checkpoint at ``path``."""
+    """The Problem of the checkpoint at ``path``, of its training data where both splits are asked for."""
     import sharpscope
 
     return sharpscope.load(
@@ -131,7 +133,7 @@ def load(args: argparse.Namespace, path: str) -> Any:
         model_args=key_values(args.model_args),
         data=args.data,
         data_root=args.data_root,
-        split=args.split,
+        split="train" if args.split == "both" else args.split,
         examples=args.examples,
         seed=args.seed,
         params=args.params or "*",
@@ -169,7 +171,8 @@ def outputs(args: argparse.Namespace, *, arrays: bool = False) -> list[Path | No
         if out.suffix == ".npz":
             raise OutputError(f"The result is JSON, and its vectors go beside it as .npz, got {out}. Name it .json.")
         # What an unfinished run has written already is its own.
-        own = any(state(out).glob("[0-9]*.npz")) and _measured(out, path)
+        unfinished = [*state(out).glob("[0-9]*.npz"), *state(out).glob("*.points")]
+        own = bool(unfinished) and _measured(out, path)
         require_new(args, out, *([out.with_suffix(".npz")] if arrays else []), own=own)
     return list(files)
 

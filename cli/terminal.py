@@ -42,18 +42,20 @@ def measure_each(
     results: list[Any],
     measure: Callable[[str, Path | None, Any], Any],
     table: Callable[[list[Any]], str],
+    unless: Callable[[Any], bool] = lambda result: False,
     **saved: Any,
 ) -> None:
     """Append to ``results`` ``measure(checkpoint, output, progress)`` of one checkpoint after another.
 
-    Each is saved as soon as it is there; what is finished is shown whatever happens to the next. ``saved``: how.
+    Each is saved as soon as it is there, ``unless`` it must not be; what is finished is shown whatever happens to the
+    next. ``saved``: how.
     """
     try:
         for path, out in zip(args.checkpoints, outputs, strict=True):
             with progress_bar(Path(path).name) as progress:
                 result = measure(path, out, progress)
             results.append(result)
-            if out is not None:
+            if out is not None and not unless(result):
                 result.save(out, **saved)
     finally:
         if args.json:

@@ -45,6 +45,9 @@ ALLOWED: dict[str, set[str]] = {
         *("audit", "ball", "linalg", "objective", "params", "perturbation"),
         *("precision", "problem", "provenance", "results"),
     },
+    "slices": {
+        *("ball", "objective", "params", "perturbation", "precision", "problem", "provenance", "results", "resume"),
+    },
     "optim": {"ball", "perturbation", "precision"},
     "zoo": set(),
     "checkpoint": {"files"},
@@ -62,6 +65,7 @@ ALLOWED: dict[str, set[str]] = {
         "problem",
         "results",
         "sharpness",
+        "slices",
         "spectrum",
         "version",
     },
@@ -97,6 +101,17 @@ INSIDE: dict[str, set[str]] = {
     "resume.fingerprint": set(),
     "resume.journal": {"fingerprint"},
     "resume.passes": {"fingerprint", "journal"},
+    "resume.points": set(),
+    "slices.direction": set(),
+    "slices.grid": set(),
+    "slices.statistics": set(),
+    "slices.evaluation": set(),
+    "slices.random": {"direction"},
+    "slices.measured": {"direction"},
+    "slices.between": {"direction", "statistics"},
+    "slices.walk": {"direction", "evaluation", "statistics"},
+    "slices.filling": {"grid", "walk"},
+    "slices.measure": {"between", "direction", "evaluation", "filling", "grid", "random", "walk"},
 }
 THIRD_PARTY = {"torch", "numpy", "scipy", "matplotlib", "tqdm"}
 MAY_IMPORT: dict[str, set[str]] = {

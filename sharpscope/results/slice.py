@@ -142,7 +142,7 @@ class SliceResult:
             keep[worst] = keep[worst][shares[worst] < shares[worst].max()]
         if any(len(k) < 2 for k in keep):
             raise DataError("Too few points are finished to show them. Let the same command go on.")
-        where = (..., *np.ix_(*keep))
+        where: Any = (..., *np.ix_(*keep))
         return replace(
             self,
             axes=tuple(a[k] for a, k in zip(self.axes, reversed(keep), strict=True)),

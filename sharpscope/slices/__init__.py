@@ -1,6 +1,6 @@
 """Slices through the loss along lines and over planes of weight space."""
 
-from sharpscope.slices.between import plane_through, towards, trajectory_plane
+from sharpscope.slices.between import plane_through, span_of, towards, trajectory_plane
 from sharpscope.slices.direction import Direction, orthonormalised
 from sharpscope.slices.grid import axis
 from sharpscope.slices.measure import loss_slice, loss_surface
@@ -17,6 +17,7 @@ __all__ = [
     "orthonormalised",
     "plane_through",
     "random_directions",
+    "span_of",
     "towards",
     "trajectory_plane",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from sharpscope import params
 from sharpscope.errors import ArgumentError, ProblemError
 from sharpscope.problem import Problem
-from sharpscope.slices.direction import Direction, orthonormal
+from sharpscope.slices.direction import Direction, coordinates, orthonormal
 from sharpscope.slices.statistics import running_statistics
 
 
@@ -83,6 +83,18 @@ def trajectory_plane(problem: Problem, steps: Sequence[Problem]) -> list[Directi
         settings = {"kind": "trajectory", "steps": len(rows), "index": i + 1, "explained": shares[i]}
         found.append(Direction(vector, f"PCA {i + 1} ({100 * shares[i]:.1f} % of the variance)", settings))
     return found
+
+
+def span_of(
+    problem: Problem, plane: Sequence[Direction], networks: Sequence[Problem], margin: float = 0.25
+) -> list[tuple[float, float]]:
+    """The range along each direction of ``plane`` that shows w and all ``networks``, and ``margin`` of it beside."""
+    places = [coordinates(difference(problem, other), plane)[0] for other in networks]
+    ends = [(min(0.0, *along), max(0.0, *along)) for along in zip(*places, strict=True)]
+    widest = max(high - low for low, high in ends)
+    # A direction along which all lie close together is not drawn out to a line.
+    reach = [margin * max(high - low, widest / 4) for low, high in ends]
+    return [(low - r, high + r) for (low, high), r in zip(ends, reach, strict=True)]
 
 
 def _signed(vector: Tensor) -> Tensor:

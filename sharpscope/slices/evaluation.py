@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharpscope.errors import AuditError
+from sharpscope.errors import AuditError, ProblemError
 from sharpscope.objective import Objective
 from sharpscope.objective.batches import MicroBatch, map_tensors, micro_batches, tensors
 from sharpscope.objective.memory import Room, out_of_memory
@@ -42,8 +42,7 @@ def usual_micro_batch(objective: Objective) -> int:
 
     handles = [module.register_forward_hook(see) for module in objective.terms.model.modules()]
     try:
-        with torch.no_grad():
-            objective.terms.forward(part)
+        objective.terms.forward(part)
     finally:
         for handle in handles:
             handle.remove()
@@ -143,7 +142,7 @@ class Evaluation:
             try:
                 if _same(wanted, self._values(part)):
                     return
-            except RuntimeError as error:
+            except (RuntimeError, ProblemError) as error:
                 if out_of_memory(error):
                     raise
         self._mode = torch.enable_grad

@@ -56,11 +56,8 @@ def _logarithmic(points: int, low: float, high: float) -> Array:
     if low > 0 or high < 0:
         return np.geomspace(low, high, points)
     sides = [end for end in (low, high) if end]
-    share = (points - 1) // len(sides)
-    counts = [share, points - 1 - share][-len(sides) :]
-    away = [
-        end * (np.geomspace(SMALLEST, 1.0, n) if n > 1 else np.ones(n)) for end, n in zip(sides, counts, strict=True)
-    ]
+    count = points // 2 if len(sides) == 2 else points - 1
+    away = [end * (np.geomspace(SMALLEST, 1.0, count) if count > 1 else np.ones(1)) for end in sides]
     return np.sort(np.concatenate([np.zeros(1), *away]))
 
 
@@ -104,9 +101,10 @@ def _levels(coordinates: Array) -> NDArray[np.int64]:
 def refined(coordinates: Array, values: NDArray[np.float64], count: int) -> Array:
     """``coordinates`` and the midpoints of at most ``count`` intervals where ``values`` bend most.
 
-    ``values`` (..., points) may be of many lines; the one that bends most decides. How far a chord misses the curve,
-    ``h^2/8 |f''|`` with f'' of the three points about each inner one, on the logarithm of positive values: what a
-    picture of losses over several decades shows. Where a value is not finite there is no bend to measure.
+    ``values`` (..., points) may be of many lines; the one that bends most decides. The measure is how far a chord
+    misses the curve, ``h^2/8 |f''|`` with the mean of the f'' of three points about either end, on the logarithm of
+    positive values: what a picture of losses over several decades shows. Where a value is not finite there is no bend
+    to measure.
     """
     lines = values.reshape(-1, values.shape[-1])
     finite = lines[np.isfinite(lines)]
@@ -119,7 +117,7 @@ def refined(coordinates: Array, values: NDArray[np.float64], count: int) -> Arra
     second[~np.isfinite(second)] = 0.0
     at = np.zeros(len(coordinates))
     at[1:-1] = second.max(axis=0)
-    score = h**2 / 8 * np.maximum(at[1:], at[:-1])
+    score = h**2 / 8 * (at[1:] + at[:-1]) / 2
     chosen = np.argsort(-score, kind="stable")[:count]
     chosen = chosen[score[chosen] > 0]
     return np.sort(np.concatenate([coordinates, (coordinates[chosen] + coordinates[chosen + 1]) / 2]))

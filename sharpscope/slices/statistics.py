@@ -25,7 +25,7 @@ def running_norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
     """Running means and variances by name, float64 on the CPU."""
     return {
-        f"{name}.{kind}" if name else kind: getattr(module, kind).detach().cpu().double()
+        f"{name}.{kind}" if name else kind: getattr(module, kind).detach().to("cpu", torch.float64, copy=True)
         for name, module in running_norms(model).items()
         for kind in ("running_mean", "running_var")
     }

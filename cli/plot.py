@@ -1,0 +1,136 @@
+"""``sharpscope plot``: draws saved slices again, without computing anything."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sharpscope.cli import options, terminal
+
+if TYPE_CHECKING:
+    from sharpscope.results import SliceResult
+
+DESCRIPTION = """\
+Draws saved results of sharpscope slice and sharpscope surface again, or writes them for other programs. The name of
+FIGURE says what: .png, .pdf and .svg are figures, .html is an interactive surface (needs pip install
+'sharpscope[interactive]'), .vtk is for ParaView, .csv for tables. Several results share one figure, with one scale,
+levels and limits; they must be measured alike. A RESULT named .h5 is one of github.com/tomgoldstein/loss-landscape
+(needs pip install 'sharpscope[h5]').
+"""
+
+DATA = (".html", ".vtk", ".csv")
+H5 = (".h5", ".hdf5")
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """The command's options."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "plot",
+        help="draw saved slices and surfaces again",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "checkpoints", nargs="+", metavar="RESULT", help="JSON of slice or surface, or loss-landscape's .h5"
+    )
+    parser.add_argument("--out", required=True, metavar="FIGURE", help=".png, .pdf, .svg, .html, .vtk or .csv")
+    parser.add_argument("--split", metavar="NAME", help="train or test (default: curves both, surfaces the first)")
+    parser.add_argument("--quantity", default="loss", choices=("loss", "accuracy"), help="of surfaces (default loss)")
+    parser.add_argument("--kind", default="contour", choices=("contour", "3d"), help="of surfaces (default contour)")
+    scale = parser.add_mutually_exclusive_group()
+    scale.add_argument("--log", action="store_true", default=None, help="logarithmic loss (default of surfaces)")
+    scale.add_argument("--linear", action="store_false", dest="log", help="linear loss (default of curves)")
+    parser.add_argument("--clip", type=float, metavar="LOSS", help="highest loss that is told apart")
+    parser.add_argument(
+        "--levels", type=_levels, metavar="N", help="about so many contours, or their values with commas between"
+    )
+    parser.add_argument("--width", type=_inches, metavar="INCHES", help="of the figure: 3.3 for a column of print")
+    parser.add_argument("--style", metavar="NAME", help="a style of matplotlib, as dark_background")
+    parser.add_argument("--overwrite", action="store_true", help="replace the figure if it exists already")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, draw, write."""
+    from sharpscope.errors import ArgumentError, OutputError, nearest
+    from sharpscope.files import atomic
+    from sharpscope.results import slice_table
+    from sharpscope.results.slice_export import to_csv, to_vtk
+
+    out = Path(args.out)
+    if out.suffix not in (*options.FIGURES, *DATA):
+        raise OutputError(f"FIGURE must be one of {', '.join((*options.FIGURES, *DATA))}, got {out}. Name it so.")
+    options.require_new(args, out)
+    results = [_read(path) for path in args.checkpoints]
+    if out.suffix in (".vtk", ".csv"):
+        if len(results) > 1:
+            raise ArgumentError(f"A {out.suffix} file holds one result, got {len(results)}. Write one at a time.")
+        (to_vtk if out.suffix == ".vtk" else to_csv)(results[0], out)
+    elif out.suffix == ".html":
+        from sharpscope.plot.interactive import interactive_surface
+
+        log = args.log is not False
+        page = interactive_surface(results, split=args.split, quantity=args.quantity, log=log, clip=args.clip)
+        with atomic(out) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+    else:
+        import matplotlib.style
+
+        if args.style is not None and args.style not in matplotlib.style.available:
+            raise ArgumentError(nearest("style", args.style, matplotlib.style.available))
+        with matplotlib.style.context(args.style or []):
+            terminal.save_figure(lambda: _drawn(args, results), out)
+    terminal.emit(slice_table(results))
+    return 0
+
+
+def _read(path: str) -> SliceResult:
+    from sharpscope.results import SliceResult
+
+    if Path(path).suffix in H5:
+        from sharpscope.results.loss_landscape import read_loss_landscape
+
+        return read_loss_landscape(path)
+    return SliceResult.load(path)
+
+
+def _drawn(args: argparse.Namespace, results: Sequence[SliceResult]) -> Any:
+    """The Axes of the figure."""
+    from sharpscope.plot.levels import shared_levels
+    from sharpscope.plot.slice import slice_curves
+    from sharpscope.plot.surface import surface_3d, surface_contour, surfaces_side_by_side
+
+    if all(r.dimensions == 1 for r in results):
+        log = args.log is True
+        return slice_curves(results, split=args.split, log=log, clip=args.clip, width=args.width)
+    chosen: dict[str, Any] = {"split": args.split, "quantity": args.quantity, "log": args.log is not False}
+    chosen["clip"] = args.clip
+    levels = args.levels
+    if isinstance(levels, int):
+        levels = shared_levels(results, count=levels, **chosen)
+    chosen |= {"levels": levels, "width": args.width}
+    if len(results) > 1:
+        return surfaces_side_by_side(results, kind=args.kind, **chosen)[0]
+    return (surface_3d if args.kind == "3d" else surface_contour)(results[0], **chosen)
+
+
+def _levels(text: str) -> int | tuple[float, ...]:
+    try:
+        count = None if "," in text or "." in text else int(text)
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, or values with commas between, got {text!r}") from None
+    if count is None and len(values) < 2:
+        raise argparse.ArgumentTypeError(f"must be at least two values, got {text!r}")
+    if count is not None and count < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, got {text!r}")
+    return values if count is None else count
+
+
+def _inches(text: str) -> float:
+    value = float(text)
+    if not 1 <= value <= 50:
+        raise argparse.ArgumentTypeError(f"must be from 1 to 50 inches, got {text}")
+    return value

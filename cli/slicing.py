@@ -1,0 +1,205 @@
+"""What ``sharpscope slice`` and ``sharpscope surface`` share: options, networks, directions, and how they are run."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sharpscope.cli import options, terminal
+
+# Seconds between two looks at an unfinished result that are saved.
+PREVIEW = 5.0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the directions, of the grid, and of what is measured on it."""
+    group = parser.add_argument_group("directions")
+    group.add_argument(
+        "--eigenvectors", type=places, metavar="LIST", help="which, as 1,2, with --directions eigenvectors"
+    )
+    group.add_argument(
+        "--eigen", metavar="JSON", help="result of `sharpscope eigen CKPT --vectors`, to measure none anew"
+    )
+    group.add_argument("--rho", type=float, default=0.05, help="of SAM's gradient (default 0.05)")
+    group.add_argument(
+        "--normalisation",
+        default="filter",
+        choices=("filter", "layer", "model", "none"),
+        help="random directions: each filter, each tensor, or all together as long as the weights (default filter)",
+    )
+    group.add_argument(
+        "--one-dimensional",
+        default="fixed",
+        choices=("fixed", "scaled"),
+        help="random directions: biases and norms stay, or are each scaled as a filter (default fixed)",
+    )
+    parser.add_argument("--spacing", default="linear", choices=("linear", "log"), help="of the points (default linear)")
+    parser.add_argument("--refine", type=int, default=0, metavar="N", help="N points more where the loss bends most")
+    parser.add_argument(
+        "--batchnorm",
+        default="frozen",
+        choices=("frozen", "interpolate", "recalibrate"),
+        help="running statistics: those of CKPT, between checkpoints, or anew at each point (default frozen)",
+    )
+    parser.add_argument("--quadratic", action="store_true", help="measure slope and curvature, and what they predict")
+    options.add_measured(parser, splits=("train", "test", "both"))
+    options.add_device(parser)
+    parser.add_argument(
+        "--shard", type=_shard, metavar="I/N", help="take every N-th point from the I-th on; the last one to end writes"
+    )
+    parser.add_argument("--figure", metavar="PATH", help="draw the result (.png, .pdf or .svg)")
+    options.add_outputs(parser)
+    options.add_model_and_data(parser)
+
+
+def run(
+    args: argparse.Namespace,
+    measure: Callable[..., Any],
+    draw: Callable[[list[Any]], Any],
+) -> int:
+    """Measure one checkpoint after another by ``measure(problem, out, progress, **options)``, and draw them all."""
+    import torch
+
+    from sharpscope import ArgumentError
+    from sharpscope.results import SliceResult, slice_table
+    from sharpscope.resume import discard_points
+
+    if args.shard is not None and args.out is None:
+        raise ArgumentError("--shard needs --out, where the processes meet. Pass the same --out to each.")
+    outputs = options.outputs(args, arrays=True)
+    figure = None if args.figure is None else options.figure(args)
+    options.load_all(args)
+    results: list[SliceResult] = []
+
+    def one(path: str, out: Path | None, progress: Any) -> SliceResult:
+        problem, also = _loaded(args, path)
+        saved = [time.monotonic()]
+
+        def preview(unfinished: SliceResult) -> None:
+            if out is not None and args.shard is None and time.monotonic() > saved[0] + PREVIEW:
+                unfinished.save(out)
+                saved[0] = time.monotonic()
+
+        result: SliceResult = measure(
+            problem,
+            out,
+            progress,
+            spacing=args.spacing,
+            also=also,
+            batchnorm=args.batchnorm,
+            refine=args.refine,
+            curvature=True if args.quadratic else None,
+            dtype=getattr(torch, args.dtype) if args.dtype else None,
+            device=options.device(args.device),
+            micro_batch=args.micro_batch,
+            journal=None if out is None else options.state(out),
+            shard=args.shard,
+            preview=preview,
+        )
+        return result
+
+    # A shard that ends before the others writes nothing, lest it write over what the last one wrote.
+    terminal.measure_each(args, outputs, results, one, slice_table, unless=lambda result: not result.complete)
+    for result, out in zip(results, outputs, strict=True):
+        if out is not None and result.complete:
+            for name in ("eigen.json", "eigen.npz"):
+                (options.state(out) / name).unlink(missing_ok=True)
+            discard_points(options.state(out))
+    if figure is not None and all(result.complete for result in results):
+        terminal.save_figure(lambda: draw(results), figure)
+    return 0
+
+
+def eigenvectors(args: argparse.Namespace, problem: Any, which: Sequence[int], out: Path | None, progress: Any) -> Any:
+    """Directions along eigenvectors: of ``--eigen``, of this run before it was killed, or measured now."""
+    import torch
+
+    import sharpscope
+    from sharpscope.slices import eigenvector_directions
+
+    if args.eigen is not None:
+        result = sharpscope.EigenResult.load(args.eigen)
+        differ = _differing(result, problem)
+        if differ is not None:
+            raise sharpscope.ArgumentError(
+                f"--eigen must be measured on this checkpoint and these data, but {args.eigen} has another {differ}. "
+                "Pass the same checkpoint, --split, --examples, --seed and --params."
+            )
+        return eigenvector_directions(result, which)
+    # Measured anew they would differ in their last bits, and no finished point could be used.
+    kept = None if out is None else options.state(out) / "eigen.json"
+    if kept is not None and kept.exists():
+        result = sharpscope.EigenResult.load(kept)
+        if (
+            _differing(result, problem) is None
+            and result.eigenvectors is not None
+            and len(result.eigenvalues) >= max(which)
+        ):
+            return eigenvector_directions(result, which)
+    result = sharpscope.top_eigenvalues(
+        problem,
+        max(which),
+        generator=torch.Generator().manual_seed(args.seed),
+        progress=progress,
+        vectors=True,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        device=options.device(args.device),
+    )
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        result.save(kept, vectors=True)
+    return eigenvector_directions(result, which)
+
+
+def others(args: argparse.Namespace, paths: Sequence[str]) -> dict[str, Any]:
+    """The Problems of further checkpoints by the shortest name that tells them apart."""
+    names = [Path(path).name for path in paths]
+    if len(set(names)) < len(names):
+        names = list(paths)
+    return {name: _loaded(args, path)[0] for name, path in zip(names, paths, strict=True)}
+
+
+def places(text: str) -> list[int]:
+    """``1,2`` as numbers."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between, got {text!r}") from None
+
+
+def _shard(text: str) -> tuple[int, int]:
+    first, slash, second = text.partition("/")
+    if not slash or not first.isdigit() or not second.isdigit():
+        raise argparse.ArgumentTypeError(f"must be I/N, as 1/4, got {text!r}")
+    return int(first), int(second)
+
+
+def _loaded(args: argparse.Namespace, path: str) -> tuple[Any, dict[str, Any]]:
+    """The Problem of a checkpoint on its first split, and with ``--split both`` the test set beside it."""
+    problem = options.load(args, path)
+    if args.split != "both":
+        return problem, {}
+    test = options.load(_with(args, split="test", examples=None), path)
+    if args.examples is not None and args.examples < test.provenance["split_examples"]:
+        test = options.load(_with(args, split="test"), path)
+    return problem, {"test": test.data}
+
+
+def _with(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
+def _differing(result: Any, problem: Any) -> str | None:
+    """What of the weights, data or matrix an eigen result does not share with ``problem``."""
+    ours, theirs = problem.provenance, result.provenance
+    for key in ("sha256", "data", "split", "examples_seed"):
+        if theirs.get(key) != ours.get(key):
+            return key
+    if theirs.get("num_examples") != len(problem.data[-1]) and isinstance(problem.data, tuple):
+        return "number of examples"
+    if theirs.get("params") != (problem.params if isinstance(problem.params, str) else list(problem.params)):
+        return "choice of parameters"
+    return None if theirs.get("operator", "hessian") == "hessian" else "operator"

@@ -1,0 +1,682 @@
+"""Slices show the loss where they say they do, and leave the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sharpscope
+from sharpscope import Problem, SliceResult, loss_slice, loss_surface
+from sharpscope.errors import ArgumentError, AuditError, DataError, ProblemError
+from sharpscope.results.slice import DIVERGED, DONE
+from sharpscope.results.slice_table import slice_table
+from sharpscope.slices import (
+    Direction,
+    axis,
+    eigenvector_directions,
+    gradient_directions,
+    orthonormalised,
+    plane_through,
+    random_directions,
+    span_of,
+    towards,
+    trajectory_plane,
+)
+from sharpscope.slices.direction import coordinates, cosine
+from sharpscope.slices.grid import coarse_to_fine, refined
+
+LAMBDAS = torch.tensor([9.0, 4.0, 1.0, 0.25], dtype=torch.float64)
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Bowl(nn.Module):
+    """Its output at weights w, for the loss ``sum_k lambda_k (q_k'w)^2 / 2 + floor`` of orthonormal q_k."""
+
+    def __init__(self, at: Tensor | None = None) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(4, dtype=torch.float64) if at is None else at.clone())
+        self.axes = torch.linalg.qr(drawn(4, 4, seed=7)).Q
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.axes.T @ self.w).expand(len(x), 4)
+
+
+def bowl_loss(output: Tensor, target: Tensor) -> Tensor:
+    return (LAMBDAS * output.square() / 2).sum(1).mean() + target.mean()
+
+
+def bowl(at: Tensor | None = None, floor: float = 0.5) -> Problem:
+    """A quadratic with the eigenvalues LAMBDAS and eigenvectors ``axes``; its minimum ``floor`` is at 0."""
+    targets = torch.full((3, 1), floor, dtype=torch.float64)
+    return Problem(model=Bowl(at), loss=bowl_loss, data=(torch.zeros(3, 1, dtype=torch.float64), targets))
+
+
+def along(problem: Problem, *places: int) -> list[Direction]:
+    assert isinstance(problem.model, Bowl)
+    return [Direction(problem.model.axes[:, i].clone(), f"axis {i}") for i in places]
+
+
+def network(seed: int = 0, norm: bool = False) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)] if norm else [nn.Conv2d(1, 3, 3)]
+    net = nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(48, 5)).double()
+    if norm:
+        net.train()
+        for i in range(20):
+            net(drawn(16, 1, 6, 6, seed=i))
+    return net.eval()
+
+
+def classified(seed: int = 0, norm: bool = False, n: int = 37) -> Problem:
+    labels = torch.randint(0, 5, (n,), generator=torch.Generator().manual_seed(1))
+    return Problem(model=network(seed, norm), loss=nn.CrossEntropyLoss(), data=(drawn(n, 1, 6, 6, seed=5), labels))
+
+
+def state(problem: Problem) -> dict[str, Tensor]:
+    return copy.deepcopy(dict(problem.model.state_dict()))
+
+
+def same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(one[key], two[key]) for key in one)
+
+
+def moved(problem: Problem, direction: Tensor, t: float = 1.0) -> nn.Module:
+    """A copy of the model at ``w + t d``."""
+    model = copy.deepcopy(problem.model)
+    with torch.no_grad():
+        nn.utils.vector_to_parameters(
+            nn.utils.parameters_to_vector(model.parameters()) + t * direction, model.parameters()
+        )
+    return model
+
+
+def oracle(model: nn.Module, data: Any) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy by one forward pass."""
+    with torch.no_grad():
+        output = model(data[0])
+    return float(nn.functional.cross_entropy(output, data[1])), float((output.argmax(1) == data[1]).double().mean())
+
+
+# Geometry.
+
+
+@pytest.mark.parametrize("k", range(4))
+def test_the_curvature_along_an_axis_is_its_eigenvalue(k: int) -> None:
+    """On an anisotropic quadratic the slice along eigenvector k is floor + lambda_k t^2 / 2, to 1e-8."""
+    result = loss_slice(bowl(), along(bowl(), k), 21, (-2, 2))
+    expected = 0.5 + LAMBDAS[k].item() * result.axes[0] ** 2 / 2
+    np.testing.assert_allclose(result.loss[0, 0], expected, rtol=1e-12)
+    assert np.polyfit(result.axes[0], result.loss[0, 0], 2)[0] == pytest.approx(LAMBDAS[k].item() / 2, rel=1e-8)
+
+
+def test_measured_eigenvectors_are_never_renormalised() -> None:
+    """Along measured eigenvectors the loss bends by the measured eigenvalues: lengths are 1, not the weights' own."""
+    problem = bowl(at=drawn(4, seed=3))
+    found = sharpscope.top_eigenvalues(problem, k=3, vectors=True)
+    directions = eigenvector_directions(found, (1, 3))
+    result = loss_surface(problem, directions, points=5)
+    assert [d.length for d in directions] == pytest.approx([1, 1], abs=1e-12)
+    for second, value in ((result.loss[0, 0][2], 9.0), (result.loss[0, 0][:, 2], 1.0)):
+        assert (second[0] - 2 * second[2] + second[4]) == pytest.approx(value, rel=1e-8)
+    np.testing.assert_allclose(result.curvatures[0], np.diag([9.0, 1.0]), atol=1e-8)
+
+
+@pytest.mark.parametrize("points", [(7, 4), (4, 7), (6, 6), (5, 5)])
+def test_x_is_x_and_y_is_y_on_every_grid(points: tuple[int, int]) -> None:
+    """Non-square, even and odd grids: each value is the loss at its own coordinates, no row or column exchanged."""
+    problem = bowl(at=drawn(4, seed=3))
+    plane = along(problem, 0, 3)
+    result = loss_surface(problem, plane, points, ((-1.0, 2.0), (-0.5, 0.25)))
+    x, y = result.axes
+    assert result.loss.shape == (1, 1, len(y), len(x))
+    for j, b in enumerate(y):
+        for i, a in enumerate(x):
+            at = Bowl(drawn(4, seed=3) + a * plane[0].vector + b * plane[1].vector)
+            expected = bowl_loss(at(torch.zeros(1, 1)), torch.full((1, 1), 0.5, dtype=torch.float64)).item()
+            assert result.loss[0, 0, j, i] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("points", [5, 6, (4, 9)])
+@pytest.mark.parametrize("span", [(-1.0, 1.0), (-0.3, 1.0)])
+def test_the_minimum_is_at_the_centre_on_even_and_odd_grids(points: Any, span: tuple[float, float]) -> None:
+    """At a minimum the lowest point of a surface is (0, 0) exactly, whatever the number of points."""
+    result = loss_surface(bowl(), along(bowl(), 0, 1), points, span)
+    j, i = np.unravel_index(result.loss[0, 0].argmin(), result.loss[0, 0].shape)
+    assert (result.axes[0][i], result.axes[1][j]) == (0.0, 0.0)
+    assert result.loss[0, 0, j, i] == 0.5 == result.centre[0, 0]
+
+
+@pytest.mark.parametrize("points", [2, 3, 20, 21])
+@pytest.mark.parametrize("spacing", ["linear", "log"])
+@pytest.mark.parametrize("span", [(-1.0, 1.0), (0.0, 2.0), (-3.0, 0.0), (0.5, 2.0), (-2.0, -0.1), (-0.1, 0.7)])
+def test_an_axis_ends_where_it_was_asked_to(points: int, spacing: str, span: tuple[float, float]) -> None:
+    """Ends are exact, coordinates ascend, 0 is among them if it lies between, and at most one point is added."""
+    found = axis(points, span, spacing)
+    assert (found[0], found[-1]) == span or points == 2
+    assert (np.diff(found) > 0).all()
+    assert (0.0 in found) == (span[0] <= 0 <= span[1])
+    assert points <= len(found) <= points + 1
+
+
+def test_an_axis_about_0_is_symmetric_to_the_bit() -> None:
+    """Each coordinate has its negative, so that a symmetric loss looks symmetric."""
+    for points in (20, 21, 51, 100):
+        for spacing in ("linear", "log"):
+            found = axis(points, (-0.7, 0.7), spacing)
+            np.testing.assert_array_equal(found, -found[::-1])
+
+
+@pytest.mark.parametrize(
+    ("points", "span"), [(1, (-1, 1)), (5, (1, -1)), (5, (0, 0)), (5, (0, math.inf)), (5, (math.nan, 1))]
+)
+def test_an_axis_that_is_none_is_refused(points: int, span: tuple[float, float]) -> None:
+    """Fewer than 2 points, and ranges that are empty or not finite, end in a sentence."""
+    with pytest.raises(ArgumentError, match="must"):
+        axis(points, span)
+
+
+def test_points_come_from_coarse_to_fine_and_each_once() -> None:
+    """Every point of the grid once, levels ascend, and each level with those before it is a grid."""
+    axes = (axis(9), axis(12, (-1, 3)))
+    order, levels = coarse_to_fine(axes)
+    shape = (len(axes[1]), len(axes[0]))
+    assert sorted(order) == list(range(shape[0] * shape[1]))
+    assert (np.diff(levels) >= 0).all()
+    for level in range(levels.max() + 1):
+        rows, columns = (set(part) for part in np.unravel_index(order[levels <= level], shape))
+        assert len(rows) * len(columns) == (levels <= level).sum()
+
+
+def test_refinement_goes_where_the_loss_bends() -> None:
+    """The new coordinates lie about the kink of a function that is straight elsewhere."""
+    x = np.linspace(-1, 1, 11)
+    (new,) = set(refined(x, 1 + np.abs(x - 0.3)[None], 1)) - set(x)
+    assert new == pytest.approx(0.3)
+    assert sorted(set(refined(x, 1 + np.abs(x - 0.3)[None], 3)) - set(x)) == pytest.approx([0.1, 0.3, 0.5])
+
+
+def test_refined_surfaces_keep_every_point_of_the_coarse_one() -> None:
+    """--refine adds coordinates and changes no value."""
+    problem = classified()
+    coarse = loss_surface(problem, points=5)
+    fine = loss_surface(problem, points=5, refine=3)
+    rows, columns = np.isin(fine.axes[1], coarse.axes[1]), np.isin(fine.axes[0], coarse.axes[0])
+    assert [len(a) for a in fine.axes] == [8, 8]
+    np.testing.assert_array_equal(fine.loss[0, 0][np.ix_(rows, columns)], coarse.loss[0, 0])
+    assert fine.complete
+
+
+# Directions.
+
+
+@pytest.mark.parametrize("normalisation", ["filter", "layer", "model", "none"])
+@pytest.mark.parametrize("one_dimensional", ["fixed", "scaled"])
+def test_random_directions_are_orthogonal_to_rounding(normalisation: str, one_dimensional: str) -> None:
+    """The cosine of any two is 0 to 1e-12: Gram-Schmidt divides by the squared norm."""
+    found = random_directions(classified(), 4, normalisation=normalisation, one_dimensional=one_dimensional)
+    for i in range(4):
+        for j in range(i):
+            assert abs(cosine(found[i], found[j])) < 1e-12
+
+
+def pieces(problem: Problem, direction: Direction) -> dict[str, Tensor]:
+    sizes = dict(problem.model.named_parameters())
+    parts = torch.split(direction.vector, [p.numel() for p in sizes.values()])
+    return {name: part.view_as(p) for (name, p), part in zip(sizes.items(), parts, strict=True)}
+
+
+def test_each_filter_of_a_random_direction_is_as_long_as_its_weights() -> None:
+    """Li et al. 2018: ||d_f|| = ||w_f|| for every filter and neuron, for both directions of a plane."""
+    problem = classified()
+    for direction in random_directions(problem, 2):
+        for name, d in pieces(problem, direction).items():
+            w = dict(problem.model.named_parameters())[name].detach()
+            if w.dim() > 1:
+                torch.testing.assert_close(d.flatten(1).norm(dim=1), w.flatten(1).norm(dim=1))
+
+
+@pytest.mark.parametrize("normalisation", ["layer", "model"])
+def test_layers_and_models_are_sized_whole(normalisation: str) -> None:
+    """With "layer" each tensor is as long as its weights, with "model" all that move together."""
+    problem = classified()
+    (direction,) = random_directions(problem, normalisation=normalisation)
+    weights = {name: w.detach() for name, w in problem.model.named_parameters() if w.dim() > 1}
+    parts = {name: d for name, d in pieces(problem, direction).items() if name in weights}
+    if normalisation == "layer":
+        for name, w in weights.items():
+            assert float(parts[name].norm()) == pytest.approx(float(w.norm()))
+    else:
+        assert direction.length == pytest.approx(math.sqrt(sum(float(w.square().sum()) for w in weights.values())))
+
+
+def test_biases_and_batchnorm_stand_still_along_random_directions() -> None:
+    """Tensors of one dimension do not move by default, running statistics never; "scaled" moves the former."""
+    problem = classified(norm=True)
+    before = state(problem)
+    (fixed,) = random_directions(problem)
+    assert all(bool((d == 0).all()) == (d.dim() <= 1) for d in pieces(problem, fixed).values())
+    (scaled,) = random_directions(problem, one_dimensional="scaled")
+    weights = dict(problem.model.named_parameters())
+    assert all(bool((d != 0).any()) == bool((weights[k] != 0).any()) for k, d in pieces(problem, scaled).items())
+    result = loss_surface(problem, points=5, span=(-3.0, 3.0))
+    assert (result.status == DONE).all()
+    assert same(state(problem), before)
+
+
+def test_the_same_seed_gives_checkpoints_the_same_numbers() -> None:
+    """Two networks get the same direction up to the size of each filter, and one direction is the first of two."""
+    one, two = classified(0), classified(1)
+    a, b = random_directions(one)[0], random_directions(two)[0]
+    for left, right in zip(pieces(one, a).values(), pieces(two, b).values(), strict=True):
+        if left.dim() > 1:
+            torch.testing.assert_close(
+                nn.functional.normalize(left.flatten(1)), nn.functional.normalize(right.flatten(1))
+            )
+    assert torch.equal(a.vector, random_directions(one, 2)[0].vector)
+    other = random_directions(one, 1, torch.Generator().manual_seed(1))[0]
+    assert abs(cosine(a, other)) < 0.5
+
+
+def test_filters_too_small_for_a_second_direction_stand_still_in_it() -> None:
+    """A layer of single weights a filter counts as one filter, and a single weight moves along one direction alone."""
+    problem = Problem(model=nn.Linear(1, 3, bias=False).double(), loss=nn.MSELoss(), data=(drawn(4, 1), drawn(4, 3)))
+    first, second = random_directions(problem, 2)
+    assert first.length == pytest.approx(second.length)
+    assert abs(cosine(first, second)) < 1e-12
+    single = Problem(model=nn.Linear(1, 1, bias=False).double(), loss=nn.MSELoss(), data=(drawn(4, 1), drawn(4, 1)))
+    with pytest.raises(ArgumentError, match="have weights to move"):
+        random_directions(single, 2)
+
+
+def test_a_line_between_networks_meets_both() -> None:
+    """t = 0 is the one and t = 1 the other, buffers apart; the barrier is what rises above the straight line."""
+    one, two = classified(0), classified(1)
+    direction = towards(one, two, "two")
+    result = loss_slice(one, [direction], marks={"two": two}, points=20)
+    at = {float(t): loss for t, loss in zip(result.axes[0], result.loss[0, 0], strict=True)}
+    assert at[0.0] == pytest.approx(oracle(one.model, one.data)[0], rel=1e-12)
+    assert at[1.0] == pytest.approx(oracle(two.model, one.data)[0], rel=1e-12)
+    (mark,) = result.marks
+    assert mark.coordinates == pytest.approx((1.0,))
+    assert mark.distance < 1e-12 * mark.length
+    assert (mark.loss["data"], mark.accuracy["data"]) == pytest.approx(oracle(two.model, one.data))
+    between = [t for t in at if 0 <= t <= 1]
+    assert result.barrier() == pytest.approx(max(at[t] - (1 - t) * at[0.0] - t * at[1.0] for t in between))
+
+
+def test_the_plane_through_three_networks_holds_them_at_right_angles() -> None:
+    """Axes are orthonormal, and each network lies in the plane at its true distance from the centre."""
+    one, others = classified(0), {"b": classified(1), "c": classified(2)}
+    plane = plane_through(one, others)
+    assert abs(cosine(*plane)) < 1e-12
+    assert [d.length for d in plane] == pytest.approx([1, 1], abs=1e-12)
+    span = span_of(one, plane, list(others.values()))
+    result = loss_surface(one, plane, 5, (span[0], span[1]), marks=others)
+    for (name, other), mark in zip(others.items(), result.marks, strict=True):
+        assert mark.name == name
+        assert mark.distance < 1e-9 * mark.length
+        assert math.hypot(*mark.coordinates) == pytest.approx(mark.length)
+        there = moved(one, sum((c * d.vector for c, d in zip(mark.coordinates, plane, strict=True)), torch.zeros(1)))
+        assert oracle(there, one.data)[0] == pytest.approx(oracle(other.model, one.data)[0])
+        assert all(low < c < high for c, (low, high) in zip(mark.coordinates, span, strict=True))
+
+
+def test_three_networks_in_one_line_span_no_plane() -> None:
+    """A combination of the others is refused, not drawn."""
+    one, two = classified(0), classified(1)
+    half = Problem(model=moved(one, towards(one, two).vector, 0.5), loss=one.loss, data=one.data)
+    with pytest.raises(ArgumentError, match="combination"):
+        plane_through(one, {"b": two, "c": half})
+
+
+def test_the_plane_of_a_trajectory_is_the_nearest_one() -> None:
+    """It is the best rank-2 fit of the steps about the centre, and the distances off it are those of the fit."""
+    problem = classified()
+    n = sum(p.numel() for p in problem.model.parameters())
+    rows = 0.1 * torch.stack(
+        [k * drawn(n, seed=1) + k * k * drawn(n, seed=2) + drawn(n, seed=2 + k) for k in range(1, 6)]
+    )
+    steps = [Problem(model=moved(problem, row), loss=problem.loss, data=problem.data) for row in rows]
+    plane = trajectory_plane(problem, steps)
+    left = np.linalg.svd(rows.numpy(), compute_uv=False)
+    result = loss_surface(problem, plane, 3, trajectory={str(i): s for i, s in enumerate(steps)})
+    assert [d.settings["explained"] for d in plane] == pytest.approx((left**2 / (left**2).sum())[:2])
+    assert sum(m.distance**2 for m in result.marks) == pytest.approx(float((left[2:] ** 2).sum()))
+    assert all(m.on_path for m in result.marks)
+
+
+def test_an_overlay_is_scaled_by_the_directions_own_length() -> None:
+    """Coordinates are those of the nearest point of the plane whatever the directions' lengths and angle."""
+    d = [Direction(5 * drawn(9, seed=1), "a"), Direction(0.1 * drawn(9, seed=2) + drawn(9, seed=1), "b")]
+    away = drawn(9, seed=3)
+    found, distance = coordinates(2 * d[0].vector - 3 * d[1].vector + away, d)
+    basis = torch.stack([v.vector for v in d], 1).numpy()
+    expected, *_ = np.linalg.lstsq(basis, (2 * d[0].vector - 3 * d[1].vector + away).numpy(), rcond=None)
+    assert found == pytest.approx(expected.tolist())
+    off = (2 * d[0].vector - 3 * d[1].vector + away).numpy() - basis @ expected
+    assert distance == pytest.approx(float(np.linalg.norm(off)))
+
+
+def test_gradient_directions_are_the_gradients_at_w_and_after_sams_ascent() -> None:
+    """The first is g, the second the gradient at w + rho g/||g||, both of length 1; orthonormalised keeps the plane."""
+    problem = bowl(at=drawn(4, seed=3))
+    h = problem.model.axes @ torch.diag(LAMBDAS) @ problem.model.axes.T  # type: ignore[operator,union-attr]
+    g = h @ drawn(4, seed=3)
+    s = h @ (drawn(4, seed=3) + 0.2 * g / g.norm())
+    before = state(problem)
+    first, second = gradient_directions(problem, rho=0.2)
+    torch.testing.assert_close(first.vector, g / g.norm())
+    torch.testing.assert_close(second.vector, s / s.norm())
+    assert same(state(problem), before)
+    assert second.settings["cosine"] == pytest.approx(float(g @ s / g.norm() / s.norm()))
+    across = orthonormalised([first, second])
+    assert abs(cosine(*across)) < 1e-12
+    torch.testing.assert_close(across[0].vector, first.vector)
+
+
+def test_directions_of_other_networks_are_refused() -> None:
+    """A direction of the wrong length, another architecture, the same network and parallel axes end in sentences."""
+    problem = classified()
+    with pytest.raises(ArgumentError, match="component for each"):
+        loss_slice(problem, [Direction(drawn(7), "d")])
+    with pytest.raises(ProblemError, match="same weights"):
+        towards(problem, Problem(model=nn.Linear(3, 2), loss=problem.loss, data=problem.data))
+    with pytest.raises(ArgumentError, match="are the same"):
+        towards(problem, problem)
+    (d,) = random_directions(problem)
+    with pytest.raises(ArgumentError, match="one line"):
+        loss_surface(problem, [d, Direction(-2 * d.vector, "back")])
+
+
+# Values.
+
+
+def test_loss_and_accuracy_are_those_of_the_moved_network() -> None:
+    """Each point equals one forward pass of a copy of the model there, train and test in one run."""
+    problem, test = classified(), classified(n=11).data
+    (direction,) = random_directions(problem)
+    result = loss_slice(problem, [direction], 7, also={"test": test}, micro_batch=8)
+    assert result.splits == ("data", "test")
+    for i, t in enumerate(result.axes[0]):
+        for s, data in enumerate((problem.data, test)):
+            found = (result.loss[s, 0, i], result.accuracy[s, 0, i])
+            assert found == pytest.approx(oracle(moved(problem, direction.vector, t), data), rel=1e-12)
+
+
+def test_the_micro_batch_and_a_small_last_batch_change_nothing() -> None:
+    """Loss terms count, not batches."""
+    problem = classified()
+    losses = [loss_surface(problem, points=3, micro_batch=size).loss for size in (1, 5, 36, 100)]
+    for other in losses[1:]:
+        np.testing.assert_allclose(losses[0], other, rtol=1e-12)
+    batches = Problem(
+        model=problem.model,
+        loss=problem.loss,
+        data=[(problem.data[0][:36], problem.data[1][:36]), (problem.data[0][36:], problem.data[1][36:])],
+    )
+    np.testing.assert_allclose(loss_surface(batches, points=3).loss, losses[0], rtol=1e-12)
+
+
+def test_diverged_points_are_marked_not_mended() -> None:
+    """A loss that is infinite or NaN is a status of its own; its neighbours keep their values, and none is averaged."""
+
+    class Cliff(Bowl):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if float(self.w[0]) < 0.5 else super().forward(x) * math.nan
+
+    problem = Problem(model=Cliff(), loss=bowl_loss, data=bowl().data)
+    e = torch.eye(4, dtype=torch.float64)
+    result = loss_surface(problem, [Direction(e[0], "x"), Direction(e[1], "y")], 5)
+    np.testing.assert_array_equal(result.status[0] == DIVERGED, np.tile(result.axes[0] >= 0.5, (5, 1)))
+    assert np.isnan(result.loss[0, 0][result.status[0] == DIVERGED]).all()
+    assert np.isfinite(result.loss[0, 0][result.status[0] == DONE]).all()
+    assert result.complete
+
+
+def test_a_loss_that_is_not_finite_at_the_weights_is_refused() -> None:
+    """There is no slice about a centre that has no loss."""
+    problem = bowl()
+    with torch.no_grad():
+        problem.data[1][0] = math.inf
+    with pytest.raises(DataError, match="finite"):
+        loss_slice(problem, along(problem, 0))
+
+
+def test_points_do_not_drift_however_many_came_before() -> None:
+    """The first and the last visit of a point give the same bits, and those of a network moved there at once."""
+    problem = classified()
+    problem.model.float()
+    data = (problem.data[0].float(), problem.data[1])
+    problem = Problem(model=problem.model, loss=problem.loss, data=data)
+    plane = random_directions(problem, 2)
+    whole = loss_surface(problem, plane, 21)
+    alone = loss_surface(problem, plane, ([-1.0, 1.0], [-1.0, 1.0]))
+    np.testing.assert_array_equal(alone.loss[0, 0], whole.loss[0, 0][np.ix_([0, -1], [0, -1])])
+
+
+def test_memory_does_not_grow_with_the_points() -> None:
+    """No point's parameters are kept, nor the directions or the model copied for each."""
+    problem = classified()
+    live: list[int] = []
+
+    def count(stage: str, done: int, total: int | None) -> None:
+        live.append(sum(x.numel() for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)))
+
+    loss_surface(problem, points=5, progress=count)
+    assert max(live[2:]) == min(live[2:])
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_model_is_bit_for_bit_what_it_was(norm: bool) -> None:
+    """Weights, buffers, modes, gradients and random states survive a slice, and an error in the middle of one."""
+    problem = classified(norm=norm)
+    problem.model.train()
+    before, random = state(problem), torch.get_rng_state()
+    loss_surface(problem, points=4, batchnorm="recalibrate" if norm else "frozen")
+    calls = []
+
+    def stop(stage: str, done: int, total: int | None) -> None:
+        calls.append(done)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loss_surface(problem, points=4, progress=stop)
+    assert same(state(problem), before)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(m.training for m in problem.model.modules())
+    assert all(p.grad is None for p in problem.model.parameters())
+
+
+def test_weight_decay_joins_the_loss_of_every_point() -> None:
+    """c/2 ||w + t d||^2 is added where it was asked for."""
+    plain, problem = classified(), classified()
+    decayed = Problem(model=problem.model, loss=problem.loss, data=problem.data, weight_decay=0.3)
+    (d,) = random_directions(plain)
+    w = nn.utils.parameters_to_vector(plain.model.parameters()).detach()
+    bare, more = (loss_slice(p, [d], 5) for p in (plain, decayed))
+    extra = [0.15 * float((w + t * d.vector).square().sum()) for t in bare.axes[0]]
+    np.testing.assert_allclose(more.loss[0, 0] - bare.loss[0, 0], extra, rtol=1e-10)
+
+
+def test_accuracy_leaves_out_labels_that_are_no_loss_term() -> None:
+    """ignore_index counts for neither loss nor accuracy; a regression has no accuracy."""
+    problem = classified()
+    labels = problem.data[1].clone()
+    labels[::3] = -100
+    result = loss_slice(Problem(model=problem.model, loss=problem.loss, data=(problem.data[0], labels)), points=3)
+    kept = labels != -100
+    assert result.centre[0].tolist() == pytest.approx(
+        list(oracle(problem.model, (problem.data[0][kept], labels[kept]))), rel=1e-12
+    )
+    assert np.isnan(loss_slice(bowl(), along(bowl(), 0), 3).accuracy).all()
+
+
+def test_a_model_that_writes_into_its_input_sees_the_data_at_every_point() -> None:
+    """Data kept on the device are handed over as copies where the model is seen to change them."""
+
+    class Greedy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.inner(x)
+            x.mul_(2.0)
+            return out
+
+    problem = classified()
+    greedy = Problem(model=Greedy(), loss=problem.loss, data=problem.data)
+    before = problem.data[0].clone()
+    np.testing.assert_array_equal(loss_surface(greedy, points=3).loss, loss_surface(problem, points=3).loss)
+    assert torch.equal(problem.data[0], before)
+
+
+def test_a_loss_that_differentiates_is_given_autograd() -> None:
+    """A physics-style loss of the network's own derivative is measured, though others run without autograd."""
+
+    class Slope(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(1, 1).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.requires_grad_()
+            return torch.autograd.grad(self.f(x).square().sum(), x, create_graph=True)[0]
+
+    problem = Problem(model=Slope(), loss=nn.MSELoss(), data=(drawn(6, 1), drawn(6, 1, seed=1)))
+    (d,) = random_directions(problem)
+    result = loss_slice(problem, [d], 3)
+    there = moved(problem, d.vector, 1.0)
+    x = problem.data[0].clone()
+    assert result.loss[0, 0, -1] == pytest.approx(float(nn.functional.mse_loss(there(x), problem.data[1])))
+
+
+def test_a_loss_that_draws_random_numbers_is_refused() -> None:
+    """Dropout left on makes every point another function."""
+    model = nn.Sequential(network(), nn.Dropout(0.5))
+    problem = classified()
+    with pytest.raises(AuditError, match="dropout"):
+        loss_slice(Problem(model=model, loss=problem.loss, data=problem.data, mode="train"))
+
+
+def test_low_precision_weights_are_lifted() -> None:
+    """bfloat16 weights are moved in float32, and come back as they were."""
+    problem = classified()
+    model = problem.model.to(torch.bfloat16)
+    low = Problem(model=model, loss=problem.loss, data=(problem.data[0].bfloat16(), problem.data[1]))
+    high = Problem(
+        model=copy.deepcopy(model).float(),
+        loss=problem.loss,
+        data=(problem.data[0].bfloat16().float(), problem.data[1]),
+    )
+    before = state(low)
+    np.testing.assert_allclose(loss_surface(low, points=3).loss, loss_surface(high, points=3).loss, rtol=1e-6)
+    assert same(state(low), before)
+
+
+# Quadratic prediction.
+
+
+def test_a_quadratic_is_its_own_prediction() -> None:
+    """L(w) + g't + t'Ht/2 equals the measured surface of a quadratic at any point of it."""
+    problem = bowl(at=drawn(4, seed=3))
+    plane = [Direction(drawn(4, seed=4), "a"), Direction(drawn(4, seed=5), "b")]
+    result = loss_surface(problem, plane, (5, 4), curvature=True)
+    predicted = result.prediction()
+    assert predicted is not None
+    np.testing.assert_allclose(result.loss[0, 0], predicted, rtol=1e-10)
+    assert loss_surface(problem, plane, 3).prediction() is None
+
+
+# BatchNorm.
+
+
+def test_frozen_statistics_stay_those_of_the_centre() -> None:
+    """The default moves weights alone, says so, and warns that it misleads."""
+    one, two = classified(0, norm=True), classified(1, norm=True)
+    result = loss_slice(one, [towards(one, two, "two")], [0.0, 1.0])
+    there = copy.deepcopy(two.model)
+    for name, buffer in there.named_buffers():
+        buffer.copy_(dict(one.model.named_buffers())[name])
+    assert result.loss[0, 0, 1] == pytest.approx(oracle(there, one.data)[0], rel=1e-12)
+    assert result.provenance["statistics"] == "frozen"
+    assert "nobody would use" in slice_table([result])
+
+
+def test_interpolated_statistics_end_at_the_other_network() -> None:
+    """With "interpolate" t = 1 is the other checkpoint, statistics included, and no variance goes below 0."""
+    one, two = classified(0, norm=True), classified(1, norm=True)
+    result = loss_slice(one, [towards(one, two, "two")], [0.0, 0.5, 1.0, 300.0], batchnorm="interpolate")
+    assert result.loss[0, 0, 2] == pytest.approx(oracle(two.model, one.data)[0], rel=1e-12)
+    middle = moved(one, towards(one, two).vector, 0.5)
+    for name, buffer in middle.named_buffers():
+        if buffer.is_floating_point():
+            buffer.add_(dict(two.model.named_buffers())[name]).div_(2)
+    assert result.loss[0, 0, 1] == pytest.approx(oracle(middle, one.data)[0], rel=1e-12)
+    assert (result.status == DONE).all()
+    assert "nobody would use" not in slice_table([result])
+
+
+def test_recalibrated_statistics_are_those_of_the_data_at_the_point() -> None:
+    """With "recalibrate" each point equals torch's update_bn on a copy there, and costs a second pass."""
+    problem = classified(norm=True)
+    (d,) = random_directions(problem)
+    result = loss_slice(problem, [d], [0.0, 0.7], batchnorm="recalibrate", micro_batch=10)
+    there = moved(problem, d.vector, 0.7)
+    torch.optim.swa_utils.update_bn(problem.data[0].split(10), there)
+    assert result.loss[0, 0, 1] == pytest.approx(oracle(there.eval(), problem.data)[0], rel=1e-12)
+    assert result.cost.passes == 4
+
+
+@pytest.mark.parametrize("treatment", ["interpolate", "recalibrate"])
+def test_statistics_that_are_not_there_are_refused(treatment: str) -> None:
+    """A model without running statistics has none to treat; a random direction none to interpolate."""
+    with pytest.raises(ArgumentError, match="none"):
+        loss_slice(classified(), batchnorm=treatment)
+    with pytest.raises(ArgumentError, match="recalibrate"):
+        loss_slice(classified(norm=True), batchnorm="interpolate")
+
+
+# Results.
+
+
+def test_a_result_comes_back_from_disk_as_it_was(tmp_path: Any) -> None:
+    """Arrays bit for bit, NaN and infinity too, and everything else."""
+    problem = classified(norm=True)
+    result = loss_surface(problem, points=(4, 3), marks={"b": classified(1, norm=True)}, also={"test": problem.data})
+    result.loss[0, 0, 0, 0] = math.inf
+    result.save(tmp_path / "s.json")
+    again = SliceResult.load(tmp_path / "s.json")
+    for name in ("loss", "accuracy", "status", "centre", "slopes", "curvatures"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(result, name))
+    assert again.marks == result.marks
+    assert again.to_dict() == result.to_dict()
+    assert again.summary() == result.summary()
+    (tmp_path / "s.npz").unlink()
+    with pytest.raises(DataError, match="arrays"):
+        SliceResult.load(tmp_path / "s.json")
+
+
+def test_an_unfinished_surface_shows_a_coarser_grid() -> None:
+    """What a preview shows is the largest grid without pending points, with its own values."""
+    seen: list[SliceResult] = []
+    whole = loss_surface(classified(), points=9, preview=seen.append)
+    for preview in seen:
+        part = preview.finished()
+        assert part.complete
+        assert not preview.complete
+        rows, columns = np.isin(whole.axes[1], part.axes[1]), np.isin(whole.axes[0], part.axes[0])
+        np.testing.assert_array_equal(part.loss[0, 0], whole.loss[0, 0][np.ix_(rows, columns)])
+    assert [len(p.finished().axes[0]) for p in seen] == [3, 5]
