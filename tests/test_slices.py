@@ -433,7 +433,7 @@ def test_diverged_points_are_marked_not_mended() -> None:
 
     class Cliff(Bowl):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) if float(self.w[0]) < 0.5 else super().forward(x) * math.nan
+            return super().forward(x) if self.w[0].item() < 0.5 else super().forward(x) * math.nan
 
     problem = Problem(model=Cliff(), loss=bowl_loss, data=bowl().data)
     e = torch.eye(4, dtype=torch.float64)
