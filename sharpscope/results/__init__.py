@@ -8,9 +8,11 @@ from sharpscope.results.eigen import EigenResult, Ratio
 from sharpscope.results.eigen_table import table
 from sharpscope.results.estimate import Estimate
 from sharpscope.results.invariance import InvarianceResult, invariance_table
+from sharpscope.results.loss_landscape import read_loss_landscape
 from sharpscope.results.sharpness import Measure, SharpnessResult
 from sharpscope.results.sharpness_table import sharpness_table
 from sharpscope.results.slice import Mark, SliceResult
+from sharpscope.results.slice_export import to_csv, to_vtk
 from sharpscope.results.slice_table import slice_table
 from sharpscope.results.trace import TraceResult
 
@@ -31,7 +33,10 @@ __all__ = [
     "block_table",
     "density_table",
     "invariance_table",
+    "read_loss_landscape",
     "sharpness_table",
     "slice_table",
     "table",
+    "to_csv",
+    "to_vtk",
 ]

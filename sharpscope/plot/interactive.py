@@ -1,0 +1,139 @@
+"""Surfaces to turn with the mouse, in one HTML page."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sharpscope.errors import ArgumentError, DataError
+from sharpscope.plot.caption import caption, diverged, labels_of, require_alike
+from sharpscope.plot.levels import heights, logarithmic, shared_levels, told
+from sharpscope.plot.marks import is_on, marks_said
+from sharpscope.results import SliceResult
+
+# Turning one surface turns all.
+TOGETHER = """
+var page = document.getElementById('{plot_id}'), busy = false;
+page.on('plotly_relayout', function(change) {
+  if (busy) return;
+  var camera = null;
+  Object.keys(change).forEach(function(key) { if (/^scene[0-9]*[.]camera$/.test(key)) camera = change[key]; });
+  if (!camera) return;
+  var all = {};
+  Object.keys(page.layout).forEach(function(key) { if (/^scene[0-9]*$/.test(key)) all[key + '.camera'] = camera; });
+  busy = true;
+  Plotly.relayout(page, all).then(function() { busy = false; });
+});
+"""
+
+
+def interactive_surface(
+    results: SliceResult | Sequence[SliceResult],
+    *,
+    split: str | None = None,
+    quantity: str = "loss",
+    log: bool = True,
+    clip: float | None = None,
+) -> str:
+    """Planes of one or several checkpoints as surfaces side by side on one scale: an HTML page.
+
+    The page holds all of plotly and fetches nothing. The pointer reads x, y and the loss; diverged points are holes
+    with crosses above; other networks are at their own loss, open where they do not lie in the plane.
+
+    Args:
+        results: of planes, measured alike.
+        split: by default the first.
+        quantity: "loss" or "accuracy".
+        log: a logarithmic scale of the loss.
+        clip: loss at which surfaces are cut flat.
+
+    Raises: ArgumentError where plotly is not installed; DataError as ``surfaces_side_by_side``.
+    """
+    try:
+        import plotly.graph_objects as go
+        from plotly.subplots import make_subplots
+    except ImportError as error:
+        raise ArgumentError("An interactive figure needs plotly. Run pip install 'sharpscope[interactive]'.") from error
+    results = [results] if isinstance(results, SliceResult) else list(results)
+    require_alike(results, grid=True)
+    if results[0].dimensions != 2:
+        raise DataError("A surface is of planes, but the results are of lines. Use slice_curves.")
+    shown = [r if r.complete else r.finished() for r in results]
+    at = shared_levels(shown, split=split, quantity=quantity, log=log, clip=clip)
+    log = logarithmic(log, quantity)
+    scaled = np.log10 if log else np.asarray
+    ends = [float(scaled(at[0])), float(scaled(at[-1]))]
+    ticks = {"tickvals": scaled(at).tolist(), "ticktext": [told(level, quantity) for level in at]}
+    name = results[0].splits[results[0].split(split)]
+    columns = len(results)
+    figure = make_subplots(
+        1, columns, specs=[[{"type": "surface"}] * columns], subplot_titles=labels_of(results), horizontal_spacing=0.02
+    )
+    for i, r in enumerate(shown, start=1):
+        (x, y), z = r.axes, heights(r, split, quantity)
+        surface = go.Surface(
+            x=x.tolist(),
+            y=y.tolist(),
+            z=_holes(scaled(np.minimum(z, at[-1]))),
+            customdata=_holes(z),
+            coloraxis="coloraxis",
+            hovertemplate="x %{x:.4g}<br>y %{y:.4g}<br>" + f"{quantity} " + "%{customdata:.5g}<extra></extra>",
+        )
+        figure.add_trace(surface, row=1, col=i)
+        wrong = diverged(r, r.split(split))
+        if wrong.any():
+            xs, ys = (m[wrong].tolist() for m in np.meshgrid(x, y))
+            style = {"mode": "markers", "marker": {"symbol": "x", "color": "#CC0000", "size": 3}, "name": "diverged"}
+            crosses = go.Scatter3d(x=xs, y=ys, z=[ends[1]] * len(xs), showlegend=False, hoverinfo="name+x+y", **style)
+            figure.add_trace(crosses, row=1, col=i)
+        for trace in _marks(go, r, name, quantity, scaled, at):
+            figure.add_trace(trace, row=1, col=i)
+        labels = [str(d["label"]) for d in r.directions[0]]
+        heading = {"xaxis_title": f"x: {labels[0]}", "yaxis_title": f"y: {labels[1]}", "zaxis_title": quantity}
+        figure.update_scenes(**heading, zaxis={"range": ends, **ticks}, aspectmode="cube", row=1, col=i)
+    bar = {"title": {"text": f"{name} {quantity}"}, **ticks}
+    axis = {"colorscale": "Viridis", "cmin": ends[0], "cmax": ends[1], "colorbar": bar}
+    figure.update_layout(coloraxis=axis, margin={"l": 0, "r": 0, "t": 40, "b": 0}, template="plotly_white")
+    scale = f"{'logarithmic' if log else 'linear'} scale"
+    said = caption(results, splits=[name], scale=scale, clip=clip, also=marks_said(results))
+    config = {"displaylogo": False, "responsive": True}
+    plot = figure.to_html(full_html=False, include_plotlyjs=True, post_script=TOGETHER, config=config)
+    title = html.escape(" | ".join(labels_of(results)))
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title></head>\n'
+        '<body style="margin: 0; font-family: sans-serif">\n'
+        f'<div style="height: 85vh">{plot}</div>\n<p style="margin: 1em">{html.escape(said)}</p>\n</body>\n</html>\n'
+    )
+
+
+def _marks(go: Any, r: SliceResult, split: str, quantity: str, scaled: Any, at: Any) -> list[Any]:
+    """The path of a training run as one line in order, and each other network."""
+    path = [m for m in r.marks if m.on_path]
+    groups = [[m] for m in r.marks if not m.on_path] + ([path] if path else [])
+    found = []
+    for marks in groups:
+        own = [(m.loss if quantity == "loss" else m.accuracy)[split] for m in marks]
+        xs, ys = zip(*(m.coordinates for m in marks), strict=True)
+        symbols = ["circle" if is_on(m) else "circle-open" for m in marks]
+        style: dict[str, Any] = {"mode": "lines+markers" if len(marks) > 1 else "markers", "line": {"color": "black"}}
+        style["marker"] = {"symbol": symbols, "color": "black", "size": 4}
+        told = [
+            f"{m.name}: {quantity} {v:.4g}, {m.distance:.3g} off the plane" for m, v in zip(marks, own, strict=True)
+        ]
+        tops = _holes(scaled(np.clip(np.asarray(own, dtype=float), at[0], at[-1])))
+        found.append(
+            go.Scatter3d(
+                x=xs, y=ys, z=tops, text=told, hovertemplate="%{text}<extra></extra>", showlegend=False, **style
+            )
+        )
+    return found
+
+
+def _holes(values: Any) -> Any:
+    """Nested lists with None for what is not finite."""
+    found = np.asarray(values).astype(object)
+    found[~np.isfinite(values)] = None
+    return found.tolist()
