@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         import matplotlib.style
 
-        if args.style is not None and args.style not in matplotlib.style.available:
+        if args.style not in (None, "default", *matplotlib.style.available):
             raise ArgumentError(nearest("style", args.style, matplotlib.style.available))
         with matplotlib.style.context(args.style or []):
             terminal.save_figure(lambda: _drawn(args, results), out)

@@ -235,7 +235,7 @@ def _seeds(result: SliceResult) -> str:
 
 def _range(result: SliceResult) -> str:
     points = " x ".join(str(len(a)) for a in result.axes)
-    spans = [f"{a[0]:g} to {a[-1]:g}" for a in result.axes]
+    spans = [f"{a[0]:.3g} to {a[-1]:.3g}" for a in result.axes]
     if result.dimensions == 1:
         return f"{points} points, t from {spans[0]}"
     both = f"x and y from {spans[0]}" if spans[0] == spans[1] else f"x from {spans[0]}, y from {spans[1]}"

@@ -78,7 +78,7 @@ def _notes(results: Sequence[SliceResult]) -> list[str]:
     notes = []
     for name, r in zip(names_of([r.provenance for r in results]), results, strict=True):
         notes += origin_notes(name, r.provenance)
-        grid = " x ".join(f"{len(a)} points from {a[0]:g} to {a[-1]:g}" for a in r.axes)
+        grid = " x ".join(f"{len(a)} points from {a[0]:.3g} to {a[-1]:.3g}" for a in r.axes)
         kept = r.provenance.get("repeated") or 0
         known = f", {kept} of them from disk" if kept else ""
         lines = f"{len(r.directions)} lines of " if len(r.directions) > 1 else ""

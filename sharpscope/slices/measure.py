@@ -218,6 +218,7 @@ def _measured(
                 provenance={
                     **provenance(problem, objective, None, refined=refine, repeated=log.replayed),
                     "statistics": batchnorm,
+                    "cosine": cosine(*lines[0]) if len(axes) == 2 else None,
                     "micro_batch": size,
                     "also": {name: each.num_examples for name, each in objectives.items() if name != first},
                 },
