@@ -9,7 +9,7 @@ data in one batch, and, "told", our micro-batches in inference mode.
 The rivals need numpy below 2, so they have an environment of their own:
 
     pip install '.[bench-slices]'
-    python benchmarks/slices.py [--rounds 7] [--points 5] [--results benchmarks/SLICE_RESULTS.md]
+    python benchmarks/slices.py [--rounds 7] [--results benchmarks/SLICE_RESULTS.md]
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ import sharpscope
 from sharpscope.slices import random_directions
 from sharpscope.zoo import load_data, make_model
 
-# Model, arguments and number of Fashion-MNIST images.
-CASES: dict[str, tuple[str, dict[str, Any], int]] = {
-    "cnn": ("cnn", {}, 2000),
-    "wide_resnet 10-2": ("wide_resnet", {"depth": 10, "widen": 2}, 500),
-    "mlp": ("mlp", {"hidden": (256, 256)}, 2000),
+# Model, arguments, number of Fashion-MNIST images, and points on each axis.
+CASES: dict[str, tuple[str, dict[str, Any], int, int]] = {
+    "cnn": ("cnn", {}, 2000, 7),
+    "wide_resnet 10-2": ("wide_resnet", {"depth": 10, "widen": 2}, 500, 5),
+    "mlp": ("mlp", {"hidden": (256, 256)}, 2000, 21),
 }
 Surface = Callable[[], Any]
 
@@ -131,28 +131,29 @@ def timed(tools: dict[str, Surface], rounds: int) -> dict[str, list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--points", type=int, default=5, help="on each axis (default 5)")
+    parser.add_argument("--points", type=int, help="on each axis")
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "SLICE_RESULTS.md")
     args = parser.parse_args()
     text = ["# A point of a loss surface", "", *(f"- {k}: {v}" for k, v in machine(torch.get_num_threads()).items())]
     text += ["", " ".join(__doc__.split("\n\n")[1].split()), ""]
     for case in args.only:
-        kind, options, examples = CASES[case]
+        kind, options, examples, points = CASES[case]
+        points = args.points or points
         data = load_data("fashion-mnist")
         model = make_model(kind, seed=0, shape=data.shape, classes=data.classes, **options).eval()
         batch = data.inputs[:examples].clone(), data.targets[:examples].clone()
         size = sharpscope.loss_surface(
             sharpscope.Problem(model=model, loss=nn.CrossEntropyLoss(), data=batch), points=2
         ).provenance["micro_batch"]
-        seconds = timed(surfaces(model, batch, args.points, size), args.rounds)
+        seconds = timed(surfaces(model, batch, points, size), args.rounds)
         bare = seconds["bare forward pass"]
         rows = [["", "ms a point", "bare forward passes"]]
         for name, each in seconds.items():
             ratios = [a / b for a, b in zip(each, bare, strict=True)]
             ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            rows.append([name, f"{1e3 * float(np.median(each)) / args.points**2:.1f}", ratio])
-        title = f"## {case}, {examples} images, micro-batches of {size}, {args.points} x {args.points} points"
+            rows.append([name, f"{1e3 * float(np.median(each)) / points**2:.1f}", ratio])
+        title = f"## {case}, {examples} images, micro-batches of {size}, {points} x {points} points"
         text += [title, "", "```", aligned(rows), "```", ""]
         print("\n".join(text[-6:]), flush=True)
     args.results.write_text("\n".join(text), encoding="utf-8")

@@ -26,7 +26,7 @@ LAYERS = (nn.modules.conv._ConvNd, nn.ReLU, nn.MaxPool2d)
 
 
 @contextmanager
-def differentiable_kernels(model: nn.Module, device: torch.device) -> Iterator[None]:
+def differentiable_kernels(model: nn.Module, device: torch.device, *, faster: bool = True) -> Iterator[None]:
     """Plain kernels in place of fused ones without second derivatives; autocast, which would round them, is off.
 
     Attention runs on the math kernel, torch's attention modules off their fast path for inference, and recurrent
@@ -39,7 +39,8 @@ def differentiable_kernels(model: nn.Module, device: torch.device) -> Iterator[N
         stack.enter_context(_without_fast_path())
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(_without_cudnn())
-        stack.enter_context(faster_kernels(model))
+        if faster:
+            stack.enter_context(faster_kernels(model))
         yield
 
 

@@ -146,14 +146,17 @@ class Objective:
         return products.T, partwise
 
     @contextmanager
-    def measuring(self) -> Iterator[None]:
-        """The model in its measuring mode, restored with all random states when the outermost block ends."""
+    def measuring(self, *, products: bool = True) -> Iterator[None]:
+        """The model in its measuring mode, restored with all random states when the outermost block ends.
+
+        Without ``products`` it looks no faster kernels for second derivatives up, which a bare forward pass need not.
+        """
         if self._active:
             yield
             return
         with ExitStack() as stack:
             stack.enter_context(preserved(self.terms.model, self.terms.loss_function, data=self.data))
-            stack.enter_context(differentiable_kernels(self.terms.model, self.device))
+            stack.enter_context(differentiable_kernels(self.terms.model, self.device, faster=products))
             stack.enter_context(self.meter.timing())
             self.terms.model.train(self.problem.mode == "train")
             self._active = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,9 +74,7 @@ class Evaluation:
         self._mode: Callable[[], AbstractContextManager[Any]] = torch.enable_grad
         self._writes = True
         self.examples = 0
-        first = next(self.parts(), None)
-        if first is not None:
-            self._settle(first)
+        self._settle(self._placed(objective.first_examples(8)))
 
     def __call__(self) -> tuple[float, float]:
         """Loss, weight decay included, and accuracy, NaN for a loss without labels; cost, a forward pass."""
@@ -99,7 +98,7 @@ class Evaluation:
         kept: list[MicroBatch] | None = []
         room = KEPT
         for part in micro_batches(self._objective.data, self._size):
-            placed = MicroBatch(self._terms.placed(part.batch), part.size, part.pieces, part.scale)
+            placed = self._placed(part)
             room -= sum(t.numel() * t.element_size() for t in tensors(placed.batch))
             kept = None if kept is None or room < 0 else [*kept, placed]
             yield placed
@@ -110,6 +109,9 @@ class Evaluation:
         for part in self.parts():
             for _ in self._room.run(part, self._forward):
                 yield
+
+    def _placed(self, part: MicroBatch) -> MicroBatch:
+        return replace(part, batch=self._terms.placed(part.batch))
 
     def _forward(self, part: MicroBatch) -> Any:
         with self._mode():
@@ -125,7 +127,6 @@ class Evaluation:
 
     def _settle(self, part: MicroBatch) -> None:
         """The cheapest way to the values that autograd sees, and whether they are the same twice."""
-        part = part.part(0, min(part.size, 8)) if part.splittable else part
         state = torch.get_rng_state()
         wanted = self._values(part)
         before = [t._version for t in tensors(part.batch)]

@@ -190,12 +190,12 @@ def _measured(
             f"{', '.join(str(len(v)) for v in vectors)}. Make it of the same problem."
         )
     with ExitStack() as stack:
+        slopes, curvatures = _curved(objective, lines, curvature)
         for each in objectives.values():
-            stack.enter_context(each.measuring())
+            stack.enter_context(each.measuring(products=False))
         size = micro_batch or usual_micro_batch(objective)
         log = _log(journal, shard, objectives, lines, batchnorm=batchnorm, size=size)
         stack.callback(log.close)
-        slopes, curvatures = _curved(objective, lines, curvature)
         others = _marks(problem, lines, objectives, marks or {}, trajectory or {}, size)
         walk = stack.enter_context(Walk(objectives, lines, batchnorm, size))
         grid = Grid(walk, log, len(lines), axes, len(objectives))

@@ -23,8 +23,7 @@ class Walk:
     """Loss and accuracy of each split at points ``w + sum_k c_k d_k``.
 
     To be used within ``measuring()`` of each objective, and as a context, which puts the weights back to the bit. Each
-    point is written from the stored centre in one addition, so nothing drifts. Memory: the weights, and each direction,
-    once more.
+    point is written from the stored centre, so nothing drifts. Memory: the weights, and each direction, once more.
 
     Args:
         objectives: by the name of the split, of one model.
@@ -77,17 +76,9 @@ class Walk:
     @torch.no_grad()
     def _move(self, line: int, coefficients: Sequence[float]) -> None:
         moves = [(d, c) for d, c in zip(self._lines[line], coefficients, strict=True) if c]
-        if not moves:
-            self._moved.restore()
-            return
-        (direction, scale), *others = moves
-        if others:
-            # One sum, rounded once, whatever the number of directions.
-            total = list(torch._foreach_mul(direction, scale))
-            for other, c in others:
-                torch._foreach_add_(total, other, alpha=c)
-            direction, scale = total, 1.0
-        self._moved.move_to(direction, scale)
+        self._moved.restore()
+        for direction, scale in moves:
+            self._moved.add(self._moved.weights, direction, scale)
 
 
 def quadratic(objective: Objective, lines: Sequence[Sequence[Direction]]) -> list[tuple[Tensor, Tensor]]:
