@@ -35,7 +35,7 @@ from sharpscope.zoo import load_data, make_model
 
 # Model, arguments, number of Fashion-MNIST images, and points on each axis.
 CASES: dict[str, tuple[str, dict[str, Any], int, int]] = {
-    "cnn": ("cnn", {}, 2000, 7),
+    "cnn": ("cnn", {}, 2000, 5),
     "wide_resnet 10-2": ("wide_resnet", {"depth": 10, "widen": 2}, 500, 5),
     "mlp": ("mlp", {"hidden": (256, 256)}, 2000, 21),
 }

@@ -56,9 +56,14 @@ class Perturbation:
     @torch.no_grad()
     def move_to(self, e: Sequence[Tensor], scale: float = 1.0) -> None:
         """Make the weights ``w + scale * e``, from the copies: however many moves came before, nothing drifts."""
-        torch._foreach_copy_(self.weights, self.centre)
         self.rounding = None
-        self.add(self.weights, e, scale)
+        if any(w.dtype in LOW_PRECISION for w in self.weights):
+            torch._foreach_copy_(self.weights, self.centre)
+            self.add(self.weights, e, scale)
+            return
+        for w, c, d in zip(self.weights, self.centre, e, strict=True):
+            torch.add(c, d, alpha=scale, out=w)  # a third less of memory traffic than a copy and a sum
+        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def achieved(self, wished: Sequence[Tensor] | None = None) -> tuple[float, float]:

@@ -76,8 +76,12 @@ class Walk:
     @torch.no_grad()
     def _move(self, line: int, coefficients: Sequence[float]) -> None:
         moves = [(d, c) for d, c in zip(self._lines[line], coefficients, strict=True) if c]
-        self._moved.restore()
-        for direction, scale in moves:
+        if not moves:
+            self._moved.restore()
+            return
+        (direction, scale), *others = moves
+        self._moved.move_to(direction, scale)
+        for direction, scale in others:
             self._moved.add(self._moved.weights, direction, scale)
 
 
