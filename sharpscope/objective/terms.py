@@ -113,8 +113,11 @@ class LossTerms:
         """How many labels are the place of the largest output, and how many there are; none where a loss has none."""
         if self.loss.name not in CLASSES or not isinstance(target, Tensor) or target.is_floating_point():
             return (none := torch.zeros((), dtype=torch.long, device=self.device)), none
-        known = target != _ignored(self.loss_function)
-        return ((output_tensor(output).argmax(1) == target) & known).sum(), known.sum()
+        right = output_tensor(output).argmax(1) == target
+        # A place of an output is never negative, so that a negative label that is ignored is never right.
+        ignored = _ignored(self.loss_function)
+        known = (target != ignored).sum()
+        return (right if ignored < 0 else right & (target != ignored)).sum(), known
 
     @torch.no_grad()
     def decay(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -78,17 +78,17 @@ class Evaluation:
 
     def __call__(self) -> tuple[float, float]:
         """Loss, weight decay included, and accuracy, NaN for a loss without labels; cost, a forward pass."""
-        dtype = wide(self._objective.device)
-        sums = torch.zeros(4, dtype=dtype, device=self._objective.device)
+        columns: tuple[list[Tensor], ...] = ([], [], [], [])
         self.examples = 0
         for part in self.parts():
             for values in self._room.run(part, self._values):
-                sums += values
+                for column, value in zip(columns, values, strict=True):
+                    column.append(value)
             self.examples += part.size
         self._terms.checked = True
-        loss, weight, correct, known = sums.tolist()
+        loss, weight, correct, counted = (_total(column) for column in columns)
         mean = loss / weight if weight else math.nan
-        return mean + self._terms.decay(), correct / known if known else math.nan
+        return mean + self._terms.decay(), correct / counted if counted else math.nan
 
     def parts(self) -> Iterator[MicroBatch]:
         """The micro-batches, on the device; ``run`` may be given them again and again."""
@@ -117,13 +117,13 @@ class Evaluation:
         with self._mode():
             return self._terms.forward_on(map_tensors(part.batch, torch.clone) if self._writes else part.batch)
 
-    def _values(self, part: MicroBatch) -> Tensor:
-        """Loss, loss terms, right answers and answers of one micro-batch (4,)."""
+    def _values(self, part: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss, loss terms, right answers and answers of one micro-batch."""
         output, target, batch = self._forward(part)
         with self._mode():
             loss, weight = self._terms.sums_of(part, output, target, batch)
             right, known = self._terms.answers(output, target)
-        return torch.stack([x.detach().to(wide(x.device)) for x in (loss, weight, right, known)])
+        return loss.detach(), weight, right, known
 
     def _settle(self, part: MicroBatch) -> None:
         """The cheapest way to the values that autograd sees, and whether they are the same twice."""
@@ -149,6 +149,15 @@ class Evaluation:
         self._mode = torch.enable_grad
 
 
-def _same(one: Tensor, two: Tensor) -> bool:
+def _total(values: list[Tensor]) -> float:
+    """The sum, in float64; waits for the device once."""
+    if not values:
+        return 0.0
+    if values[0].device.type == "cpu":
+        return float(sum(value.item() for value in values))  # cheaper than kernels on so few numbers
+    return float(torch.stack(values).to(wide(values[0].device)).sum())
+
+
+def _same(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
     """Whether two looks agree but for the rounding of other kernels."""
-    return torch.allclose(one, two, rtol=1e-4, atol=1e-8, equal_nan=True)
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-8, equal_nan=True) for a, b in zip(one, two, strict=True))
