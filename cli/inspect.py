@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
     tensors = [(name, list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in checkpoint.state_dict.items()]
     count = sum(t.numel() for t in checkpoint.state_dict.values())
     layout = "plain state dict" if checkpoint.model is None else "sharpscope checkpoint"
+    layout += f" under {checkpoint.weights!r}" if checkpoint.weights else ""
+    layout += f" (others under {', '.join(map(repr, checkpoint.others))})" if checkpoint.others else ""
     if args.json:
         said = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name not in LEFT_OUT}
         said |= {"layout": layout, "num_elements": count, "resumable": checkpoint.training is not None}

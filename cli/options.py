@@ -26,6 +26,8 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="the model's arguments, as depth=16 norm=none; CKPT before it",
     )
+    group.add_argument("--weights", metavar="KEY", help="of the state dict in a file of several, as ema or ema.module")
+    group.add_argument("--prefix", help="of the names in the state dict, as module. (default: found)")
     group.add_argument("--data", metavar="NAME", help="bundled data set: digits or fashion-mnist")
     group.add_argument("--loss", metavar="NAME", help="cross_entropy, mse, bce_with_logits or nll")
     group.add_argument(
@@ -140,6 +142,8 @@ def load(args: argparse.Namespace, path: str) -> Any:
         weight_decay=args.weight_decay,
         loss=args.loss,
         trust=args.trust,
+        weights=args.weights,
+        prefix=args.prefix,
     )
 
 

@@ -41,6 +41,8 @@ def load(
     mode: str = "eval",
     weight_decay: float = 0.0,
     trust: bool = False,
+    weights: str | None = None,
+    prefix: str | None = None,
 ) -> Problem:
     """The Problem of a checkpoint: its model at its weights, its loss, and the data it was trained on.
 
@@ -60,11 +62,13 @@ def load(
             a bundled data set.
         params, mode, weight_decay: as in ``Problem``.
         trust: import the factory that the *file* names when it is not a bundled one. This runs other people's code.
+        weights: the key of the state dict in the file, with dots between nested ones; by default the usual names.
+        prefix: of the names in the state dict, as "module."; by default it is found.
 
     Raises: CheckpointError for a file that cannot be read, trusted or matched; ArgumentError for an unknown name or
         a wrong argument; DataError when the data are missing.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, weights)
     source, label_noise = _data(checkpoint, data, data_root, split)
     bundled = isinstance(source, DataSet)
     batches = (source.inputs, source.targets) if isinstance(source, DataSet) else source
@@ -75,7 +79,7 @@ def load(
     built_from, args = _model(checkpoint, model, model_args, source, trust)
     network = make_model(built_from, **args) if built_from in MODELS else _built(built_from, args)
     try:
-        load_weights(network, checkpoint.state_dict)
+        taken = load_weights(network, checkpoint.state_dict, prefix)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return Problem(
@@ -88,6 +92,9 @@ def load(
         provenance={
             "checkpoint": os.fspath(path),
             "sha256": checkpoint.sha256,
+            "weights": checkpoint.weights,
+            "prefix": taken,
+            "left_out": [*checkpoint.others, *(k for k in checkpoint.state_dict if not k.startswith(taken))],
             "data": source.name if isinstance(source, DataSet) else type(source).__name__,
             "split": source.split if isinstance(source, DataSet) else None,
             "split_examples": total,

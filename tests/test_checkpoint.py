@@ -311,8 +311,86 @@ def test_a_plain_state_dict_on_other_data_needs_its_loss_named(tmp_path: Path) -
     assert isinstance(problem.loss, torch.nn.MSELoss)
 
 
-def test_a_wrappers_prefix_is_named(tmp_path: Path) -> None:
-    """Keys that all start with module. are said to, with the file's name."""
-    torch.save(torch.nn.DataParallel(make_model("mlp")).state_dict(), tmp_path / "ddp.pt")
-    with pytest.raises(CheckpointError, match=r"ddp\.pt.*All its keys start with 'module\.'"):
-        load(tmp_path / "ddp.pt", model="mlp", data="digits")
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "net.backbone."])
+def test_a_wrappers_prefix_is_taken_off_and_named(tmp_path: Path, prefix: str) -> None:
+    """Whatever wrapped the model, its weights are found under one prefix, and the result's provenance says which."""
+    weights = make_model("mlp", seed=3).state_dict()
+    beside = {} if prefix == "module." else {"criterion.weight": torch.ones(2)}
+    torch.save({**{prefix + key: value for key, value in weights.items()}, **beside}, tmp_path / "ddp.pt")
+    problem = load(tmp_path / "ddp.pt", model="mlp", data="digits")
+    assert all(torch.equal(value, weights[key]) for key, value in problem.model.state_dict().items())
+    assert problem.provenance["prefix"] == prefix
+    assert problem.provenance["left_out"] == list(beside)
+    again = load(tmp_path / "ddp.pt", model="mlp", data="digits", prefix=prefix)
+    assert same_weights(again.model, problem.model)
+
+
+def same_weights(one: nn.Module, two: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+
+
+def test_a_model_under_two_prefixes_must_be_chosen(tmp_path: Path) -> None:
+    """Student and teacher in one file: no guess, a sentence that names both; --prefix chooses."""
+    models = {"student.": make_model("mlp", seed=1), "teacher.": make_model("mlp", seed=2)}
+    torch.save({p + k: v for p, m in models.items() for k, v in m.state_dict().items()}, tmp_path / "two.pt")
+    with pytest.raises(CheckpointError, match=r"'student\.', 'teacher\.'.*--prefix"):
+        load(tmp_path / "two.pt", model="mlp", data="digits")
+    chosen = load(tmp_path / "two.pt", model="mlp", data="digits", prefix="teacher.")
+    assert same_weights(chosen.model, models["teacher."])
+    assert all(name.startswith("student.") for name in chosen.provenance["left_out"])
+
+
+def test_a_wrapped_model_that_does_not_fit_is_told_under_its_prefix(tmp_path: Path) -> None:
+    """The differences are those beneath the prefix, not that every name has one."""
+    torch.save(nn.DataParallel(make_model("mlp", hidden=(7,))).state_dict(), tmp_path / "ddp.pt")
+    with pytest.raises(CheckpointError, match=r"ddp\.pt.*under 'module\.'.*another shape"):
+        load(tmp_path / "ddp.pt", model="mlp", model_args={"hidden": (9,)}, data="digits")
+
+
+@pytest.mark.parametrize(
+    ("names", "key", "taken"),
+    [
+        (("model", "ema"), None, "model"),
+        (("ema", "state_dict"), None, "state_dict"),
+        (("model", "ema"), "ema", "ema"),
+        (("weights_of_mine",), None, "weights_of_mine"),
+        (("callbacks.ema.module", "state_dict"), "callbacks.ema.module", "callbacks.ema.module"),
+    ],
+)
+def test_one_of_several_state_dicts_is_taken_and_said(
+    tmp_path: Path, names: tuple[str, ...], key: str | None, taken: str
+) -> None:
+    """The usual names come before averages, any can be chosen, and what is left is named."""
+    models = {name: make_model("mlp", seed=i) for i, name in enumerate(names)}
+    contents: dict[str, Any] = {"epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}
+    for name, model in models.items():
+        inner = contents
+        *outer, last = name.split(".")
+        for part in outer:
+            inner = inner.setdefault(part, {})
+        inner[last] = model.state_dict()
+    torch.save(contents, tmp_path / "w.pt")
+    problem = load(tmp_path / "w.pt", model="mlp", data="digits", weights=key)
+    assert same_weights(problem.model, models[taken])
+    assert problem.provenance["weights"] == taken
+    assert set(problem.provenance["left_out"]) == set(names) - {taken}
+
+
+def test_weights_that_are_not_there_are_listed(tmp_path: Path) -> None:
+    """A key that is not in the file, and several unusual ones with none chosen, end in the list of what there is."""
+    torch.save({"one": mlp().state_dict(), "two": mlp().state_dict()}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"'one', 'two'.*--weights"):
+        read_checkpoint(tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="no weights under 'three', but under 'one', 'two'"):
+        read_checkpoint(tmp_path / "w.pt", "three")
+
+
+def test_a_result_says_which_weights_it_is_of(tmp_path: Path) -> None:
+    """The notes of a table name the key, the prefix and what was left out; of an ordinary checkpoint nothing."""
+    from sharpscope import top_eigenvalues
+
+    wrapped = {"ema": {"module." + k: v for k, v in mlp().state_dict().items()}, "model": mlp().state_dict()}
+    torch.save(wrapped, tmp_path / "w.pt")
+    problem = load(tmp_path / "w.pt", model="mlp", model_args=ARGS, data="digits", examples=50, weights="ema")
+    said = top_eigenvalues(problem, k=1, tol=0.1).summary()
+    assert "weights under 'ema'; the prefix 'module.' taken off their names; left out: model" in said

@@ -110,10 +110,23 @@ def origin(provenance: Mapping[str, Any]) -> str:
 def origin_notes(name: str, provenance: Mapping[str, Any]) -> list[str]:
     """The origin under the checkpoint's name, and the matrix where it is not the Hessian by double backprop."""
     notes, operator = [f"{name}: {origin(provenance)}"], provenance.get("operator", "hessian")
+    notes += _taken(name, provenance)
     if operator != "hessian":
         what = "finite differences of the gradient, approximate" if operator == "finite-difference" else operator
         notes.append(f"{name}: eigenvalues not of the Hessian by double backprop, but of: {what}.")
     return notes
+
+
+def _taken(name: str, provenance: Mapping[str, Any]) -> list[str]:
+    """Which of a file's weights were taken, where that is not all."""
+    key, prefix, left = (provenance.get(key) for key in ("weights", "prefix", "left_out"))
+    if not (key or prefix or left):
+        return []
+    said = [f"weights under {key!r}"] if key else []
+    said += [f"the prefix {prefix!r} taken off their names"] if prefix else []
+    if left:
+        said.append(f"left out: {', '.join(map(str, left[:3]))}{f' and {len(left) - 3} more' if left[3:] else ''}")
+    return [f"{name}: {'; '.join(said)}."]
 
 
 def point_and_price(loss: float, gradient_norm: float, cost: Cost) -> list[str]:

@@ -1,0 +1,125 @@
+"""Self-describing checkpoint files, and plain state dicts of other people's making.
+
+A sharpscope file is what ``torch.save`` makes of ``{"sharpscope": 1, "state_dict": ..., "model": {"name", "args"},
+"data": {...}, "loss": ..., "recipe": {...}, "epoch": ..., "metrics": {...}}``, and ``"training"`` (the optimizer's
+state) while a run is not finished. It holds tensors and plain values only, so that reading it runs no code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpscope.checkpoint.contents import Checkpoint
+from sharpscope.checkpoint.layouts import is_state_dict
+from sharpscope.errors import ArgumentError, CheckpointError
+from sharpscope.files import atomic
+
+FORMAT = 1
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    state_dict: Mapping[str, Tensor],
+    model: str,
+    model_args: Mapping[str, Any],
+    data: Mapping[str, Any],
+    loss: str = "cross_entropy",
+    recipe: Mapping[str, Any] | None = None,
+    epoch: int | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a self-describing file: a reader sees the old file or the new one, and equal contents give equal bytes.
+
+    Args:
+        state_dict: the model's; stored on the CPU in its own precision.
+        model: the bundled name, or "package.module:function" for a factory that only a trusting reader imports.
+        model_args: keyword arguments of the factory.
+        data: ``name``, and optionally ``label_noise`` and ``noise_seed``.
+        loss: a key of ``sharpscope.loading.LOSSES``.
+        recipe, epoch, metrics: how the weights came about, and how good they are.
+        training: what a resumed run needs besides the weights.
+
+    Raises: ArgumentError for a value that is neither plain nor a tensor; OutputError when it cannot be written.
+    """
+    contents = {
+        "sharpscope": FORMAT,
+        "state_dict": dict(state_dict),
+        "model": {"name": model, "args": dict(model_args)},
+        "data": dict(data),
+        "loss": loss,
+        "recipe": dict(recipe or {}),
+        "epoch": epoch,
+        "metrics": dict(metrics or {}),
+    }
+    if training is not None:
+        contents["training"] = dict(training)
+    contents = _storable(contents, "")
+    # torch.save names the archive's folder after a path, but not after a stream: the temporary name would get in.
+    with atomic(path) as temporary, open(temporary, "wb") as stream:
+        torch.save(contents, stream)
+
+
+def bundled(place: Path, digest: str, contents: dict[Any, Any]) -> Checkpoint:
+    """The Checkpoint that ``write_checkpoint`` wrote.
+
+    Raises: CheckpointError for a later format, or one that is not whole.
+    """
+    version = contents["sharpscope"]
+    if version != FORMAT:
+        raise CheckpointError(
+            f"The checkpoint {place} has format {version!r}, and this sharpscope reads {FORMAT}. Install a newer one."
+        )
+
+    def entry(key: str, kinds: type | tuple[type, ...], parent: Mapping[str, Any] = contents) -> Any:
+        value = parent.get(key)
+        if not isinstance(value, kinds):
+            raise CheckpointError(f"The checkpoint {place} has no usable entry {key!r}: got {type(value).__name__}.")
+        return value
+
+    state_dict = entry("state_dict", dict)
+    if not is_state_dict(state_dict):
+        raise CheckpointError(f"The entry 'state_dict' of the checkpoint {place} must map names to tensors.")
+    model = entry("model", dict)
+    data = entry("data", dict)
+    entry("name", str, data)
+    nothing = type(None)
+    return Checkpoint(
+        path=place,
+        sha256=digest,
+        state_dict=state_dict,
+        model=entry("name", str, model),
+        model_args=entry("args", dict, model),
+        data=data,
+        loss=entry("loss", str),
+        recipe=entry("recipe", dict),
+        epoch=entry("epoch", (int, nothing)),
+        metrics=entry("metrics", dict),
+        training=entry("training", (dict, nothing)),
+    )
+
+
+def _storable(value: Any, where: str) -> Any:
+    """A copy of ``value`` in which equal contents pickle to equal bytes, or ArgumentError for what is not plain."""
+    if isinstance(value, Tensor):
+        # A view would bring its whole storage along, and sharing would depend on the writer.
+        return value.detach().to("cpu", copy=True).contiguous()
+    if isinstance(value, str):
+        # Pickle writes the same string object once and equal ones again and again.
+        return sys.intern(str(value))
+    if isinstance(value, Mapping):
+        return {_storable(key, where): _storable(entry, f"{where}.{key}") for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        items: Iterable[Any] = (_storable(item, f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(items) if isinstance(value, tuple) else list(items)
+    if value is None or type(value) in (bool, int, float):
+        return value
+    raise ArgumentError(f"A checkpoint holds tensors and plain values, got {type(value).__name__} in {where[1:]!r}.")

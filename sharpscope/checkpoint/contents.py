@@ -1,0 +1,41 @@
+"""What a checkpoint file says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+SHOWN = 3
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Checkpoint:
+    """What a checkpoint file says.
+
+    ``model`` is None for a plain state dict, whose other fields are empty too. ``training`` is the optimizer's state
+    of an unfinished run, None for a finished one. ``sha256`` is the digest of the very bytes that were read.
+    ``weights`` is the key that the state dict was under, ``others`` are those of further ones in the file.
+    """
+
+    path: Path
+    sha256: str
+    state_dict: Mapping[str, Tensor]
+    weights: str = ""
+    others: Sequence[str] = ()
+    model: str | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    loss: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    epoch: int | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] | None = None
+
+
+def first_few(items: list[str], separator: str = ", ") -> str:
+    """The first few of a list, for a message."""
+    return separator.join(items[:SHOWN]) + (f"{separator}..." if len(items) > SHOWN else "")

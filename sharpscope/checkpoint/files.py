@@ -1,0 +1,79 @@
+"""Reading a file of weights, without running any code that it may hold."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from sharpscope.checkpoint.bundled import bundled
+from sharpscope.checkpoint.contents import Checkpoint
+from sharpscope.checkpoint.layouts import HOW_TO_SAVE, chosen_weights
+from sharpscope.errors import CheckpointError
+
+
+def read_checkpoint(path: str | os.PathLike[str], weights: str | None = None) -> Checkpoint:
+    """The checkpoint in ``path``, on the CPU, in the precision it was saved in; no code of the file is run.
+
+    A sharpscope file is read in full. A dict of tensors, alone or in nested dicts, gives a Checkpoint whose ``model``
+    is None; of several it is the one under ``weights``, or the first of the usual names (``layouts.NESTS``).
+
+    Raises: CheckpointError when the file is missing, damaged, of another kind, or holds pickled code.
+    """
+    place = Path(path)
+    if place.is_dir():
+        raise CheckpointError(f"A checkpoint must be a file, but {place} is a folder. Name a file in it.")
+    try:
+        with open(place, "rb") as stream:
+            # Digest and contents come from one open file, even if a training run replaces it meanwhile.
+            digest = sha256_of(stream)
+            if stream.tell() == 0:
+                raise CheckpointError(f"The checkpoint {place} is empty. {HOW_TO_SAVE}")
+            contents = _unpickle(place, stream)
+    except FileNotFoundError:
+        raise CheckpointError(f"There is no checkpoint {place}. Check the path.") from None
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint {place} cannot be read: {error.strerror or error}.") from error
+    if isinstance(contents, dict) and "sharpscope" in contents:
+        return bundled(place, digest, contents)
+    state_dict, key, others = chosen_weights(place, contents, weights)
+    return Checkpoint(path=place, sha256=digest, state_dict=state_dict, weights=key, others=others)
+
+
+def sha256_of(stream: BinaryIO) -> str:
+    """The digest of what is left of ``stream``."""
+    digest = hashlib.sha256()
+    while chunk := stream.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _unpickle(place: Path, stream: BinaryIO) -> Any:
+    try:
+        if zipfile.is_zipfile(stream):
+            # torch.load does not compare the archive's checksums, so a flipped bit would pass as a weight.
+            with zipfile.ZipFile(stream) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise CheckpointError(f"The checkpoint {place} is damaged: {damaged} fails its CRC. Copy it again.")
+        stream.seek(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(stream, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    # Bytes that are no checkpoint can raise nearly anything in an unpickler: KeyError for a PNG, for instance.
+    except Exception as error:
+        if "Unsupported global" in str(error) or "unsupported GLOBAL" in str(error):
+            raise CheckpointError(
+                f"The checkpoint {place} holds pickled Python objects, and reading them could run any code. "
+                "Save the weights alone with torch.save(model.state_dict(), path), and pass --model and --data."
+            ) from error
+        raise CheckpointError(
+            f"{place} must be a PyTorch checkpoint, but it is of another kind, truncated or damaged. {HOW_TO_SAVE}"
+        ) from error

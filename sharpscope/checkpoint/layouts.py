@@ -1,0 +1,73 @@
+"""Where in a file of other people's making the weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sharpscope.checkpoint.contents import first_few
+from sharpscope.errors import CheckpointError
+
+# Where training scripts put the weights, the likeliest first. Averages come last: they are other weights.
+NESTS = ("state_dict", "model_state_dict", "model", "net", "params", "state_dict_ema", "model_ema", "ema")
+DEPTH = 3
+
+HOW_TO_SAVE = "Give a file written by 'sharpscope train' or by torch.save(model.state_dict(), path)."
+
+
+def chosen_weights(place: Path, contents: Any, key: str | None = None) -> tuple[dict[str, Tensor], str, list[str]]:
+    """The state dict in ``contents``, its key ("" where it is all there is), and the keys of others.
+
+    Without ``key`` the first of NESTS that is there is taken, or the only one whatever its name.
+
+    Raises: CheckpointError where there is none, none under ``key``, or several and none of NESTS.
+    """
+    found = state_dicts(contents)
+    if not found:
+        keys = f"a dict with the keys {first_few([repr(k) for k in contents])}" if isinstance(contents, dict) else ""
+        raise CheckpointError(
+            f"The checkpoint {place} must hold a dict of tensors, alone or under {', '.join(NESTS[:3])}, ..., "
+            f"got {keys or type(contents).__name__}. {HOW_TO_SAVE}"
+        )
+    if key is not None and key not in found:
+        raise CheckpointError(
+            f"The checkpoint {place} has no weights under {key!r}, but under {_listed(found)}. Pass one of them."
+        )
+    known = [name for name in ("", *NESTS) if name in found]
+    if key is None and not known and len(found) > 1:
+        raise CheckpointError(
+            f"The checkpoint {place} holds several dicts of weights, under {_listed(found)}. Choose one: weights= "
+            "(--weights)."
+        )
+    taken = key if key is not None else [*known, *found][0]
+    return found[taken], taken, [name for name in found if name != taken]
+
+
+def state_dicts(contents: Any, depth: int = DEPTH) -> dict[str, dict[str, Tensor]]:
+    """Every dict of named tensors in nested dicts, by its keys with dots between; "" is ``contents`` itself."""
+    if is_state_dict(contents):
+        return {"": dict(contents)}  # an OrderedDict with torch's version notes becomes an ordinary one
+    found: dict[str, dict[str, Tensor]] = {}
+    if isinstance(contents, Mapping) and depth:
+        for key, value in contents.items():
+            # An optimizer's state is named by numbers.
+            if isinstance(key, str):
+                inner = state_dicts(value, depth - 1)
+                found |= {f"{key}.{name}" if name else key: entry for name, entry in inner.items()}
+    return found
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether ``value`` is a dict of named tensors."""
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items())
+    )
+
+
+def _listed(found: Mapping[str, Any]) -> str:
+    return ", ".join(repr(name) for name in found)

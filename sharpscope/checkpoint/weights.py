@@ -1,0 +1,87 @@
+"""Fitting a file's weights into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from sharpscope.checkpoint.contents import first_few
+from sharpscope.errors import CheckpointError
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str | None = None) -> str:
+    """Copy ``state_dict`` into ``model``, every key and shape matching; the model takes on the file's precision.
+
+    Tied parameters stay tied. A bfloat16 checkpoint makes a bfloat16 model. Wrappers put a prefix before every name
+    ("module." of data parallelism, "_orig_mod." of a compiled model, "model." of Lightning): the entries under
+    ``prefix`` are taken, without it, and others left out. By default it is found; returns it.
+
+    Raises: CheckpointError listing the first missing keys, unexpected keys and differing entries, and their numbers;
+    where several prefixes fit.
+    """
+    own: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    taken = _prefix(state_dict, own) if prefix is None else prefix
+    state_dict = {key.removeprefix(taken): value for key, value in state_dict.items() if key.startswith(taken)}
+    unexpected = [key for key in state_dict if key not in own]
+    missing = [key for key in own if key not in state_dict]
+    differing = [
+        f"{key}: {_kind(state_dict[key])} in the file, {_kind(own[key])} in the model"
+        for key in own
+        if key in state_dict and _kind(state_dict[key]) != _kind(own[key])
+    ]
+    faults = []
+    if unexpected:
+        faults.append(f"has {len(unexpected)} keys that the model lacks ({first_few(unexpected)})")
+    if missing:
+        faults.append(f"misses {len(missing)} ({first_few(missing)})")
+    if differing:
+        faults.append(f"has {len(differing)} of another shape or kind ({first_few(differing, '; ')})")
+    if faults:
+        under = f" under {taken!r}" if taken else ""
+        raise CheckpointError(f"The checkpoint{under} {', '.join(faults)}. Check --model and --model-args.")
+    for key, tensor in own.items():
+        if tensor.is_floating_point() and tensor.dtype != state_dict[key].dtype:
+            tensor.data = tensor.data.to(state_dict[key].dtype)
+    model.load_state_dict(state_dict)
+    return taken
+
+
+def _prefix(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """The one prefix under which the file has every key of the model, "" if it has them as they are or nowhere.
+
+    Raises: CheckpointError where several prefixes fit.
+    """
+    if not own or all(key in state_dict for key in own):
+        return ""
+    first = next(iter(own))
+    fitting = [
+        key.removesuffix(first)
+        for key in state_dict
+        if key.endswith(f".{first}") and all(key.removesuffix(first) + other in state_dict for other in own)
+    ]
+    if len(fitting) > 1:
+        raise CheckpointError(
+            f"The checkpoint has the model's keys under several prefixes: {', '.join(map(repr, fitting))}. Choose one: "
+            "prefix= (--prefix)."
+        )
+    # What all names share is told as a prefix even where the model does not fit, so that the differences make sense.
+    return fitting[0] if fitting else _common(state_dict, own)
+
+
+def _common(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """The longest prefix of whole names that all keys share, if some key of the model is under it."""
+    parts = [key.split(".")[:-1] for key in state_dict]
+    shared = parts[0] if parts else []
+    for other in parts:
+        shared = shared[: next((i for i, (a, b) in enumerate(zip(shared, other, strict=False)) if a != b), len(other))]
+    for i in range(len(shared), 0, -1):
+        prefix = ".".join(shared[:i]) + "."
+        if any(prefix + key in state_dict for key in own):
+            return prefix
+    return ""
+
+
+def _kind(tensor: Tensor) -> str:
+    """The shape, and "float" or the exact type: precisions may differ, integers in place of weights may not."""
+    return f"{tuple(tensor.shape)} {'float' if tensor.is_floating_point() else str(tensor.dtype)[6:]}"
