@@ -43,19 +43,26 @@ def add_data_root(parser: Any) -> None:
 
 
 def add_measured(
-    parser: argparse.ArgumentParser, computed: bool = True, splits: tuple[str, ...] = ("train", "test")
+    parser: argparse.ArgumentParser,
+    computed: bool = True,
+    splits: tuple[str, ...] = ("train", "test"),
+    decay: str = "add C to each eigenvalue",
+    micro_batch: str = "examples a graph (default: measured)",
 ) -> None:
-    """Options that say which examples and parameters are measured, and how unless that is not ``computed`` freely."""
+    """Options that say which examples and parameters are measured, and how unless that is not ``computed`` freely.
+
+    ``decay`` and ``micro_batch`` are what the help says of these two.
+    """
     parser.add_argument("--split", default="train", choices=splits, help="part of the data (default train)")
     parser.add_argument("--examples", type=int, metavar="N", help="measure on N examples drawn at random, not on all")
     parser.add_argument(
         "--params", action="append", metavar="PATTERN", help="only parameters of such names; may be given again"
     )
-    parser.add_argument("--weight-decay", type=float, default=0.0, metavar="C", help="add C to each eigenvalue")
+    parser.add_argument("--weight-decay", type=float, default=0.0, metavar="C", help=decay)
     if not computed:
         return
     parser.add_argument("--dtype", choices=DTYPES, help="precision of the computation (default: the weights')")
-    parser.add_argument("--micro-batch", type=int, metavar="N", help="examples a graph (default: measured)")
+    parser.add_argument("--micro-batch", type=int, metavar="N", help=micro_batch)
 
 
 def add_operator(parser: argparse.ArgumentParser) -> None:
@@ -220,7 +227,7 @@ def require_new(args: argparse.Namespace, *files: Path, own: bool = False) -> No
 
     for file in files:
         if file.resolve() in {Path(path).resolve() for path in args.checkpoints}:
-            raise OutputError(f"{file} is a checkpoint to be measured. Name another place for the result.")
+            raise OutputError(f"{file} is one of the files to be read. Name another place for the result.")
         require_writable(file)
         if file.exists() and not args.overwrite and not own:
             raise OutputError(f"{file} exists already. Name another place, or pass --overwrite.")

@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         raise OutputError(f"FIGURE must be one of {', '.join((*options.FIGURES, *DATA))}, got {out}. Name it so.")
     options.require_new(args, out)
     results = [_read(path) for path in args.checkpoints]
+    _refuse_unused(args, out.suffix, lines=any(r.dimensions == 1 for r in results))
     if out.suffix in (".vtk", ".csv"):
         if len(results) > 1:
             raise ArgumentError(f"A {out.suffix} file holds one result, got {len(results)}. Write one at a time.")
@@ -84,6 +85,35 @@ def run(args: argparse.Namespace) -> int:
             terminal.save_figure(lambda: _drawn(args, results), out)
     terminal.emit(slice_table(results))
     return 0
+
+
+def _refuse_unused(args: argparse.Namespace, suffix: str, lines: bool) -> None:
+    """Raise ArgumentError for an option that FIGURE would not show."""
+    from sharpscope.errors import ArgumentError
+
+    given = {
+        "--split": args.split is not None,
+        "--quantity": args.quantity != "loss",
+        "--kind": args.kind != "contour",
+        "--log or --linear": args.log is not None,
+        "--clip": args.clip is not None,
+        "--levels": args.levels is not None,
+        "--width": args.width is not None,
+        "--style": args.style is not None,
+    }
+    shown = set(given)
+    if suffix in (".vtk", ".csv"):
+        shown = set()
+    elif suffix == ".html":
+        shown -= {"--kind", "--levels", "--width", "--style"}
+    elif lines:
+        shown -= {"--quantity", "--kind", "--levels"}
+    for name in given:
+        if given[name] and name not in shown:
+            what = "curves have" if lines and suffix in options.FIGURES else f"a {suffix} file has"
+            raise ArgumentError(f"{name} is of something that {what} not. Leave it out.")
+    if args.levels is not None and not isinstance(args.levels, int) and args.clip is not None:
+        raise ArgumentError("--clip and the values of --levels both say where the scale ends. Leave one of them out.")
 
 
 def _read(path: str) -> SliceResult:

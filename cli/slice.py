@@ -81,13 +81,10 @@ def run(args: argparse.Namespace) -> int:
 def _directions(args: argparse.Namespace, kind: str, problem: Any, out: Path | None, progress: Any) -> list[Any]:
     import torch
 
-    from sharpscope.slices import gradient_directions, random_directions
+    from sharpscope.slices import random_directions
 
-    if kind == "eigenvectors":
-        found: list[Any] = slicing.eigenvectors(args, problem, args.eigenvectors or [1], out, progress)
-        return found
-    if kind == "gradient":
-        return gradient_directions(problem, args.rho, device=options.device(args.device))
+    if kind != "random":
+        return slicing.directions(args, kind, problem, args.eigenvectors or [1], out, progress)
     return [
         random_directions(
             problem,

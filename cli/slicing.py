@@ -37,7 +37,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="random directions: biases and norms stay, or are each scaled as a filter (default fixed)",
     )
     parser.add_argument("--spacing", default="linear", choices=("linear", "log"), help="of the points (default linear)")
-    parser.add_argument("--refine", type=int, default=0, metavar="N", help="N points more where the loss bends most")
+    parser.add_argument(
+        "--refine", type=int, default=0, metavar="N", help="N coordinates more on each axis, where the loss bends most"
+    )
     parser.add_argument(
         "--batchnorm",
         default="frozen",
@@ -45,7 +47,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="running statistics: those of CKPT, between checkpoints, or anew at each point (default frozen)",
     )
     parser.add_argument("--quadratic", action="store_true", help="measure slope and curvature, and what they predict")
-    options.add_measured(parser, splits=("train", "test", "both"))
+    options.add_measured(
+        parser,
+        splits=("train", "test", "both"),
+        decay="add C/2 |w|^2 to the loss",
+        micro_batch="examples a forward pass (default: by the size of the model's activations)",
+    )
     options.add_device(parser)
     parser.add_argument(
         "--shard", type=_shard, metavar="I/N", help="take every N-th point from the I-th on; the last one to end writes"
@@ -65,7 +72,7 @@ def run(
 
     from sharpscope import ArgumentError
     from sharpscope.results import SliceResult, slice_table
-    from sharpscope.resume import discard_points
+    from sharpscope.resume import discard
 
     if args.shard is not None and args.out is None:
         raise ArgumentError("--shard needs --out, where the processes meet. Pass the same --out to each.")
@@ -78,9 +85,9 @@ def run(
         problem, also = _loaded(args, path)
         saved = [time.monotonic()]
 
-        def preview(unfinished: SliceResult) -> None:
+        def preview(unfinished: Callable[[], SliceResult]) -> None:
             if out is not None and args.shard is None and time.monotonic() > saved[0] + PREVIEW:
-                unfinished.save(out)
+                unfinished().save(out)
                 saved[0] = time.monotonic()
 
         result: SliceResult = measure(
@@ -105,52 +112,65 @@ def run(
     terminal.measure_each(args, outputs, results, one, slice_table, unless=lambda result: not result.complete)
     for result, out in zip(results, outputs, strict=True):
         if out is not None and result.complete:
-            for name in ("eigen.json", "eigen.npz"):
-                (options.state(out) / name).unlink(missing_ok=True)
-            discard_points(options.state(out))
+            (options.state(out) / "directions.npz").unlink(missing_ok=True)
+            discard(options.state(out))
     if figure is not None and all(result.complete for result in results):
         terminal.save_figure(lambda: draw(results), figure)
     return 0
 
 
-def eigenvectors(args: argparse.Namespace, problem: Any, which: Sequence[int], out: Path | None, progress: Any) -> Any:
-    """Directions along eigenvectors: of ``--eigen``, of this run before it was killed, or measured now."""
+def directions(
+    args: argparse.Namespace, kind: str, problem: Any, which: Sequence[int], out: Path | None, progress: Any
+) -> list[Any]:
+    """Directions that are measured: "eigenvectors" or "gradient"; those of the run that was killed where there are any.
+
+    Measured anew they would differ in their last bits, and no finished point could be used.
+    """
+    from sharpscope import ArgumentError, EigenResult
+    from sharpscope.slices import eigenvector_directions, read_directions, write_directions
+
+    if kind == "eigenvectors" and args.eigen is not None:
+        result = EigenResult.load(args.eigen)
+        differ = _differing(result.provenance, problem)
+        if differ is not None:
+            raise ArgumentError(
+                f"--eigen must be measured on this checkpoint and these data, but {args.eigen} has {differ}. Pass the "
+                "same checkpoint, --split, --examples, --seed and --params."
+            )
+        return eigenvector_directions(result, which)
+    if out is None:
+        return _measured(args, kind, problem, which, progress)
+    asked = {key: problem.provenance.get(key) for key in ("sha256", "weights", "prefix", *_SAME, "label_noise")}
+    asked |= {"kind": kind, "which": list(which), "rho": args.rho, "seed": args.seed, "dtype": args.dtype}
+    asked |= {"params": problem.params, "weight_decay": problem.weight_decay, "loss": args.loss, "model": args.model}
+    path = options.state(out) / "directions.npz"
+    found: list[Any] | None = read_directions(path, asked)
+    if found is None:
+        write_directions(path, _measured(args, kind, problem, which, progress), asked)
+        # Those of the process that was first, where several shards have begun at once.
+        found = read_directions(path, asked)
+        assert found is not None
+    return found
+
+
+def _measured(args: argparse.Namespace, kind: str, problem: Any, which: Sequence[int], progress: Any) -> list[Any]:
     import torch
 
     import sharpscope
-    from sharpscope.slices import eigenvector_directions
+    from sharpscope.slices import eigenvector_directions, gradient_directions
 
-    if args.eigen is not None:
-        result = sharpscope.EigenResult.load(args.eigen)
-        differ = _differing(result, problem)
-        if differ is not None:
-            raise sharpscope.ArgumentError(
-                f"--eigen must be measured on this checkpoint and these data, but {args.eigen} has another {differ}. "
-                "Pass the same checkpoint, --split, --examples, --seed and --params."
-            )
-        return eigenvector_directions(result, which)
-    # Measured anew they would differ in their last bits, and no finished point could be used.
-    kept = None if out is None else options.state(out) / "eigen.json"
-    if kept is not None and kept.exists():
-        result = sharpscope.EigenResult.load(kept)
-        if (
-            _differing(result, problem) is None
-            and result.eigenvectors is not None
-            and len(result.eigenvalues) >= max(which)
-        ):
-            return eigenvector_directions(result, which)
+    given = {"dtype": getattr(torch, args.dtype) if args.dtype else None, "micro_batch": args.micro_batch}
+    given["device"] = options.device(args.device)
+    if kind == "gradient":
+        return gradient_directions(problem, args.rho, **given)
     result = sharpscope.top_eigenvalues(
         problem,
         max(which),
         generator=torch.Generator().manual_seed(args.seed),
         progress=progress,
         vectors=True,
-        dtype=getattr(torch, args.dtype) if args.dtype else None,
-        device=options.device(args.device),
+        **given,
     )
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        result.save(kept, vectors=True)
     return eigenvector_directions(result, which)
 
 
@@ -192,14 +212,20 @@ def _with(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **changes})
 
 
-def _differing(result: Any, problem: Any) -> str | None:
-    """What of the weights, data or matrix an eigen result does not share with ``problem``."""
-    ours, theirs = problem.provenance, result.provenance
-    for key in ("sha256", "data", "split", "examples_seed"):
-        if theirs.get(key) != ours.get(key):
-            return key
-    if theirs.get("num_examples") != len(problem.data[-1]) and isinstance(problem.data, tuple):
-        return "number of examples"
-    if theirs.get("params") != (problem.params if isinstance(problem.params, str) else list(problem.params)):
-        return "choice of parameters"
-    return None if theirs.get("operator", "hessian") == "hessian" else "operator"
+# What an eigen result must share with a problem, and what it is called.
+_SAME = {"data": "other data", "split": "another split", "examples_seed": "other examples"}
+
+
+def _differing(came: Any, problem: Any) -> str | None:
+    """What of the weights, data or matrix an eigen result, by its provenance, does not share with ``problem``."""
+    ours = problem.provenance
+    if came.get("sha256") != ours.get("sha256"):
+        return "another checkpoint"
+    for key, what in _SAME.items():
+        if came.get(key) != ours.get(key):
+            return what
+    if isinstance(problem.data, tuple) and came.get("num_examples") != len(problem.data[-1]):
+        return "another number of examples"
+    if came.get("params") != (problem.params if isinstance(problem.params, str) else list(problem.params)):
+        return "other parameters"
+    return None if came.get("operator", "hessian") == "hessian" else "another operator"

@@ -75,8 +75,9 @@ def run(args: argparse.Namespace) -> int:
     def measure(problem: Any, out: Path | None, progress: Any, **given: Any) -> Any:
         marks = slicing.others(args, args.through or [])
         steps = slicing.others(args, args.trajectory or [])
-        if steps and args.checkpoints[0] not in args.trajectory:
-            steps[Path(args.checkpoints[0]).name] = problem  # where the steps lead to
+        centre = Path(args.checkpoints[0])
+        if steps and centre.resolve() not in {Path(step).resolve() for step in args.trajectory}:
+            steps[centre.name if centre.name not in steps else str(centre)] = problem  # where the steps lead to
         plane = _plane(args, kind, problem, marks, steps, out, progress)
         spans = _spans(args, problem, plane, [*marks.values(), *steps.values()])
         return sharpscope.loss_surface(
@@ -96,19 +97,11 @@ def _plane(
 ) -> list[Any]:
     import torch
 
-    from sharpscope.slices import (
-        gradient_directions,
-        orthonormalised,
-        plane_through,
-        random_directions,
-        trajectory_plane,
-    )
+    from sharpscope.slices import orthonormalised, plane_through, random_directions, trajectory_plane
 
-    if kind == "eigenvectors":
-        found: list[Any] = slicing.eigenvectors(args, problem, args.eigenvectors or [1, 2], out, progress)
-        return found
-    if kind == "gradient":
-        return orthonormalised(gradient_directions(problem, args.rho, device=options.device(args.device)))
+    if kind in ("eigenvectors", "gradient"):
+        found = slicing.directions(args, kind, problem, args.eigenvectors or [1, 2], out, progress)
+        return orthonormalised(found) if kind == "gradient" else found
     if kind == "plane":
         return plane_through(problem, marks)
     if kind == "trajectory":

@@ -47,7 +47,8 @@ ALLOWED: dict[str, set[str]] = {
         *("precision", "problem", "provenance", "results"),
     },
     "slices": {
-        *("ball", "objective", "params", "perturbation", "precision", "problem", "provenance", "results", "resume"),
+        *("ball", "files", "objective", "params", "perturbation", "precision", "problem", "provenance", "results"),
+        "resume",
     },
     "optim": {"ball", "perturbation", "precision"},
     "zoo": set(),
@@ -103,16 +104,20 @@ INSIDE: dict[str, set[str]] = {
     "resume.journal": {"fingerprint"},
     "resume.passes": {"fingerprint", "journal"},
     "resume.points": set(),
+    "slices.axes": set(),
     "slices.direction": set(),
-    "slices.grid": set(),
-    "slices.statistics": set(),
     "slices.evaluation": set(),
-    "slices.random": {"direction"},
-    "slices.measured": {"direction"},
-    "slices.between": {"direction", "statistics"},
-    "slices.walk": {"direction", "evaluation", "statistics"},
-    "slices.filling": {"grid", "walk"},
-    "slices.measure": {"between", "direction", "evaluation", "filling", "grid", "random", "walk"},
+    "slices.running_statistics": set(),
+    "slices.curvature": {"axes", "direction"},
+    "slices.random_directions": {"direction"},
+    "slices.loss_directions": {"direction"},
+    "slices.checkpoint_directions": {"direction", "running_statistics"},
+    "slices.walk": {"direction", "evaluation", "running_statistics"},
+    "slices.grid": {"axes", "walk"},
+    "slices.marks": {"checkpoint_directions", "direction", "evaluation", "walk"},
+    "slices.measure": {
+        *("axes", "curvature", "direction", "evaluation", "grid", "marks", "random_directions", "walk"),
+    },
 }
 THIRD_PARTY = {"torch", "numpy", "scipy", "matplotlib", "tqdm"}
 MAY_IMPORT: dict[str, set[str]] = {

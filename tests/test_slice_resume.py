@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from sharpscope import Problem, SliceResult, loss_slice, loss_surface
 from sharpscope.cli import main
 from sharpscope.errors import ArgumentError
-from sharpscope.resume import PointLog, discard_points
+from sharpscope.objective import sizes
+from sharpscope.resume import PointLog, discard
 from sharpscope.slices import Direction, random_directions
 from sharpscope.slices.walk import Walk
 
@@ -145,7 +145,7 @@ def test_shards_meet_in_the_whole(tmp_path: Path) -> None:
     np.testing.assert_array_equal(results[-1].loss, loss_surface(small(), points=6).loss)
     done = [int((r.status != 0).sum()) for r in results]
     assert done[0] <= 49 // 3 + 2
-    discard_points(tmp_path)
+    discard(tmp_path)
     assert not tmp_path.exists()
 
 
@@ -207,6 +207,19 @@ def test_the_points_of_another_key_are_never_used_and_give_way(tmp_path: Path) -
     other.close()
     assert PointLog(tmp_path, "one", 1, 1).replayed == 0
     assert PointLog(tmp_path, "two", 1, 1)[(1.0,)] == (6.0,)
+
+
+@pytest.mark.parametrize("kind", ["curvature", "gradient"])
+def test_a_clock_that_chose_otherwise_loses_no_point(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """How derivatives are taken is chosen by timing; the points of an earlier run are used whatever it chose."""
+    options = ["--quadratic"] if kind == "curvature" else ["--directions", "gradient"]
+    command = ["slice", "sgd.pt", *options, "--points", "5", "--out", str(tmp_path / "s.json"), "--shard"]
+    for shard, size in (("1/2", 64), ("2/2", 256)):
+        monkeypatch.setattr(sizes, "chosen", lambda *args, size=size: (size, 1))
+        assert run(checkpoints, *command, shard) == 0
+    assert SliceResult.load(tmp_path / "s.json").complete
 
 
 # The command line.
@@ -292,12 +305,12 @@ def test_eigenvector_planes_carry_the_prediction_and_resume(checkpoints: Path, t
     out = tmp_path / "e.json"
     assert run(checkpoints, *command, "--out", str(out), "--shard", "1/2") == 0
     assert not out.exists()
-    kept = tmp_path / "e.json.partial" / "eigen.json"
-    values = json.loads(kept.read_text())["eigenvalues"]
+    kept = tmp_path / "e.json.partial" / "directions.npz"
+    assert kept.exists()
     assert run(checkpoints, *command, "--out", str(out), "--shard", "2/2") == 0
     result = SliceResult.load(out)
     assert result.complete
-    assert np.diagonal(result.curvatures[0]) == pytest.approx(values, rel=1e-3)
+    assert np.diagonal(result.curvatures[0]) == pytest.approx([d["eigenvalue"] for d in result.directions[0]], rel=1e-3)
     assert not kept.exists()
     eigen = tmp_path / "eigen.json"
     assert run(checkpoints, "eigen", "sgd.pt", "--k", "2", "--examples", "300", "--vectors", "--out", str(eigen)) == 0

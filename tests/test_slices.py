@@ -30,8 +30,9 @@ from sharpscope.slices import (
     towards,
     trajectory_plane,
 )
+from sharpscope.slices.axes import coarse_to_fine, refined
 from sharpscope.slices.direction import coordinates, cosine
-from sharpscope.slices.grid import coarse_to_fine, refined
+from sharpscope.slices.evaluation import Evaluation
 
 LAMBDAS = torch.tensor([9.0, 4.0, 1.0, 0.25], dtype=torch.float64)
 
@@ -461,7 +462,7 @@ def test_points_do_not_drift_however_many_came_before() -> None:
     problem = Problem(model=problem.model, loss=problem.loss, data=data)
     plane = random_directions(problem, 2)
     whole = loss_surface(problem, plane, 21)
-    alone = loss_surface(problem, plane, ([-1.0, 1.0], [-1.0, 1.0]))
+    alone = loss_surface(problem, plane, coordinates=([-1.0, 1.0], [-1.0, 1.0]))
     np.testing.assert_array_equal(alone.loss[0, 0], whole.loss[0, 0][np.ix_([0, -1], [0, -1])])
 
 
@@ -540,6 +541,9 @@ def test_a_model_that_writes_into_its_input_sees_the_data_at_every_point() -> No
     greedy = Problem(model=Greedy(), loss=problem.loss, data=problem.data)
     before = problem.data[0].clone()
     np.testing.assert_array_equal(loss_surface(greedy, points=3).loss, loss_surface(problem, points=3).loss)
+    objective = sharpscope.Objective(greedy)
+    with objective.measuring():
+        assert Evaluation(objective, 8)._mode is torch.no_grad
     assert torch.equal(problem.data[0], before)
 
 
@@ -569,6 +573,49 @@ def test_a_loss_that_draws_random_numbers_is_refused() -> None:
     problem = classified()
     with pytest.raises(AuditError, match="dropout"):
         loss_slice(Problem(model=model, loss=problem.loss, data=problem.data, mode="train"))
+
+
+def test_an_augmented_loader_is_refused() -> None:
+    """Data that change from walk to walk have no slice."""
+
+    class Noisy(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 20
+
+        def __getitem__(self, i: int) -> Any:
+            return torch.randn(1, 6, 6, dtype=torch.float64), i % 5
+
+    problem = classified()
+    loader = torch.utils.data.DataLoader(Noisy(), batch_size=10)
+    with pytest.raises(AuditError, match="augmentation"):
+        loss_slice(Problem(model=problem.model, loss=problem.loss, data=loader))
+
+
+def test_a_model_can_be_trained_after_a_slice_whatever_it_keeps() -> None:
+    """A table that the model makes in its first forward pass and keeps is an ordinary tensor."""
+
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.table = network(), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = torch.ones(5, dtype=torch.float64)
+            return self.inner(x) * self.table
+
+    problem = classified()
+    keeping = Problem(model=Keeping(), loss=problem.loss, data=problem.data)
+    loss_slice(keeping, points=3)
+    problem.loss(keeping.model(problem.data[0]), problem.data[1]).backward()
+
+
+def test_a_mark_is_measured_as_the_centre_is() -> None:
+    """The same weights have the same loss, mode and weight decay of the network's own problem apart."""
+    problem = classified()
+    other = Problem(model=classified().model, loss=nn.MSELoss(), data=problem.data, weight_decay=10.0, mode="train")
+    (mark,) = loss_surface(problem, points=3, marks={"same": other}).marks
+    assert mark.loss["data"] == loss_surface(problem, points=3).centre[0, 0]
 
 
 def test_low_precision_weights_are_lifted() -> None:
@@ -606,7 +653,7 @@ def test_a_quadratic_is_its_own_prediction() -> None:
 def test_frozen_statistics_stay_those_of_the_centre() -> None:
     """The default moves weights alone, says so, and warns that it misleads."""
     one, two = classified(0, norm=True), classified(1, norm=True)
-    result = loss_slice(one, [towards(one, two, "two")], [0.0, 1.0])
+    result = loss_slice(one, [towards(one, two, "two")], coordinates=[0.0, 1.0])
     there = copy.deepcopy(two.model)
     for name, buffer in there.named_buffers():
         buffer.copy_(dict(one.model.named_buffers())[name])
@@ -618,7 +665,7 @@ def test_frozen_statistics_stay_those_of_the_centre() -> None:
 def test_interpolated_statistics_end_at_the_other_network() -> None:
     """With "interpolate" t = 1 is the other checkpoint, statistics included, and no variance goes below 0."""
     one, two = classified(0, norm=True), classified(1, norm=True)
-    result = loss_slice(one, [towards(one, two, "two")], [0.0, 0.5, 1.0, 300.0], batchnorm="interpolate")
+    result = loss_slice(one, [towards(one, two, "two")], coordinates=[0.0, 0.5, 1.0, 300.0], batchnorm="interpolate")
     assert result.loss[0, 0, 2] == pytest.approx(oracle(two.model, one.data)[0], rel=1e-12)
     middle = moved(one, towards(one, two).vector, 0.5)
     for name, buffer in middle.named_buffers():
@@ -633,11 +680,30 @@ def test_recalibrated_statistics_are_those_of_the_data_at_the_point() -> None:
     """With "recalibrate" each point equals torch's update_bn on a copy there, and costs a second pass."""
     problem = classified(norm=True)
     (d,) = random_directions(problem)
-    result = loss_slice(problem, [d], [0.0, 0.7], batchnorm="recalibrate", micro_batch=10)
+    result = loss_slice(problem, [d], coordinates=[0.0, 0.7], batchnorm="recalibrate", micro_batch=10)
     there = moved(problem, d.vector, 0.7)
     torch.optim.swa_utils.update_bn(problem.data[0].split(10), there)
     assert result.loss[0, 0, 1] == pytest.approx(oracle(there.eval(), problem.data)[0], rel=1e-12)
     assert result.cost.passes == 4
+
+
+def test_a_plane_through_networks_interpolates_their_statistics() -> None:
+    """At each network's place in the plane the statistics are its own, and the loss with them."""
+    one, others = classified(0, norm=True), {"b": classified(1, norm=True), "c": classified(2, norm=True)}
+    plane = plane_through(one, others)
+    places = [m.coordinates for m in loss_surface(one, plane, 2, marks=others).marks]
+    for (x, y), other in zip(places, others.values(), strict=True):
+        there = loss_surface(one, plane, coordinates=([x, x + 1], [y, y + 1]), batchnorm="interpolate")
+        assert there.loss[0, 0, 0, 0] == pytest.approx(oracle(other.model, one.data)[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("treatment", ["interpolate", "recalibrate"])
+def test_statistics_in_train_mode_are_refused(treatment: str) -> None:
+    """Where the batch decides, running statistics change nothing: no number is given that would say they did."""
+    one, two = classified(0, norm=True), classified(1, norm=True)
+    problem = Problem(model=one.model, loss=one.loss, data=one.data, mode="train")
+    with pytest.raises(ArgumentError, match="eval mode"):
+        loss_slice(problem, [towards(problem, two)], batchnorm=treatment)
 
 
 @pytest.mark.parametrize("treatment", ["interpolate", "recalibrate"])
@@ -665,14 +731,20 @@ def test_a_result_comes_back_from_disk_as_it_was(tmp_path: Any) -> None:
     assert again.to_dict() == result.to_dict()
     assert again.summary() == result.summary()
     (tmp_path / "s.npz").unlink()
-    with pytest.raises(DataError, match="arrays"):
-        SliceResult.load(tmp_path / "s.json")
+    for damaged in (None, b"", (tmp_path / "t.npz")):
+        if isinstance(damaged, bytes):
+            (tmp_path / "s.npz").write_bytes(damaged)
+        elif damaged is not None:
+            loss_surface(problem, points=(4, 3)).save(tmp_path / "t.json")
+            (tmp_path / "s.npz").write_bytes(damaged.read_bytes())
+        with pytest.raises(DataError, match=r"arrays|losses of shape"):
+            SliceResult.load(tmp_path / "s.json")
 
 
 def test_an_unfinished_surface_shows_a_coarser_grid() -> None:
     """What a preview shows is the largest grid without pending points, with its own values."""
     seen: list[SliceResult] = []
-    whole = loss_surface(classified(), points=9, preview=seen.append)
+    whole = loss_surface(classified(), points=9, preview=lambda unfinished: seen.append(unfinished()))
     for preview in seen:
         part = preview.finished()
         assert part.complete

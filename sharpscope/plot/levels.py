@@ -58,15 +58,17 @@ def shared_levels(
     if clip is not None and clip <= low:
         raise ArgumentError(f"clip must be above the lowest {quantity} ({low:.4g}), got {clip:g}.")
     top = high if clip is None else min(clip, high)
+    if logarithmic(log, quantity):
+        require_positive(low)
     if high - low <= 1e-9 * abs(high):
-        return low + np.array([-1.0, 1.0]) * (0.01 * abs(low) or 0.01)
+        ends = low + np.array([-1.0, 1.0]) * (0.01 * abs(low) or 0.01)
+        return ends.clip(0, 1) if quantity == "accuracy" else ends
     if not logarithmic(log, quantity) or top < 2 * low:
         steps: Array = np.asarray(MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, top))
         inside = steps if clip is None or clip >= high else np.append(steps[steps < top * (1 - 1e-9)], top)
         if quantity == "accuracy":
             inside = inside[(inside >= 0) & (inside <= 1 + 1e-9)]
         return inside[inside > 0] if logarithmic(log, quantity) else inside
-    require_positive(low)
     decades = 10.0 ** np.arange(np.floor(np.log10(low)) - 1, np.ceil(np.log10(top)) + 1)
     ladders = [(decades[:, None] * np.array(steps)).ravel() for steps in ROUND]
     best = min(ladders, key=lambda ladder: abs(((ladder > low) & (ladder < top)).sum() + 2 - count))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -135,7 +134,7 @@ def _curves(
                     rights = np.median(np.where(np.isfinite(losses), r.accuracy[s, lines], np.nan), axis=0)
                     twin.plot(x, rights, color=colour, linestyle=DOTTED, linewidth=1.2)
                 fine = np.linspace(x[0], x[-1], 401)
-                predicted = replace(r, axes=(fine,)).prediction(lines[0])
+                predicted = r.prediction(lines[0], (fine,))
                 if k == 0 and s == 0 and len(lines) == 1 and predicted is not None:
                     dashes = "--" if len(splits) == 1 else "-."
                     # Without a part in the limits, which are those of what was measured.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,7 +64,7 @@ def surface_contour(
     filled = _contours(axes, shown[0], at, split, quantity, log, line)
     if colorbar:
         _colorbar([axes], filled, at, result, split, quantity, log)
-    draw_caption(axes, _said([result], split, quantity, log, clip, False), own)
+    draw_caption(axes, _said([result], split, quantity, log, _cut(shown, at, split, quantity, clip), False), own)
     return axes
 
 
@@ -97,7 +96,7 @@ def surface_3d(
     drawn = _surface(axes, shown[0], at, split, quantity, log, line)
     if colorbar:
         _colorbar([axes], drawn, at, result, split, quantity, log)
-    draw_caption(axes, _said([result], split, quantity, log, clip, True), own)
+    draw_caption(axes, _said([result], split, quantity, log, _cut(shown, at, split, quantity, clip), True), own)
     return axes
 
 
@@ -136,7 +135,7 @@ def surfaces_side_by_side(
             each.tick_params(labelleft=False)
             each.set_ylabel("")
     _colorbar(axes, drawn, at, results[0], split, quantity, log)
-    draw_caption(axes[0], _said(results, split, quantity, log, clip, solid), True)
+    draw_caption(axes[0], _said(results, split, quantity, log, _cut(shown, at, split, quantity, clip), solid), True)
     return axes
 
 
@@ -147,12 +146,20 @@ def _checked(
     if any(r.dimensions != 2 for r in results):
         raise DataError("A surface is of planes, but a result is of lines. Use slice_curves.")
     shown = [r if r.complete else r.finished() for r in results]
+    if levels is not None and clip is not None:
+        raise ArgumentError("clip and levels both say where the scale ends. Leave one of them out.")
     if levels is None:
         return shown, shared_levels(shown, split=split, quantity=quantity, log=log, clip=clip)
     at = np.unique(np.asarray(levels, dtype=np.float64))
     if len(at) < 2 or not np.isfinite(at).all() or (logarithmic(log, quantity) and at[0] <= 0):
         raise ArgumentError(f"levels must be at least two finite numbers, above 0 with log, got {levels!r}.")
     return shown, at
+
+
+def _cut(shown: Sequence[SliceResult], at: Array, split: str | None, quantity: str, clip: float | None) -> float | None:
+    """Where the picture ends below the highest value."""
+    highest = max(float(np.nanmax(heights(r, split, quantity))) for r in shown)
+    return clip if clip is not None or highest <= at[-1] * (1 + 1e-9) else float(at[-1])
 
 
 def _contours(axes: Axes, r: SliceResult, at: Array, split: str | None, quantity: str, log: bool, line: int) -> Any:
@@ -181,7 +188,7 @@ def _contours(axes: Axes, r: SliceResult, at: Array, split: str | None, quantity
         axes.plot(x[xs], y[ys], "x", color=CROSS, markersize=4, label="diverged")
         entries.append(Patch(**style, label=f"diverged ({wrong.sum()} of {wrong.size})"))
     fine = tuple(np.linspace(a[0], a[-1], 201) for a in r.axes)
-    predicted = replace(r, axes=fine).prediction(line)
+    predicted = r.prediction(line, fine)
     if quantity == "loss" and r.split(split) == 0 and predicted is not None:
         axes.contour(*fine, predicted, at, colors=PREDICTED, linewidths=0.9, linestyles="dashed")
         entries.append(Line2D([], [], color=PREDICTED, linestyle="--", label="quadratic prediction"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,7 +16,17 @@ from sharpscope.errors import DataError
 from sharpscope.files import atomic
 from sharpscope.results.cost import Cost
 from sharpscope.results.eigen_table import notes_of, rows_of, table
-from sharpscope.results.record import CERTAIN, head, opened, plain, read, refuse_taken, require_json_name, write
+from sharpscope.results.record import (
+    CERTAIN,
+    UNREADABLE,
+    head,
+    opened,
+    plain,
+    read,
+    refuse_taken,
+    require_json_name,
+    write,
+)
 from sharpscope.tables import as_html
 
 Array = NDArray[np.float64]
@@ -27,9 +36,6 @@ _MEASURED = (
     *("missed_probability", "sampling", "certificate"),
 )
 _DERIVED = ("lambda_max", "ratio")
-
-# What np.load raises for a file of another making.
-_UNREADABLE = (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -204,7 +210,7 @@ class EigenResult:
         beside = Path(path).with_suffix(".npz")
         if beside.is_file():
             # A file of another run, or of another making, that only shares the name is not this one's vectors.
-            with contextlib.suppress(*_UNREADABLE), np.load(beside) as arrays:
+            with contextlib.suppress(*UNREADABLE), np.load(beside) as arrays:
                 if np.array_equal(arrays["eigenvalues"], result.eigenvalues):
                     return replace(result, eigenvectors=arrays["eigenvectors"])
         return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ FORMAT = 1
 
 # Above this probability of a miss there is no certificate.
 CERTAIN = 0.01
+
+# What np.load raises for a file of another making.
+UNREADABLE = (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile)
 
 # The columns that close every table of results.
 POINT_AND_PRICE = ("loss", "|grad|", "gradients", "passes", "seconds")

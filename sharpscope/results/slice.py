@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sharpscope.errors import DataError
+from sharpscope.errors import DataError, first_line
 from sharpscope.files import atomic
 from sharpscope.results.cost import Cost
-from sharpscope.results.record import head, opened, plain, read, refuse_taken, require_json_name, write
+from sharpscope.results.record import UNREADABLE, head, opened, plain, read, refuse_taken, require_json_name, write
 
 Array = NDArray[np.float64]
 
@@ -64,7 +65,7 @@ class SliceResult:
         curvatures: ``d'Hd`` (lines, 1 or 2, 1 or 2) of the first split; NaN where not measured.
         marks: other networks on or near the line or plane.
         cost: what it took.
-        provenance: as EigenResult's, with ``batchnorm`` and what was asked for.
+        provenance: as EigenResult's; ``statistics`` is what BatchNorm's running statistics did.
     """
 
     axes: tuple[Array, ...]
@@ -81,7 +82,13 @@ class SliceResult:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        refuse_taken(self.provenance, (*_ARRAYS, *_PLAIN, "axes", "dimensions"))
+        refuse_taken(self.provenance, (*_ARRAYS, *_PLAIN, "axes", "dimensions", "points", "digest"))
+        shape = (len(self.directions), *(len(a) for a in reversed(self.axes)))
+        if not self.loss.shape == self.accuracy.shape == (len(self.splits), *shape) or self.status.shape != shape:
+            raise DataError(
+                f"A slice of {len(self.splits)} splits needs losses of shape {(len(self.splits), *shape)}, got "
+                f"{self.loss.shape}, accuracies {self.accuracy.shape} and status {self.status.shape}."
+            )
 
     @property
     def dimensions(self) -> int:
@@ -104,12 +111,15 @@ class SliceResult:
             raise DataError(f"The slice must hold the split {name!r}, got {', '.join(self.splits)}. Name one of them.")
         return self.splits.index(name)
 
-    def prediction(self, line: int = 0) -> Array | None:
-        """``L(w) + g't + t'Ht/2`` on the grid, from the first split's slope and curvature; None where not measured."""
+    def prediction(self, line: int = 0, axes: Sequence[Array] | None = None) -> Array | None:
+        """``L(w) + g't + t'Ht/2`` on the grid, from the first split's slope and curvature; None where not measured.
+
+        ``axes``: of another grid.
+        """
         slope, curvature = self.slopes[line], self.curvatures[line]
         if not np.isfinite(curvature).all():
             return None
-        t = np.stack(np.meshgrid(*self.axes), axis=-1)
+        t = np.stack(np.meshgrid(*(self.axes if axes is None else axes)), axis=-1)
         rise = t @ slope + np.einsum("...i,ij,...j->...", t, curvature, t) / 2
         return np.asarray(self.centre[0, 0] + rise)
 
@@ -163,6 +173,7 @@ class SliceResult:
             "slopes": plain(self.slopes.tolist()),
             "curvatures": plain(self.curvatures.tolist()),
             "marks": [plain(asdict(mark)) for mark in self.marks],
+            "digest": self._digest(),
             "points": {name: int((self.status == i).sum()) for i, name in enumerate(STATUSES)},
             "cost": asdict(self.cost),
         }
@@ -173,8 +184,7 @@ class SliceResult:
         Raises: OutputError when they cannot be written.
         """
         require_json_name(path)
-        arrays: dict[str, Any] = {f"axis{i}": a for i, a in enumerate(self.axes)}
-        arrays |= {name: getattr(self, name) for name in _ARRAYS}
+        arrays: dict[str, Any] = self._arrays()
         with atomic(Path(path).with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **arrays)
         write(path, self.to_dict())
@@ -191,17 +201,31 @@ class SliceResult:
             with np.load(beside) as arrays:
                 kept: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
                 kept["axes"] = tuple(arrays[f"axis{i}"] for i in range(rest.pop("dimensions")))
-            if [a.tolist() for a in kept["axes"]] != rest.pop("axes"):
-                raise ValueError("they are of another grid")
             kept["splits"] = tuple(rest.pop("splits"))
             kept["directions"] = tuple(map(tuple, rest.pop("directions")))
             kept["marks"] = tuple(_mark(entry) for entry in rest.pop("marks"))
             kept["cost"] = Cost(**rest.pop("cost"))
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path} must be a slice with its arrays in {beside.name}; problem: {error}.") from error
-        for derived in ("centre", "slopes", "curvatures", "points"):
+            digest = rest.pop("digest")
+        except (*UNREADABLE, TypeError) as error:
+            raise DataError(
+                f"{path} must be a slice with its arrays in {beside.name}; problem: {first_line(error)}."
+            ) from error
+        for derived in ("axes", "centre", "slopes", "curvatures", "points"):
             rest.pop(derived, None)
-        return cls(**kept, provenance=rest)
+        result = cls(**kept, provenance=rest)
+        if result._digest() != digest:
+            raise DataError(f"{beside} must hold the arrays of {path}, but they are of another run. Measure it again.")
+        return result
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        return {f"axis{i}": a for i, a in enumerate(self.axes)} | {name: getattr(self, name) for name in _ARRAYS}
+
+    def _digest(self) -> str:
+        """A hash of the arrays, by which their file is known."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, array in self._arrays().items():
+            digest.update(f"{name} {array.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     def summary(self) -> str:
         """The result as a table of text."""

@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from sharpscope.errors import ArgumentError
+from sharpscope.errors import ArgumentError, DataError
 from sharpscope.files import atomic
 from sharpscope.results.slice import PENDING, STATUSES, Array, SliceResult
 from sharpscope.results.slice_table import described
@@ -38,7 +38,7 @@ def to_csv(result: SliceResult, path: str | os.PathLike[str]) -> None:
             rows.writerow([line, described(result, line), *map(repr, at), STATUSES[status], *cells])
 
 
-def to_vtk(result: SliceResult, path: str | os.PathLike[str], line: int = 0) -> None:
+def to_vtk(result: SliceResult, path: str | os.PathLike[str], line: int | None = None) -> None:
     """Write a line or plane as a legacy ASCII VTK rectilinear grid, x fastest, which ParaView opens.
 
     Its point data are ``{split}_loss`` and ``{split}_accuracy``, NaN where pending, and ``status`` (0 pending, 1 done,
@@ -46,6 +46,9 @@ def to_vtk(result: SliceResult, path: str | os.PathLike[str], line: int = 0) -> 
 
     Raises: OutputError when ``path`` cannot be written; ArgumentError when there is no such line.
     """
+    if result.dimensions == 1 and len(result.directions) > 1 and line is None:
+        raise DataError(f"A VTK file holds one line, got {len(result.directions)}. Name one (line=), or write a CSV.")
+    line = line or 0
     if not 0 <= line < len(result.directions):
         raise ArgumentError(f"line must be from 0 to {len(result.directions) - 1}, got {line}.")
     axes = [*result.axes, *[np.zeros(1)] * (3 - result.dimensions)]

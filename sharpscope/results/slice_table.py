@@ -83,7 +83,7 @@ def _notes(results: Sequence[SliceResult]) -> list[str]:
         known = f", {kept} of them from disk" if kept else ""
         lines = f"{len(r.directions)} lines of " if len(r.directions) > 1 else ""
         notes.append(
-            f"{name}: {lines}{grid}{known}; {r.cost.passes} forward passes, {r.cost.seconds:.1f} seconds; "
+            f"{name}: {lines}{grid}{known}; {r.cost.passes} passes over the data, {r.cost.seconds:.1f} seconds; "
             f"{also_said(r)}."
         )
         pending = int((r.status == PENDING).sum())
@@ -91,7 +91,7 @@ def _notes(results: Sequence[SliceResult]) -> list[str]:
             notes.append(f"{name}: {pending} points are still to be measured; the same command goes on with them.")
         cosine = r.provenance.get("cosine")
         if cosine is not None and abs(cosine) > 1e-6:
-            notes.append(f"{name}: the axes are not at right angles, cosine {cosine:.3g}; the picture draws them so.")
+            notes.append(f"{name}: the axes have a cosine of {cosine:.3g}, and a picture draws them at right angles.")
         if misleads(r):
             notes.append(f"{name}: {MISLEADS}")
     return list(dict.fromkeys(notes))

@@ -166,8 +166,11 @@ class Journal:
 
 
 def discard(path: str | os.PathLike[str]) -> None:
-    """Remove the state at ``path``, whatever its key, as ``Journal.finish`` does."""
-    Journal(path, "any").finish()
+    """Remove the state at ``path``, whatever its key: passes and points. Other files stay, and the folder with them."""
+    place = Path(path)
+    for points in place.glob("*.points"):
+        points.unlink(missing_ok=True)
+    Journal(place, "any").finish()
 
 
 @dataclass(frozen=True)

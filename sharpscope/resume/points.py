@@ -116,13 +116,3 @@ class PointLog:
             self._found.setdefault(numbers[: self._coordinates], numbers[self._coordinates :])
             position += size + _CHECK.size
         return position
-
-
-def discard_points(folder: str | os.PathLike[str]) -> None:
-    """Remove the points in ``folder``, whatever their key: the result is safe elsewhere. Other files stay."""
-    place = Path(folder)
-    if place.is_dir():
-        for path in place.glob("*.points"):
-            path.unlink(missing_ok=True)
-        if not any(place.iterdir()):
-            place.rmdir()

@@ -1,11 +1,11 @@
 """Slices through the loss along lines and over planes of weight space."""
 
-from sharpscope.slices.between import plane_through, span_of, towards, trajectory_plane
-from sharpscope.slices.direction import Direction, orthonormalised
-from sharpscope.slices.grid import axis
+from sharpscope.slices.axes import axis
+from sharpscope.slices.checkpoint_directions import plane_through, span_of, towards, trajectory_plane
+from sharpscope.slices.direction import Direction, orthonormalised, read_directions, write_directions
+from sharpscope.slices.loss_directions import eigenvector_directions, gradient_directions
 from sharpscope.slices.measure import loss_slice, loss_surface
-from sharpscope.slices.measured import eigenvector_directions, gradient_directions
-from sharpscope.slices.random import random_directions
+from sharpscope.slices.random_directions import random_directions
 
 __all__ = [
     "Direction",
@@ -17,7 +17,9 @@ __all__ = [
     "orthonormalised",
     "plane_through",
     "random_directions",
+    "read_directions",
     "span_of",
     "towards",
     "trajectory_plane",
+    "write_directions",
 ]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
+from sharpscope.files import atomic
+from sharpscope.results.record import UNREADABLE, plain
 
 # Less than this share of a vector left outside the others is rounding: it lies in their span.
 INDEPENDENT = 1e-6
@@ -76,6 +83,11 @@ def orthonormal(vectors: Sequence[Tensor]) -> list[Tensor]:
     return done
 
 
+def signed(vector: Tensor) -> Tensor:
+    """``vector`` or its negative, whichever has its largest component positive: the same picture on every machine."""
+    return vector if float(vector[vector.abs().argmax()]) > 0 else -vector
+
+
 def orthonormalised(directions: Sequence[Direction]) -> list[Direction]:
     """The same plane with axes of length 1 at right angles, the first along the first of ``directions``.
 
@@ -98,3 +110,42 @@ def coordinates(vector: Tensor, directions: Sequence[Direction]) -> tuple[list[f
     scaled = torch.linalg.solve(basis @ basis.T, basis @ vector)
     rest = vector - scaled @ basis
     return [float(c) / length for c, length in zip(scaled, lengths, strict=True)], float(torch.linalg.vector_norm(rest))
+
+
+def write_directions(path: str | os.PathLike[str], directions: Sequence[Direction], asked: Mapping[str, Any]) -> None:
+    """Keep ``directions`` in the file ``path``, unless another process has kept its own for the same ``asked``.
+
+    Raises: OutputError when it cannot be written.
+    """
+    place = Path(path)
+    about = [{"label": d.label, "settings": dict(d.settings)} for d in directions]
+    text = np.frombuffer(json.dumps({"asked": _plain(asked), "directions": _plain(about)}).encode(), np.uint8)
+    mine = place.with_name(f"{place.stem}-{os.getpid()}.npz")
+    try:
+        with atomic(mine) as temporary, open(temporary, "wb") as file:
+            np.savez(file, text, *(d.vector.numpy() for d in directions))
+        if place.exists() and read_directions(place, asked) is None:
+            os.replace(mine, place)
+            return
+        with contextlib.suppress(FileExistsError):
+            os.link(mine, place)  # which, unlike a rename, leaves the file of whoever was first
+    finally:
+        mine.unlink(missing_ok=True)
+
+
+def read_directions(path: str | os.PathLike[str], asked: Mapping[str, Any]) -> list[Direction] | None:
+    """What ``write_directions`` kept for ``asked``; None where there is nothing, or of something else."""
+    try:
+        with np.load(path) as arrays:
+            kept = json.loads(arrays["arr_0"].tobytes())
+            if kept["asked"] != _plain(asked):
+                return None
+            vectors = [torch.from_numpy(arrays[f"arr_{i + 1}"]) for i in range(len(kept["directions"]))]
+    except (*UNREADABLE, UnicodeDecodeError):
+        return None
+    return [Direction(v, d["label"], d["settings"]) for v, d in zip(vectors, kept["directions"], strict=True)]
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON gives it back."""
+    return json.loads(json.dumps(plain(value)))

@@ -22,8 +22,7 @@ KEPT = 1 << 31
 
 # Bytes of the largest activation of a micro-batch. On the CPU it should stay in a cache: of sizes from 32 to 2,048
 # those near this were fastest on a cnn (128 to 1,000 alike), a WRN (64) and an mlp (512 and more).
-ACTIVATION = {"cpu": 1 << 23}
-ELSEWHERE = 1 << 28
+ON_CPU, ELSEWHERE = 1 << 23, 1 << 28
 SIZES = (32, 2048)
 
 
@@ -47,7 +46,7 @@ def usual_micro_batch(objective: Objective) -> int:
     finally:
         for handle in handles:
             handle.remove()
-    fits = ACTIVATION.get(objective.device.type, ELSEWHERE) / largest
+    fits = (ON_CPU if objective.device.type == "cpu" else ELSEWHERE) / largest
     return int(min(max(2 ** round(math.log2(fits)), SIZES[0]), SIZES[1]))
 
 
@@ -74,7 +73,7 @@ class Evaluation:
         self._mode: Callable[[], AbstractContextManager[Any]] = torch.enable_grad
         self._writes = True
         self.examples = 0
-        self._settle(self._placed(objective.first_examples(8)))
+        self._settle()
 
     def __call__(self) -> tuple[float, float]:
         """Loss, weight decay included, and accuracy, NaN for a loss without labels; cost, a forward pass."""
@@ -100,7 +99,9 @@ class Evaluation:
         for part in micro_batches(self._objective.data, self._size):
             placed = self._placed(part)
             room -= sum(t.numel() * t.element_size() for t in tensors(placed.batch))
-            kept = None if kept is None or room < 0 else [*kept, placed]
+            kept = None if room < 0 else kept
+            if kept is not None:
+                kept.append(placed)
             yield placed
         self._kept = kept
 
@@ -125,28 +126,34 @@ class Evaluation:
             right, known = self._terms.answers(output, target)
         return loss.detach(), weight, right, known
 
-    def _settle(self, part: MicroBatch) -> None:
-        """The cheapest way to the values that autograd sees, and whether they are the same twice."""
-        state = torch.get_rng_state()
-        wanted = self._values(part)
-        before = [t._version for t in tensors(part.batch)]
+    def _settle(self) -> None:
+        """The cheapest way to the values that autograd sees, after making sure that they are the same twice."""
+        wanted = self._values(self._first())
+        first, second = self._first(), self._first()
+        state, before = torch.get_rng_state(), [t._version for t in tensors(first.batch)]
         self._writes = False
-        if not _same(wanted, self._values(part)):
+        if not _same(wanted, self._values(first)):
             raise AuditError(
                 "The loss must be one fixed function of the weights, but the first examples have another loss at a "
-                "second look. Measure in eval mode (dropout draws anew), and leave random numbers out of the loss."
+                "second look. Measure in eval mode (dropout draws anew), turn off augmentation in the data, and leave "
+                "random numbers out of the loss."
             )
-        self._writes = before != [t._version for t in tensors(part.batch)]
-        for mode in (torch.inference_mode, torch.no_grad):
-            self._mode = mode
-            torch.set_rng_state(state)
-            try:
-                if _same(wanted, self._values(part)):
-                    return
-            except (RuntimeError, ProblemError) as error:
-                if out_of_memory(error):
-                    raise
-        self._mode = torch.enable_grad
+        self._writes = before != [t._version for t in tensors(first.batch)]
+        # Not inference mode: what a model keeps of it (a mask, a table of positions) could not be trained with later.
+        self._mode = torch.no_grad
+        torch.set_rng_state(state)
+        try:
+            settled = _same(wanted, self._values(second))
+        except (RuntimeError, ProblemError) as error:
+            if out_of_memory(error):
+                raise
+            settled = False
+        if not settled:
+            self._mode = torch.enable_grad
+
+    def _first(self) -> MicroBatch:
+        """Some examples of a fresh walk over the data."""
+        return self._placed(self._objective.first_examples(8))
 
 
 def _total(values: list[Tensor]) -> float:

@@ -1,123 +1,109 @@
-"""Where along its axes a slice is evaluated, and in which order."""
+"""A grid that fills, from coarse to fine."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sharpscope.errors import ArgumentError
-
-Array = NDArray[np.float64]
-
-SPACINGS = ("linear", "log")
-
-# The first step away from 0 of a log-spaced axis, over its end.
-SMALLEST = 1e-3
+from sharpscope.errors import DataError
+from sharpscope.results.slice import DIVERGED, DONE, PENDING
+from sharpscope.resume import PointLog
+from sharpscope.slices.axes import Array, coarse_to_fine, refined
+from sharpscope.slices.walk import Walk
 
 
-def axis(points: int = 21, span: tuple[float, float] = (-1.0, 1.0), spacing: str = "linear") -> Array:
-    """Ascending coordinates t from ``span[0]`` to ``span[1]``, both of them exactly, and 0 exactly if it lies between.
+class Grid:
+    """The points of ``lines`` lines or planes over ``axes``; their values are in ``log``, by ``(line, x, ...)``.
 
-    With "log" they lie in geometric progression away from 0, from 1/1000 of an end to the end, on each side that the
-    span has. An even number of points about the middle has none at 0; it gets it in addition, since the centre is the
-    one point that is known to be a minimum.
-
-    Raises: ArgumentError for fewer than 2 points or a span that is empty or not finite.
+    Attributes:
+        axes: ascending coordinates (x,) or (x, y).
     """
-    low, high = map(float, span)
-    if points < 2:
-        raise ArgumentError(f"An axis must have at least 2 points, got {points}.")
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ArgumentError(f"The range of an axis must go from a lower to a higher number, got {low:g} to {high:g}.")
-    if spacing not in SPACINGS:
-        raise ArgumentError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}.")
-    if spacing == "log":
-        return _logarithmic(points, low, high)
-    steps = np.arange(points)
-    # Symmetric to the bit about the middle, which linspace is not.
-    return _with_zero((low * (points - 1 - steps) + high * steps) / (points - 1), low, high)
 
+    def __init__(self, walk: Walk, log: PointLog, lines: int, axes: tuple[Array, ...], splits: int) -> None:
+        self._walk, self._log, self._lines, self._splits = walk, log, lines, splits
+        self.axes = axes
 
-def custom_axis(values: Sequence[float] | Array) -> Array:
-    """``values`` as coordinates.
+    def centre(self) -> Array:
+        """Loss and accuracy at w (splits, 2), from the log where it has them.
 
-    Raises: ArgumentError unless they are at least 2, finite and ascending.
-    """
-    found = np.array(values, dtype=np.float64)
-    if found.ndim != 1 or len(found) < 2 or not np.isfinite(found).all() or not (np.diff(found) > 0).all():
-        raise ArgumentError(f"Coordinates must be at least 2 finite, ascending numbers, got {values!r}.")
-    return found
+        Raises: DataError when the loss is not finite there.
+        """
+        values = np.array(self._value(0, (0.0,) * len(self.axes))).reshape(self._splits, 2)
+        if not np.isfinite(values[0, 0]):
+            raise DataError(
+                f"The loss at the weights must be finite, got {values[0, 0]}. Check that checkpoint and data belong "
+                "together."
+            )
+        for line in range(1, self._lines):  # w is on every line
+            self._keep(line, (0.0,) * len(self.axes), values.reshape(-1).tolist())
+        return values
 
+    def fill(
+        self,
+        report: Callable[[int, int], None],
+        shard: tuple[int, int] | None = None,
+        preview: Callable[[], None] | None = None,
+    ) -> None:
+        """Take every point, or every n-th from the i-th on; ``preview`` is called between the levels.
 
-def _logarithmic(points: int, low: float, high: float) -> Array:
-    if low > 0 or high < 0:
-        return np.geomspace(low, high, points)
-    sides = [end for end in (low, high) if end]
-    count = points // 2 if len(sides) == 2 else points - 1
-    away = [end * (np.geomspace(SMALLEST, 1.0, count) if count > 1 else np.ones(1)) for end in sides]
-    return np.sort(np.concatenate([np.zeros(1), *away]))
+        ``report(done, points)`` is called after each.
+        """
+        order, levels = coarse_to_fine(self.axes)
+        shape = self._shape
+        points = [
+            (
+                level,
+                line,
+                tuple(float(a[i]) for a, i in zip(self.axes, reversed(np.unravel_index(flat, shape)), strict=True)),
+            )
+            for flat, level in zip(order.tolist(), levels.tolist(), strict=True)
+            for line in range(self._lines)
+        ]
+        if shard is not None:
+            points = points[shard[0] - 1 :: shard[1]]
+        before = 0
+        for done, (level, line, coordinates) in enumerate(points, start=1):
+            if level > before and preview is not None:
+                preview()
+            before = level
+            self._value(line, coordinates)
+            report(done, len(points))
+        if shard is not None:
+            self._log.read()
 
+    def arrays(self) -> tuple[Array, Array, Any]:
+        """Loss and accuracy (splits, lines, ...), NaN where pending, and the status (lines, ...)."""
+        points = np.stack(np.meshgrid(*self.axes), axis=-1)
+        values = np.full((self._lines, *self._shape, self._splits, 2), np.nan)
+        known = np.zeros((self._lines, *self._shape), bool)
+        for place in np.ndindex(*known.shape):
+            point = (float(place[0]), *points[place[1:]].tolist())
+            if point in self._log:
+                known[place] = True
+                values[place] = np.reshape(self._log[point], (self._splits, 2))
+        loss, accuracy = np.moveaxis(values, (-1, -2), (0, 1))
+        diverged = known & ~np.isfinite(loss).all(axis=0)
+        return loss, accuracy, np.where(diverged, DIVERGED, np.where(known, DONE, PENDING)).astype(np.int8)
 
-def _with_zero(found: Array, low: float, high: float) -> Array:
-    found[0], found[-1] = low, high
-    if not low <= 0 <= high:
-        return found
-    near = int(np.abs(found).argmin())
-    if abs(found[near]) < 1e-9 * (high - low):
-        found[near] = 0.0
-        return found
-    return np.sort(np.append(found, 0.0))
+    def refine(self, count: int) -> None:
+        """At most ``count`` coordinates more on each axis, where the first split's loss bends most."""
+        loss = self.arrays()[0][0]
+        across = np.swapaxes(loss, -1, -2) if len(self.axes) == 2 else loss
+        self.axes = tuple(refined(a, values, count) for a, values in zip(self.axes, (loss, across), strict=False))
 
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return tuple(len(a) for a in reversed(self.axes))
 
-def coarse_to_fine(axes: Sequence[Array]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The flat indices of the grid's points, nearest to a picture first, and the level of each.
+    def _value(self, line: int, coordinates: tuple[float, ...]) -> tuple[float, ...]:
+        point = (float(line), *coordinates)
+        if point not in self._log:
+            self._keep(line, coordinates, self._walk.at(line, coordinates))
+        return self._log[point]
 
-    The grid has the last axis slowest: (points of y, points of x). Level 0 is the corners and the centre, and each
-    level halves the steps of the one before, so that whatever has been finished is a coarser grid of the same picture.
-    """
-    levels = [_levels(a) for a in reversed(axes)]
-    level = levels[0] if len(levels) == 1 else np.maximum(levels[0][:, None], levels[1][None, :])
-    order = np.argsort(level.reshape(-1), kind="stable")
-    return order, level.reshape(-1)[order]
-
-
-def _levels(coordinates: Array) -> NDArray[np.int64]:
-    count = len(coordinates)
-    level = np.full(count, -1)
-    level[[0, count - 1, int(np.abs(coordinates).argmin())]] = 0
-    stride, now = 1 << max(0, (count - 1).bit_length() - 1), 0
-    while stride:
-        fresh = [i for i in range(0, count, stride) if level[i] < 0]
-        if fresh:
-            now += 1
-            level[fresh] = now
-        stride //= 2
-    return level
-
-
-def refined(coordinates: Array, values: NDArray[np.float64], count: int) -> Array:
-    """``coordinates`` and the midpoints of at most ``count`` intervals where ``values`` bend most.
-
-    ``values`` (..., points) may be of many lines; the one that bends most decides. The measure is how far a chord
-    misses the curve, ``h^2/8 |f''|`` with the mean of the f'' of three points about either end, on the logarithm of
-    positive values: what a picture of losses over several decades shows. Where a value is not finite there is no bend
-    to measure.
-    """
-    lines = values.reshape(-1, values.shape[-1])
-    finite = lines[np.isfinite(lines)]
-    if finite.size and finite.min() > 0:
-        with np.errstate(invalid="ignore"):
-            lines = np.log(lines)
-    h = np.diff(coordinates)
-    slopes = np.diff(lines, axis=1) / h
-    second = 2 * np.abs(np.diff(slopes, axis=1)) / (h[1:] + h[:-1])
-    second[~np.isfinite(second)] = 0.0
-    at = np.zeros(len(coordinates))
-    at[1:-1] = second.max(axis=0)
-    score = h**2 / 8 * (at[1:] + at[:-1]) / 2
-    chosen = np.argsort(-score, kind="stable")[:count]
-    chosen = chosen[score[chosen] > 0]
-    return np.sort(np.concatenate([coordinates, (coordinates[chosen] + coordinates[chosen + 1]) / 2]))
+    def _keep(self, line: int, coordinates: tuple[float, ...], values: list[float]) -> None:
+        point = (float(line), *coordinates)
+        if point not in self._log:
+            self._log.add(point, values)

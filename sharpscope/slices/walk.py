@@ -13,7 +13,7 @@ from sharpscope.params import views
 from sharpscope.perturbation import Perturbation
 from sharpscope.slices.direction import Direction
 from sharpscope.slices.evaluation import Evaluation
-from sharpscope.slices.statistics import Statistics
+from sharpscope.slices.running_statistics import Statistics
 
 # A forward pass in gradients, as measured on a small CNN, a WRN, an MLP and a transformer: 0.30 to 0.41.
 FORWARD = 0.4
@@ -44,7 +44,7 @@ class Walk:
         self._terms = first.terms
         self._evaluations = [Evaluation(objective, micro_batch) for objective in self._objectives]
         changes = [[d.statistics for d in line] for line in lines]
-        self._statistics = [Statistics(first.terms.model, batchnorm, change) for change in changes]
+        self._statistics = [Statistics(first.terms.model, batchnorm, change, first.problem.mode) for change in changes]
         self._lines = [[self._moves(d) for d in line] for line in lines]
         self._moved = Perturbation(first.terms.params)
 
@@ -83,19 +83,3 @@ class Walk:
         self._moved.move_to(direction, scale)
         for direction, scale in others:
             self._moved.add(self._moved.weights, direction, scale)
-
-
-def quadratic(objective: Objective, lines: Sequence[Sequence[Direction]]) -> list[tuple[Tensor, Tensor]]:
-    """``(g'd, d'Hd)`` (q,), (q, q) in float64 of each line's directions; cost 1 + 2 gradients a direction, one pass."""
-    rows = [d.vector.to(objective.device, objective.dtype) for line in lines for d in line]
-    block = torch.stack(rows, dim=1)
-    images = objective.hvp(block).cpu().double()
-    assert objective.gradient is not None
-    gradient = objective.gradient.cpu().double()
-    found, start = [], 0
-    for line in lines:
-        d = torch.stack([direction.vector for direction in line])
-        h = d @ images[:, start : start + len(line)]
-        found.append((d @ gradient, (h + h.T) / 2))
-        start += len(line)
-    return found

@@ -10,8 +10,8 @@ from torch import Tensor
 from sharpscope import params
 from sharpscope.errors import ArgumentError, ProblemError
 from sharpscope.problem import Problem
-from sharpscope.slices.direction import Direction, coordinates, orthonormal
-from sharpscope.slices.statistics import running_statistics
+from sharpscope.slices.direction import Direction, coordinates, orthonormal, signed
+from sharpscope.slices.running_statistics import running_statistics
 
 
 def difference(problem: Problem, other: Problem) -> Tensor:
@@ -41,9 +41,7 @@ def towards(problem: Problem, other: Problem, name: str = "the other") -> Direct
     vector = difference(problem, other)
     if not float(vector.abs().max()):
         raise ArgumentError(f"The line to {name} needs another network, but its weights are the same. Name another.")
-    here, there = running_statistics(problem.model), running_statistics(other.model)
-    statistics = {key: there[key] - here[key] for key in here if key in there}
-    return Direction(vector, f"towards {name}", {"kind": "checkpoint", "towards": name}, statistics)
+    return Direction(vector, f"towards {name}", {"kind": "checkpoint", "towards": name}, _changes(problem, other))
 
 
 def plane_through(problem: Problem, others: Mapping[str, Problem]) -> list[Direction]:
@@ -53,12 +51,14 @@ def plane_through(problem: Problem, others: Mapping[str, Problem]) -> list[Direc
     """
     if len(others) != 2:
         raise ArgumentError(f"A plane through checkpoints needs two besides the centre, got {len(others)}.")
-    axes = orthonormal([difference(problem, other) for other in others.values()])
+    rows = torch.stack([difference(problem, other) for other in others.values()])
+    axes = orthonormal(list(rows))
+    changes = _changes_along(axes, rows, [_changes(problem, other) for other in others.values()])
     first, second = others
     settings = {"kind": "plane", "through": [first, second]}
     return [
-        Direction(axes[0], f"distance towards {first}", {**settings, "index": 1}),
-        Direction(axes[1], f"distance across, on the side of {second}", {**settings, "index": 2}),
+        Direction(axes[0], f"distance towards {first}", {**settings, "index": 1}, changes[0]),
+        Direction(axes[1], f"distance across, on the side of {second}", {**settings, "index": 2}, changes[1]),
     ]
 
 
@@ -78,10 +78,12 @@ def trajectory_plane(problem: Problem, steps: Sequence[Problem]) -> list[Directi
     if not float(sizes[1]) > 1e-9 * float(sizes[0]):
         raise ArgumentError("The steps of the trajectory must not lie in one line through the centre. Add others.")
     shares = (sizes**2 / (sizes**2).sum()).tolist()
+    axes = orthonormal([signed(vectors[0]), signed(vectors[1])])
+    changes = _changes_along(axes, rows, [_changes(problem, step) for step in steps])
     found = []
-    for i, vector in enumerate(orthonormal([_signed(vectors[0]), _signed(vectors[1])])):
+    for i, vector in enumerate(axes):
         settings = {"kind": "trajectory", "steps": len(rows), "index": i + 1, "explained": shares[i]}
-        found.append(Direction(vector, f"PCA {i + 1} ({100 * shares[i]:.1f} % of the variance)", settings))
+        found.append(Direction(vector, f"PCA {i + 1} ({100 * shares[i]:.1f} % of the squares)", settings, changes[i]))
     return found
 
 
@@ -97,6 +99,19 @@ def span_of(
     return [(low - r, high + r) for (low, high), r in zip(ends, reach, strict=True)]
 
 
-def _signed(vector: Tensor) -> Tensor:
-    """``vector`` or its negative, whichever has its largest component positive: the same picture on every machine."""
-    return vector if float(vector[vector.abs().argmax()]) > 0 else -vector
+def _changes(problem: Problem, other: Problem) -> dict[str, Tensor]:
+    """By how much the other network's running statistics differ."""
+    here, there = running_statistics(problem.model), running_statistics(other.model)
+    return {key: there[key] - here[key] for key in here if key in there}
+
+
+def _changes_along(
+    axes: Sequence[Tensor], rows: Tensor, changes: Sequence[Mapping[str, Tensor]]
+) -> list[dict[str, Tensor]]:
+    """The statistics' change along each of ``axes``, which are combinations of ``rows``: the same combinations."""
+    shares = torch.stack(list(axes)) @ rows.T @ torch.linalg.pinv(rows @ rows.T)
+    along = []
+    for share in shares.tolist():
+        terms = list(zip(share, changes, strict=True))
+        along.append({key: torch.stack([c * change[key] for c, change in terms]).sum(0) for key in changes[0]})
+    return along

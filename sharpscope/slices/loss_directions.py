@@ -13,7 +13,7 @@ from sharpscope.params import views
 from sharpscope.perturbation import Perturbation
 from sharpscope.problem import Problem
 from sharpscope.results import EigenResult
-from sharpscope.slices.direction import Direction, orthonormal
+from sharpscope.slices.direction import Direction, orthonormal, signed
 
 
 def eigenvector_directions(result: EigenResult, which: Sequence[int] = (1, 2)) -> list[Direction]:
@@ -33,10 +33,7 @@ def eigenvector_directions(result: EigenResult, which: Sequence[int] = (1, 2)) -
     k = len(result.eigenvalues)
     if not which or not all(1 <= i <= k for i in which) or len(set(which)) < len(which):
         raise ArgumentError(f"Eigenvectors must be different places from 1 to {k}, got {list(which)}.")
-    vectors = []
-    for i in which:
-        v = torch.from_numpy(result.eigenvectors[:, i - 1].copy()).double()
-        vectors.append(v if float(v[v.abs().argmax()]) > 0 else -v)
+    vectors = [signed(torch.from_numpy(result.eigenvectors[:, i - 1].copy()).double()) for i in which]
     return [
         Direction(v, f"eigenvector {i}", {"kind": "eigenvector", "index": i, "eigenvalue": result.eigenvalues[i - 1]})
         for i, v in zip(which, orthonormal(vectors), strict=True)

@@ -45,13 +45,19 @@ class Statistics:
     Raises: ArgumentError for an unknown treatment, or one that the model or the directions have no statistics for.
     """
 
-    def __init__(self, model: nn.Module, treatment: str, changes: Sequence[Mapping[str, Tensor]]) -> None:
+    def __init__(
+        self, model: nn.Module, treatment: str, changes: Sequence[Mapping[str, Tensor]], mode: str = "eval"
+    ) -> None:
         if treatment not in TREATMENTS:
             raise ArgumentError(f"batchnorm must be one of {', '.join(TREATMENTS)}, got {treatment!r}.")
         self._norms = list(running_norms(model).values())
         if treatment != "frozen" and not self._norms:
             raise ArgumentError(
                 f"batchnorm={treatment!r} needs running statistics, but the model has none. Leave it out."
+            )
+        if treatment != "frozen" and mode != "eval":
+            raise ArgumentError(
+                f"batchnorm={treatment!r} is for eval mode; in train mode the batch decides. Leave it out."
             )
         if treatment == "interpolate" and not all(changes):
             raise ArgumentError(

@@ -1,0 +1,51 @@
+"""Other networks on the line or plane of a slice, or beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from sharpscope.errors import ArgumentError
+from sharpscope.objective import Objective
+from sharpscope.problem import Problem
+from sharpscope.results import Mark
+from sharpscope.slices.checkpoint_directions import difference
+from sharpscope.slices.direction import Direction, coordinates
+from sharpscope.slices.evaluation import Evaluation
+from sharpscope.slices.walk import FORWARD
+
+
+def marked(
+    problem: Problem,
+    lines: Sequence[Sequence[Direction]],
+    objectives: Mapping[str, Objective],
+    marks: Mapping[str, Problem],
+    trajectory: Mapping[str, Problem],
+    micro_batch: int,
+) -> tuple[Mark, ...]:
+    """Where ``marks`` and the steps of ``trajectory`` lie, and the loss of each by itself, with its own buffers.
+
+    Loss, data, mode and weight decay are those of ``problem``. Cost: a forward pass of each network over each split.
+
+    Raises: ArgumentError where there are several lines, ProblemError for another architecture.
+    """
+    if len(lines) > 1 and (marks or trajectory):
+        raise ArgumentError("Networks are shown on one line or plane, got several. Measure one at a time.")
+    found = []
+    for on_path, networks in ((False, marks), (True, trajectory)):
+        for name, other in networks.items():
+            vector = difference(problem, other)
+            place, distance = coordinates(vector, lines[0])
+            values = {}
+            for split, objective in objectives.items():
+                own = replace(problem, model=other.model, data=objective.problem.data)
+                theirs = Objective(own, dtype=objective.dtype, device=objective.device)
+                with theirs.measuring(products=False):
+                    values[split] = Evaluation(theirs, micro_batch)()
+                objective.charge(FORWARD * (theirs.num_examples or 0))
+            losses, accuracies = ({split: value[i] for split, value in values.items()} for i in range(2))
+            length = float(torch.linalg.vector_norm(vector))
+            found.append(Mark(name, tuple(place), distance, length, losses, accuracies, on_path))
+    return tuple(found)
