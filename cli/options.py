@@ -162,9 +162,13 @@ def load_all(args: argparse.Namespace) -> None:
         load(args, path)
 
 
-def outputs(args: argparse.Namespace, *, arrays: bool = False) -> list[Path | None]:
-    """The JSON file of each checkpoint, made sure to be writable and new; with ``arrays`` the .npz beside it too."""
+def outputs(args: argparse.Namespace, *, arrays: bool = False, resumed: bool = True) -> list[Path | None]:
+    """The JSON file of each checkpoint, made sure to be writable and new; with ``arrays`` the .npz beside it too.
+
+    ``resumed``: what an unfinished run has written may be there.
+    """
     from sharpscope.errors import OutputError
+    from sharpscope.results.record import arrays_beside
 
     if args.out is None:
         return [None] * len(args.checkpoints)
@@ -182,9 +186,8 @@ def outputs(args: argparse.Namespace, *, arrays: bool = False) -> list[Path | No
         if out.suffix == ".npz":
             raise OutputError(f"The result is JSON, and its vectors go beside it as .npz, got {out}. Name it .json.")
         # What an unfinished run has written already is its own.
-        unfinished = [*state(out).glob("[0-9]*.npz"), *state(out).glob("*.points")]
-        own = bool(unfinished) and _measured(out, path)
-        require_new(args, out, *([out.with_suffix(".npz")] if arrays else []), own=own)
+        own = resumed and any(state(out).glob("[0-9]*.npz")) and _measured(out, path)
+        require_new(args, out, *([arrays_beside(out)] if arrays else []), own=own)
     return list(files)
 
 

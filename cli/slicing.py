@@ -76,7 +76,7 @@ def run(
 
     if args.shard is not None and args.out is None:
         raise ArgumentError("--shard needs --out, where the processes meet. Pass the same --out to each.")
-    outputs = options.outputs(args, arrays=True)
+    outputs = options.outputs(args, arrays=True, resumed=False)
     figure = None if args.figure is None else options.figure(args)
     options.load_all(args)
     results: list[SliceResult] = []
@@ -87,7 +87,7 @@ def run(
 
         def preview(unfinished: Callable[[], SliceResult]) -> None:
             if out is not None and args.shard is None and time.monotonic() > saved[0] + PREVIEW:
-                unfinished().save(out)
+                unfinished().save(options.state(out) / "preview.json")
                 saved[0] = time.monotonic()
 
         result: SliceResult = measure(
@@ -108,14 +108,17 @@ def run(
         )
         return result
 
-    # A shard that ends before the others writes nothing, lest it write over what the last one wrote.
-    terminal.measure_each(args, outputs, results, one, slice_table, unless=lambda result: not result.complete)
-    for result, out in zip(results, outputs, strict=True):
-        if out is not None and result.complete:
-            (options.state(out) / "directions.npz").unlink(missing_ok=True)
-            discard(options.state(out))
-    if figure is not None and all(result.complete for result in results):
-        terminal.save_figure(lambda: draw(results), figure)
+    def after(result: SliceResult, out: Path) -> None:
+        for name in ("directions.npz", "preview.json", "preview.npz"):
+            (options.state(out) / name).unlink(missing_ok=True)
+        discard(options.state(out))
+
+    try:
+        # A shard that ends before the others writes nothing, lest it write over what the last one wrote.
+        terminal.measure_each(args, outputs, results, one, slice_table, after, lambda result: not result.complete)
+    finally:
+        if figure is not None and results and all(result.complete for result in results):
+            terminal.save_figure(lambda: draw(results), figure)
     return 0
 
 

@@ -19,8 +19,8 @@ Directions:
   plane         with --through: the plane of three checkpoints, in units of their distance
   trajectory    with --trajectory: the plane through CKPT that is nearest to the steps of its training
 
-With --out the finished points outlive a kill: the command given again goes on, and `sharpscope plot` shows what there
-is meanwhile.
+With --out the finished points outlive a kill: the command given again goes on. Meanwhile `sharpscope plot` shows what
+there is, from the preview.json in the folder OUT.partial.
 """
 
 

@@ -42,13 +42,14 @@ def measure_each(
     results: list[Any],
     measure: Callable[[str, Path | None, Any], Any],
     table: Callable[[list[Any]], str],
+    after: Callable[[Any, Path], None] = lambda result, out: None,
     unless: Callable[[Any], bool] = lambda result: False,
     **saved: Any,
 ) -> None:
     """Append to ``results`` ``measure(checkpoint, output, progress)`` of one checkpoint after another.
 
-    Each is saved as soon as it is there, ``unless`` it must not be; what is finished is shown whatever happens to the
-    next. ``saved``: how.
+    Each is saved as soon as it is there, ``unless`` it must not be, and ``after(result, output)`` called; what is
+    finished is shown whatever happens to the next. ``saved``: how.
     """
     try:
         for path, out in zip(args.checkpoints, outputs, strict=True):
@@ -57,6 +58,7 @@ def measure_each(
             results.append(result)
             if out is not None and not unless(result):
                 result.save(out, **saved)
+                after(result, out)
     finally:
         if args.json:
             emit_json([result.to_dict() for result in results], len(args.checkpoints))

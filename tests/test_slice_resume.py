@@ -70,10 +70,13 @@ def test_a_resumed_surface_repeats_no_finished_point(tmp_path: Path, visits: lis
     stopped(small(), 10, journal=tmp_path)
     stopped(small(), 30, journal=tmp_path)
     resumed = loss_surface(small(), points=7, journal=tmp_path)
-    assert len(visits) == len(set(visits)) == 49
+    assert len(set(visits)) == 49
+    # w itself is taken anew each time: were its loss another, no point would be of this one.
+    assert sorted(visits).count((0, 0.0, 0.0)) == 3
+    assert len(visits) == 49 + 2
     np.testing.assert_array_equal(resumed.loss, whole.loss)
     np.testing.assert_array_equal(resumed.accuracy, whole.accuracy)
-    assert resumed.provenance["repeated"] == 30
+    assert resumed.provenance["repeated"] == 29
 
 
 def test_a_finer_grid_takes_only_the_points_between(tmp_path: Path, visits: list[Any]) -> None:
@@ -81,7 +84,7 @@ def test_a_finer_grid_takes_only_the_points_between(tmp_path: Path, visits: list
     loss_surface(small(), points=5, journal=tmp_path)
     visits.clear()
     loss_surface(small(), points=9, journal=tmp_path)
-    assert len(visits) == 81 - 25
+    assert len(visits) == 81 - 25 + 1
 
 
 @pytest.mark.parametrize("change", ["weights", "buffers", "data", "plane", "test", "batchnorm", "micro-batch", "decay"])
@@ -135,7 +138,50 @@ def test_zero_and_negative_losses_count_as_done(tmp_path: Path, visits: list[Any
     assert first.loss[0, 0].tolist() == [-1, -0.5, 0, 0.5, 1]
     visits.clear()
     assert loss_slice(problem, line, 5, journal=tmp_path).loss.tolist() == first.loss.tolist()
-    assert visits == []
+    assert visits == [(0, 0.0)]
+
+
+def test_a_record_of_another_key_in_the_file_is_not_believed(tmp_path: Path) -> None:
+    """A process that goes on appending after another has taken the file over does not put its points under that key."""
+    first = PointLog(tmp_path, "one", 1, 1)
+    first.add((0.0,), (5.0,))
+    second = PointLog(tmp_path, "two", 1, 1)
+    second.add((1.0,), (6.0,))
+    first.add((2.0,), (7.0,))
+    second.add((3.0,), (8.0,))
+    again = PointLog(tmp_path, "two", 1, 1)
+    assert (2.0,) not in again
+    assert again[(1.0,)] == (6.0,)
+
+
+@pytest.mark.parametrize("change", ["constant", "forward"])
+def test_changed_code_uses_no_old_point(tmp_path: Path, visits: list[Any], change: str) -> None:
+    """A loss or a model whose code is another at the same weights is another loss."""
+
+    def made(slope: float) -> Problem:
+        class Scaled(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = small().model
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.inner(x) * FACTOR["value"]
+
+        FACTOR["value"] = slope if change == "forward" else 1.0
+        losses = {1.0: lambda o, t: 1.0 * nn.functional.cross_entropy(o, t)}
+        losses[5.0] = lambda o, t: 5.0 * nn.functional.cross_entropy(o, t)
+        loss = losses[slope] if change == "constant" else nn.CrossEntropyLoss()
+        return Problem(model=Scaled(), loss=loss, data=small().data)
+
+    plane = random_directions(made(1.0), 2)
+    loss_surface(made(1.0), plane, 3, journal=tmp_path)
+    visits.clear()
+    changed = loss_surface(made(5.0), plane, 3, journal=tmp_path)
+    assert len(visits) == 9
+    np.testing.assert_array_equal(changed.loss, loss_surface(made(5.0), plane, 3).loss)
+
+
+FACTOR = {"value": 1.0}
 
 
 def test_shards_meet_in_the_whole(tmp_path: Path) -> None:
@@ -257,15 +303,30 @@ def test_killed_three_times_a_surface_ends_in_the_same_bits(checkpoints: Path, t
     result = subprocess.run([*command, "--out", str(out)], check=True, capture_output=True, text=True)
     record = 3 * 8 + 2 * 8 + 4
     done = (len(before) - before.index(b"\n") - 1) // record
-    assert f"{done} of them from disk" in result.stdout
+    assert f"{done - 1} of them from disk" in result.stdout
     found = SliceResult.load(out)
-    assert found.provenance["repeated"] == done
-    assert found.cost.passes == 31 * 41 - done
+    assert found.provenance["repeated"] == done - 1
+    assert found.cost.passes == 31 * 41 - done + 1
     assert not log.parent.exists()
     subprocess.run([*command, "--out", str(tmp_path / "whole.json")], check=True, capture_output=True)
     whole = SliceResult.load(tmp_path / "whole.json")
     np.testing.assert_array_equal(found.loss, whole.loss)
     np.testing.assert_array_equal(found.accuracy, whole.accuracy)
+
+
+def test_a_finished_surface_is_replaced_only_on_demand(checkpoints: Path, tmp_path: Path) -> None:
+    """Whatever lies beside it, a finished result asks for --overwrite, and stays until the new one is finished."""
+    out, state = tmp_path / "s.json", tmp_path / "s.json.partial"
+    command = ["surface", "sgd.pt", "--out", str(out), "--points"]
+    assert run(checkpoints, *command, "3") == 0
+    assert not state.exists()
+    state.mkdir()
+    (state / "points.points").write_bytes(b"left over")
+    assert run(checkpoints, *command, "4") == 1
+    before = out.read_bytes()
+    for name in ("shard", "whole"):
+        assert run(checkpoints, *command, "5", "--overwrite", *(["--shard", "1/2"] if name == "shard" else [])) == 0
+        assert (out.read_bytes() == before) == (name == "shard")
 
 
 def test_a_slice_between_checkpoints_prints_the_barrier(

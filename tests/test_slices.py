@@ -179,7 +179,8 @@ def test_an_axis_about_0_is_symmetric_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("points", "span"), [(1, (-1, 1)), (5, (1, -1)), (5, (0, 0)), (5, (0, math.inf)), (5, (math.nan, 1))]
+    ("points", "span"),
+    [(1, (-1, 1)), (5, (1, -1)), (5, (0, 0)), (5, (0, math.inf)), (5, (math.nan, 1)), (3, (0, 1e308))],
 )
 def test_an_axis_that_is_none_is_refused(points: int, span: tuple[float, float]) -> None:
     """Fewer than 2 points, and ranges that are empty or not finite, end in a sentence."""
@@ -314,6 +315,30 @@ def test_a_line_between_networks_meets_both() -> None:
     assert (mark.loss["data"], mark.accuracy["data"]) == pytest.approx(oracle(two.model, one.data))
     between = [t for t in at if 0 <= t <= 1]
     assert result.barrier() == pytest.approx(max(at[t] - (1 - t) * at[0.0] - t * at[1.0] for t in between))
+
+
+@pytest.mark.parametrize(
+    ("points", "span"), [(17, (-0.3, 1.3)), (15, (-0.2, 1.2)), (13, (-0.1, 1.1)), (21, (-0.5, 1.5))]
+)
+def test_a_line_between_networks_has_one_point_at_its_end(points: int, span: tuple[float, float]) -> None:
+    """t = 1 is on the axis, and no twin of it by rounding."""
+    one, two = classified(0), classified(1)
+    x = loss_slice(one, [towards(one, two)], points, span).axes[0]
+    assert 1.0 in x
+    assert np.diff(x).min() > 1e-3
+
+
+def test_only_a_line_that_ends_at_the_network_has_a_barrier() -> None:
+    """Of length 1 it no longer does; of some parameters alone the network lies beside it."""
+    one, two = classified(0), classified(1)
+    (unit,) = orthonormalised([towards(one, two, "two")])
+    assert loss_slice(one, [unit], 5, (0.0, 2.0)).barrier() is None
+    partial = Problem(model=one.model, loss=one.loss, data=one.data, params="*.weight")
+    (mark,) = loss_slice(partial, [towards(partial, two)], 5, marks={"two": two}).marks
+    apart = [(a - b).detach().norm() for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True)]
+    biases = [n for n, p in zip(apart, one.model.parameters(), strict=True) if p.dim() == 1]
+    assert mark.distance == pytest.approx(math.hypot(*map(float, biases)))
+    assert mark.length == pytest.approx(math.hypot(*map(float, apart)))
 
 
 def test_the_plane_through_three_networks_holds_them_at_right_angles() -> None:
@@ -575,6 +600,81 @@ def test_a_loss_that_draws_random_numbers_is_refused() -> None:
         loss_slice(Problem(model=model, loss=problem.loss, data=problem.data, mode="train"))
 
 
+@pytest.mark.parametrize("how", ["data", "numpy", "some"])
+def test_hidden_writes_into_the_input_are_seen(how: str) -> None:
+    """Through .data, through numpy, and into a later example alone: no point sees what another left behind."""
+
+    class Sly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if how == "data":
+                x.data.mul_(0.5)
+            elif how == "numpy":
+                array = x.detach().numpy()
+                array *= 0.5
+            else:
+                big = x.abs().amax((1, 2, 3)) > 10
+                if bool(big.any()):
+                    x[big] *= 0.1
+            out: Tensor = self.inner(x)
+            return out
+
+    problem = classified()
+    problem.data[0][20] *= 10
+    sly = Problem(model=Sly(), loss=problem.loss, data=problem.data)
+    (d,) = random_directions(sly)
+    result = loss_slice(sly, [d], 5)
+    for t, loss in zip(result.axes[0], result.loss[0, 0], strict=True):
+        there = moved(sly, d.vector, t)
+        assert loss == pytest.approx(oracle(there, (problem.data[0].clone(), problem.data[1]))[0], rel=1e-9)
+
+
+def test_layers_that_change_weights_come_back_too() -> None:
+    """An embedding that renorms its rows in a forward pass, and an adapter that merges itself on eval()."""
+
+    class Merging(nn.Linear):
+        merged = False
+
+        def train(self, mode: bool = True) -> Merging:
+            super().train(mode)
+            if not mode and not self.merged:
+                self.weight.data += 1.0
+                self.merged = True
+            return self
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4, max_norm=0.1), nn.Flatten(), Merging(8, 3))
+    before = copy.deepcopy(model.state_dict())
+    data = torch.randint(0, 7, (20, 2)), torch.randint(0, 3, (20,))
+    loss_slice(Problem(model=model, loss=nn.CrossEntropyLoss(), data=data), points=3)
+    assert same(model.state_dict(), before)
+    assert not model[2].merged
+
+
+def test_a_function_of_the_users_is_not_taken_for_torchs_by_its_name() -> None:
+    """Accuracy is of losses that are known to be of labels, not of what is called cross_entropy."""
+
+    def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output, target, ignore_index=-1)
+
+    problem = classified()
+    own = Problem(model=problem.model, loss=cross_entropy, data=problem.data)
+    assert np.isnan(loss_slice(own, points=3).accuracy).all()
+
+
+def test_accuracy_is_unknown_where_the_outputs_are() -> None:
+    """The largest of NaN is no answer: a diverged point has no accuracy."""
+    problem = classified()
+    (d,) = random_directions(problem)
+    huge = Direction(d.vector * 1e150, "huge")
+    result = loss_slice(problem, [huge], coordinates=[0.0, 1e20])
+    assert result.status[0].tolist() == [DONE, DIVERGED]
+    assert np.isnan(result.accuracy[0, 0, 1])
+
+
 def test_an_augmented_loader_is_refused() -> None:
     """Data that change from walk to walk have no slice."""
 
@@ -677,12 +777,17 @@ def test_interpolated_statistics_end_at_the_other_network() -> None:
 
 
 def test_recalibrated_statistics_are_those_of_the_data_at_the_point() -> None:
-    """With "recalibrate" each point equals torch's update_bn on a copy there, and costs a second pass."""
+    """With "recalibrate" statistics are the batches' means by their examples, at the cost of a second pass."""
     problem = classified(norm=True)
     (d,) = random_directions(problem)
     result = loss_slice(problem, [d], coordinates=[0.0, 0.7], batchnorm="recalibrate", micro_batch=10)
     there = moved(problem, d.vector, 0.7)
-    torch.optim.swa_utils.update_bn(problem.data[0].split(10), there)
+    with torch.no_grad():
+        batches = [there[0](x) for x in problem.data[0].split(10)]  # type: ignore[index]
+    shares = torch.tensor([len(b) / 37 for b in batches], dtype=torch.float64)
+    means, variances = (torch.stack([f(b, dim=(0, 2, 3)) for b in batches]) for f in (torch.mean, torch.var))
+    there[1].running_mean.copy_(shares @ means)  # type: ignore[index,union-attr]
+    there[1].running_var.copy_(shares @ variances)  # type: ignore[index,union-attr]
     assert result.loss[0, 0, 1] == pytest.approx(oracle(there.eval(), problem.data)[0], rel=1e-12)
     assert result.cost.passes == 4
 
@@ -695,6 +800,41 @@ def test_a_plane_through_networks_interpolates_their_statistics() -> None:
     for (x, y), other in zip(places, others.values(), strict=True):
         there = loss_surface(one, plane, coordinates=([x, x + 1], [y, y + 1]), batchnorm="interpolate")
         assert there.loss[0, 0, 0, 0] == pytest.approx(oracle(other.model, one.data)[0], rel=1e-9)
+
+
+def test_a_small_last_micro_batch_does_not_decide_the_statistics() -> None:
+    """With outliers in the last two of many examples, the micro-batch by default gives what one batch gives."""
+    x, y = drawn(2050, 5), torch.randint(0, 3, (2050,), generator=torch.Generator().manual_seed(0))
+    x[-2:] += 8
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double()
+    problem = Problem(model=model, loss=nn.CrossEntropyLoss(), data=(x, y))
+    d = random_directions(problem)
+    default, whole = (
+        loss_slice(problem, d, coordinates=[0.0, 1.0], batchnorm="recalibrate", micro_batch=size).loss
+        for size in (None, 2050)
+    )
+    np.testing.assert_allclose(default, whole, rtol=1e-2)
+    one_more = Problem(model=model, loss=problem.loss, data=(x[:2049], y[:2049]))
+    assert loss_slice(one_more, d, 3, batchnorm="recalibrate").complete
+
+
+def test_statistics_without_counters_are_recalibrated() -> None:
+    """A norm that counts no batches, or no longer tracks them, is treated all the same, and left so."""
+    one, two = classified(norm=True), classified(norm=True)
+    two.model[1].num_batches_tracked = None  # type: ignore[index,union-attr]
+    two.model[1].track_running_stats = False  # type: ignore[index,union-attr]
+    results = [loss_slice(p, random_directions(p), 3, batchnorm="recalibrate") for p in (one, two)]
+    np.testing.assert_array_equal(results[0].loss, results[1].loss)
+    assert two.model[1].track_running_stats is False  # type: ignore[index,union-attr]
+
+
+def test_statistics_that_one_network_lacks_are_refused() -> None:
+    """Interpolation between a network with running statistics and one without ends in a sentence."""
+    one, two = classified(norm=True), classified(1, norm=True)
+    two.model[1].running_mean = two.model[1].running_var = None  # type: ignore[index,union-attr]
+    with pytest.raises(ArgumentError, match="recalibrate"):
+        loss_slice(one, [towards(one, two)], batchnorm="interpolate")
 
 
 @pytest.mark.parametrize("treatment", ["interpolate", "recalibrate"])

@@ -28,6 +28,7 @@ class TermLoss:
         counted: whether the terms are counted here, not stated or implied by the loss's author.
         stated: whether the author states their number, so that they need not be the examples.
         likelihood: the distribution whose negative log-likelihood it is, None where that is not known.
+        ignored: of a loss of labels, the label that is no loss term; None for other losses.
     """
 
     name: str
@@ -36,6 +37,7 @@ class TermLoss:
     counted: bool = True
     stated: bool = False
     likelihood: Likelihood | None = None
+    ignored: int | None = None
 
 
 def term_loss(loss: Callable[..., Any]) -> TermLoss:
@@ -83,7 +85,13 @@ def _cross_entropy(weight: Tensor | None = None, ignore_index: int = -100, label
     def check(output: Any, target: Any, where: Where) -> None:
         _check_labels(output_tensor(output), target, ignore_index, where)
 
-    return TermLoss("cross_entropy", sums, check, likelihood=categorical(weight, ignore_index, label_smoothing))
+    return TermLoss(
+        "cross_entropy",
+        sums,
+        check,
+        likelihood=categorical(weight, ignore_index, label_smoothing),
+        ignored=ignore_index,
+    )
 
 
 def _nll(weight: Tensor | None = None, ignore_index: int = -100) -> TermLoss:
@@ -96,7 +104,9 @@ def _nll(weight: Tensor | None = None, ignore_index: int = -100) -> TermLoss:
     def check(output: Any, target: Any, where: Where) -> None:
         _check_labels(output_tensor(output), target, ignore_index, where)
 
-    return TermLoss("nll", sums, check, likelihood=categorical(weight, ignore_index, logarithms=True))
+    return TermLoss(
+        "nll", sums, check, likelihood=categorical(weight, ignore_index, logarithms=True), ignored=ignore_index
+    )
 
 
 def _mse() -> TermLoss:

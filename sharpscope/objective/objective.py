@@ -158,7 +158,12 @@ class Objective:
             stack.enter_context(preserved(self.terms.model, self.terms.loss_function, data=self.data))
             stack.enter_context(differentiable_kernels(self.terms.model, self.device, faster=products))
             stack.enter_context(self.meter.timing())
-            self.terms.model.train(self.problem.mode == "train")
+            if self.problem.mode == "train":
+                self.terms.model.train()
+            else:
+                # Not eval(): a module may answer it by writing into its weights, as merged adapters do.
+                for module in self.terms.model.modules():
+                    module.training = False
             self._active = True
             try:
                 yield

@@ -18,9 +18,6 @@ from sharpscope.objective.memory import out_of_memory
 from sharpscope.precision import compute_dtype, converted, placed, usable
 from sharpscope.problem import Problem
 
-# Losses whose targets are labels.
-CLASSES = ("cross_entropy", "nll")
-
 
 class LossTerms:
     """``sum_i a_i l_i(w)`` and ``sum_i a_i`` over any micro-batch of ``problem``, differentiable in ``params``.
@@ -111,11 +108,11 @@ class LossTerms:
 
     def answers(self, output: Any, target: Any) -> tuple[Tensor, Tensor]:
         """How many labels are the place of the largest output, and how many there are; none where a loss has none."""
-        if self.loss.name not in CLASSES or not isinstance(target, Tensor) or target.is_floating_point():
+        ignored = self.loss.ignored
+        if ignored is None or not isinstance(target, Tensor) or target.is_floating_point():
             return (none := torch.zeros((), dtype=torch.long, device=self.device)), none
         right = output_tensor(output).argmax(1) == target
         # A place of an output is never negative, so that a negative label that is ignored is never right.
-        ignored = _ignored(self.loss_function)
         known = (target != ignored).sum()
         return (right if ignored < 0 else right & (target != ignored)).sum(), known
 
@@ -130,12 +127,6 @@ class LossTerms:
     def _placed(self, tensor: Tensor) -> Tensor:
         # A copy: a model may write into its input, or ask for its gradient, and the user's data are his.
         return tensor.detach().to(self.device, converted(tensor, self.dtype), copy=True)
-
-
-def _ignored(loss: Any) -> int:
-    """The label that is no loss term, of a module or of a functional form with options."""
-    options = getattr(loss, "keywords", {})
-    return int(options.get("ignore_index", getattr(loss, "ignore_index", -100)))
 
 
 def _forward_names(model: nn.Module) -> Callable[[str], bool]:

@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from sharpscope.results.eigen_table import notes_of, rows_of, table
 from sharpscope.results.record import (
     CERTAIN,
     UNREADABLE,
+    arrays_beside,
     head,
     opened,
     plain,
@@ -196,7 +196,7 @@ class EigenResult:
         if vectors:
             if self.eigenvectors is None:
                 raise DataError("The result must hold eigenvectors to save them. Measure with vectors=True.")
-            with atomic(Path(path).with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
+            with atomic(arrays_beside(path)) as temporary, open(temporary, "wb") as file:
                 np.savez(file, eigenvectors=self.eigenvectors, eigenvalues=self.eigenvalues)
         write(path, self.to_dict())
 
@@ -207,7 +207,7 @@ class EigenResult:
         Raises: DataError when ``path`` holds something else.
         """
         result = cls.from_dict(read(path))
-        beside = Path(path).with_suffix(".npz")
+        beside = arrays_beside(path)
         if beside.is_file():
             # A file of another run, or of another making, that only shares the name is not this one's vectors.
             with contextlib.suppress(*UNREADABLE), np.load(beside) as arrays:

@@ -73,6 +73,12 @@ def require_json_name(path: str | os.PathLike[str]) -> None:
         raise OutputError(f"The result is JSON, and its vectors go beside it as .npz, got {path}. Name it .json.")
 
 
+def arrays_beside(path: str | os.PathLike[str]) -> Path:
+    """Where the arrays of the record ``path`` are: ``sgd.json`` has ``sgd.npz``, ``run.1`` has ``run.1.npz``."""
+    place = Path(path)
+    return place.with_name(f"{place.name.removesuffix('.json')}.npz")
+
+
 def write(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
     """Write a record to ``path`` as JSON, atomically.
 

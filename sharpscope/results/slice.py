@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,17 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError, first_line
 from sharpscope.files import atomic
 from sharpscope.results.cost import Cost
-from sharpscope.results.record import UNREADABLE, head, opened, plain, read, refuse_taken, require_json_name, write
+from sharpscope.results.record import (
+    UNREADABLE,
+    arrays_beside,
+    head,
+    opened,
+    plain,
+    read,
+    refuse_taken,
+    require_json_name,
+    write,
+)
 
 Array = NDArray[np.float64]
 
@@ -83,6 +92,8 @@ class SliceResult:
 
     def __post_init__(self) -> None:
         refuse_taken(self.provenance, (*_ARRAYS, *_PLAIN, "axes", "dimensions", "points", "digest"))
+        if any(len(line) != self.dimensions for line in self.directions) or not self.directions:
+            raise DataError(f"A slice of {self.dimensions} axes needs as many directions for each line or plane.")
         shape = (len(self.directions), *(len(a) for a in reversed(self.axes)))
         if not self.loss.shape == self.accuracy.shape == (len(self.splits), *shape) or self.status.shape != shape:
             raise DataError(
@@ -185,7 +196,7 @@ class SliceResult:
         """
         require_json_name(path)
         arrays: dict[str, Any] = self._arrays()
-        with atomic(Path(path).with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
+        with atomic(arrays_beside(path)) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **arrays)
         write(path, self.to_dict())
 
@@ -196,7 +207,7 @@ class SliceResult:
         Raises: DataError when ``path`` holds something else, or its arrays are not beside it.
         """
         rest = opened(read(path), "slice")
-        beside = Path(path).with_suffix(".npz")
+        beside = arrays_beside(path)
         try:
             with np.load(beside) as arrays:
                 kept: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}

@@ -99,6 +99,7 @@ def _described(thing: Any, depth: int = 3) -> Any:
             name,
             code.co_code,
             repr(code.co_names),
+            repr([c for c in code.co_consts if not inspect.iscode(c)]),
             *(_described(c, depth - 1) for c in (cells, thing.__defaults__)),
         ]
     tensors = thing.state_dict() if isinstance(thing, nn.Module) else {}

@@ -73,9 +73,13 @@ class PointLog:
         try:
             if self._open is None:
                 self._open = self._append()
-            os.write(self._open, record + _CHECK.pack(zlib.crc32(record)))
+            os.write(self._open, record + _CHECK.pack(self._check(record)))
         except OSError as error:
             raise OutputError(f"Cannot write {self._path}: {error.strerror}. Choose another place.") from error
+
+    def clear(self) -> None:
+        """Forget every point; the first that is added replaces this process's file."""
+        self._found, self._whole = {}, 0
 
     def close(self) -> None:
         """Close the file; what is in it stays."""
@@ -87,6 +91,10 @@ class PointLog:
     def _path(self) -> Path:
         assert self._folder is not None
         return self._folder / f"{self._name}.points"
+
+    def _check(self, record: bytes) -> int:
+        """A checksum under this head, which a record of another key fails, whoever wrote it into this file."""
+        return zlib.crc32(record, zlib.crc32(self._head))
 
     def _append(self) -> int:
         """The file, open at the end of its last whole record."""
@@ -110,7 +118,7 @@ class PointLog:
         size = self._record.size
         while len(data) >= position + size + _CHECK.size:
             record = data[position : position + size]
-            if _CHECK.unpack_from(data, position + size)[0] != zlib.crc32(record):
+            if _CHECK.unpack_from(data, position + size)[0] != self._check(record):
                 break
             numbers = self._record.unpack(record)
             self._found.setdefault(numbers[: self._coordinates], numbers[self._coordinates :])

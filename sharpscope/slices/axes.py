@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -19,6 +18,9 @@ SPACINGS = ("linear", "log")
 # The first step away from 0 of a log-spaced axis, over its end.
 SMALLEST = 1e-3
 
+# Beyond it a coordinate may leave float32.
+FARTHEST = 1e30
+
 
 def axis(points: int = 21, span: Span = (-1.0, 1.0), spacing: str = "linear") -> Array:
     """Ascending coordinates t from ``span[0]`` to ``span[1]``, both of them exactly, and 0 exactly if it lies between.
@@ -34,15 +36,20 @@ def axis(points: int = 21, span: Span = (-1.0, 1.0), spacing: str = "linear") ->
     low, high = map(float, span)
     if points < 2:
         raise ArgumentError(f"An axis must have at least 2 points, got {points}.")
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ArgumentError(f"The range of an axis must go from a lower to a higher number, got {low:g} to {high:g}.")
+    if not -FARTHEST <= low < high <= FARTHEST:
+        raise ArgumentError(
+            f"The range of an axis must go from a lower to a higher number, at most {FARTHEST:g}, got {low:g} to "
+            f"{high:g}."
+        )
     if spacing not in SPACINGS:
         raise ArgumentError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}.")
     if spacing == "log":
         return _logarithmic(points, low, high)
     steps = np.arange(points)
     # Symmetric to the bit about the middle, which linspace is not.
-    return _with_zero((low * (points - 1 - steps) + high * steps) / (points - 1), low, high)
+    found: Array = (low * (points - 1 - steps) + high * steps) / (points - 1)
+    found[0], found[-1] = low, high
+    return with_point(found, 0.0) if low <= 0 <= high else found
 
 
 def custom_axis(values: Sequence[float] | Array) -> Array:
@@ -51,7 +58,7 @@ def custom_axis(values: Sequence[float] | Array) -> Array:
     Raises: ArgumentError unless they are at least 2, finite and ascending.
     """
     found = np.array(values, dtype=np.float64)
-    if found.ndim != 1 or len(found) < 2 or not np.isfinite(found).all() or not (np.diff(found) > 0).all():
+    if found.ndim != 1 or len(found) < 2 or not (abs(found) <= FARTHEST).all() or not (np.diff(found) > 0).all():
         raise ArgumentError(f"Coordinates must be at least 2 finite, ascending numbers, got {values!r}.")
     return found
 
@@ -65,15 +72,12 @@ def _logarithmic(points: int, low: float, high: float) -> Array:
     return np.sort(np.concatenate([np.zeros(1), *away]))
 
 
-def _with_zero(found: Array, low: float, high: float) -> Array:
-    found[0], found[-1] = low, high
-    if not low <= 0 <= high:
-        return found
-    near = int(np.abs(found).argmin())
-    if abs(found[near]) < 1e-9 * (high - low):
-        found[near] = 0.0
-        return found
-    return np.sort(np.append(found, 0.0))
+def with_point(coordinates: Array, value: float) -> Array:
+    """``coordinates`` with one that is exactly ``value``: the nearest one where that is it but for rounding."""
+    near = int(np.abs(coordinates - value).argmin())
+    if abs(coordinates[near] - value) < 1e-9 * (coordinates[-1] - coordinates[0]):
+        return np.concatenate([coordinates[:near], [value], coordinates[near + 1 :]])
+    return np.sort(np.append(coordinates, value))
 
 
 def coarse_to_fine(axes: Sequence[Array]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

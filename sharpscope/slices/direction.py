@@ -91,11 +91,22 @@ def signed(vector: Tensor) -> Tensor:
 def orthonormalised(directions: Sequence[Direction]) -> list[Direction]:
     """The same plane with axes of length 1 at right angles, the first along the first of ``directions``.
 
+    A line to a network no longer ends at it at t = 1, and is no longer called so.
+
     Raises: ArgumentError where one lies in the span of those before it.
     """
     axes = orthonormal([d.vector for d in directions])
     return [
-        replace(d, vector=axis, label=d.label if i == 0 else f"{d.label}, across", statistics={})
+        replace(
+            d,
+            vector=axis,
+            label=d.label if i == 0 else f"{d.label}, across",
+            settings={
+                **d.settings,
+                "kind": "plane" if d.settings.get("kind") == "checkpoint" else d.settings.get("kind"),
+            },
+            statistics={},
+        )
         for i, (d, axis) in enumerate(zip(directions, axes, strict=True))
     ]
 

@@ -27,7 +27,7 @@ SIZES = (32, 2048)
 
 
 def usual_micro_batch(objective: Objective) -> int:
-    """Examples a forward pass, a power of two, from the size of the largest output of a module.
+    """Examples a forward pass, from the size of the largest output of a module.
 
     No clock decides, so that equal runs end in equal bits. To be used within ``objective.measuring()``; cost, a forward
     pass of 4 examples.
@@ -47,15 +47,18 @@ def usual_micro_batch(objective: Objective) -> int:
         for handle in handles:
             handle.remove()
     fits = (ON_CPU if objective.device.type == "cpu" else ELSEWHERE) / largest
-    return int(min(max(2 ** round(math.log2(fits)), SIZES[0]), SIZES[1]))
+    size = int(min(max(2 ** round(math.log2(fits)), SIZES[0]), SIZES[1]))
+    # As many micro-batches of equal sizes: a last one of few examples would be a statistic of few.
+    count = objective.num_examples
+    return size if count is None else math.ceil(count / math.ceil(count / size))
 
 
 class Evaluation:
     """``L(w)`` and the share of labels that are the largest output's place, at the weights as they are.
 
     To be used within ``objective.measuring()``. The data are placed on the device once, where they fit (KEPT), and
-    handed to the model without a copy unless it is seen to write into them. Autograd is off, unless the loss is seen
-    to differentiate by itself.
+    handed to the model without a copy unless it wrote into them in the first walk. Autograd is off, unless the loss is
+    seen to differentiate by itself.
 
     Args:
         objective: loss and data.
@@ -71,7 +74,8 @@ class Evaluation:
         self._room = Room(fixed=fixed, device=objective.device)
         self._kept: list[MicroBatch] | None = None
         self._mode: Callable[[], AbstractContextManager[Any]] = torch.enable_grad
-        self._writes = True
+        self._writes = False
+        self._watching = True
         self.examples = 0
         self._settle()
 
@@ -85,9 +89,11 @@ class Evaluation:
                     column.append(value)
             self.examples += part.size
         self._terms.checked = True
+        self._watching = False
         loss, weight, correct, counted = (_total(column) for column in columns)
-        mean = loss / weight if weight else math.nan
-        return mean + self._terms.decay(), correct / counted if counted else math.nan
+        mean = (loss / weight if weight else math.nan) + self._terms.decay()
+        # Where outputs are NaN the largest of them is none.
+        return mean, correct / counted if counted and math.isfinite(mean) else math.nan
 
     def parts(self) -> Iterator[MicroBatch]:
         """The micro-batches, on the device; ``run`` may be given them again and again."""
@@ -105,18 +111,31 @@ class Evaluation:
             yield placed
         self._kept = kept
 
-    def run(self) -> Iterator[None]:
-        """The model on one micro-batch after another, for what it leaves in its buffers."""
+    def run(self, before: Callable[[int], None]) -> None:
+        """The model on the data for what it leaves in its buffers; ``before(examples)`` is called before each piece."""
+
+        def work(part: MicroBatch) -> None:
+            before(part.size)
+            self._forward(part)
+
         for part in self.parts():
-            for _ in self._room.run(part, self._forward):
-                yield
+            for _ in self._room.run(part, work):
+                pass
 
     def _placed(self, part: MicroBatch) -> MicroBatch:
         return replace(part, batch=self._terms.placed(part.batch))
 
     def _forward(self, part: MicroBatch) -> Any:
+        """Output, target and batch; what is kept for other points is handed over as a copy where the model writes."""
+        spared = not self._watching and not (self._writes and self._kept is not None)
+        batch = part.batch if spared else map_tensors(part.batch, torch.clone)
         with self._mode():
-            return self._terms.forward_on(map_tensors(part.batch, torch.clone) if self._writes else part.batch)
+            found = self._terms.forward_on(batch)
+        if self._watching and not self._writes:
+            # By value: not every write counts up a tensor's version.
+            pairs = zip(tensors(part.batch), tensors(batch), strict=True)
+            self._writes = not all(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)
+        return found
 
     def _values(self, part: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Loss, loss terms, right answers and answers of one micro-batch."""
@@ -128,22 +147,18 @@ class Evaluation:
 
     def _settle(self) -> None:
         """The cheapest way to the values that autograd sees, after making sure that they are the same twice."""
-        wanted = self._values(self._first())
-        first, second = self._first(), self._first()
-        state, before = torch.get_rng_state(), [t._version for t in tensors(first.batch)]
-        self._writes = False
-        if not _same(wanted, self._values(first)):
+        wanted, state = self._values(self._first()), torch.get_rng_state()
+        if not _same(wanted, self._values(self._first())):
             raise AuditError(
                 "The loss must be one fixed function of the weights, but the first examples have another loss at a "
                 "second look. Measure in eval mode (dropout draws anew), turn off augmentation in the data, and leave "
                 "random numbers out of the loss."
             )
-        self._writes = before != [t._version for t in tensors(first.batch)]
         # Not inference mode: what a model keeps of it (a mask, a table of positions) could not be trained with later.
         self._mode = torch.no_grad
         torch.set_rng_state(state)
         try:
-            settled = _same(wanted, self._values(second))
+            settled = _same(wanted, self._values(self._first()))
         except (RuntimeError, ProblemError) as error:
             if out_of_memory(error):
                 raise

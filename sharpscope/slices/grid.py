@@ -26,19 +26,28 @@ class Grid:
         self.axes = axes
 
     def centre(self) -> Array:
-        """Loss and accuracy at w (splits, 2), from the log where it has them.
+        """Loss and accuracy at w (splits, 2), taken anew: what is in the log is of this loss only if it agrees.
 
         Raises: DataError when the loss is not finite there.
         """
-        values = np.array(self._value(0, (0.0,) * len(self.axes))).reshape(self._splits, 2)
-        if not np.isfinite(values[0, 0]):
+        w = (0.0,) * len(self.axes)
+        values, first = tuple(self._walk.at(0, w)), (0.0, *w)
+        if not np.isfinite(values[0]):
             raise DataError(
-                f"The loss at the weights must be finite, got {values[0, 0]}. Check that checkpoint and data belong "
+                f"The loss at the weights must be finite, got {values[0]}. Check that checkpoint and data belong "
                 "together."
             )
-        for line in range(1, self._lines):  # w is on every line
-            self._keep(line, (0.0,) * len(self.axes), values.reshape(-1).tolist())
-        return values
+        if first in self._log and not np.array_equal(self._log[first], values, equal_nan=True):
+            self._log.clear()  # code that no hash sees has changed
+        for line in range(self._lines):  # w is on every line
+            if (float(line), *w) not in self._log:
+                self._log.add((float(line), *w), values)
+        return np.array(values).reshape(self._splits, 2)
+
+    def known(self) -> int:
+        """How many of its points beside w are in the log."""
+        points = np.stack(np.meshgrid(*self.axes), axis=-1).reshape(-1, len(self.axes)).tolist()
+        return sum((float(line), *p) in self._log for line in range(self._lines) for p in points if any(p))
 
     def fill(
         self,
@@ -97,13 +106,7 @@ class Grid:
     def _shape(self) -> tuple[int, ...]:
         return tuple(len(a) for a in reversed(self.axes))
 
-    def _value(self, line: int, coordinates: tuple[float, ...]) -> tuple[float, ...]:
+    def _value(self, line: int, coordinates: tuple[float, ...]) -> None:
         point = (float(line), *coordinates)
         if point not in self._log:
-            self._keep(line, coordinates, self._walk.at(line, coordinates))
-        return self._log[point]
-
-    def _keep(self, line: int, coordinates: tuple[float, ...], values: list[float]) -> None:
-        point = (float(line), *coordinates)
-        if point not in self._log:
-            self._log.add(point, values)
+            self._log.add(point, self._walk.at(line, coordinates))

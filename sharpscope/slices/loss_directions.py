@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -52,8 +53,10 @@ def gradient_directions(
 
     They are not orthogonal: ``settings["cosine"]``, and ``orthonormalised`` for a plane. Cost: 2 gradients.
 
-    Raises: ArgumentError where the gradient is zero.
+    Raises: ArgumentError where the gradient is zero, or rho is not above 0.
     """
+    if not 0 < rho < math.inf:
+        raise ArgumentError(f"rho must be a positive number, got {rho}.")
     objective = Objective(problem, dtype=dtype, device=device, micro_batch=micro_batch)
     _, at_w = objective.loss_and_gradient()
     weights, ball = objective.terms.params, Ball()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
+from sharpscope import params
 from sharpscope.errors import ArgumentError
 from sharpscope.objective import Objective
 from sharpscope.problem import Problem
@@ -38,14 +40,28 @@ def marked(
         for name, other in networks.items():
             vector = difference(problem, other)
             place, distance = coordinates(vector, lines[0])
+            beside = _beside(problem, other)
             values = {}
             for split, objective in objectives.items():
                 own = replace(problem, model=other.model, data=objective.problem.data)
-                theirs = Objective(own, dtype=objective.dtype, device=objective.device)
+                kept: int | str = "loader" if objective.keeps_batches else micro_batch
+                theirs = Objective(own, dtype=objective.dtype, device=objective.device, micro_batch=kept)
                 with theirs.measuring(products=False):
                     values[split] = Evaluation(theirs, micro_batch)()
                 objective.charge(FORWARD * (theirs.num_examples or 0))
             losses, accuracies = ({split: value[i] for split, value in values.items()} for i in range(2))
-            length = float(torch.linalg.vector_norm(vector))
-            found.append(Mark(name, tuple(place), distance, length, losses, accuracies, on_path))
+            length = math.hypot(float(torch.linalg.vector_norm(vector)), beside)
+            found.append(Mark(name, tuple(place), math.hypot(distance, beside), length, losses, accuracies, on_path))
     return tuple(found)
+
+
+def _beside(problem: Problem, other: Problem) -> float:
+    """How far apart the networks are in the weights that are not selected, which no line or plane moves."""
+    chosen = {id(p) for p in params.select(problem.model, problem.params).values()}
+    theirs = dict(other.model.named_parameters())
+    squares = [
+        (theirs[name].detach().cpu().double() - p.detach().cpu().double()).square().sum()
+        for name, p in problem.model.named_parameters()
+        if id(p) not in chosen and name in theirs and theirs[name].shape == p.shape
+    ]
+    return math.sqrt(float(sum(squares)))

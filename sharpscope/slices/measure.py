@@ -8,16 +8,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from sharpscope.errors import ArgumentError
 from sharpscope.objective import Objective, Progress
+from sharpscope.perturbation import Perturbation
 from sharpscope.problem import Problem
 from sharpscope.provenance import provenance
 from sharpscope.results import Cost, SliceResult
 from sharpscope.resume import Journal, PointLog, key_of
-from sharpscope.slices.axes import Array, Span, axis, custom_axis
+from sharpscope.slices.axes import Array, Span, axis, custom_axis, with_point
 from sharpscope.slices.curvature import slopes_and_curvatures
 from sharpscope.slices.direction import Direction, cosine
 from sharpscope.slices.evaluation import usual_micro_batch
@@ -109,7 +109,7 @@ def loss_slice(
     else:
         along = axis(points, (low, high), spacing)
         # The other end of a line between networks is as much worth a point as the centre.
-        along = np.union1d(along, [1.0]) if leads and low < 1 < high else along
+        along = with_point(along, 1.0) if leads and low < 1 < high else along
     settings = _Settings(
         also=also,
         batchnorm=batchnorm,
@@ -196,7 +196,7 @@ def loss_surface(
     if coordinates is not None:
         x, y = (custom_axis(values) for values in coordinates)
     else:
-        counts = points if isinstance(points, tuple) else (points, points)
+        counts: Any = points if isinstance(points, tuple | list) else (points, points)
         spans: Any = span if isinstance(span[0], tuple | list) else (span, span)
         if len(counts) != 2 or len(spans) != 2:
             raise ArgumentError(f"points and span must be of x and y, got {points!r} and {span!r}.")
@@ -229,6 +229,21 @@ def _measured(
             f"A direction must have a component for each of the {objective.num_params} parameters, got "
             f"{', '.join(str(len(v)) for v in vectors)}. Make it of the same problem."
         )
+    # Before the first forward pass: some layers write into their weights in it.
+    with Perturbation(objective.terms.params) as moved:
+        return _on_grid(problem, lines, axes, progress, s, objectives, moved)
+
+
+def _on_grid(
+    problem: Problem,
+    lines: list[list[Direction]],
+    axes: tuple[Array, ...],
+    progress: Progress | None,
+    s: _Settings,
+    objectives: dict[str, Objective],
+    moved: Perturbation,
+) -> SliceResult:
+    objective = next(iter(objectives.values()))
     with objective.measuring(products=False):
         size = s.micro_batch or usual_micro_batch(objective)
     # Before any clock has chosen how derivatives are taken, which is no part of what a point depends on.
@@ -241,13 +256,14 @@ def _measured(
         for each in objectives.values():
             stack.enter_context(each.measuring(products=False))
         others = marked(problem, lines, objectives, s.marks or {}, s.trajectory or {}, size)
-        walk = stack.enter_context(Walk(objectives, lines, s.batchnorm, size))
+        walk = Walk(objectives, lines, s.batchnorm, size, moved)
         grid = Grid(walk, log, len(lines), axes, len(objectives))
         centre = grid.centre()
+        repeated = grid.known()
 
         def result() -> SliceResult:
             loss, accuracy, status = grid.arrays()
-            said = provenance(problem, objective, None, refined=s.refine, repeated=log.replayed)
+            said = provenance(problem, objective, None, refined=s.refine, repeated=repeated)
             return SliceResult(
                 axes=grid.axes,
                 loss=loss,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sharpscope.errors import ArgumentError
+
+Walked = Callable[[Callable[[int], None]], None]
 
 TREATMENTS = ("frozen", "interpolate", "recalibrate")
 
@@ -37,8 +38,8 @@ class Statistics:
     - "frozen": those at w. Away from w the network normalises by the statistics of another one.
     - "interpolate": ``s(w) + sum_k c_k ds_k`` where d_k leads to another checkpoint, whose statistics are known; a
       variance that would be negative beyond it is 0.
-    - "recalibrate": means over the micro-batches of the data, each layer's in train mode, at the point; one more
-      forward pass a point. What SWA does (Izmailov et al. 2018, section 3.2).
+    - "recalibrate": the means over the micro-batches of the data, each by its examples, of what BatchNorm in train mode
+      sees at the point; one more forward pass a point. As in SWA (Izmailov et al. 2018, section 3.2).
 
     ``model``'s buffers are written in place; ``sharpscope.preserve`` puts them back.
 
@@ -64,15 +65,21 @@ class Statistics:
                 "batchnorm='interpolate' needs directions towards other checkpoints, whose statistics are known. "
                 "Pass batchnorm='recalibrate'."
             )
+        known = running_statistics(model) if treatment == "interpolate" else {}
+        if any(set(change) != set(known) for change in changes if treatment == "interpolate"):
+            raise ArgumentError(
+                "batchnorm='interpolate' needs running statistics in the same layers of all networks, but one lacks "
+                "some. Pass batchnorm='recalibrate'."
+            )
         self.treatment = treatment
         buffers = dict(model.named_buffers())
-        self._centre = running_statistics(model) if treatment == "interpolate" else {}
+        self._centre = known
         self._written = [buffers[name] for name in self._centre]
         self._changes = changes
 
     @torch.no_grad()
-    def move_to(self, coefficients: Sequence[float], walk: Callable[[], Iterable[Any]]) -> None:
-        """Set the statistics for the point; ``walk()`` runs the model on one micro-batch of the data after another."""
+    def move_to(self, coefficients: Sequence[float], walk: Walked) -> None:
+        """Set the statistics for the point; ``walk(before)`` runs the model on the data, see ``Evaluation.run``."""
         if self.treatment == "interpolate":
             for (name, centre), buffer in zip(self._centre.items(), self._written, strict=True):
                 value = centre + sum(c * change[name] for c, change in zip(coefficients, self._changes, strict=True))
@@ -80,16 +87,20 @@ class Statistics:
         elif self.treatment == "recalibrate":
             self._recalibrate(walk)
 
-    def _recalibrate(self, walk: Callable[[], Iterable[Any]]) -> None:
-        momenta = [norm.momentum for norm in self._norms]
+    def _recalibrate(self, walk: Walked) -> None:
+        before = [(norm, norm.momentum, norm.track_running_stats) for norm in self._norms]
+        seen = 0
+
+        def weigh(examples: int) -> None:
+            nonlocal seen
+            seen += examples
+            for norm in self._norms:
+                norm.momentum = examples / seen  # the first takes the place of what was there
+
         try:
             for norm in self._norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # a mean over the micro-batches in place of a decaying one
-                norm.train()
-            for _ in walk():
-                pass
+                norm.track_running_stats = norm.training = True
+            walk(weigh)
         finally:
-            for norm, momentum in zip(self._norms, momenta, strict=True):
-                norm.momentum = momentum
-                norm.eval()
+            for norm, momentum, tracks in before:
+                norm.momentum, norm.track_running_stats, norm.training = momentum, tracks, False

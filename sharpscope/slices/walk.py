@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +21,15 @@ FORWARD = 0.4
 class Walk:
     """Loss and accuracy of each split at points ``w + sum_k c_k d_k``.
 
-    To be used within ``measuring()`` of each objective, and as a context, which puts the weights back to the bit. Each
-    point is written from the stored centre, so nothing drifts. Memory: the weights, and each direction, once more.
+    To be used within ``measuring()`` of each objective. Each point is written from the stored centre, so nothing
+    drifts. Memory: each direction once more.
 
     Args:
         objectives: by the name of the split, of one model.
         lines: the directions of each line or plane.
         batchnorm: see ``Statistics``.
         micro_batch: examples a forward pass.
+        moved: of the weights, whose owner puts them back.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Walk:
         lines: Sequence[Sequence[Direction]],
         batchnorm: str,
         micro_batch: int,
+        moved: Perturbation,
     ) -> None:
         self._objectives = list(objectives.values())
         first = self._objectives[0]
@@ -46,13 +47,7 @@ class Walk:
         changes = [[d.statistics for d in line] for line in lines]
         self._statistics = [Statistics(first.terms.model, batchnorm, change, first.problem.mode) for change in changes]
         self._lines = [[self._moves(d) for d in line] for line in lines]
-        self._moved = Perturbation(first.terms.params)
-
-    def __enter__(self) -> Walk:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._moved.restore()
+        self._moved = moved
 
     def at(self, line: int, coefficients: Sequence[float]) -> list[float]:
         """Loss and accuracy of each split, in turn; cost, a forward pass over each, another with "recalibrate"."""
