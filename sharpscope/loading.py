@@ -94,7 +94,7 @@ def load(
             "sha256": checkpoint.sha256,
             "weights": checkpoint.weights,
             "prefix": taken,
-            "left_out": [*checkpoint.others, *(k for k in checkpoint.state_dict if not k.startswith(taken))],
+            "weights_left_out": [*checkpoint.others, *(k for k in checkpoint.state_dict if not k.startswith(taken))],
             "data": source.name if isinstance(source, DataSet) else type(source).__name__,
             "split": source.split if isinstance(source, DataSet) else None,
             "split_examples": total,

@@ -320,7 +320,7 @@ def test_a_wrappers_prefix_is_taken_off_and_named(tmp_path: Path, prefix: str) -
     problem = load(tmp_path / "ddp.pt", model="mlp", data="digits")
     assert all(torch.equal(value, weights[key]) for key, value in problem.model.state_dict().items())
     assert problem.provenance["prefix"] == prefix
-    assert problem.provenance["left_out"] == list(beside)
+    assert problem.provenance["weights_left_out"] == list(beside)
     again = load(tmp_path / "ddp.pt", model="mlp", data="digits", prefix=prefix)
     assert same_weights(again.model, problem.model)
 
@@ -337,7 +337,7 @@ def test_a_model_under_two_prefixes_must_be_chosen(tmp_path: Path) -> None:
         load(tmp_path / "two.pt", model="mlp", data="digits")
     chosen = load(tmp_path / "two.pt", model="mlp", data="digits", prefix="teacher.")
     assert same_weights(chosen.model, models["teacher."])
-    assert all(name.startswith("student.") for name in chosen.provenance["left_out"])
+    assert all(name.startswith("student.") for name in chosen.provenance["weights_left_out"])
 
 
 def test_a_wrapped_model_that_does_not_fit_is_told_under_its_prefix(tmp_path: Path) -> None:
@@ -373,7 +373,7 @@ def test_one_of_several_state_dicts_is_taken_and_said(
     problem = load(tmp_path / "w.pt", model="mlp", data="digits", weights=key)
     assert same_weights(problem.model, models[taken])
     assert problem.provenance["weights"] == taken
-    assert set(problem.provenance["left_out"]) == set(names) - {taken}
+    assert set(problem.provenance["weights_left_out"]) == set(names) - {taken}
 
 
 def test_weights_that_are_not_there_are_listed(tmp_path: Path) -> None:

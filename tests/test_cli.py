@@ -126,7 +126,7 @@ def test_a_result_never_takes_the_place_of_another_or_of_a_checkpoint(
     assert run("eigen", *files, "--k", "1", "--out", tmp_path / "out") == 0
     assert len(list((tmp_path / "out").iterdir())) == 3
     assert run("eigen", files[0], "--k", "1", "--out", files[0], "--overwrite") == 1
-    assert "is a checkpoint to be measured" in capsys.readouterr().err
+    assert "is one of the files to be read" in capsys.readouterr().err
     assert files[0].read_bytes() == trained.read_bytes()
 
 
