@@ -26,6 +26,11 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="the model's arguments, as depth=16 norm=none; CKPT before it",
     )
+    group.add_argument(
+        "--problem",
+        metavar="FILE.py",
+        help="your own file: its problem() returns sharpscope.Problem(model=, loss=, data=); it is run",
+    )
     group.add_argument("--weights", metavar="KEY", help="of the state dict in a file of several, as ema or ema.module")
     group.add_argument("--prefix", help="of the names in the state dict, as module. (default: found)")
     group.add_argument("--data", metavar="NAME", help="bundled data set: digits or fashion-mnist")
@@ -151,12 +156,13 @@ def load(args: argparse.Namespace, path: str) -> Any:
         trust=args.trust,
         weights=args.weights,
         prefix=args.prefix,
+        problem=args.problem,
     )
 
 
 def load_all(args: argparse.Namespace) -> None:
     """Read every checkpoint once, before the first long measurement."""
-    if ":" in (args.model or "") or args.trust:
+    if ":" in f"{args.model or ''}{args.problem or ''}" or args.trust:
         sys.path.insert(0, os.getcwd())  # a console script, unlike python -m, does not look where the user stands
     for path in dict.fromkeys(args.checkpoints):
         load(args, path)

@@ -143,7 +143,9 @@ def directions(
         return eigenvector_directions(result, which)
     if out is None:
         return _measured(args, kind, problem, which, progress)
-    asked = {key: problem.provenance.get(key) for key in ("sha256", "weights", "prefix", *_SAME, "label_noise")}
+    asked = {
+        key: problem.provenance.get(key) for key in ("sha256", "weights_key", "weights_prefix", *_SAME, "label_noise")
+    }
     asked |= {"kind": kind, "which": list(which), "rho": args.rho, "seed": args.seed, "dtype": args.dtype}
     asked |= {"params": problem.params, "weight_decay": problem.weight_decay, "loss": args.loss, "model": args.model}
     path = options.state(out) / "directions.npz"

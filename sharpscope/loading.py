@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from sharpscope.checkpoint import Checkpoint, load_weights, read_checkpoint
 from sharpscope.errors import ArgumentError, CheckpointError, nearest
+from sharpscope.importing import imported
 from sharpscope.problem import Problem
+from sharpscope.problem_file import problem_of
 from sharpscope.zoo import MODELS, DataSet, load_data, make_model, model_arguments
 
 Factory = Callable[..., nn.Module]
@@ -43,6 +45,7 @@ def load(
     trust: bool = False,
     weights: str | None = None,
     prefix: str | None = None,
+    problem: str | os.PathLike[str] | None = None,
 ) -> Problem:
     """The Problem of a checkpoint: its model at its weights, its loss, and the data it was trained on.
 
@@ -64,11 +67,19 @@ def load(
         trust: import the factory that the *file* names when it is not a bundled one. This runs other people's code.
         weights: the key of the state dict in the file, with dots between nested ones; by default the usual names.
         prefix: of the names in the state dict, as "module."; by default it is found.
+        problem: a Python file that defines ``problem()``, or "package.module:function", which returns the Problem whose
+            model is given the file's weights; in place of model, data and loss. It is run.
 
     Raises: CheckpointError for a file that cannot be read, trusted or matched; ArgumentError for an unknown name or
         a wrong argument; DataError when the data are missing.
     """
     checkpoint = read_checkpoint(path, weights)
+    if problem is not None:
+        given = {"model": model, "model_args": model_args, "data": data, "loss": loss}
+        double = [name for name, value in given.items() if value is not None and value != {}]
+        if double:
+            raise ArgumentError(f"problem says what model, data and loss are; leave {', '.join(double)} out.")
+        return _of_problem_file(checkpoint, problem, split, examples, seed, params, mode, weight_decay, prefix)
     source, label_noise = _data(checkpoint, data, data_root, split)
     bundled = isinstance(source, DataSet)
     batches = (source.inputs, source.targets) if isinstance(source, DataSet) else source
@@ -90,11 +101,7 @@ def load(
         mode=mode,
         weight_decay=weight_decay,
         provenance={
-            "checkpoint": os.fspath(path),
-            "sha256": checkpoint.sha256,
-            "weights": checkpoint.weights,
-            "prefix": taken,
-            "weights_left_out": [*checkpoint.others, *(k for k in checkpoint.state_dict if not k.startswith(taken))],
+            **_source(checkpoint, taken),
             "data": source.name if isinstance(source, DataSet) else type(source).__name__,
             "split": source.split if isinstance(source, DataSet) else None,
             "split_examples": total,
@@ -107,6 +114,54 @@ def load(
             "metrics": dict(checkpoint.metrics),
         },
     )
+
+
+def _of_problem_file(
+    checkpoint: Checkpoint,
+    source: str | os.PathLike[str],
+    split: str,
+    examples: int | None,
+    seed: int,
+    params: str | Sequence[str],
+    mode: str,
+    weight_decay: float,
+    prefix: str | None,
+) -> Problem:
+    """The user's Problem at the file's weights; what is asked for here goes before what it says itself."""
+    own = problem_of(source, split)
+    total = _count(own.data)
+    try:
+        taken = load_weights(own.model, checkpoint.state_dict, prefix)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+    return replace(
+        own,
+        data=own.data if examples is None else _subset(own.data, examples, total, seed),
+        params=own.params if params == "*" else params,
+        mode=own.mode if mode == "eval" else mode,
+        weight_decay=weight_decay or own.weight_decay,
+        provenance={
+            "data": type(own.data).__name__,
+            "split": split,
+            "split_examples": total,
+            **own.provenance,
+            **_source(checkpoint, taken),
+            "examples_seed": None if examples is None else seed,
+            "problem": os.fspath(source),
+            "model": _name(type(own.model)),
+        },
+    )
+
+
+def _source(checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
+    """Which weights of which file."""
+    return {
+        "checkpoint": os.fspath(checkpoint.path),
+        "sha256": checkpoint.sha256,
+        "weights_key": checkpoint.weights,
+        "weights_prefix": prefix,
+        "weights_left_out": [*checkpoint.others, *(k for k in checkpoint.state_dict if not k.startswith(prefix))],
+    }
 
 
 def _data(checkpoint: Checkpoint, data: Any, root: str | os.PathLike[str] | None, split: str) -> tuple[Any, float]:
@@ -204,21 +259,9 @@ def _factory(wanted: str | Factory) -> Factory:
         raise ArgumentError("model must be a name or a function that builds the model, got a model. Pass its class.")
     if not isinstance(wanted, str):
         return wanted
-    module, colon, function = wanted.partition(":")
-    if not colon:
+    if ":" not in wanted:
         raise ArgumentError(f"{nearest('model', wanted, MODELS)} Or name a function, as package.module:function.")
-    try:
-        imported = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        # A module that the user's own module fails to import is another matter: it keeps its traceback.
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise ArgumentError(f"There is no module {error.name} to import {wanted} from. Check PYTHONPATH.") from error
-    factory = getattr(imported, function, None)
-    if not callable(factory):
-        raise ArgumentError(f"{module} has no function {function!r}. Name one, as package.module:function.")
-    build: Factory = factory
-    return build
+    return imported(wanted)
 
 
 def _name(factory: Factory) -> str:

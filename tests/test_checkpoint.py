@@ -319,7 +319,7 @@ def test_a_wrappers_prefix_is_taken_off_and_named(tmp_path: Path, prefix: str) -
     torch.save({**{prefix + key: value for key, value in weights.items()}, **beside}, tmp_path / "ddp.pt")
     problem = load(tmp_path / "ddp.pt", model="mlp", data="digits")
     assert all(torch.equal(value, weights[key]) for key, value in problem.model.state_dict().items())
-    assert problem.provenance["prefix"] == prefix
+    assert problem.provenance["weights_prefix"] == prefix
     assert problem.provenance["weights_left_out"] == list(beside)
     again = load(tmp_path / "ddp.pt", model="mlp", data="digits", prefix=prefix)
     assert same_weights(again.model, problem.model)
@@ -372,7 +372,7 @@ def test_one_of_several_state_dicts_is_taken_and_said(
     torch.save(contents, tmp_path / "w.pt")
     problem = load(tmp_path / "w.pt", model="mlp", data="digits", weights=key)
     assert same_weights(problem.model, models[taken])
-    assert problem.provenance["weights"] == taken
+    assert problem.provenance["weights_key"] == taken
     assert set(problem.provenance["weights_left_out"]) == set(names) - {taken}
 
 

@@ -39,7 +39,9 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str
         faults.append(f"has {len(differing)} of another shape or kind ({first_few(differing, '; ')})")
     if faults:
         under = f" under {taken!r}" if taken else ""
-        raise CheckpointError(f"The checkpoint{under} {', '.join(faults)}. Check --model and --model-args.")
+        raise CheckpointError(
+            f"The checkpoint{under} {', '.join(faults)}. Check --model and --model-args, or --problem."
+        )
     for key, tensor in own.items():
         if tensor.is_floating_point() and tensor.dtype != state_dict[key].dtype:
             tensor.data = tensor.data.to(state_dict[key].dtype)

@@ -129,7 +129,7 @@ def origin_notes(name: str, provenance: Mapping[str, Any]) -> list[str]:
 
 def _taken(name: str, provenance: Mapping[str, Any]) -> list[str]:
     """Which of a file's weights were taken, where that is not all."""
-    key, prefix, left = (provenance.get(key) for key in ("weights", "prefix", "weights_left_out"))
+    key, prefix, left = (provenance.get(key) for key in ("weights_key", "weights_prefix", "weights_left_out"))
     if not (key or prefix or left):
         return []
     said = [f"weights under {key!r}"] if key else []
