@@ -116,7 +116,7 @@ INSIDE: dict[str, set[str]] = {
     "slices.checkpoint_directions": {"direction", "running_statistics"},
     "slices.walk": {"direction", "evaluation", "running_statistics"},
     "slices.grid": {"axes", "walk"},
-    "slices.marks": {"checkpoint_directions", "direction", "evaluation", "walk"},
+    "slices.marks": {"checkpoint_directions", "direction", "evaluation"},
     "slices.measure": {
         *("axes", "curvature", "direction", "evaluation", "grid", "marks", "random_directions", "walk"),
     },

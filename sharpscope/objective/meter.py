@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+# A bare forward pass in gradients, as measured on a small CNN, a WRN, an MLP and a transformer: 0.30 to 0.41.
+FORWARD = 0.4
+
 
 @dataclass
 class Meter:

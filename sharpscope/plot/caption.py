@@ -7,18 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sharpscope.errors import DataError
 from sharpscope.results import SliceResult
 from sharpscope.results.record import names_of
 from sharpscope.results.slice import DIVERGED, PENDING
 from sharpscope.results.slice_table import also_said, described, misleads
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# In inches; a narrower figure is a column of print, with type of its size.
-COLUMN = 4.5
+    pass
 
 # Of a direction's settings, what follows from the network itself.
 OWN = ("length", "eigenvalue", "explained")
@@ -57,115 +52,6 @@ def caption(
     return ". ".join(s[:1].upper() + s[1:] for s in said) + "."
 
 
-def require_alike(results: Sequence[SliceResult], *, grid: bool) -> None:
-    """Raise DataError unless the results are of the same data, measured alike along directions made alike.
-
-    Args:
-        results: to stand in one figure.
-        grid: whether they must have one grid too.
-    """
-    if not results:
-        raise DataError("A figure needs at least one result, got none.")
-    if len({r.dimensions for r in results}) > 1:
-        raise DataError("Lines and planes cannot share a figure. Draw them apart.")
-    found: dict[str, list[Any]] = {
-        **{key: [r.provenance.get(key) for r in results] for key in ("data", "split", "num_examples")},
-        "subset of the data": [r.provenance.get("examples_seed") for r in results],
-        "splits": [r.splits for r in results],
-        "loss": [r.provenance.get("loss_function") for r in results],
-        "mode": [r.provenance.get("mode") for r in results],
-        "BatchNorm statistics": [(r.provenance.get("batchnorm"), r.provenance.get("statistics")) for r in results],
-        "other data": [r.provenance.get("also") for r in results],
-    }
-    if grid:
-        found["grid"] = [[a.tolist() for a in r.axes] for r in results]
-    kinds = [[d.get("kind") for line in r.directions for d in line] for r in results]
-    if grid or all(k == kinds[0] for k in kinds):
-        found |= {
-            "kind of direction": kinds,
-            "normalisation": [_settings(r, "normalisation") for r in results],
-            "biases and norms": [_settings(r, "one_dimensional") for r in results],
-            "seed": [_settings(r, "seed") for r in results],
-            "index of the direction": [_settings(r, "index") for r in results],
-        }
-    differ = [name for name, values in found.items() if any(v != values[0] for v in values)]
-    if differ:
-        first = found[differ[0]]
-        came = "" if differ[0] == "grid" else f" ({' against '.join(dict.fromkeys(map(_told, first)))})"
-        raise DataError(
-            f"Slices in one figure must be alike, but the {', '.join(differ)} differ{'' if differ[1:] else 's'}{came}. "
-            "Measure them in one call."
-        )
-
-
-def new_figure(width: float | None, height: float, columns: int = 1, **axes: Any) -> tuple[Figure, Any]:
-    """A figure ``width`` inches wide, by default a notebook's, whose layout makes room for the caption.
-
-    ``height``: of a column over its width, without the caption.
-    """
-    import matplotlib.pyplot as plt
-
-    wide = plt.rcParams["figure.figsize"][0] * (1.6 if columns > 1 else 1) if width is None else width
-    column = wide / columns
-    size = (wide, column * height + (0.9 if wide < COLUMN else 0.25))
-    type_size = min(plt.rcParams["font.size"], 8) if column < COLUMN else plt.rcParams["font.size"]
-    # The grid is that of 3D axes, which otherwise shines in dark styles.
-    with plt.rc_context({"font.size": type_size, "grid.color": "0.5", "grid.linewidth": 0.4}):
-        figure, found = plt.subplots(1, columns, figsize=size, layout="constrained", **axes)
-        layout = figure.get_layout_engine()
-        if layout is not None:
-            layout.set(w_pad=0.06, h_pad=0.06)
-        for each in np.ravel(found):
-            each.tick_params(labelsize="medium")  # ticks are made late, with the size of then
-    return figure, found
-
-
-def small(axes: Axes, less: float = 0.0) -> float:
-    """The size in points of the small type in a figure of this width."""
-    import matplotlib.pyplot as plt
-
-    figure, place = axes.get_figure(root=True), axes.get_subplotspec()
-    assert figure is not None
-    columns = 1 if place is None else place.get_gridspec().ncols
-    narrow = figure.get_figwidth() / columns < COLUMN
-    return float(min(plt.rcParams["font.size"], 8 if narrow else 10)) - (1 if narrow else 1.5) - less
-
-
-def draw_caption(axes: Axes, text: str, own: bool) -> None:
-    """Set ``text`` small beneath the figure where that is ``own``, else beneath the axes."""
-    figure, size = axes.get_figure(root=True), small(axes, 0.5)
-    assert figure is not None
-    # Less than the whole: small type on a screen is set up to 6 % wider than in print.
-    share = 0.9 if own else min(0.9, 1.1 * axes.get_position().width)
-    lines = _filled(text, 72 * share * figure.get_figwidth(), size)
-    style: dict[str, Any] = {"fontsize": size, "linespacing": 1.3}
-    if own:
-        figure.supxlabel(lines, x=0.02, ha="left", weight="normal", **style)
-        # The layout finds room for what is around axes of a fixed aspect only from where it put them the last time.
-        figure.draw_without_rendering()
-        return
-    flat = axes.name != "3d" and axes.xaxis.label.get_text()
-    style |= {"xycoords": axes.xaxis.label if flat else "axes fraction", "annotation_clip": False}
-    axes.annotate(lines, (0.5, 0), xytext=(0, -4), textcoords="offset points", va="top", ha="center", **style)
-
-
-def _filled(text: str, width: float, size: float) -> str:
-    """``text`` with line breaks, so that no line is wider than ``width`` points."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextToPath
-
-    # matplotlib's own wrapping comes after the layout, which would leave no room for the lines.
-    measure, font = TextToPath(), FontProperties(size=size)
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and measure.get_text_width_height_descent(longer, font, ismath=False)[0] > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines)
-
-
 def labels_of(results: Sequence[SliceResult]) -> list[str]:
     """The checkpoints' names, as short as tells them apart."""
     names = names_of([r.provenance for r in results])
@@ -191,10 +77,6 @@ def _shared(values: Any) -> str:
 
 def _told(value: Any) -> str:
     return "unknown" if value is None else str(value)
-
-
-def _settings(result: SliceResult, key: str) -> list[Any]:
-    return [d.get(key) for line in result.directions for d in line]
 
 
 def _examples(result: SliceResult, splits: Sequence[str]) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from sharpscope.errors import ArgumentError, DataError
-from sharpscope.plot.caption import caption, diverged, labels_of, require_alike
+from sharpscope.plot.alike import require_alike
+from sharpscope.plot.caption import caption, diverged, labels_of
 from sharpscope.plot.levels import heights, logarithmic, shared_levels, told
 from sharpscope.plot.marks import is_on, marks_said
 from sharpscope.results import SliceResult

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sharpscope.plot.caption import short_name, small
+from sharpscope.plot.caption import short_name
+from sharpscope.plot.figure import small
 from sharpscope.plot.levels import MAP
 from sharpscope.results import Mark, SliceResult
 

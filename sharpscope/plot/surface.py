@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sharpscope.errors import ArgumentError, DataError
-from sharpscope.plot.caption import caption, diverged, draw_caption, labels_of, new_figure, require_alike, small
+from sharpscope.plot.alike import require_alike
+from sharpscope.plot.caption import caption, diverged, labels_of
+from sharpscope.plot.figure import draw_caption, new_figure, small
 from sharpscope.plot.levels import MAP, between, heights, logarithmic, norm_of, shared_levels, told
 from sharpscope.plot.marks import draw_marks, marks_said
+from sharpscope.plot.solid import CROSS, draw_solid, thinned
 from sharpscope.results import SliceResult
 from sharpscope.results.slice import Array
 
@@ -18,7 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 KINDS = ("contour", "3d")
-CROSS = "#CC0000"
 # Seen on all colours of the map.
 PREDICTED = "#FF8066"
 
@@ -93,7 +95,7 @@ def surface_3d(
         _, axes = new_figure(width, 0.76, subplot_kw={"projection": "3d"})
     elif axes.name != "3d":
         raise ArgumentError("A surface needs 3D axes. Make them with subplot_kw={'projection': '3d'}.")
-    drawn = _surface(axes, shown[0], at, split, quantity, log, line)
+    drawn = draw_solid(axes, shown[0], at, split, quantity, log, line)
     if colorbar:
         _colorbar([axes], drawn, at, result, split, quantity, log)
     draw_caption(axes, _said([result], split, quantity, log, _cut(shown, at, split, quantity, clip), True), own)
@@ -128,7 +130,7 @@ def surfaces_side_by_side(
     )
     axes = list(np.ravel(found))
     for each, r, name in zip(axes, shown, labels_of(results), strict=True):
-        drawn = (_surface if solid else _contours)(each, r, at, split, quantity, log, 0)
+        drawn = (draw_solid if solid else _contours)(each, r, at, split, quantity, log, 0)
         above = each.get_legend()
         each.set_title(name, fontsize=small(each, -1), pad=4 if above is None else 2.2 * small(each))
         if not solid and each is not axes[0]:
@@ -237,46 +239,6 @@ def _equal(axes: Axes, r: SliceResult, line: int) -> None:
         axes.set_aspect(aspect)
 
 
-def _surface(axes: Any, r: SliceResult, at: Array, split: str | None, quantity: str, log: bool, line: int) -> Any:
-    """One plane as a surface; returns what the colours are of."""
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
-
-    log = logarithmic(log, quantity)
-    (x, y), z = r.axes, heights(r, split, quantity, line)
-    height = np.log10 if log else np.asarray
-    top, bottom = float(height(at[-1])), float(height(min(at[0], np.nanmin(z))))
-    norm, cut = norm_of(at, log), np.minimum(z, at[-1])
-    colours = plt.get_cmap(MAP)(norm(_corners(cut)))
-    mesh = np.meshgrid(x, y)
-    axes.plot_surface(*mesh, height(cut), facecolors=colours, rstride=1, cstride=1, linewidth=0.2, shade=False)
-    wrong = diverged(r, r.split(split), line)
-    if wrong.any():
-        label = f"diverged ({wrong.sum()} of {wrong.size})"
-        axes.scatter(*(m[wrong] for m in mesh), top, marker="x", color=CROSS, label=label, depthshade=False)
-        axes.legend(loc="upper left", frameon=False, fontsize=small(axes))
-    labels = [str(d["label"]) for d in r.directions[line]]
-    axes.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), zlim=(bottom, top))
-    axes.set_xlabel(f"x: {labels[0]}", fontsize=small(axes), labelpad=2)
-    axes.set_ylabel(f"y: {labels[1]}", fontsize=small(axes), labelpad=2)
-    axes.xaxis.set_major_locator(MaxNLocator(4, prune="upper"))  # which would lie on the lowest of y
-    axes.yaxis.set_major_locator(MaxNLocator(4))
-    marked = _thinned(at, axes, 0.45)
-    axes.set_zticks([float(height(level)) for level in marked], [told(level, quantity) for level in marked])
-    axes.set_box_aspect(None, zoom=0.88)  # the layout knows too little of 3D labels
-    axes.tick_params(labelsize=small(axes), pad=0)
-    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
-        axis.set_pane_color((0, 0, 0, 0))
-    return plt.cm.ScalarMappable(norm=norm, cmap=MAP)
-
-
-def _corners(z: Array) -> Array:
-    """The mean of the four corners of each cell, NaN on the far edges, where no cell begins."""
-    cells = np.full_like(z, np.nan)
-    cells[:-1, :-1] = (z[:-1, :-1] + z[1:, :-1] + z[:-1, 1:] + z[1:, 1:]) / 4
-    return cells
-
-
 def _colorbar(
     axes: list[Axes], drawn: Any, at: Array, r: SliceResult, split: str | None, quantity: str, log: bool
 ) -> None:
@@ -288,18 +250,10 @@ def _colorbar(
         # As high as the picture, whose aspect is fixed.
         bar = figure.colorbar(drawn, cax=axes[-1].inset_axes((1.04, 0, 0.05, 1)))
     bar.ax.minorticks_off()
-    marked = _thinned(at, axes[-1], 0.6 if axes[0].name == "3d" else 0.8)
+    marked = thinned(at, axes[-1], 0.6 if axes[0].name == "3d" else 0.8)
     bar.ax.set_yticks(marked, [told(level, quantity) for level in marked])
     bar.ax.tick_params(labelsize=small(axes[0]))
     bar.set_label(f"{r.splits[r.split(split)]} {quantity}", fontsize=small(axes[0], -1))
-
-
-def _thinned(levels: Array, axes: Axes, share: float) -> Array:
-    """Every level, or every other, or so, as ``share`` of the height of ``axes`` has room for their labels."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    room = share * axes.get_window_extent().height / figure.dpi * 72 / (1.4 * small(axes))
-    return levels[:: max(1, int(np.ceil(len(levels) / max(room, 2))))]
 
 
 def _said(

@@ -13,9 +13,9 @@ from sharpscope.ball import Ball
 from sharpscope.objective import Objective
 from sharpscope.objective.batches import MicroBatch, leaves, map_tensors, tensors
 from sharpscope.objective.memory import out_of_memory
+from sharpscope.objective.meter import FORWARD
 from sharpscope.params import select
 from sharpscope.precision import wide
-from sharpscope.sharpness.losses import FORWARD
 
 # Subsets at a time, and the bytes that their weights, gradients and moves may take. Of a CNN of 52,138 parameters on a
 # CPU, subsets of one example take 0.9 ms each in groups of 32, 1.2 ms in groups of 128 and 7 ms one after another.

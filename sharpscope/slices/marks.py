@@ -11,12 +11,12 @@ import torch
 from sharpscope import params
 from sharpscope.errors import ArgumentError
 from sharpscope.objective import Objective
+from sharpscope.objective.meter import FORWARD
 from sharpscope.problem import Problem
 from sharpscope.results import Mark
 from sharpscope.slices.checkpoint_directions import difference
 from sharpscope.slices.direction import Direction, coordinates
 from sharpscope.slices.evaluation import Evaluation
-from sharpscope.slices.walk import FORWARD
 
 
 def marked(

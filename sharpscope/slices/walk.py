@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from sharpscope.objective import Objective
+from sharpscope.objective.meter import FORWARD
 from sharpscope.params import views
 from sharpscope.perturbation import Perturbation
 from sharpscope.slices.direction import Direction
 from sharpscope.slices.evaluation import Evaluation
 from sharpscope.slices.running_statistics import Statistics
-
-# A forward pass in gradients, as measured on a small CNN, a WRN, an MLP and a transformer: 0.30 to 0.41.
-FORWARD = 0.4
 
 
 class Walk:
