@@ -7,6 +7,7 @@ import ast
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -168,10 +169,12 @@ def load_all(args: argparse.Namespace) -> None:
         load(args, path)
 
 
-def outputs(args: argparse.Namespace, *, arrays: bool = False, resumed: bool = True) -> list[Path | None]:
+def outputs(
+    args: argparse.Namespace, *, arrays: bool = False, own: Callable[[Path, str], bool] | None = None
+) -> list[Path | None]:
     """The JSON file of each checkpoint, made sure to be writable and new; with ``arrays`` the .npz beside it too.
 
-    ``resumed``: what an unfinished run has written may be there.
+    ``own(output, checkpoint)``: whether what is there is of this very run; by default that of one with passes left.
     """
     from sharpscope.errors import OutputError
     from sharpscope.results.record import arrays_beside
@@ -192,8 +195,8 @@ def outputs(args: argparse.Namespace, *, arrays: bool = False, resumed: bool = T
         if out.suffix == ".npz":
             raise OutputError(f"The result is JSON, and its vectors go beside it as .npz, got {out}. Name it .json.")
         # What an unfinished run has written already is its own.
-        own = resumed and any(state(out).glob("[0-9]*.npz")) and _measured(out, path)
-        require_new(args, out, *([arrays_beside(out)] if arrays else []), own=own)
+        mine = own(out, path) if own is not None else any(state(out).glob("[0-9]*.npz")) and _measured(out, path)
+        require_new(args, out, *([arrays_beside(out)] if arrays else []), own=mine)
     return list(files)
 
 

@@ -33,7 +33,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "checkpoints", nargs="+", metavar="RESULT", help="JSON of slice or surface, or loss-landscape's .h5"
+        "checkpoints",
+        nargs="+",
+        metavar="RESULT",
+        help="JSON of slice or surface, the folder of several or of an unfinished one (OUT.partial), or an .h5",
     )
     parser.add_argument("--out", required=True, metavar="FIGURE", help=".png, .pdf, .svg, .html, .vtk or .csv")
     parser.add_argument("--split", metavar="NAME", help="train or test (default: curves both, surfaces the first)")
@@ -63,13 +66,15 @@ def run(args: argparse.Namespace) -> int:
     if out.suffix not in (*options.FIGURES, *DATA):
         raise OutputError(f"FIGURE must be one of {', '.join((*options.FIGURES, *DATA))}, got {out}. Name it so.")
     options.require_new(args, out)
-    results = [_read(path) for path in args.checkpoints]
+    results = [_read(path) for given in args.checkpoints for path in _files(given)]
     _refuse_unused(args, out.suffix, lines=any(r.dimensions == 1 for r in results))
     if out.suffix in (".vtk", ".csv"):
         if len(results) > 1:
             raise ArgumentError(f"A {out.suffix} file holds one result, got {len(results)}. Write one at a time.")
         (to_vtk if out.suffix == ".vtk" else to_csv)(results[0], out)
     elif out.suffix == ".html":
+        if any(r.dimensions == 1 for r in results):
+            raise ArgumentError("An .html page is of surfaces, but a result is of lines. Choose .png, .pdf or .svg.")
         from sharpscope.plot.interactive import interactive_surface
 
         log = args.log is not False
@@ -114,6 +119,14 @@ def _refuse_unused(args: argparse.Namespace, suffix: str, lines: bool) -> None:
             raise ArgumentError(f"{name} is of something that {what} not. Leave it out.")
     if args.levels is not None and not isinstance(args.levels, int) and args.clip is not None:
         raise ArgumentError("--clip and the values of --levels both say where the scale ends. Leave one of them out.")
+
+
+def _files(given: str) -> list[str]:
+    """The results in a folder: those of several checkpoints, or the preview of an unfinished one."""
+    if not Path(given).is_dir():
+        return [given]
+    found = sorted(str(path) for path in Path(given).glob("*.json") if path.name != "asked.json")
+    return found or [str(Path(given) / "preview.json")]
 
 
 def _read(path: str) -> SliceResult:

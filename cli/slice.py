@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
     import sharpscope
     from sharpscope.slices import towards
 
-    kind = args.directions or ("random" if args.to is None else "checkpoint")
+    implied = "eigenvectors" if args.eigenvectors or args.eigen else "random"
+    kind = args.directions or (implied if args.to is None else "checkpoint")
     if (kind == "checkpoint") != (args.to is not None):
         raise sharpscope.ArgumentError("--directions checkpoint and --to go together. Pass both, or neither.")
     if args.seeds < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -71,12 +72,13 @@ def run(
     import torch
 
     from sharpscope import ArgumentError
+    from sharpscope.files import atomic
     from sharpscope.results import SliceResult, slice_table
     from sharpscope.resume import discard
 
     if args.shard is not None and args.out is None:
         raise ArgumentError("--shard needs --out, where the processes meet. Pass the same --out to each.")
-    outputs = options.outputs(args, arrays=True, resumed=False)
+    outputs = options.outputs(args, arrays=True, own=lambda out, path: _asked_before(args, out))
     figure = None if args.figure is None else options.figure(args)
     options.load_all(args)
     results: list[SliceResult] = []
@@ -109,9 +111,15 @@ def run(
         return result
 
     def after(result: SliceResult, out: Path) -> None:
-        for name in ("directions.npz", "preview.json", "preview.npz"):
-            (options.state(out) / name).unlink(missing_ok=True)
-        discard(options.state(out))
+        # Given again before the last is done, the command must find those that are, and know them for its own.
+        with atomic(options.state(out) / "asked.json") as temporary:
+            temporary.write_text(_asked(args), encoding="utf-8")
+        if len(results) == len(outputs):
+            for each in outputs:
+                assert each is not None
+                for name in ("asked.json", "directions.npz", "preview.json", "preview.npz"):
+                    (options.state(each) / name).unlink(missing_ok=True)
+                discard(options.state(each))
 
     try:
         # A shard that ends before the others writes nothing, lest it write over what the last one wrote.
@@ -185,6 +193,20 @@ def others(args: argparse.Namespace, paths: Sequence[str]) -> dict[str, Any]:
     if len(set(names)) < len(names):
         names = list(paths)
     return {name: _loaded(args, path)[0] for name, path in zip(names, paths, strict=True)}
+
+
+def _asked(args: argparse.Namespace) -> str:
+    """What a run was asked for, as far as it decides its results."""
+    given = {k: v for k, v in vars(args).items() if k not in ("run", "overwrite", "figure", "json", "out", "shard")}
+    return json.dumps(given, sort_keys=True, default=str)
+
+
+def _asked_before(args: argparse.Namespace, out: Path) -> bool:
+    """Whether ``out`` was written by an unfinished run of the very same command."""
+    try:
+        return (options.state(out) / "asked.json").read_text(encoding="utf-8") == _asked(args)
+    except OSError:
+        return False
 
 
 def places(text: str) -> list[int]:

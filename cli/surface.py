@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--trajectory",
         nargs="+",
         metavar="CKPT",
-        help="steps of the training, in order, drawn on any plane; CKPT before it",
+        help="steps of the training that leads to CKPT, in order, drawn on any plane; CKPT before it",
     )
     parser.add_argument("--points", type=_points, default=(21, 21), metavar="N|NxM", help="of the grid (default 21)")
     parser.add_argument(
@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure one checkpoint after another; what is finished is shown and kept whatever happens to the next."""
     import sharpscope
 
-    kind = args.directions or ("plane" if args.through else "trajectory" if args.trajectory else "random")
+    told = {"plane": args.through, "trajectory": args.trajectory, "eigenvectors": args.eigenvectors or args.eigen}
+    kind = args.directions or next((name for name, given in told.items() if given), "random")
     for name, given in (("plane", "through"), ("trajectory", "trajectory")):
         if kind == name and not getattr(args, given):
             raise sharpscope.ArgumentError(f"--directions {name} needs --{given}. Pass it.")
@@ -77,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
         steps = slicing.others(args, args.trajectory or [])
         centre = Path(args.checkpoints[0])
         if steps and centre.resolve() not in {Path(step).resolve() for step in args.trajectory}:
-            steps[centre.name if centre.name not in steps else str(centre)] = problem  # where the steps lead to
+            name = centre.name if centre.name not in steps else str(centre)
+            steps = _in_order({**steps, name: problem})
         plane = _plane(args, kind, problem, marks, steps, out, progress)
         spans = _spans(args, problem, plane, [*marks.values(), *steps.values()])
         return sharpscope.loss_surface(
@@ -90,6 +92,14 @@ def run(args: argparse.Namespace) -> int:
         return surface_contour(results[0]) if len(results) == 1 else surfaces_side_by_side(results)[0]
 
     return slicing.run(args, measure, draw)
+
+
+def _in_order(steps: dict[str, Any]) -> dict[str, Any]:
+    """The steps by the epochs that their files tell, or as they are where one tells none."""
+    epochs = {name: step.provenance.get("epoch") for name, step in steps.items()}
+    if None in epochs.values():
+        return steps
+    return dict(sorted(steps.items(), key=lambda step: epochs[step[0]]))
 
 
 def _plane(

@@ -329,6 +329,38 @@ def test_a_finished_surface_is_replaced_only_on_demand(checkpoints: Path, tmp_pa
         assert (out.read_bytes() == before) == (name == "shard")
 
 
+def test_an_unfinished_run_of_several_goes_on_with_the_same_command(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visits: list[Any]
+) -> None:
+    """Interrupted at its second checkpoint it repeats no point of either; another command finds its results taken."""
+    command = ["surface", "sgd.pt", "sam.pt", "--points", "5", "--out", str(tmp_path)]
+    at = Walk.at
+
+    def failing(self: Walk, line: int, coefficients: Any) -> list[float]:
+        if len(visits) == 40:
+            raise KeyboardInterrupt
+        return at(self, line, coefficients)
+
+    monkeypatch.setattr(Walk, "at", failing)
+    assert run(checkpoints, *command) == 130
+    assert (tmp_path / "sgd.json").exists()
+    monkeypatch.setattr(Walk, "at", at)
+    assert run(checkpoints, *command[:-3], "7", *command[-2:]) == 1
+    before = len(visits)
+    assert run(checkpoints, *command) == 0
+    assert len(visits) - before == 50 - before + 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sam.json", "sam.npz", "sgd.json", "sgd.npz"]
+
+
+def test_a_path_is_in_the_order_of_training(checkpoints: Path, tmp_path: Path) -> None:
+    """A centre that is an early step stands where its epoch says, not at the end."""
+    out = tmp_path / "t.json"
+    later = [str(checkpoints / name) for name in ("sgd-epoch1.pt", "sgd.pt")]
+    command = ["surface", "sgd-epoch0.pt", "--trajectory", *later, "--points", "3", "--out", str(out)]
+    assert run(checkpoints, *command) == 0
+    assert [m.name for m in SliceResult.load(out).marks] == ["sgd-epoch0.pt", "sgd-epoch1.pt", "sgd.pt"]
+
+
 def test_a_slice_between_checkpoints_prints_the_barrier(
     checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -885,10 +885,16 @@ def test_an_unfinished_surface_shows_a_coarser_grid() -> None:
     """What a preview shows is the largest grid without pending points, with its own values."""
     seen: list[SliceResult] = []
     whole = loss_surface(classified(), points=9, preview=lambda unfinished: seen.append(unfinished()))
-    for preview in seen:
-        part = preview.finished()
-        assert part.complete
+    sizes = set()
+    for preview in seen[:-1]:
         assert not preview.complete
+        try:
+            part = preview.finished()
+        except DataError:
+            continue  # not even the corners are there
+        assert part.complete
+        sizes.add(part.loss.shape[2:])
         rows, columns = np.isin(whole.axes[1], part.axes[1]), np.isin(whole.axes[0], part.axes[0])
         np.testing.assert_array_equal(part.loss[0, 0], whole.loss[0, 0][np.ix_(rows, columns)])
-    assert [len(p.finished().axes[0]) for p in seen] == [3, 5]
+    assert {(3, 3), (5, 5)} <= sizes
+    assert len(seen) == 81

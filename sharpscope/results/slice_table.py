@@ -55,7 +55,7 @@ def _rows(results: Sequence[SliceResult]) -> list[list[str]]:
     return rows
 
 
-_MARKS = ["network", "split", "coordinates", "off the picture", "of a distance", "its loss", "accuracy"]
+_MARKS = ["network", "split", "coordinates", "distance to the picture", "distance to w", "its loss", "accuracy"]
 
 
 def _marks(result: SliceResult) -> list[list[str]]:
@@ -94,6 +94,10 @@ def _notes(results: Sequence[SliceResult]) -> list[str]:
             notes.append(f"{name}: the axes have a cosine of {cosine:.3g}, and a picture draws them at right angles.")
         if misleads(r):
             notes.append(f"{name}: {MISLEADS}")
+    if any(r.barrier(line=i) is not None for r in results for i in range(len(r.directions))):
+        notes.append(
+            "barrier: the most by which the loss lies above the straight line between its ends, on these points."
+        )
     return list(dict.fromkeys(notes))
 
 

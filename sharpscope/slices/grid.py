@@ -55,30 +55,23 @@ class Grid:
         shard: tuple[int, int] | None = None,
         preview: Callable[[], None] | None = None,
     ) -> None:
-        """Take every point, or every n-th from the i-th on; ``preview`` is called between the levels.
+        """Take every point, or every n-th from the i-th on; ``preview`` is called after each.
 
-        ``report(done, points)`` is called after each.
+        ``report(done, points)`` is called after each point.
         """
-        order, levels = coarse_to_fine(self.axes)
-        shape = self._shape
-        points = [
-            (
-                level,
-                line,
-                tuple(float(a[i]) for a, i in zip(self.axes, reversed(np.unravel_index(flat, shape)), strict=True)),
-            )
-            for flat, level in zip(order.tolist(), levels.tolist(), strict=True)
-            for line in range(self._lines)
-        ]
+        order, _ = coarse_to_fine(self.axes)
+        points = []
+        for flat in order.tolist():
+            place = reversed(np.unravel_index(flat, self._shape))
+            coordinates = tuple(float(a[i]) for a, i in zip(self.axes, place, strict=True))
+            points += [(line, coordinates) for line in range(self._lines)]
         if shard is not None:
             points = points[shard[0] - 1 :: shard[1]]
-        before = 0
-        for done, (level, line, coordinates) in enumerate(points, start=1):
-            if level > before and preview is not None:
-                preview()
-            before = level
+        for done, (line, coordinates) in enumerate(points, start=1):
             self._value(line, coordinates)
             report(done, len(points))
+            if preview is not None:
+                preview()
         if shard is not None:
             self._log.read()
 

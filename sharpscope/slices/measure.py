@@ -63,7 +63,7 @@ class _Settings:
 
 def loss_slice(
     problem: Problem,
-    directions: Sequence[Direction] | None = None,
+    directions: Direction | Sequence[Direction] | None = None,
     points: int = 21,
     span: Span | None = None,
     progress: Progress | None = None,
@@ -89,7 +89,7 @@ def loss_slice(
     Args:
         problem: model, loss and data.
         directions: by default one random direction, filter-normalised, of seed 0; see ``random_directions``,
-            ``eigenvector_directions``, ``gradient_directions`` and ``towards``.
+            ``eigenvector_directions``, ``gradient_directions`` and ``towards`` in ``sharpscope.slices``.
         points: how many t.
         span: from which t to which; by default -1 to 1, and -0.5 to 1.5 where all directions lead to checkpoints.
         progress: called as ``progress(stage, done, total)`` in examples.
@@ -99,6 +99,8 @@ def loss_slice(
 
     Cost, Raises: as ``loss_surface``.
     """
+    if isinstance(directions, Direction):
+        directions = [directions]
     chosen = random_directions(problem) if directions is None else list(directions)
     if not chosen:
         raise ArgumentError("A slice needs at least one direction, got none. Leave directions out for a random one.")
@@ -157,7 +159,8 @@ def loss_surface(
     Args:
         problem: model, loss and data.
         plane: two directions; by default random, filter-normalised ones of seed 0; see ``random_directions``,
-            ``eigenvector_directions``, ``gradient_directions``, ``plane_through`` and ``trajectory_plane``.
+            ``eigenvector_directions``, ``gradient_directions``, ``plane_through`` and ``trajectory_plane`` in
+            ``sharpscope.slices``.
         points: how many on each axis, or on x and on y. An even number of points about 0 gets one there in addition.
         span: of both axes, or of x and of y.
         progress: called as ``progress(stage, done, total)`` in examples.
@@ -177,7 +180,7 @@ def loss_surface(
             remove (``sharpscope.resume.discard``) once the result is safe.
         shard: ``(i, n)``: only every n-th point from the i-th on, and what others have left in the same ``journal``;
             the result may then be unfinished. Directions must be the same bits in every process.
-        preview: called between the levels of the grid with a function that returns the unfinished result.
+        preview: called after each point with a function that returns the unfinished result.
 
     Cost: a forward pass a point over the data and each of ``also``, a second over the data with "recalibrate"; one for
     each of the other networks; 1 + 2 gradients a direction for ``curvature``; with a journal a walk over the data
