@@ -120,7 +120,7 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     """A path with nothing and a path with a folder get a sentence each."""
     with pytest.raises(CheckpointError, match="no checkpoint"):
         read_checkpoint(tmp_path / "none.pt")
-    with pytest.raises(CheckpointError, match="is a folder"):
+    with pytest.raises(CheckpointError, match="The folder"):
         read_checkpoint(tmp_path)
 
 

@@ -22,13 +22,17 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str
     """
     own: dict[str, Tensor] = model.state_dict(keep_vars=True)
     taken = _prefix(state_dict, own) if prefix is None else prefix
-    state_dict = {key.removeprefix(taken): value for key, value in state_dict.items() if key.startswith(taken)}
-    unexpected = [key for key in state_dict if key not in own]
-    missing = [key for key in own if key not in state_dict]
+    chosen = {key.removeprefix(taken): value for key, value in state_dict.items() if key.startswith(taken)}
+    # Of tied weights a file may hold one name only.
+    for names in _tied(own):
+        kept = next((name for name in names if name in chosen), None)
+        chosen |= {name: chosen[kept] for name in names if kept is not None and name not in chosen}
+    unexpected = [key for key in chosen if key not in own]
+    missing = [key for key in own if key not in chosen]
     differing = [
-        f"{key}: {_kind(state_dict[key])} in the file, {_kind(own[key])} in the model"
+        f"{key}: {_kind(chosen[key])} in the file, {_kind(own[key])} in the model"
         for key in own
-        if key in state_dict and _kind(state_dict[key]) != _kind(own[key])
+        if key in chosen and _kind(chosen[key]) != _kind(own[key])
     ]
     faults = []
     if unexpected:
@@ -43,25 +47,27 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str
             f"The checkpoint{under} {', '.join(faults)}. Check --model and --model-args, or --problem."
         )
     for key, tensor in own.items():
-        if tensor.is_floating_point() and tensor.dtype != state_dict[key].dtype:
-            tensor.data = tensor.data.to(state_dict[key].dtype)
-    model.load_state_dict(state_dict)
+        if tensor.is_floating_point() and tensor.dtype != chosen[key].dtype:
+            tensor.data = tensor.data.to(chosen[key].dtype)
+    model.load_state_dict(chosen)
     return taken
 
 
 def _prefix(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """The one prefix under which the file has every key of the model, "" if it has them as they are or nowhere.
+    """The one prefix under which the file has every weight of the model, "" if it has them as they are or nowhere.
 
     Raises: CheckpointError where several prefixes fit.
     """
-    if not own or all(key in state_dict for key in own):
+    tied = _tied(own)
+
+    def fits(prefix: str) -> bool:
+        return all(any(prefix + name in state_dict for name in names) for names in tied)
+
+    if not own or fits(""):
         return ""
-    first = next(iter(own))
-    fitting = [
-        key.removesuffix(first)
-        for key in state_dict
-        if key.endswith(f".{first}") and all(key.removesuffix(first) + other in state_dict for other in own)
-    ]
+    suffixes = [f".{name}" for name in tied[0]]
+    before = {key.removesuffix(end[1:]) for key in state_dict for end in suffixes if key.endswith(end)}
+    fitting = sorted(prefix for prefix in before if fits(prefix))
     if len(fitting) > 1:
         raise CheckpointError(
             f"The checkpoint has the model's keys under several prefixes: {', '.join(map(repr, fitting))}. Choose one: "
@@ -69,6 +75,14 @@ def _prefix(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
         )
     # What all names share is told as a prefix even where the model does not fit, so that the differences make sense.
     return fitting[0] if fitting else _common(state_dict, own)
+
+
+def _tied(own: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of each weight, more than one where it is tied."""
+    names: dict[int, list[str]] = {}
+    for key, tensor in own.items():
+        names.setdefault(id(tensor), []).append(key)
+    return list(names.values())
 
 
 def _common(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
