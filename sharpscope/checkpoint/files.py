@@ -94,11 +94,22 @@ def sha256_of(stream: BinaryIO) -> str:
     return digest.hexdigest()
 
 
+def _require_plain(place: Path, archive: zipfile.ZipFile, size: int) -> None:
+    """Raise CheckpointError where an archive would unpack to more than it is: torch.save never compresses."""
+    entries = archive.infolist()
+    if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
+        raise CheckpointError(
+            f"The archive {place} would unpack to more than its {size:,} bytes, which no torch.save writes. Do not "
+            "trust it."
+        )
+
+
 def _unpickle(place: Path, stream: BinaryIO) -> Any:
     try:
         if zipfile.is_zipfile(stream):
-            # torch.load does not compare the archive's checksums, so a flipped bit would pass as a weight.
             with zipfile.ZipFile(stream) as archive:
+                _require_plain(place, archive, stream.seek(0, os.SEEK_END))
+                # torch.load does not compare the archive's checksums, so a flipped bit would pass as a weight.
                 damaged = archive.testzip()
             if damaged is not None:
                 raise CheckpointError(f"The checkpoint {place} is damaged: {damaged} fails its CRC. Copy it again.")
