@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         if len(results) > 1:
             raise ArgumentError(f"A {out.suffix} file holds one result, got {len(results)}. Write one at a time.")
         (to_vtk if out.suffix == ".vtk" else to_csv)(results[0], out)
+        terminal.say_written(out)
     elif out.suffix == ".html":
         if any(r.dimensions == 1 for r in results):
             raise ArgumentError("An .html page is of surfaces, but a result is of lines. Choose .png, .pdf or .svg.")
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         page = interactive_surface(results, split=args.split, quantity=args.quantity, log=log, clip=args.clip)
         with atomic(out) as temporary:
             temporary.write_text(page, encoding="utf-8")
+        terminal.say_written(out)
     else:
         import matplotlib.style
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +60,7 @@ def measure_each(
             results.append(result)
             if out is not None and not unless(result):
                 result.save(out, **saved)
+                say_written(out)
                 after(result, out)
     finally:
         if args.json:
@@ -79,6 +82,13 @@ def save_figure(draw: Callable[[], Any], path: Path) -> None:
     with atomic(path) as temporary:
         axes.figure.savefig(temporary, format=path.suffix[1:], dpi=150)
     plt.close(axes.figure)
+    say_written(path)
+
+
+def say_written(path: Path) -> None:
+    """Name a file on stderr, to whoever sits at a terminal."""
+    if sys.stderr.isatty():
+        print(f"{path} written", file=sys.stderr)
 
 
 @contextmanager
@@ -91,7 +101,11 @@ def progress_bar(what: str) -> Iterator[Callable[[str, int, int | None], None]]:
         if now != stage:
             bar.close()
             stage = now
-            bar = tqdm(total=total, desc=f"{what}: {now}", unit=" examples", **TQDM)
+            # A terminal that reports no size would show nothing.
+            width = (
+                {} if shutil.get_terminal_size((0, 0)).columns else {"ncols": 80, "nrows": 20, "dynamic_ncols": False}
+            )
+            bar = tqdm(total=total, desc=f"{what}: {now}", unit=" examples", **{**TQDM, **width})
         bar.update(done - bar.n)
 
     try:
