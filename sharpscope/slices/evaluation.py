@@ -96,7 +96,7 @@ class Evaluation:
         return mean, correct / counted if counted and math.isfinite(mean) else math.nan
 
     def parts(self) -> Iterator[MicroBatch]:
-        """The micro-batches, on the device; ``run`` may be given them again and again."""
+        """The micro-batches, on the device."""
         if self._kept is not None:
             yield from self._kept
             return
