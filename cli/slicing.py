@@ -69,8 +69,6 @@ def run(
     draw: Callable[[list[Any]], Any],
 ) -> int:
     """Measure one checkpoint after another by ``measure(problem, out, progress, **options)``, and draw them all."""
-    import torch
-
     from sharpscope import ArgumentError
     from sharpscope.files import atomic
     from sharpscope.results import SliceResult, slice_table
@@ -101,9 +99,7 @@ def run(
             batchnorm=args.batchnorm,
             refine=args.refine,
             curvature=True if args.quadratic else None,
-            dtype=getattr(torch, args.dtype) if args.dtype else None,
-            device=options.device(args.device),
-            micro_batch=args.micro_batch,
+            **_precision(args),
             journal=None if out is None else options.state(out),
             shard=args.shard,
             preview=preview,
@@ -111,16 +107,17 @@ def run(
         return result
 
     def after(result: SliceResult, out: Path) -> None:
-        # Given again before the last is done, the command must find those that are, and know them for its own.
-        with atomic(options.state(out) / "asked.json") as temporary:
-            temporary.write_text(_asked(args), encoding="utf-8")
-        if len(results) == len(outputs):
-            for each in outputs:
-                if each is None or not each.exists():
-                    continue  # whose other shards are still at work
-                for name in ("asked.json", "directions.npz", "preview.json", "preview.npz"):
-                    (options.state(each) / name).unlink(missing_ok=True)
-                discard(options.state(each))
+        if len(results) < len(outputs):
+            # Given again before the last is done, the command must find those that are, and know them for its own.
+            with atomic(options.state(out) / "asked.json") as temporary:
+                temporary.write_text(_asked(args), encoding="utf-8")
+            return
+        for each in outputs:
+            if each is None or not each.exists():
+                continue  # whose other shards are still at work
+            for name in ("asked.json", "directions.npz", "preview.json", "preview.npz"):
+                (options.state(each) / name).unlink(missing_ok=True)
+            discard(options.state(each))
 
     try:
         # A shard that ends before the others writes nothing, lest it write over what the last one wrote.
@@ -138,7 +135,8 @@ def directions(
 
     Measured anew they would differ in their last bits, and no finished point could be used.
     """
-    from sharpscope import ArgumentError, EigenResult
+    from sharpscope import ArgumentError, EigenResult, Objective
+    from sharpscope.resume import key_of
     from sharpscope.slices import eigenvector_directions, read_directions, write_directions
 
     if kind == "eigenvectors" and args.eigen is not None:
@@ -152,11 +150,8 @@ def directions(
         return eigenvector_directions(result, which)
     if out is None:
         return _measured(args, kind, problem, which, progress)
-    asked = {
-        key: problem.provenance.get(key) for key in ("sha256", "weights_key", "weights_prefix", *_SAME, "label_noise")
-    }
-    asked |= {"kind": kind, "which": list(which), "rho": args.rho, "seed": args.seed, "dtype": args.dtype}
-    asked |= {"params": problem.params, "weight_decay": problem.weight_decay, "loss": args.loss, "model": args.model}
+    objective = Objective(problem, **_precision(args))
+    asked = {"key": key_of(objective), "kind": kind, "which": list(which), "rho": args.rho, "seed": args.seed}
     path = options.state(out) / "directions.npz"
     found: list[Any] | None = read_directions(path, asked)
     if found is None:
@@ -173,19 +168,28 @@ def _measured(args: argparse.Namespace, kind: str, problem: Any, which: Sequence
     import sharpscope
     from sharpscope.slices import eigenvector_directions, gradient_directions
 
-    given = {"dtype": getattr(torch, args.dtype) if args.dtype else None, "micro_batch": args.micro_batch}
-    given["device"] = options.device(args.device)
     if kind == "gradient":
-        return gradient_directions(problem, args.rho, **given)
+        return gradient_directions(problem, args.rho, **_precision(args))
     result = sharpscope.top_eigenvalues(
         problem,
         max(which),
         generator=torch.Generator().manual_seed(args.seed),
         progress=progress,
         vectors=True,
-        **given,
+        **_precision(args),
     )
     return eigenvector_directions(result, which)
+
+
+def _precision(args: argparse.Namespace) -> dict[str, Any]:
+    """In which precision, where and in which micro-batches everything is computed."""
+    import torch
+
+    return {
+        "dtype": getattr(torch, args.dtype) if args.dtype else None,
+        "device": options.device(args.device),
+        "micro_batch": args.micro_batch,
+    }
 
 
 def others(args: argparse.Namespace, paths: Sequence[str]) -> dict[str, Any]:
@@ -193,7 +197,7 @@ def others(args: argparse.Namespace, paths: Sequence[str]) -> dict[str, Any]:
     names = [Path(path).name for path in paths]
     if len(set(names)) < len(names):
         names = list(paths)
-    return {name: _loaded(args, path)[0] for name, path in zip(names, paths, strict=True)}
+    return {name: options.load(args, path) for name, path in zip(names, paths, strict=True)}
 
 
 def _asked(args: argparse.Namespace) -> str:

@@ -411,6 +411,17 @@ def test_eigenvector_planes_carry_the_prediction_and_resume(checkpoints: Path, t
     assert run(checkpoints, *command[:-1], "299", "--eigen", str(eigen)) == 1
 
 
+def test_directions_measured_on_other_examples_are_not_taken_over(checkpoints: Path, tmp_path: Path) -> None:
+    """Eigenvectors kept by an unfinished run on some examples are not those of another number of them."""
+    command = ["slice", "sgd.pt", "--directions", "eigenvectors", "--points", "5", "--examples"]
+    assert run(checkpoints, *command, "300", "--out", str(tmp_path / "e.json"), "--shard", "1/2") == 0
+    assert (tmp_path / "e.json.partial" / "directions.npz").exists()
+    assert run(checkpoints, *command, "200", "--out", str(tmp_path / "e.json")) == 0
+    assert run(checkpoints, *command, "200", "--out", str(tmp_path / "fresh.json")) == 0
+    found, fresh = (SliceResult.load(tmp_path / f"{name}.json").directions[0][0] for name in ("e", "fresh"))
+    assert found["eigenvalue"] == pytest.approx(fresh["eigenvalue"], rel=1e-3)
+
+
 def test_a_trajectory_ends_at_its_checkpoint(checkpoints: Path, tmp_path: Path) -> None:
     """The plane of a training run shows its steps in order, with the loss of each and the distance off the plane."""
     steps = [str(checkpoints / f"sgd-epoch{i}.pt") for i in (0, 1)]
