@@ -10,7 +10,6 @@ from torch import Tensor
 from sharpscope.errors import AuditError, DataError
 from sharpscope.objective.sums import Sums
 from sharpscope.objective.terms import LossTerms
-from sharpscope.precision import wide
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,8 @@ def point_of(sums: Sums, terms: LossTerms) -> Point:
         )
     loss, gradient, decay = float(sums.loss) / weight, sums.gradient / weight, terms.problem.weight_decay
     if decay:
-        flat = torch.cat([p.detach().reshape(-1) for p in terms.params])
-        loss += decay / 2 * float(flat.to(wide(terms.device)).square().sum())
-        gradient += decay * flat
+        loss += terms.decay()
+        gradient += decay * torch.cat([p.detach().reshape(-1) for p in terms.params])
     return Point(loss, gradient, float(sums.spread) / weight, sums.examples)
 
 

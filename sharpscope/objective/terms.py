@@ -15,7 +15,7 @@ from sharpscope.errors import ProblemError, first_line
 from sharpscope.objective.batches import MicroBatch, arguments, leaves, map_tensors
 from sharpscope.objective.losses import output_tensor, term_loss
 from sharpscope.objective.memory import out_of_memory
-from sharpscope.precision import compute_dtype, converted, placed, usable
+from sharpscope.precision import compute_dtype, converted, placed, usable, wide
 from sharpscope.problem import Problem
 
 
@@ -121,8 +121,8 @@ class LossTerms:
         """``c/2 ||w||^2``, what a weight decay c adds to the mean loss."""
         if not self.problem.weight_decay:
             return 0.0
-        squares = torch.stack(torch._foreach_norm([p.detach() for p in self.params])).cpu().double().square()
-        return self.problem.weight_decay / 2 * float(squares.sum())
+        squares = [p.detach().to(wide(self.device)).square().sum() for p in self.params]
+        return self.problem.weight_decay / 2 * float(torch.stack(squares).sum())
 
     def _placed(self, tensor: Tensor) -> Tensor:
         # A copy: a model may write into its input, or ask for its gradient, and the user's data are his.

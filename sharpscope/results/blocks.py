@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError
 from sharpscope.results.cost import Cost
 from sharpscope.results.estimate import Estimate
-from sharpscope.results.record import head, names_of, opened, origin, read, refuse_taken, require_json_name, write
+from sharpscope.results.record import head, names_of, opened, origin, read, refuse_taken, write
 from sharpscope.tables import aligned, as_html, with_bound
 
 Array = NDArray[np.float64]
@@ -137,7 +137,6 @@ class BlockResult:
 
         Raises: OutputError when it cannot be written.
         """
-        require_json_name(path)
         write(path, self.to_dict())
 
     @classmethod

@@ -23,7 +23,6 @@ from sharpscope.results.record import (
     point_and_price,
     read,
     refuse_taken,
-    require_json_name,
     write,
 )
 from sharpscope.tables import as_html, narrowest
@@ -180,7 +179,6 @@ class DensityResult:
 
         Raises: OutputError when it cannot be written.
         """
-        require_json_name(path)
         write(path, self.to_dict())
 
     @classmethod

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
-from sharpscope.files import atomic
 from sharpscope.results.cost import Cost
 from sharpscope.results.eigen_table import notes_of, rows_of, table
 from sharpscope.results.record import (
@@ -24,7 +23,6 @@ from sharpscope.results.record import (
     plain,
     read,
     refuse_taken,
-    require_json_name,
     write,
 )
 from sharpscope.tables import as_html
@@ -192,13 +190,12 @@ class EigenResult:
 
         Raises: OutputError when it cannot be written, DataError when there are no vectors to write.
         """
-        require_json_name(path)
+        arrays = None
         if vectors:
             if self.eigenvectors is None:
                 raise DataError("The result must hold eigenvectors to save them. Measure with vectors=True.")
-            with atomic(arrays_beside(path)) as temporary, open(temporary, "wb") as file:
-                np.savez(file, eigenvectors=self.eigenvectors, eigenvalues=self.eigenvalues)
-        write(path, self.to_dict())
+            arrays = {"eigenvectors": self.eigenvectors, "eigenvalues": self.eigenvalues}
+        write(path, self.to_dict(), arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EigenResult:

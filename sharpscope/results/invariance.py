@@ -17,7 +17,6 @@ from sharpscope.results.record import (
     plain,
     read,
     refuse_taken,
-    require_json_name,
     write,
 )
 from sharpscope.results.sharpness import Measure, measure_from
@@ -95,7 +94,6 @@ class InvarianceResult:
 
         Raises: OutputError when it cannot be written.
         """
-        require_json_name(path)
         write(path, self.to_dict())
 
     @classmethod

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sharpscope.errors import DataError, OutputError
 from sharpscope.files import atomic
@@ -79,11 +80,19 @@ def arrays_beside(path: str | os.PathLike[str]) -> Path:
     return place.with_name(f"{place.name.removesuffix('.json')}.npz")
 
 
-def write(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
-    """Write a record to ``path`` as JSON, atomically.
+def write(
+    path: str | os.PathLike[str], values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]] | None = None
+) -> None:
+    """Write ``arrays``, where there are any, beside ``path`` and then a record to it as JSON, each atomically.
 
-    Raises: OutputError when it cannot be written.
+    Raises: OutputError when it cannot be written, or ``path`` is named for the arrays.
     """
+    require_json_name(path)
+    if arrays is not None:
+        # As keywords, mypy would take them for savez's own.
+        given: dict[str, Any] = dict(arrays)
+        with atomic(arrays_beside(path)) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **given)
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 

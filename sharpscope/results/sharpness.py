@@ -17,7 +17,6 @@ from sharpscope.results.record import (
     plain,
     read,
     refuse_taken,
-    require_json_name,
     write,
 )
 from sharpscope.tables import with_bound
@@ -167,7 +166,6 @@ class SharpnessResult:
 
         Raises: OutputError when it cannot be written.
         """
-        require_json_name(path)
         write(path, self.to_dict())
 
     @classmethod

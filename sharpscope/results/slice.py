@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharpscope.errors import DataError, first_line
-from sharpscope.files import atomic
 from sharpscope.results.cost import Cost
 from sharpscope.results.record import (
     UNREADABLE,
@@ -22,7 +21,6 @@ from sharpscope.results.record import (
     plain,
     read,
     refuse_taken,
-    require_json_name,
     write,
 )
 
@@ -194,11 +192,7 @@ class SliceResult:
 
         Raises: OutputError when they cannot be written.
         """
-        require_json_name(path)
-        arrays: dict[str, Any] = self._arrays()
-        with atomic(arrays_beside(path)) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        write(path, self.to_dict())
+        write(path, self.to_dict(), self._arrays())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SliceResult:

@@ -19,7 +19,6 @@ from sharpscope.results.record import (
     point_and_price,
     read,
     refuse_taken,
-    require_json_name,
     write,
 )
 from sharpscope.tables import as_html, narrowest
@@ -74,7 +73,6 @@ class TraceResult:
 
         Raises: OutputError when it cannot be written.
         """
-        require_json_name(path)
         write(path, self.to_dict())
 
     @classmethod

@@ -60,22 +60,24 @@ class Statistics:
             raise ArgumentError(
                 f"batchnorm={treatment!r} is for eval mode; in train mode the batch decides. Leave it out."
             )
-        if treatment == "interpolate" and not all(changes):
+        self.treatment, self._changes = treatment, changes
+        self._centre = running_statistics(model) if treatment == "interpolate" else {}
+        if self._centre:
+            self._require_changes()
+        buffers = dict(model.named_buffers())
+        self._written = [buffers[name] for name in self._centre]
+
+    def _require_changes(self) -> None:
+        if not all(self._changes):
             raise ArgumentError(
                 "batchnorm='interpolate' needs directions towards other checkpoints, whose statistics are known. "
                 "Pass batchnorm='recalibrate'."
             )
-        known = running_statistics(model) if treatment == "interpolate" else {}
-        if any(set(change) != set(known) for change in changes if treatment == "interpolate"):
+        if any(set(change) != set(self._centre) for change in self._changes):
             raise ArgumentError(
                 "batchnorm='interpolate' needs running statistics in the same layers of all networks, but one lacks "
                 "some. Pass batchnorm='recalibrate'."
             )
-        self.treatment = treatment
-        buffers = dict(model.named_buffers())
-        self._centre = known
-        self._written = [buffers[name] for name in self._centre]
-        self._changes = changes
 
     @torch.no_grad()
     def move_to(self, coefficients: Sequence[float], walk: Walked) -> None:
