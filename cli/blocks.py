@@ -51,9 +51,7 @@ def run(args: argparse.Namespace) -> int:
             torch.Generator().manual_seed(args.seed),
             progress,
             operator=args.operator,
-            dtype=getattr(torch, args.dtype) if args.dtype else None,
-            device=options.device(args.device),
-            micro_batch=args.micro_batch,
+            **options.computation(args),
             max_passes=args.max_passes,
         )
 

@@ -70,9 +70,7 @@ def run(args: argparse.Namespace) -> int:
             progress,
             operator=args.operator,
             known=known if known is not None and known.eigenvectors is not None else None,
-            dtype=getattr(torch, args.dtype) if args.dtype else None,
-            device=options.device(args.device),
-            micro_batch=args.micro_batch,
+            **options.computation(args),
         )
 
     try:

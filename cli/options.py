@@ -119,6 +119,17 @@ def device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def computation(args: argparse.Namespace) -> dict[str, Any]:
+    """In which precision, where and in which micro-batches everything is computed."""
+    import torch
+
+    return {
+        "dtype": getattr(torch, args.dtype) if args.dtype else None,
+        "device": device(args.device),
+        "micro_batch": args.micro_batch,
+    }
+
+
 def key_values(pairs: list[str] | None) -> dict[str, Any]:
     """``["depth=16", "norm=none", "channels=8,16"]`` as a dict of Python values.
 

@@ -102,9 +102,7 @@ def run(args: argparse.Namespace) -> int:
             probes=args.probes,
             box=args.box,
             lr=args.lr,
-            dtype=getattr(torch, args.dtype) if args.dtype else None,
-            device=options.device(args.device),
-            micro_batch=args.micro_batch,
+            **options.computation(args),
         )
 
     try:

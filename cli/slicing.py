@@ -99,7 +99,7 @@ def run(
             batchnorm=args.batchnorm,
             refine=args.refine,
             curvature=True if args.quadratic else None,
-            **_precision(args),
+            **options.computation(args),
             journal=None if out is None else options.state(out),
             shard=args.shard,
             preview=preview,
@@ -150,7 +150,7 @@ def directions(
         return eigenvector_directions(result, which)
     if out is None:
         return _measured(args, kind, problem, which, progress)
-    objective = Objective(problem, **_precision(args))
+    objective = Objective(problem, **options.computation(args))
     asked = {"key": key_of(objective), "kind": kind, "which": list(which), "rho": args.rho, "seed": args.seed}
     path = options.state(out) / "directions.npz"
     found: list[Any] | None = read_directions(path, asked)
@@ -169,27 +169,16 @@ def _measured(args: argparse.Namespace, kind: str, problem: Any, which: Sequence
     from sharpscope.slices import eigenvector_directions, gradient_directions
 
     if kind == "gradient":
-        return gradient_directions(problem, args.rho, **_precision(args))
+        return gradient_directions(problem, args.rho, **options.computation(args))
     result = sharpscope.top_eigenvalues(
         problem,
         max(which),
         generator=torch.Generator().manual_seed(args.seed),
         progress=progress,
         vectors=True,
-        **_precision(args),
+        **options.computation(args),
     )
     return eigenvector_directions(result, which)
-
-
-def _precision(args: argparse.Namespace) -> dict[str, Any]:
-    """In which precision, where and in which micro-batches everything is computed."""
-    import torch
-
-    return {
-        "dtype": getattr(torch, args.dtype) if args.dtype else None,
-        "device": options.device(args.device),
-        "micro_batch": args.micro_batch,
-    }
 
 
 def others(args: argparse.Namespace, paths: Sequence[str]) -> dict[str, Any]:
