@@ -3,8 +3,9 @@
 Each walks over a grid of one plane of the same weights on the same data. Rounds of surfaces, all tools in turn with the
 order reversed every second round; the ratio to a bare forward pass (the model alone, in inference mode, in
 micro-batches of our size, as often as there are points) is taken within each round, and its median (least to most) is
-reported. Ours takes the accuracy too. The rivals are given the metric that their documentation shows, the loss of all
-data in one batch, and, "told", our micro-batches in inference mode.
+reported. Ours takes the accuracy too. A point by itself, without a surface's start, is paired with a bare pass in turns
+besides; the median of the ratios (first to third quartile) is reported. The rivals are given the metric that their
+documentation shows, the loss of all data in one batch, and, "told", our micro-batches in inference mode.
 
 The rivals need numpy below 2, so they have an environment of their own:
 
@@ -30,7 +31,9 @@ from report import aligned, machine
 from torch import Tensor, nn
 
 import sharpscope
+from sharpscope.perturbation import Perturbation
 from sharpscope.slices import random_directions
+from sharpscope.slices.walk import Walk
 from sharpscope.zoo import load_data, make_model
 
 # Model, arguments, number of Fashion-MNIST images, and points on each axis.
@@ -128,10 +131,37 @@ def timed(tools: dict[str, Surface], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
+def paired(model: nn.Module, data: tuple[Tensor, Tensor], size: int, pairs: int) -> list[float]:
+    """Seconds of a point over those of a bare forward pass right before or after it, so many times."""
+    problem = sharpscope.Problem(model=model, loss=nn.CrossEntropyLoss(), data=data)
+    objective = sharpscope.Objective(problem)
+    ratios = []
+    with Perturbation(objective.terms.params) as moved, objective.measuring(products=False):
+        walk = Walk({"data": objective}, [random_directions(problem, 2)], "frozen", size, moved)
+        walk.at(0, (0.0, 0.0))
+
+        def bare() -> None:
+            with torch.inference_mode():
+                for x in data[0].split(size):
+                    model(x)
+
+        for i in range(pairs):
+            place = (i % 8 / 7 - 0.5, i // 8 % 8 / 7 - 0.5)
+            runs = {"bare": bare, "point": lambda place=place: walk.at(0, place)}
+            seconds = {}
+            for name in sorted(runs, reverse=i % 2 == 1):
+                started = time.perf_counter()
+                runs[name]()
+                seconds[name] = time.perf_counter() - started
+            ratios.append(seconds["point"] / seconds["bare"])
+    return ratios
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="of surfaces; 0 is pairs alone, not written")
     parser.add_argument("--points", type=int, help="on each axis")
+    parser.add_argument("--pairs", type=int, default=80, help="of a point and a bare pass (default 80)")
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "SLICE_RESULTS.md")
     args = parser.parse_args()
@@ -146,6 +176,11 @@ def main() -> None:
         size = sharpscope.loss_surface(
             sharpscope.Problem(model=model, loss=nn.CrossEntropyLoss(), data=batch), points=2
         ).provenance["micro_batch"]
+        low, middle, high = statistics.quantiles(paired(model, batch, size, args.pairs), n=4)
+        alone = f"A point by itself: {middle:.3f} bare forward passes ({low:.3f} to {high:.3f}, {args.pairs} pairs)."
+        print(f"{case}, {alone}", flush=True)
+        if not args.rounds:
+            continue
         seconds = timed(surfaces(model, batch, points, size), args.rounds)
         bare = seconds["bare forward pass"]
         rows = [["", "ms a point", "bare forward passes"]]
@@ -154,8 +189,10 @@ def main() -> None:
             ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
             rows.append([name, f"{1e3 * float(np.median(each)) / points**2:.1f}", ratio])
         title = f"## {case}, {examples} images, micro-batches of {size}, {points} x {points} points"
-        text += [title, "", "```", aligned(rows), "```", ""]
-        print("\n".join(text[-6:]), flush=True)
+        text += [title, "", alone, "", "```", aligned(rows), "```", ""]
+        print("\n".join(text[-8:]), flush=True)
+    if not args.rounds:
+        return
     args.results.write_text("\n".join(text), encoding="utf-8")
 
 
