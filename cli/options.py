@@ -35,7 +35,11 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weights", metavar="KEY", help="of the state dict in a file of several, as ema or ema.module")
     group.add_argument("--prefix", help="of the names in the state dict, as module. (default: found)")
     group.add_argument("--data", metavar="NAME", help="bundled data set: digits or fashion-mnist")
-    group.add_argument("--loss", metavar="NAME", help="cross_entropy, mse, bce_with_logits or nll")
+    group.add_argument(
+        "--loss",
+        metavar="NAME",
+        help="cross_entropy, mse, bce_with_logits, nll; of sequences token_cross_entropy or next_token",
+    )
     group.add_argument(
         "--trust", action="store_true", help="import the model factory that the file names: runs its code"
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         SharpscopeError,
     )
     from sharpscope.loading import load
-    from sharpscope.objective import Objective
+    from sharpscope.objective import Objective, TokenCrossEntropy
     from sharpscope.problem import Problem
     from sharpscope.results import (
         BlockResult,
@@ -63,6 +63,7 @@ __all__ = [
     "SharpnessResult",
     "SharpscopeError",
     "SliceResult",
+    "TokenCrossEntropy",
     "TraceResult",
     "__version__",
     "block_spectra",
@@ -83,7 +84,7 @@ if (_beside / "setup.cfg").is_file() and (_beside / "cli" / "__init__.py").is_fi
 
 # Public names are imported when first used: torch takes 1.5 s, which `sharpscope --help` need not wait for.
 _HOMES = {"load": "loading", "Objective": "objective", "Problem": "problem", "top_eigenvalues": "spectrum"}
-_HOMES |= {"block_spectra": "blocks"}
+_HOMES |= {"block_spectra": "blocks", "TokenCrossEntropy": "objective"}
 _HOMES |= dict.fromkeys(("spectral_density", "trace"), "density")
 _HOMES |= dict.fromkeys(("loss_slice", "loss_surface"), "slices")
 _HOMES |= dict.fromkeys(("Ascent", "measure_sharpness", "rescaling_invariance"), "sharpness")

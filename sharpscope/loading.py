@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from sharpscope.checkpoint import Checkpoint, load_weights, read_checkpoint
 from sharpscope.errors import ArgumentError, CheckpointError, nearest
 from sharpscope.importing import imported
+from sharpscope.objective import TokenCrossEntropy
 from sharpscope.problem import Problem
 from sharpscope.problem_file import problem_of
 from sharpscope.zoo import MODELS, DataSet, load_data, make_model, model_arguments
@@ -25,6 +27,8 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
     "mse": nn.MSELoss,
     "bce_with_logits": nn.BCEWithLogitsLoss,
     "nll": nn.NLLLoss,
+    "token_cross_entropy": TokenCrossEntropy,
+    "next_token": partial(TokenCrossEntropy, shift=True),
 }
 
 

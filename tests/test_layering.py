@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"files"},
     "importing": set(),
     "problem_file": {"importing", "problem"},
-    "loading": {"checkpoint", "importing", "problem", "problem_file", "zoo"},
+    "loading": {"checkpoint", "importing", "objective", "problem", "problem_file", "zoo"},
     "recipe": {"optim", "zoo"},
     "train": {"checkpoint", "files", "optim", "precision", "recipe", "zoo"},
     "plot": {"results"},
@@ -78,7 +78,8 @@ ALLOWED: dict[str, set[str]] = {
 INSIDE: dict[str, set[str]] = {
     "objective.batches": set(),
     "objective.likelihoods": set(),
-    "objective.losses": {"likelihoods"},
+    "objective.tokens": set(),
+    "objective.losses": {"likelihoods", "tokens"},
     "objective.meter": set(),
     "objective.convolutions": set(),
     "objective.piecewise": set(),

@@ -30,14 +30,12 @@ class Look:
 
 def look(terms: LossTerms, part: MicroBatch, generator: torch.Generator) -> Look:
     """The loss of a micro-batch and its derivatives in the model's output; cost one forward pass."""
-    with torch.no_grad():
-        output, target, batch = terms.forward(part)
+    output, target, batch = terms.bare(lambda: terms.forward(part))
     known = output_tensor(output) if terms.loss.counted else output
     none = torch.zeros(part.size, device=terms.device)
     if not isinstance(known, Tensor) or not known.dim() or len(known) != part.size or not known.is_floating_point():
-        with torch.no_grad():
-            value, weight = terms.sums_of(part, output, target, batch)
-        return Look(value, weight, none, none)
+        value, weight = terms.bare(lambda: terms.sums(part))  # anew: the loss may differentiate through the model
+        return Look(value.detach(), weight, none, none)
     z = known.detach().requires_grad_()
     link = terms.loss.likelihood.link if terms.loss.likelihood is not None else torch.clone
     value, weight = terms.sums_of(part, link(z).clone(), target, batch)

@@ -42,35 +42,35 @@ class Likelihood:
 
 
 def categorical(
-    weight: Tensor | None, ignore_index: int, label_smoothing: float = 0.0, logarithms: bool = False
+    weight: Tensor | None, ignore_index: int, label_smoothing: float = 0.0, logarithms: bool = False, dim: int = 1
 ) -> Likelihood:
     """y is class c with probability softmax(z)_c; f_i is the total weight of the classes in the target.
 
-    ``logarithms``: the output holds log-probabilities, which log_softmax does not change.
+    ``logarithms``: the output holds log-probabilities, which log_softmax does not change. ``dim`` is that of classes.
     """
 
     def of(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
-        scale = torch.ones(output.shape[1]).to(output) if weight is None else weight.detach().to(output)
+        scale = torch.ones(output.shape[dim]).to(output) if weight is None else weight.detach().to(output)
         if target.is_floating_point():
-            smooth = target * (1 - smoothing) + smoothing / output.shape[1]
-            return (smooth.movedim(1, -1) @ scale).unsqueeze(1)
+            smooth = target * (1 - smoothing) + smoothing / output.shape[dim]
+            return (smooth.movedim(dim, -1) @ scale).unsqueeze(dim)
         counted = target != ignore_index
         label = scale[target.long().clamp(0, len(scale) - 1)]
-        return (((1 - smoothing) * label + smoothing * scale.mean()) * counted).unsqueeze(1)
+        return (((1 - smoothing) * label + smoothing * scale.mean()) * counted).unsqueeze(dim)
 
     def weights(output: Tensor, target: Tensor) -> Tensor:
         # torch divides class probabilities by the examples, weighted or not.
-        return torch.ones_like(output[:, :1]) if target.is_floating_point() else of(output, target, 0.0)
+        return torch.ones_like(output.narrow(dim, 0, 1)) if target.is_floating_point() else of(output, target, 0.0)
 
     def draw(output: Tensor, uniform: Tensor) -> Tensor:
-        below = torch.softmax(output, 1).cumsum(1) < uniform.to(output)
-        return below.sum(1, keepdim=True).clamp(max=output.shape[1] - 1)
+        below = torch.softmax(output, dim).cumsum(dim) < uniform.to(output)
+        return below.sum(dim, keepdim=True).clamp(max=output.shape[dim] - 1)
 
     def score(output: Tensor, drawn: Tensor) -> Tensor:
-        return torch.softmax(output, 1).scatter_add(1, drawn, torch.full_like(output[:, :1], -1.0))
+        return torch.softmax(output, dim).scatter_add(dim, drawn, torch.full_like(output.narrow(dim, 0, 1), -1.0))
 
-    link = (lambda output: F.log_softmax(output, 1)) if logarithms else (lambda output: output)
-    return Likelihood(1, weights, lambda o, t: of(o, t, label_smoothing), draw, score, link)
+    link = (lambda output: F.log_softmax(output, dim)) if logarithms else (lambda output: output)
+    return Likelihood(dim, weights, lambda o, t: of(o, t, label_smoothing), draw, score, link)
 
 
 def gaussian() -> Likelihood:

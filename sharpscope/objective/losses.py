@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sharpscope.errors import DataError, ProblemError
 from sharpscope.objective.likelihoods import Likelihood, bernoulli, categorical, gaussian
+from sharpscope.objective.tokens import TokenCrossEntropy
 
 Where = Callable[[int], str]
 
@@ -29,6 +30,8 @@ class TermLoss:
         stated: whether the author states their number, so that they need not be the examples.
         likelihood: the distribution whose negative log-likelihood it is, None where that is not known.
         ignored: of a loss of labels, the label that is no loss term; None for other losses.
+        classes: of a loss of labels, the output's dimension of classes.
+        aligned: the target in the place of the output that it belongs to.
     """
 
     name: str
@@ -38,6 +41,8 @@ class TermLoss:
     stated: bool = False
     likelihood: Likelihood | None = None
     ignored: int | None = None
+    classes: int = 1
+    aligned: Callable[[Any], Any] = lambda target: target
 
 
 def term_loss(loss: Callable[..., Any]) -> TermLoss:
@@ -54,6 +59,8 @@ def term_loss(loss: Callable[..., Any]) -> TermLoss:
         # A subclass with a forward of its own is another loss.
         if isinstance(loss, module) and type(loss).forward is module.forward:
             return build(**{option: getattr(loss, option) for option in _OPTIONS[build]})
+    if type(loss) is TokenCrossEntropy:
+        return _token_cross_entropy(loss)
     function, options = (loss.func, loss.keywords) if isinstance(loss, functools.partial) else (loss, {})
     # By identity: a callable need not be hashable.
     known = next((build for known, build in _FUNCTIONS.items() if known is function), None)
@@ -91,6 +98,37 @@ def _cross_entropy(weight: Tensor | None = None, ignore_index: int = -100, label
         check,
         likelihood=categorical(weight, ignore_index, label_smoothing),
         ignored=ignore_index,
+    )
+
+
+def _token_cross_entropy(loss: TokenCrossEntropy) -> TermLoss:
+    each = _cross_entropy(None, loss.ignore_index, loss.label_smoothing)
+
+    def sums(output: Any, target: Tensor, batch: Any, size: int) -> tuple[Tensor, Tensor]:
+        return each.sums(output_tensor(output).flatten(0, -2), loss.aligned(target).flatten(), batch, size)
+
+    def check(output: Any, target: Any, where: Where) -> None:
+        logits = output_tensor(output)
+        if logits.dim() != 3 or not isinstance(target, Tensor) or target.is_floating_point():
+            raise ProblemError(
+                f"The loss of tokens must have logits (B, T, V) and labels (B, T), got {tuple(logits.shape)} and "
+                f"{_shape(target)}. Take torch.nn.CrossEntropyLoss for another form."
+            )
+        each.check(logits.movedim(-1, 1), target, where)
+
+    of_tokens = categorical(None, loss.ignore_index, loss.label_smoothing, dim=-1)
+    return TermLoss(
+        "token_cross_entropy",
+        sums,
+        check,
+        likelihood=replace(
+            of_tokens,
+            weight=lambda output, target: of_tokens.weight(output, loss.aligned(target)),
+            mass=lambda output, target: of_tokens.mass(output, loss.aligned(target)),
+        ),
+        ignored=loss.ignore_index,
+        classes=-1,
+        aligned=loss.aligned,
     )
 
 
@@ -182,8 +220,9 @@ def _mean_times_examples(loss: Any, output: Any, target: Any, batch: Any, size: 
 def _scalar(loss: Any, output: Any, target: Any) -> Tensor:
     value = loss(output, target)
     if not isinstance(value, Tensor) or value.numel() != 1:
-        came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ProblemError(f"loss(output, target) must return one number, the mean over the batch; got {came}.")
+        raise ProblemError(
+            f"loss(output, target) must return one number, the mean over the batch; got {_shape(value)}."
+        )
     return value.reshape(())
 
 
@@ -242,6 +281,10 @@ def _check_same_shape(output: Any, target: Any, where: Where) -> None:
             f"Output and target must have the same shape, got {tuple(shape)} and {tuple(target.shape)}: "
             "broadcasting would mix examples. Reshape one of them."
         )
+
+
+def _shape(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _name(loss: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from sharpscope.objective.losses import output_tensor, term_loss
 from sharpscope.objective.memory import out_of_memory
 from sharpscope.precision import compute_dtype, converted, placed, usable, wide
 from sharpscope.problem import Problem
+
+T = TypeVar("T")
 
 
 class LossTerms:
@@ -54,6 +56,7 @@ class LossTerms:
         self.num_params = sum(p.numel() for p in self.params)
         self.loss = term_loss(self.loss_function)
         self.checked = False
+        self._differentiates = False
         self._accepts = _forward_names(problem.model)
 
     @property
@@ -106,12 +109,29 @@ class LossTerms:
         value, weight = self.loss.sums(output, target, batch, part.size)
         return (value, weight) if part.scale == 1 else (value * part.scale, weight * part.scale)
 
+    def bare(self, work: Callable[[], T]) -> T:
+        """``work()`` without autograd's graph, unless model or loss are seen to differentiate by themselves.
+
+        A physics-informed loss takes derivatives in its inputs, which are there only with a graph.
+        """
+        if not self._differentiates:
+            try:
+                with torch.no_grad():
+                    return work()
+            except (RuntimeError, ProblemError) as error:
+                if "does not require grad" not in str(error):
+                    raise
+            self._differentiates = True
+        with torch.enable_grad():
+            return work()
+
     def answers(self, output: Any, target: Any) -> tuple[Tensor, Tensor]:
         """How many labels are the place of the largest output, and how many there are; none where a loss has none."""
         ignored = self.loss.ignored
         if ignored is None or not isinstance(target, Tensor) or target.is_floating_point():
             return (none := torch.zeros((), dtype=torch.long, device=self.device)), none
-        right = output_tensor(output).argmax(1) == target
+        target = self.loss.aligned(target)
+        right = output_tensor(output).argmax(self.loss.classes) == target
         # A place of an output is never negative, so that a negative label that is ignored is never right.
         known = (target != ignored).sum()
         return (right if ignored < 0 else right & (target != ignored)).sum(), known

@@ -53,7 +53,7 @@ class LossOn:
         loss = torch.zeros((), dtype=wide(self._objective.device), device=self._objective.device)
         weight = torch.zeros_like(loss)
         for part in self._parts():
-            for value, terms in self._room.run(part, self._objective.terms.sums):
+            for value, terms in self._room.run(part, self._summed):
                 loss += value
                 weight += terms
         self._objective.charge(FORWARD * self.examples)
@@ -87,6 +87,10 @@ class LossOn:
                 correct, counted = correct + right, counted + known
         self._objective.charge(FORWARD * self.examples)
         return float(correct) / max(1, int(counted))
+
+    def _summed(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
+        value, weight = self._objective.terms.bare(lambda: self._objective.terms.sums(part))
+        return value.detach(), weight
 
     def _differentiated(self, part: MicroBatch) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         with torch.enable_grad(), derivative_errors():

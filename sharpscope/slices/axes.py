@@ -34,7 +34,7 @@ def axis(points: int = 21, span: Span = (-1.0, 1.0), spacing: str = "linear") ->
     if len(span) != 2:
         raise ArgumentError(f"The range of an axis must be two numbers, got {span!r}.")
     low, high = map(float, span)
-    if points < 2:
+    if not isinstance(points, int) or points < 2:
         raise ArgumentError(f"An axis must have at least 2 points, got {points}.")
     if not -FARTHEST <= low < high <= FARTHEST:
         raise ArgumentError(
