@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from dense import dense_hessian, top
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 import sharpscope
 import sharpscope.operators
+from dense import dense_hessian, top
 from sharpscope import Objective, Problem, TokenCrossEntropy, top_eigenvalues
 
 VOCABULARY, LENGTH = 5, 6
