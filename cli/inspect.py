@@ -10,7 +10,7 @@ from typing import Any
 from sharpscope.cli import terminal
 
 # Shown in another form, or not at all.
-LEFT_OUT = ("state_dict", "training")
+LEFT_OUT = ("state_dict", "training", "module")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
             f"epoch    {checkpoint.epoch}{' (unfinished, can be resumed)' if checkpoint.training else ''}",
             f"metrics  {_flat(checkpoint.metrics)}",
         ]
+    if checkpoint.foreign:
+        lines.append(f"objects  {', '.join(checkpoint.foreign)} (not run)")
     lines.append(f"{len(tensors)} tensors, {count} elements:")
     width = max(len(name) for name, _, _ in tensors)
     lines += [

@@ -43,6 +43,12 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--trust", action="store_true", help="import the model factory that the file names: runs its code"
     )
+    group.add_argument(
+        "--partial", action="store_true", help="what the file lacks stays as the model is built (adapters' files)"
+    )
+    group.add_argument(
+        "--trust-pickle", action="store_true", help="unpickle whatever the file holds: runs its code; a pickled model"
+    )
     add_data_root(group)
 
 
@@ -173,12 +179,14 @@ def load(args: argparse.Namespace, path: str) -> Any:
         weights=args.weights,
         prefix=args.prefix,
         problem=args.problem,
+        partial=args.partial,
+        trust_pickle=args.trust_pickle,
     )
 
 
 def load_all(args: argparse.Namespace) -> None:
     """Read every checkpoint once, before the first long measurement."""
-    if ":" in f"{args.model or ''}{args.problem or ''}" or args.trust:
+    if ":" in f"{args.model or ''}{args.problem or ''}" or args.trust or args.trust_pickle:
         sys.path.insert(0, os.getcwd())  # a console script, unlike python -m, does not look where the user stands
     for path in dict.fromkeys(args.checkpoints):
         load(args, path)

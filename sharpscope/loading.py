@@ -50,6 +50,8 @@ def load(
     weights: str | None = None,
     prefix: str | None = None,
     problem: str | os.PathLike[str] | None = None,
+    partial: bool = False,
+    trust_pickle: bool = False,
 ) -> Problem:
     """The Problem of a checkpoint: its model at its weights, its loss, and the data it was trained on.
 
@@ -73,17 +75,36 @@ def load(
         prefix: of the names in the state dict, as "module."; by default it is found.
         problem: a Python file that defines ``problem()``, or "package.module:function", which returns the Problem whose
             model is given the file's weights; in place of model, data and loss. It is run.
+        partial: what the file does not hold stays as the model is built, as the frozen weights under adapters.
+        trust_pickle: unpickle whatever the file holds, which runs other people's code; a pickled module is the model.
 
     Raises: CheckpointError for a file that cannot be read, trusted or matched; ArgumentError for an unknown name or
         a wrong argument; DataError when the data are missing.
     """
-    checkpoint = read_checkpoint(path, weights)
+    checkpoint = read_checkpoint(path, weights, trust_pickle=trust_pickle)
     if problem is not None:
         given = {"model": model, "model_args": model_args, "data": data, "loss": loss}
         double = [name for name, value in given.items() if value is not None and value != {}]
         if double:
             raise ArgumentError(f"problem says what model, data and loss are; leave {', '.join(double)} out.")
-        return _of_problem_file(checkpoint, problem, split, examples, seed, params, mode, weight_decay, prefix)
+        own = problem_of(problem, split)
+        return replace(
+            own,
+            data=own.data if examples is None else _subset(own.data, examples, _count(own.data), seed),
+            params=own.params if params == "*" else params,
+            mode=own.mode if mode == "eval" else mode,
+            weight_decay=weight_decay or own.weight_decay,
+            provenance={
+                "data": type(own.data).__name__,
+                "split": split,
+                "split_examples": _count(own.data),
+                **own.provenance,
+                **_filled(own.model, checkpoint, prefix, partial),
+                "examples_seed": None if examples is None else seed,
+                "problem": os.fspath(problem),
+                "model": _name(type(own.model)),
+            },
+        )
     source, label_noise = _data(checkpoint, data, data_root, split)
     bundled = isinstance(source, DataSet)
     batches = (source.inputs, source.targets) if isinstance(source, DataSet) else source
@@ -93,10 +114,6 @@ def load(
 
     built_from, args = _model(checkpoint, model, model_args, source, trust)
     network = make_model(built_from, **args) if built_from in MODELS else _built(built_from, args)
-    try:
-        taken = load_weights(network, checkpoint.state_dict, prefix)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
     return Problem(
         model=network,
         loss=_loss(checkpoint, loss, bundled),
@@ -105,7 +122,7 @@ def load(
         mode=mode,
         weight_decay=weight_decay,
         provenance={
-            **_source(checkpoint, taken),
+            **_filled(network, checkpoint, prefix, partial),
             "data": source.name if isinstance(source, DataSet) else type(source).__name__,
             "split": source.split if isinstance(source, DataSet) else None,
             "split_examples": total,
@@ -120,51 +137,19 @@ def load(
     )
 
 
-def _of_problem_file(
-    checkpoint: Checkpoint,
-    source: str | os.PathLike[str],
-    split: str,
-    examples: int | None,
-    seed: int,
-    params: str | Sequence[str],
-    mode: str,
-    weight_decay: float,
-    prefix: str | None,
-) -> Problem:
-    """The user's Problem at the file's weights; what is asked for here goes before what it says itself."""
-    own = problem_of(source, split)
-    total = _count(own.data)
+def _filled(model: nn.Module, checkpoint: Checkpoint, prefix: str | None, partial: bool) -> dict[str, Any]:
+    """Put the file's weights into ``model``, and say which weights of which file they are."""
     try:
-        taken = load_weights(own.model, checkpoint.state_dict, prefix)
+        taken = load_weights(model, checkpoint.state_dict, prefix, partial=partial)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
-    return replace(
-        own,
-        data=own.data if examples is None else _subset(own.data, examples, total, seed),
-        params=own.params if params == "*" else params,
-        mode=own.mode if mode == "eval" else mode,
-        weight_decay=weight_decay or own.weight_decay,
-        provenance={
-            "data": type(own.data).__name__,
-            "split": split,
-            "split_examples": total,
-            **own.provenance,
-            **_source(checkpoint, taken),
-            "examples_seed": None if examples is None else seed,
-            "problem": os.fspath(source),
-            "model": _name(type(own.model)),
-        },
-    )
-
-
-def _source(checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
-    """Which weights of which file."""
     return {
         "checkpoint": os.fspath(checkpoint.path),
         "sha256": checkpoint.sha256,
         "weights_key": checkpoint.weights,
-        "weights_prefix": prefix,
-        "weights_left_out": [*checkpoint.others, *(k for k in checkpoint.state_dict if not k.startswith(prefix))],
+        "weights_prefix": taken,
+        "weights_partial": partial,
+        "weights_left_out": [*checkpoint.others, *(k for k in checkpoint.state_dict if not k.startswith(taken))],
     }
 
 
@@ -224,6 +209,8 @@ def _model(
 ) -> tuple[str | Factory, dict[str, Any]]:
     """What builds the network, and with which arguments."""
     wanted = checkpoint.model if model is None else model
+    if wanted is None and checkpoint.module is not None:
+        return _itself(checkpoint.module), dict(given or {})
     if wanted is None:
         raise CheckpointError(
             f"The checkpoint {checkpoint.path} is a plain state dict, which does not say what model it belongs to. "
@@ -240,6 +227,16 @@ def _model(
     if isinstance(source, DataSet):
         args = {"shape": source.shape, "classes": source.classes, **args}
     return wanted, model_arguments(wanted, **args) if isinstance(wanted, str) else args
+
+
+def _itself(module: nn.Module) -> Factory:
+    """A factory of a pickled module, which is there already."""
+
+    def factory() -> nn.Module:
+        return module
+
+    factory.__module__, factory.__qualname__ = type(module).__module__, type(module).__qualname__
+    return factory
 
 
 def _built(wanted: str | Factory, args: Mapping[str, Any]) -> nn.Module:

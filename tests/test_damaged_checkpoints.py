@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
+import shutil
 import time
 import zipfile
 from collections.abc import Callable
@@ -11,11 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed import checkpoint as distributed
 
 from sharpscope.checkpoint import read_checkpoint, write_checkpoint
 from sharpscope.cli import main
 from sharpscope.errors import CheckpointError
 from sharpscope.zoo import make_model, model_arguments
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 # More by SHARPSCOPE_MUTATIONS: 2,000 take some minutes.
 MUTATIONS = int(os.environ.get("SHARPSCOPE_MUTATIONS", "240"))
@@ -68,7 +74,9 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     write_checkpoint(folder / "own.pt", state_dict=state, model="mlp", model_args=args, data={"name": "digits"})
     torch.save({"model": state, "optimizer": {"state": {0: torch.ones(3)}}}, folder / "nested.pt")
     torch.save(state, folder / "old.pt", _use_new_zipfile_serialization=False)
-    found = [folder / name for name in ("own.pt", "nested.pt", "old.pt")]
+    torch.save({"net": nn.Linear(3, 2), "args": argparse.Namespace(lr=0.1)}, folder / "objects.pt")
+    distributed.save({"model": state, "step": 3}, checkpoint_id=folder / "pieces", no_dist=True)
+    found = [folder / name for name in ("own.pt", "nested.pt", "old.pt", "objects.pt", "pieces")]
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file(state, folder / "w.safetensors")
     return [*found, folder / "w.safetensors"]
@@ -82,12 +90,17 @@ def test_mutated_files_end_in_a_sentence(
     for i in range(MUTATIONS):
         source = random.Random(i)
         original = originals[i % len(originals)]
-        data = bytearray(original.read_bytes())
+        path = file = tmp_path / f"mutant{original.suffix}"
+        if original.is_dir():
+            shutil.copytree(original, path, dirs_exist_ok=True)
+            file = source.choice(sorted(path.iterdir()))
+        else:
+            file.write_bytes(original.read_bytes())
+        data = bytearray(file.read_bytes())
         for how in source.sample(HOW, source.randint(1, 2)):
             if data:
                 how(data, source)
-        path = tmp_path / f"mutant{original.suffix}"
-        path.write_bytes(data)
+        file.write_bytes(data)
         started = time.monotonic()
         status = main(["inspect", str(path)])
         said = capsys.readouterr()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 SHOWN = 3
 
@@ -18,7 +18,8 @@ class Checkpoint:
 
     ``model`` is None for a plain state dict, whose other fields are empty too. ``training`` is the optimizer's state
     of an unfinished run, None for a finished one. ``sha256`` is the digest of the very bytes that were read.
-    ``weights`` is the key that the state dict was under, ``others`` are those of further ones in the file.
+    ``weights`` is the key that the state dict was under, ``others`` are those of further ones in the file. ``foreign``
+    names the classes of pickled objects that were not run; ``module`` is the pickled model of a file that is trusted.
     """
 
     path: Path
@@ -26,6 +27,8 @@ class Checkpoint:
     state_dict: Mapping[str, Tensor]
     weights: str = ""
     others: Sequence[str] = ()
+    foreign: Sequence[str] = ()
+    module: nn.Module | None = None
     model: str | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import warnings
 import zipfile
 from pathlib import Path
@@ -13,34 +14,47 @@ import torch
 
 from sharpscope.checkpoint.bundled import bundled
 from sharpscope.checkpoint.contents import Checkpoint
+from sharpscope.checkpoint.distributed import INDEX, Pieces
 from sharpscope.checkpoint.folders import require_all, shards_of
-from sharpscope.checkpoint.layouts import HOW_TO_SAVE, chosen_weights
-from sharpscope.errors import CheckpointError
+from sharpscope.checkpoint.foreign import inert
+from sharpscope.checkpoint.layouts import HOW_TO_SAVE, chosen_weights, module_at
+from sharpscope.errors import CheckpointError, first_line
 
 
-def read_checkpoint(path: str | os.PathLike[str], weights: str | None = None) -> Checkpoint:
+def read_checkpoint(
+    path: str | os.PathLike[str], weights: str | None = None, *, trust_pickle: bool = False
+) -> Checkpoint:
     """The checkpoint in ``path``, on the CPU, in the precision it was saved in; no code of the file is run.
 
-    A sharpscope file is read in full. Of a folder, as Hugging Face's libraries write it, the weights of its file, or of
-    all files that its index names, are read; ``.safetensors`` needs the extra of that name. A dict of tensors, alone
-    or in nested dicts, gives a Checkpoint whose ``model`` is None; of several it is the one under ``weights``, or the
-    first of the usual names (``layouts.NESTS``).
+    A sharpscope file is read in full. Of a folder, as Hugging Face's libraries or torch.distributed.checkpoint write
+    it, the weights are read from all files that its index names; ``.safetensors`` needs the extra of that name. A dict
+    of tensors, alone or in nested dicts, gives a Checkpoint whose ``model`` is None; of several it is the one under
+    ``weights``, or the first of the usual names (``layouts.NESTS``). Of a pickled module the weights are read.
 
-    Raises: CheckpointError when the file is missing, damaged, of another kind, or holds pickled code.
+    ``trust_pickle`` unpickles whatever the file holds, which **runs its code**, so that a pickled module is the model.
+
+    Raises: CheckpointError when the file is missing, damaged, of another kind, or cannot be read without its code.
     """
     place = Path(path)
-    if place.is_dir():
-        digest, contents = _folder(place)
-    else:
-        digest, contents = _file(place)
+    if place.is_dir() and (place / INDEX).is_file():
+        return _distributed(place, weights)
+    digest, contents, foreign = _folder(place, trust_pickle) if place.is_dir() else _file(place, trust_pickle)
     if isinstance(contents, dict) and "sharpscope" in contents:
         return bundled(place, digest, contents)
-    state_dict, key, others = chosen_weights(place, contents, weights)
-    return Checkpoint(path=place, sha256=digest, state_dict=state_dict, weights=key, others=others)
+    state_dict, key, others = chosen_weights(place, contents, weights, foreign)
+    return Checkpoint(
+        path=place,
+        sha256=digest,
+        state_dict=state_dict,
+        weights=key,
+        others=others,
+        foreign=foreign,
+        module=module_at(contents, key),
+    )
 
 
-def _file(place: Path) -> tuple[str, Any]:
-    """The digest of a file and what it holds."""
+def _file(place: Path, trust_pickle: bool = False) -> tuple[str, Any, list[str]]:
+    """The digest of a file, what it holds, and the names of what in it was not run."""
     try:
         with open(place, "rb") as stream:
             # Digest and contents come from one open file, even if a training run replaces it meanwhile.
@@ -49,25 +63,42 @@ def _file(place: Path) -> tuple[str, Any]:
                 raise CheckpointError(f"The checkpoint {place} is empty. {HOW_TO_SAVE}")
             if place.suffix == ".safetensors":
                 stream.seek(0)
-                return digest, _safetensors(place, stream)
-            return digest, _unpickle(place, stream)
+                return digest, _safetensors(place, stream), []
+            return digest, *_unpickle(place, stream, trust_pickle)
     except FileNotFoundError:
         raise CheckpointError(f"There is no checkpoint {place}. Check the path.") from None
     except OSError as error:
         raise CheckpointError(f"The checkpoint {place} cannot be read: {error.strerror or error}.") from error
 
 
-def _folder(place: Path) -> tuple[str, dict[str, Any]]:
-    """The weights of all files in a folder, and a digest of theirs."""
+def _folder(place: Path, trust_pickle: bool) -> tuple[str, dict[str, Any], list[str]]:
+    """The weights of all files in a folder, a digest of theirs, and what in them was not run."""
     digests: list[str] = []
     merged: dict[str, Any] = {}
+    left: list[str] = []
     for shard, names in shards_of(place).items():
-        digest, contents = _file(shard)
+        digest, contents, foreign = _file(shard, trust_pickle)
         state_dict, *_ = chosen_weights(shard, contents)
         require_all(shard, names, state_dict)
         digests.append(digest)
+        left += foreign
         merged |= state_dict
-    return (digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()), merged
+    return _digest(digests), merged, left
+
+
+def _distributed(place: Path, weights: str | None) -> Checkpoint:
+    pieces = Pieces(place)
+    chosen, key, others = chosen_weights(place, pieces.tree, weights)
+    state_dict = pieces.read(chosen, lambda path, stream: _unpickle(path, stream)[0])
+    digests = []
+    for name in (INDEX, *pieces.files):
+        with open(place / name, "rb") as stream:
+            digests.append(sha256_of(stream))
+    return Checkpoint(path=place, sha256=_digest(digests), state_dict=state_dict, weights=key, others=others)
+
+
+def _digest(digests: list[str]) -> str:
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _safetensors(place: Path, stream: BinaryIO) -> dict[str, Any]:
@@ -104,7 +135,8 @@ def _require_plain(place: Path, archive: zipfile.ZipFile, size: int) -> None:
         )
 
 
-def _unpickle(place: Path, stream: BinaryIO) -> Any:
+def _unpickle(place: Path, stream: BinaryIO, trust_pickle: bool = False) -> tuple[Any, list[str]]:
+    """What a file of ``torch.save`` holds, and the names of what in it was not run."""
     try:
         if zipfile.is_zipfile(stream):
             with zipfile.ZipFile(stream) as archive:
@@ -113,19 +145,42 @@ def _unpickle(place: Path, stream: BinaryIO) -> Any:
                 damaged = archive.testzip()
             if damaged is not None:
                 raise CheckpointError(f"The checkpoint {place} is damaged: {damaged} fails its CRC. Copy it again.")
-        stream.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(stream, map_location="cpu", weights_only=True)
+            stream.seek(0)
+            if trust_pickle:
+                return _trusted(place, stream), []
+            try:
+                return torch.load(stream, map_location="cpu", weights_only=True), []
+            except pickle.UnpicklingError as error:
+                if not _of_foreign(error):
+                    raise
+                return inert(stream)
     except CheckpointError:
         raise
     # Bytes that are no checkpoint can raise nearly anything in an unpickler: KeyError for a PNG, for instance.
     except Exception as error:
-        if "Unsupported global" in str(error) or "unsupported GLOBAL" in str(error):
+        if _of_foreign(error):
             raise CheckpointError(
                 f"The checkpoint {place} holds pickled Python objects, and reading them could run any code. "
-                "Save the weights alone with torch.save(model.state_dict(), path), and pass --model and --data."
+                "Save the weights alone with torch.save(model.state_dict(), path), or pass --trust-pickle if you trust "
+                "the file."
             ) from error
         raise CheckpointError(
             f"{place} must be a PyTorch checkpoint, but it is of another kind, truncated or damaged. {HOW_TO_SAVE}"
+        ) from error
+
+
+def _of_foreign(error: BaseException | None) -> bool:
+    """Whether torch's unpickler for weights met another class, before this error or in it."""
+    return error is not None and ("unsupported global" in str(error).lower() or _of_foreign(error.__context__))
+
+
+def _trusted(place: Path, stream: BinaryIO) -> Any:
+    try:
+        return torch.load(stream, map_location="cpu", weights_only=False)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(
+            f"The checkpoint {place} needs the classes of its pickled objects: {first_line(error)}. Run where they can "
+            "be imported from, or leave --trust-pickle out and name the model by --model or --problem."
         ) from error

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharpscope.checkpoint.contents import first_few
+from sharpscope.checkpoint.foreign import module_weights
 from sharpscope.errors import CheckpointError
 
 # Where training scripts put the weights, the likeliest first. Averages come last: they are other weights.
 NESTS = ("state_dict", "model_state_dict", "model", "net", "params", "state_dict_ema", "model_ema", "ema")
+OPTIMIZERS = ("optim", "optimizer", "optimizers", "optimizer_state_dict", "optimizer_states")
 DEPTH = 3
 
 HOW_TO_SAVE = "Give a file written by 'sharpscope train' or by torch.save(model.state_dict(), path)."
 
 
-def chosen_weights(place: Path, contents: Any, key: str | None = None) -> tuple[dict[str, Tensor], str, list[str]]:
+def chosen_weights(
+    place: Path, contents: Any, key: str | None = None, foreign: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], str, list[str]]:
     """The state dict in ``contents``, its key ("" where it is all there is), and the keys of others.
 
     Without ``key`` the first of NESTS that is there is taken, or the only one whatever its name.
@@ -28,15 +32,16 @@ def chosen_weights(place: Path, contents: Any, key: str | None = None) -> tuple[
     found = state_dicts(contents)
     if not found:
         keys = f"a dict with the keys {first_few([repr(k) for k in contents])}" if isinstance(contents, dict) else ""
+        objects = f", and objects of {first_few(list(foreign))}, which were not run (--trust-pickle)" if foreign else ""
         raise CheckpointError(
             f"The checkpoint {place} must hold a dict of tensors, alone or under {', '.join(NESTS[:3])}, ..., "
-            f"got {keys or type(contents).__name__}. {HOW_TO_SAVE}"
+            f"got {keys or type(contents).__name__}{objects}. {HOW_TO_SAVE}"
         )
     if key is not None and key not in found:
         raise CheckpointError(
             f"The checkpoint {place} has no weights under {key!r}, but under {_listed(found)}. Pass one of them."
         )
-    known = [name for name in ("", *NESTS) if name in found]
+    known = [name for nest in ("", *NESTS) for name in found if name == nest or (nest and name.endswith(f".{nest}"))]
     if key is None and not known and len(found) > 1:
         raise CheckpointError(
             f"The checkpoint {place} holds several dicts of weights, under {_listed(found)}. Choose one: weights= "
@@ -47,17 +52,35 @@ def chosen_weights(place: Path, contents: Any, key: str | None = None) -> tuple[
 
 
 def state_dicts(contents: Any, depth: int = DEPTH) -> dict[str, dict[str, Tensor]]:
-    """Every dict of named tensors in nested dicts, by its keys with dots between; "" is ``contents`` itself."""
+    """Every dict of named tensors in nested dicts, by its keys with dots between; "" is ``contents`` itself.
+
+    A module counts by its state dict; what optimizers keep does not.
+    """
     if is_state_dict(contents):
         return {"": dict(contents)}  # an OrderedDict with torch's version notes becomes an ordinary one
+    held = contents.state_dict() if isinstance(contents, nn.Module) else module_weights(contents)
+    if held:
+        return {"": dict(held)}
     found: dict[str, dict[str, Tensor]] = {}
     if isinstance(contents, Mapping) and depth:
         for key, value in contents.items():
             # An optimizer's state is named by numbers.
-            if isinstance(key, str):
+            if isinstance(key, str) and key not in OPTIMIZERS:
                 inner = state_dicts(value, depth - 1)
                 found |= {f"{key}.{name}" if name else key: entry for name, entry in inner.items()}
     return found
+
+
+def module_at(contents: Any, key: str) -> nn.Module | None:
+    """The module whose state dict ``state_dicts`` has under ``key``, if it is one."""
+    if isinstance(contents, nn.Module):
+        return contents if not key else None
+    for name, value in contents.items() if isinstance(contents, Mapping) else ():
+        if isinstance(name, str) and (key == name or key.startswith(f"{name}.")):
+            found = module_at(value, key[len(name) + 1 :])
+            if found is not None:
+                return found
+    return None
 
 
 def is_state_dict(value: Any) -> bool:
@@ -70,4 +93,4 @@ def is_state_dict(value: Any) -> bool:
 
 
 def _listed(found: Mapping[str, Any]) -> str:
-    return ", ".join(repr(name) for name in found)
+    return first_few([repr(name) for name in found])

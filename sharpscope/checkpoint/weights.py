@@ -10,12 +10,15 @@ from sharpscope.checkpoint.contents import first_few
 from sharpscope.errors import CheckpointError
 
 
-def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str | None = None) -> str:
+def load_weights(
+    model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str | None = None, *, partial: bool = False
+) -> str:
     """Copy ``state_dict`` into ``model``, every key and shape matching; the model takes on the file's precision.
 
     Tied parameters stay tied. A bfloat16 checkpoint makes a bfloat16 model. Wrappers put a prefix before every name
     ("module." of data parallelism, "_orig_mod." of a compiled model, "model." of Lightning): the entries under
-    ``prefix`` are taken, without it, and others left out. By default it is found; returns it.
+    ``prefix`` are taken, without it, and others left out. By default it is found; returns it. With ``partial`` what
+    the file does not hold stays as the model has it, as the frozen weights that adapters stand on.
 
     Raises: CheckpointError listing the first missing keys, unexpected keys and differing entries, and their numbers;
     where several prefixes fit.
@@ -23,12 +26,19 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str
     own: dict[str, Tensor] = model.state_dict(keep_vars=True)
     taken = _prefix(state_dict, own) if prefix is None else prefix
     chosen = {key.removeprefix(taken): value for key, value in state_dict.items() if key.startswith(taken)}
-    # Of tied weights a file may hold one name only.
+    # Of tied weights a file may hold one name only, and of adapters it leaves their own name out.
     for names in _tied(own):
-        kept = next((name for name in names if name in chosen), None)
-        chosen |= {name: chosen[kept] for name in names if kept is not None and name not in chosen}
+        kept = next((name for name in (*names, *map(_without_adapter, names)) if name in chosen), None)
+        if kept is not None:
+            value = chosen[kept]
+            if kept not in own:
+                del chosen[kept]
+            chosen |= {name: value for name in names if name not in chosen}
     unexpected = [key for key in chosen if key not in own]
     missing = [key for key in own if key not in chosen]
+    if partial and chosen:
+        own = {key: tensor for key, tensor in own.items() if key in chosen}
+        missing = []
     differing = [
         f"{key}: {_kind(chosen[key])} in the file, {_kind(own[key])} in the model"
         for key in own
@@ -43,13 +53,15 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str
         faults.append(f"has {len(differing)} of another shape or kind ({first_few(differing, '; ')})")
     if faults:
         under = f" under {taken!r}" if taken else ""
+        only = missing and not unexpected and not differing
+        hint = " If the model as it is built has the others already, pass --partial." if only else ""
         raise CheckpointError(
-            f"The checkpoint{under} {', '.join(faults)}. Check --model and --model-args, or --problem."
+            f"The checkpoint{under} {', '.join(faults)}. Check --model and --model-args, or --problem.{hint}"
         )
     for key, tensor in own.items():
         if tensor.is_floating_point() and tensor.dtype != chosen[key].dtype:
             tensor.data = tensor.data.to(chosen[key].dtype)
-    model.load_state_dict(chosen)
+    model.load_state_dict(chosen, strict=not partial)
     return taken
 
 
@@ -75,6 +87,11 @@ def _prefix(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
         )
     # What all names share is told as a prefix even where the model does not fit, so that the differences make sense.
     return fitting[0] if fitting else _common(state_dict, own)
+
+
+def _without_adapter(name: str) -> str:
+    """``name`` as peft saves it: without the adapter's own name, "default" unless told otherwise."""
+    return name.replace(".default.", ".", 1)
 
 
 def _tied(own: Mapping[str, Tensor]) -> list[list[str]]:

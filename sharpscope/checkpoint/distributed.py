@@ -1,0 +1,124 @@
+"""Folders of ``torch.distributed.checkpoint``: weights in pieces, named by a pickled index."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpscope.errors import CheckpointError
+
+INDEX = ".metadata"
+
+# All that an index is made of; none of it does anything when called.
+MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+PLAIN: dict[tuple[str, str], Any] = {
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("collections", "OrderedDict"): dict,
+    ("pathlib", "PosixPath"): PurePosixPath,
+    ("pathlib", "WindowsPath"): PureWindowsPath,
+}
+CLASSES = (
+    *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties"),
+    *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING", "_StorageInfo"),
+)
+
+
+class Pieces:
+    """The tensors of a folder, as nested dicts of placeholders, and the means to read some of them.
+
+    Attributes:
+        tree: nested dicts as they were saved; in place of a tensor one of its shape without memory.
+        files: that hold the pieces.
+
+    Raises: CheckpointError for a folder whose index is damaged, or names files elsewhere.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tree: dict[str, Any] = {}
+        self._names: dict[int, str] = {}
+        try:
+            self._index = _Index(io.BytesIO((folder / INDEX).read_bytes())).load()
+            self._plan()
+        except CheckpointError:
+            raise
+        # A damaged pickle can raise nearly anything.
+        except Exception as error:
+            raise CheckpointError(
+                f"{folder / INDEX} must be an index of torch.distributed.checkpoint, but is damaged. Copy it again."
+            ) from error
+
+    def _plan(self) -> None:
+        places = self._index.planner_data or {}
+        for name, entry in self._index.state_dict_metadata.items():
+            path = places.get(name, (name,))
+            if not hasattr(entry, "chunks") or not all(isinstance(key, str) for key in path):
+                continue
+            branch = self.tree
+            for key in path[:-1]:
+                branch = branch.setdefault(key, {})
+            branch[path[-1]] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            self._names[id(branch[path[-1]])] = name
+        self.files = sorted({str(info.relative_path) for info in self._index.storage_data.values()})
+        foreign = [file for file in self.files if Path(file).name != file]
+        if foreign:
+            raise CheckpointError(f"{self.folder} must name files of its own, got {foreign[0]!r}. Do not trust it.")
+
+    def read(self, chosen: Mapping[str, Tensor], unpickle: Callable[[Path, io.BytesIO], Any]) -> dict[str, Tensor]:
+        """The tensors whose placeholders are ``chosen``, each piece through ``unpickle(file, bytes)``.
+
+        Raises: CheckpointError where pieces are missing, or other ones than the index says.
+        """
+        held = sum((self.folder / file).stat().st_size for file in self.files if (self.folder / file).is_file())
+        if sum(t.numel() * t.element_size() for t in chosen.values()) > held:
+            raise CheckpointError(
+                f"{self.folder} would unpack to more than its {held:,} bytes: it is damaged, or compressed. Convert it "
+                "with torch.distributed.checkpoint.format_utils.dcp_to_torch_save."
+            )
+        return {name: self._tensor(self._names[id(tensor)], tensor, unpickle) for name, tensor in chosen.items()}
+
+    def _tensor(self, name: str, like: Tensor, unpickle: Callable[[Path, io.BytesIO], Any]) -> Tensor:
+        whole = torch.empty(like.shape, dtype=like.dtype)
+        covered = 0
+        for index, info in self._index.storage_data.items():
+            if index.fqn != name:
+                continue
+            path = self.folder / info.relative_path
+            try:
+                with path.open("rb") as stream:
+                    stream.seek(info.offset)
+                    piece = unpickle(path, io.BytesIO(stream.read(info.length)))
+                place = whole
+                for dimension, (start, size) in enumerate(zip(index.offset, piece.shape, strict=True)):
+                    place = place.narrow(dimension, start, size)
+                place.copy_(piece)
+            except (OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+                raise CheckpointError(f"The piece of {name} in {path} is missing or damaged. Copy it again.") from error
+            covered += piece.numel()
+        if covered != whole.numel():
+            raise CheckpointError(
+                f"The pieces of {name} in {self.folder} must hold {whole.numel()} numbers, got {covered}. Copy it "
+                "again."
+            )
+        return whole
+
+
+class _Index(pickle._Unpickler):
+    """Of the classes of an index, and no others; in Python, since the one in C can be told to take 64 GB for nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in PLAIN:
+            return PLAIN[module, name]
+        if module in MODULES and name in CLASSES:
+            return super().find_class(module, name)
+        found = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(found, torch.dtype | torch.layout | torch.memory_format):
+            return found
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of an index")
