@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dense import dense_hessian, top
 from torch import Tensor, nn
 from torch.distributed import checkpoint as distributed
 
 import sharpscope
+from dense import dense_hessian, top
 from sharpscope.checkpoint import load_weights, read_checkpoint
 from sharpscope.cli import main
 from sharpscope.errors import CheckpointError
@@ -150,7 +150,7 @@ def test_code_is_not_run_even_where_nothing_else_is_there(tmp_path: Path) -> Non
 
 
 def test_a_distributed_checkpoint_is_put_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder of torch.distributed.checkpoint with model and optimizer is measured like the model it was saved from."""
+    """A folder of torch.distributed.checkpoint, optimizer and all, is measured like the model it was saved from."""
     model = network(4)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(2, 4)).sum().backward()

@@ -111,7 +111,7 @@ class Pieces:
 
 
 class _Index(pickle._Unpickler):
-    """Of the classes of an index, and no others; in Python, since the one in C can be told to take 64 GB for nothing."""
+    """Of the classes of an index alone; in Python, since the unpickler in C can be told to take 64 GB for nothing."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in PLAIN:
