@@ -6,10 +6,13 @@ import importlib.util
 import inspect
 import os
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sharpscope.errors import ArgumentError, ProblemError
+from sharpscope.errors import ArgumentError, ProblemError, SharpscopeError, first_line
 from sharpscope.importing import imported
 from sharpscope.problem import Problem
 
@@ -21,7 +24,8 @@ def problem_of(source: str | os.PathLike[str], split: str = "train") -> Problem:
     while it does, so that it can import what lies beside it.
 
     Raises: ArgumentError when there is no such file or function, or it takes other arguments, or no split but one other
-    than "train" is asked for; ProblemError when it returns something else.
+    than "train" is asked for; ProblemError when it returns something else, or imports what is not there. A
+    SharpscopeError that the file's own code raises or causes names the file's line.
     """
     function = _function(os.fspath(source))
     parameters = inspect.signature(function).parameters
@@ -31,7 +35,8 @@ def problem_of(source: str | os.PathLike[str], split: str = "train") -> Problem:
         raise ArgumentError(f"problem() of {source} must take nothing, or split alone, but needs {', '.join(needed)}.")
     if split != "train" and not takes_split:
         raise ArgumentError(f"problem() of {source} takes no split, so that there is none but its own, got {split!r}.")
-    found = function(split=split) if takes_split else function()
+    with _lines_named(Path(source)):
+        found = function(split=split) if takes_split else function()
     if not isinstance(found, Problem):
         raise ProblemError(f"problem() of {source} must return a sharpscope.Problem, got {type(found).__name__}.")
     return found
@@ -57,7 +62,42 @@ def _executed(path: Path) -> Any:
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up
     sys.path.insert(0, folder)
     try:
-        spec.loader.exec_module(module)
+        with _lines_named(path):
+            spec.loader.exec_module(module)
     finally:
         sys.path.remove(folder)
     return module
+
+
+@contextmanager
+def _lines_named(path: Path) -> Iterator[None]:
+    """Put the file and its line before what a SharpscopeError says, and before what an import there misses."""
+    try:
+        yield
+    except SharpscopeError as error:
+        line = _line(path, error)
+        if line is None:
+            raise
+        raise type(error)(f"{path}, line {line}: {error}") from error
+    except ImportError as error:
+        # Only this file's own imports: one that fails inside another module keeps its traceback.
+        line = _line(path, error, innermost=True)
+        if line is None:
+            raise
+        raise ProblemError(
+            f"{path}, line {line}: {first_line(error)}. Name a module that lies beside this file, is installed, or "
+            "is on PYTHONPATH."
+        ) from error
+
+
+def _line(path: Path, error: BaseException, innermost: bool = False) -> int | None:
+    """The last line of ``path`` on the way to ``error``; with ``innermost`` only if no other module came after it."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen importlib")]
+    here = [frame.lineno for frame in frames if _same(frame.filename, path)]
+    if not here or (innermost and not _same(frames[-1].filename, path)):
+        return None
+    return here[-1]
+
+
+def _same(filename: str, path: Path) -> bool:
+    return Path(filename).resolve() == path.resolve()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from sharpscope import EigenResult, Problem, load, top_eigenvalues
 from sharpscope.cli import main
-from sharpscope.errors import ArgumentError, CheckpointError, ProblemError
+from sharpscope.errors import ArgumentError, CheckpointError, DataError, ProblemError
 
 SOURCE = """
 import sharpscope, torch
@@ -127,4 +128,45 @@ def test_a_mistake_in_the_users_file_keeps_its_traceback(folder: Path) -> None:
     """What his own code raises is his to see, not a sentence of ours."""
     (folder / "problem.py").write_text("def problem():\n    return 1 / 0\n")
     with pytest.raises(ZeroDivisionError):
+        load(folder / "w.pt", problem=folder / "problem.py")
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        (
+            "\nfrom nowhere_at_all import Net\n",
+            ProblemError,
+            r"problem\.py, line 2: No module named 'nowhere_at_all'\. ",
+        ),
+        ("\n\nfrom beside import Nett\n", ProblemError, r"problem\.py, line 3: cannot import name 'Nett'"),
+        (
+            SOURCE.replace("model=Net()", "model=3"),
+            ProblemError,
+            r"problem\.py, line 9: model must be a torch\.nn\.Mod",
+        ),
+        ("def problem():\n    import nowhere_at_all\n", ProblemError, r"problem\.py, line 2: No module"),
+        (
+            "import sharpscope\ndef problem():\n    raise sharpscope.DataError('No data.')\n",
+            DataError,
+            r"problem\.py, line 3: No data\.$",
+        ),
+    ],
+)
+def test_what_the_file_lacks_is_told_with_its_line(
+    folder: Path, source: str, error: type[Exception], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A class that cannot be imported, a wrong argument of Problem, a SharpscopeError of his own: one sentence."""
+    (folder / "problem.py").write_text(source)
+    with pytest.raises(error, match=message):
+        load(folder / "w.pt", problem=folder / "problem.py")
+    assert main(["eigen", str(folder / "w.pt"), "--problem", str(folder / "problem.py")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_import_that_fails_in_another_module_keeps_its_traceback(folder: Path) -> None:
+    """What a module of his lacks is told where it is, not as a fault of problem.py."""
+    (folder / "beside.py").write_text("import nowhere_at_all\n")
+    sys.modules.pop("beside", None)
+    with pytest.raises(ModuleNotFoundError, match="nowhere_at_all"):
         load(folder / "w.pt", problem=folder / "problem.py")
