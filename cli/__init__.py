@@ -8,11 +8,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from sharpscope.cli import demo, density, eigen, inspect, invariance, plot, sharpness, slice, surface, train
+from sharpscope.cli import demo, density, eigen, init, inspect, invariance, plot, sharpness, slice, surface, train
 from sharpscope.errors import ConvergenceWarning, SharpscopeError
 from sharpscope.version import __version__
 
-COMMANDS = (demo, train, eigen, density, sharpness, invariance, slice, surface, plot, inspect)
+COMMANDS = (demo, train, eigen, density, sharpness, invariance, slice, surface, plot, inspect, init)
 
 EPILOG = """\
 exit status: 0 done, 1 the input is wrong (one sentence on stderr), 2 wrong usage,
@@ -28,6 +28,7 @@ examples:
   sharpscope surface sgd.pt sam.pt --examples 1000 --out surfaces --figure surfaces.png
   sharpscope plot surfaces/sgd.json --out sgd.pdf --width 3.3
   sharpscope inspect sam.pt
+  sharpscope init weights.pt && sharpscope eigen weights.pt --problem problem.py
 """
 
 

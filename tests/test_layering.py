@@ -56,6 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "importing": set(),
     "problem_file": {"importing", "problem"},
     "loading": {"checkpoint", "importing", "objective", "problem", "problem_file", "zoo"},
+    "scaffold": {"checkpoint", "zoo"},
     "recipe": {"optim", "zoo"},
     "train": {"checkpoint", "files", "optim", "precision", "recipe", "zoo"},
     "plot": {"results"},
