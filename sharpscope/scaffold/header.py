@@ -52,7 +52,8 @@ def _hints(seen: Seen) -> list[str]:
     if seen.prefix:
         facts.append(f"The prefix {seen.prefix!r} of all names is taken off unless your model's names have it too.")
     last = [name for name, t in tensors.items() if t.dim() >= 2][-1:]
-    if last and seen.layout not in ("Hugging Face", "PEFT"):
+    # safetensors are in the order of their names, not of the model.
+    if last and seen.layout not in ("Hugging Face", "PEFT") and seen.checkpoint.path.suffix != ".safetensors":
         facts.append(f"The last weight, {last[0]}, has {len(tensors[last[0]])} outputs: as many as classes, perhaps.")
     if any(name.endswith("running_mean") for name in tensors):
         facts.append(
