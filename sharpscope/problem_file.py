@@ -24,8 +24,8 @@ def problem_of(source: str | os.PathLike[str], split: str = "train") -> Problem:
     while it does, so that it can import what lies beside it.
 
     Raises: ArgumentError when there is no such file or function, or it takes other arguments, or no split but one other
-    than "train" is asked for; ProblemError when it returns something else, or imports what is not there. A
-    SharpscopeError that the file's own code raises or causes names the file's line.
+    than "train" is asked for; ProblemError when it returns something else, or a line of it imports, names or calls
+    what is not so. A SharpscopeError that comes from the file names its line.
     """
     function = _function(os.fspath(source))
     parameters = inspect.signature(function).parameters
@@ -71,7 +71,7 @@ def _executed(path: Path) -> Any:
 
 @contextmanager
 def _lines_named(path: Path) -> Iterator[None]:
-    """Put the file and its line before what a SharpscopeError says, and before what an import there misses."""
+    """Put the file and its line before what a SharpscopeError says, and make one of a slip in filling the file in."""
     try:
         yield
     except SharpscopeError as error:
@@ -79,15 +79,21 @@ def _lines_named(path: Path) -> Iterator[None]:
         if line is None:
             raise
         raise type(error)(f"{path}, line {line}: {error}") from error
-    except ImportError as error:
-        # Only this file's own imports: one that fails inside another module keeps its traceback.
-        line = _line(path, error, innermost=True)
+    # What filling a file in brings about, in its own lines; what fails inside another module keeps its traceback.
+    except (ImportError, NameError, SyntaxError, TypeError) as error:
+        if isinstance(error, SyntaxError):
+            line = error.lineno if error.filename is not None and _same(error.filename, path) else None
+        else:
+            line = _line(path, error, innermost=True)
         if line is None:
             raise
-        raise ProblemError(
-            f"{path}, line {line}: {first_line(error)}. Name a module that lies beside this file, is installed, or "
-            "is on PYTHONPATH."
-        ) from error
+        remedy = (
+            " Name a module that lies beside this file, is installed, or is on PYTHONPATH."
+            if isinstance(error, ImportError)
+            else ""
+        )
+        said = error.msg if isinstance(error, SyntaxError) else first_line(error)
+        raise ProblemError(f"{path}, line {line}: {said}.{remedy}") from error
 
 
 def _line(path: Path, error: BaseException, innermost: bool = False) -> int | None:

@@ -147,6 +147,13 @@ def test_a_mistake_in_the_users_file_keeps_its_traceback(folder: Path) -> None:
         ),
         ("def problem():\n    import nowhere_at_all\n", ProblemError, r"problem\.py, line 2: No module"),
         (
+            SOURCE.replace("Net()", "Net(3)"),
+            ProblemError,
+            r"problem\.py, line 9: Net\.__init__\(\) takes 1 .* given\.$",
+        ),
+        (SOURCE.replace("    return", "     return"), ProblemError, r"problem\.py, line 9: unexpected indent\.$"),
+        (SOURCE.replace("data=data", "data=date"), ProblemError, r"problem\.py, line 9: name 'date' is not defined"),
+        (
             "import sharpscope\ndef problem():\n    raise sharpscope.DataError('No data.')\n",
             DataError,
             r"problem\.py, line 3: No data\.$",
@@ -156,7 +163,7 @@ def test_a_mistake_in_the_users_file_keeps_its_traceback(folder: Path) -> None:
 def test_what_the_file_lacks_is_told_with_its_line(
     folder: Path, source: str, error: type[Exception], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A class that cannot be imported, a wrong argument of Problem, a SharpscopeError of his own: one sentence."""
+    """An import, a call, a name or an indent that is wrong, or a SharpscopeError: one sentence."""
     (folder / "problem.py").write_text(source)
     with pytest.raises(error, match=message):
         load(folder / "w.pt", problem=folder / "problem.py")
@@ -164,8 +171,8 @@ def test_what_the_file_lacks_is_told_with_its_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_an_import_that_fails_in_another_module_keeps_its_traceback(folder: Path) -> None:
-    """What a module of his lacks is told where it is, not as a fault of problem.py."""
+def test_what_fails_in_another_module_keeps_its_traceback(folder: Path) -> None:
+    """A fault of a module of his is told where it is, not as a fault of problem.py."""
     (folder / "beside.py").write_text("import nowhere_at_all\n")
     sys.modules.pop("beside", None)
     with pytest.raises(ModuleNotFoundError, match="nowhere_at_all"):
