@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def problem_of(source: str | os.PathLike[str], split: str = "train") -> Problem:
         raise ArgumentError(f"problem() of {source} must take nothing, or split alone, but needs {', '.join(needed)}.")
     if split != "train" and not takes_split:
         raise ArgumentError(f"problem() of {source} takes no split, so that there is none but its own, got {split!r}.")
-    with _lines_named(Path(source)):
+    with _running(Path(source)) if Path(source).is_file() else nullcontext():
         found = function(split=split) if takes_split else function()
     if not isinstance(found, Problem):
         raise ProblemError(f"problem() of {source} must return a sharpscope.Problem, got {type(found).__name__}.")
@@ -58,20 +58,17 @@ def _executed(path: Path) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    folder = str(path.parent.resolve())
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up
-    sys.path.insert(0, folder)
-    try:
-        with _lines_named(path):
-            spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(folder)
+    with _running(path):
+        spec.loader.exec_module(module)
     return module
 
 
 @contextmanager
-def _lines_named(path: Path) -> Iterator[None]:
-    """Put the file and its line before what a SharpscopeError says, and make one of a slip in filling the file in."""
+def _running(path: Path) -> Iterator[None]:
+    """Import from the file's folder first. A SharpscopeError names the file's line; so does one of a slip in it."""
+    folder = str(path.parent.resolve())
+    sys.path.insert(0, folder)
     try:
         yield
     except SharpscopeError as error:
@@ -94,6 +91,8 @@ def _lines_named(path: Path) -> Iterator[None]:
         )
         said = error.msg if isinstance(error, SyntaxError) else first_line(error)
         raise ProblemError(f"{path}, line {line}: {said}.{remedy}") from error
+    finally:
+        sys.path.remove(folder)
 
 
 def _line(path: Path, error: BaseException, innermost: bool = False) -> int | None:

@@ -177,3 +177,13 @@ def test_what_fails_in_another_module_keeps_its_traceback(folder: Path) -> None:
     sys.modules.pop("beside", None)
     with pytest.raises(ModuleNotFoundError, match="nowhere_at_all"):
         load(folder / "w.pt", problem=folder / "problem.py")
+
+
+def test_problem_imports_from_the_files_folder_when_it_is_called(folder: Path) -> None:
+    """An import inside problem() finds what lies beside the file, as one at its top does; the path is as before."""
+    sys.modules.pop("beside", None)
+    inside = SOURCE.replace("from beside import Net\n", "").replace("    n =", "    from beside import Net\n    n =")
+    (folder / "problem.py").write_text(inside)
+    before = list(sys.path)
+    assert isinstance(load(folder / "w.pt", problem=folder / "problem.py"), Problem)
+    assert sys.path == before
