@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from torch import Tensor, nn
 
 from dense import dense_hessian, top
@@ -76,8 +78,9 @@ def unfinished(checkpoint: str, capsys: pytest.CaptureFixture[str], *argv: str) 
     capsys.readouterr()
     assert main(["eigen", checkpoint, "--problem", "problem.py", *argv]) == 1
     out, err = capsys.readouterr()
-    said = [line for line in err.splitlines() if not line.startswith("[transformers]")]
-    assert (out, len(said)) == ("", 1)
+    # transformers and its progress bars talk on stderr too.
+    said = [line for line in err.splitlines() if line.startswith("sharpscope:")]
+    assert (out, len(said), "Traceback" in err) == ("", 1, False)
     return said[0]
 
 
@@ -92,7 +95,7 @@ def expected(model: nn.Module, loss: Callable[..., Tensor], target: Tensor, *inp
     return pytest.approx(top(dense, 2).tolist(), rel=1e-3)
 
 
-@pytest.mark.parametrize("layout", ["plain", "ddp", "nested", "lightning", "safetensors"])
+@pytest.mark.parametrize("layout", ["plain", "ddp", "nested", "lightning", "safetensors", "dcp"])
 def test_a_file_of_ones_own_needs_its_class_and_data(
     folder: Path, capsys: pytest.CaptureFixture[str], layout: str
 ) -> None:
@@ -110,6 +113,11 @@ def test_a_file_of_ones_own_needs_its_class_and_data(
     elif layout == "safetensors":
         checkpoint = "w.safetensors"
         pytest.importorskip("safetensors.torch").save_file(saved, checkpoint)
+    elif layout == "dcp":
+        checkpoint = "shards"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that this is one process
+            torch.distributed.checkpoint.save({"model": saved}, checkpoint_id=checkpoint)
     else:
         torch.save(saved, checkpoint)
 
@@ -167,6 +175,17 @@ def test_lightnings_hyper_parameters_become_arguments(folder: Path) -> None:
     exec(text[text.index("HYPER_PARAMETERS") : text.index("def problem")], found)
     assert found["HYPER_PARAMETERS"] == {"width": 3, "names": ("a", "b")}
     assert "MyModule(**HYPER_PARAMETERS)" in text
+
+
+def test_objects_beside_lightnings_weights_are_named_and_left(folder: Path) -> None:
+    """A hyper parameter of a class of his keeps neither the others nor the weights from being read."""
+    more = {"pytorch-lightning_version": "2", "hyper_parameters": {"width": 3, "recipe": Recipe(epochs=1)}}
+    torch.save({"state_dict": {"net.w": torch.ones(2, 2)}, **more}, "l.ckpt")
+    text = written("l.ckpt")
+    assert "Hyper parameters in the file: width, recipe." in text
+    assert "which were not run: sharpscope.recipe.Recipe." in text
+    assert '"width": 3' in text
+    assert '"recipe"' not in text
 
 
 def test_nothing_of_a_checkpoint_becomes_code(folder: Path) -> None:
@@ -349,6 +368,38 @@ def test_a_hugging_face_folder_needs_its_data(
     target = labels if shift is None else each
     named = {**batch, "use_cache": False} if "GPT2" in architecture else batch
     assert measured("hf") == expected(model, lambda o, y: loss(o.logits, y), target, **named)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_needs_partial_and_is_measured_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base is built from its name, the adapter's weights come from the file, and only they are measured."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    config_class, options, _ = HUGGING_FACE["GPT2LMHeadModel"]
+    model = transformers.GPT2LMHeadModel(getattr(transformers, config_class)(**options))
+    model.save_pretrained("base")
+    adapter = peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
+    base = transformers.AutoModelForCausalLM.from_pretrained("base", attn_implementation="eager")
+    adapted = peft.get_peft_model(base, adapter)
+    for weight in (p for p in adapted.parameters() if p.requires_grad):
+        nn.init.normal_(weight)  # peft starts one factor at zero
+    adapted.save_pretrained("lora")
+
+    text = written("lora")
+    shown = capsys.readouterr().out
+    assert "--problem problem.py --partial" in shown
+    assert "(your class)" not in shown
+    assert 'BASE = "base"' in text
+    assert "data() must return your data" in unfinished("lora", capsys, "--partial")
+    batch, _ = texts()
+    form = next(line for line in text.splitlines() if line.strip().startswith("# return {**batch"))
+    text = filled(text, form.strip(), "batch, _ = given()\n    " + form.strip()[2:])
+    Path("problem.py").write_text(text + TEXTS.replace("def batch", "def given"))
+    each = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    loss, named = TokenCrossEntropy(shift=True), {**batch, "use_cache": False}
+    assert measured("lora", "--partial") == expected(adapted, lambda o, y: loss(o.logits, y), each, **named)
+    assert json.loads(Path("e.json").read_text())["num_params"] == sum(
+        p.numel() for p in adapted.parameters() if p.requires_grad
+    )
 
 
 EACH = 'batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)'

@@ -60,6 +60,9 @@ def _hints(seen: Seen) -> list[str]:
             "There is BatchNorm. It is measured with its running statistics; with those of the batches as in training: "
             'Problem(..., mode="train").'
         )
+    foreign = [name for name in seen.checkpoint.foreign if not name.startswith(("torch.", "collections."))]
+    if foreign:
+        facts.append(f"Classes of the objects beside or around the weights, which were not run: {', '.join(foreign)}.")
     if seen.layout == "Lightning":
         facts.append(f"Hyper parameters in the file: {', '.join(seen.hyper_parameters) or 'none that can be read'}.")
     if seen.layout == "PEFT":

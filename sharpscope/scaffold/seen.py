@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from sharpscope.checkpoint import Checkpoint, read_checkpoint
+from sharpscope.checkpoint.foreign import inert
 from sharpscope.errors import CheckpointError
 from sharpscope.scaffold.zoo_model import ZooModel, recognised
 
@@ -105,12 +107,16 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _lightning(place: Path) -> dict[str, Any] | None:
-    """The hyper parameters of a file that Lightning wrote, None for another file or where they cannot be read."""
+    """The hyper parameters of a file that Lightning wrote, None for another file."""
     if place.suffix == ".safetensors":
         return None
     try:
-        contents = torch.load(place, map_location="meta", weights_only=True)
-    except Exception:  # an unpickler raises nearly anything, and a file that read_checkpoint can read may hold objects
+        try:
+            contents = torch.load(place, map_location="meta", weights_only=True)
+        except pickle.UnpicklingError:
+            with open(place, "rb") as stream:
+                contents, _ = inert(stream)
+    except Exception:  # an unpickler raises nearly anything, and the weights of this file are read already
         return None
     if not isinstance(contents, Mapping) or "pytorch-lightning_version" not in contents:
         return None
