@@ -63,6 +63,7 @@ def written(checkpoint: str, *argv: str) -> str:
     assert main(["init", checkpoint, *argv]) == 0
     text = Path("problem.py").read_text()
     compile(text, "problem.py", "exec")
+    assert max(map(len, text.splitlines())) <= 120
     return text
 
 

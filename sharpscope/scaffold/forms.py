@@ -84,13 +84,13 @@ def _own_class() -> Form:
 
 
 def _placeholder(name: str, what: str) -> str:
-    return f"from {PLACEHOLDER} import {name}  # {what}, from a module beside this file or an installed one"
+    return f"from {PLACEHOLDER} import {name}  # {what}; its module may lie beside this file"
 
 
 def _lightning(seen: Seen) -> Form:
     plain = {key: value for key, value in seen.hyper_parameters.items() if key.isidentifier() and _literal(value)}
     return Form(
-        own=_placeholder("MyModule", "your LightningModule, or the network inside it"),
+        own=_placeholder("MyModule", "your LightningModule, or the network in it"),
         constants=_assigned("HYPER_PARAMETERS", plain) if plain else (),
         model=(f"model = MyModule({'**HYPER_PARAMETERS' if plain else ''})  # {ARGUMENTS}",),
     )

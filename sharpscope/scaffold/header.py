@@ -15,7 +15,7 @@ LAYOUTS = {
     "Lightning": "a Lightning checkpoint",
     "Hugging Face": "a Hugging Face model",
     "PEFT": "a PEFT adapter",
-    "distributed": "a torch.distributed.checkpoint folder",
+    "distributed": "weights of torch.distributed.checkpoint",
 }
 
 
@@ -42,7 +42,8 @@ def _names(seen: Seen) -> list[str]:
     """The first and last names with their shapes; two blanks before a line keep it from being filled."""
     tensors = seen.checkpoint.state_dict
     width = max(map(len, tensors))
-    rows = [f"  {name.ljust(width)}  {'x'.join(map(str, t.shape)) or 'scalar'}" for name, t in tensors.items()]
+    named = tensors.items() if _ordered(seen) else sorted(tensors.items())
+    rows = [f"  {name.ljust(width)}  {'x'.join(map(str, t.shape)) or 'scalar'}" for name, t in named]
     return rows if len(rows) <= 2 * ENDS + 1 else [*rows[:ENDS], "  ...", *rows[-ENDS:]]
 
 
@@ -52,8 +53,7 @@ def _hints(seen: Seen) -> list[str]:
     if seen.prefix:
         facts.append(f"The prefix {seen.prefix!r} of all names is taken off unless your model's names have it too.")
     last = [name for name, t in tensors.items() if t.dim() >= 2][-1:]
-    # safetensors are in the order of their names, not of the model.
-    if last and seen.layout not in ("Hugging Face", "PEFT") and seen.checkpoint.path.suffix != ".safetensors":
+    if last and _ordered(seen):
         facts.append(f"The last weight, {last[0]}, has {len(tensors[last[0]])} outputs: as many as classes, perhaps.")
     if any(name.endswith("running_mean") for name in tensors):
         facts.append(
@@ -73,6 +73,11 @@ def _hints(seen: Seen) -> list[str]:
             f"{' or '.join(seen.zoo_model.data)}, no problem file is needed: {command_without_file(seen)}"
         )
     return facts
+
+
+def _ordered(seen: Seen) -> bool:
+    """Whether the names come in the model's order; safetensors has them in none."""
+    return seen.layout not in ("Hugging Face", "PEFT") and seen.checkpoint.path.suffix != ".safetensors"
 
 
 def _comment(fact: str) -> list[str]:
