@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -433,3 +434,24 @@ def test_help_and_module_start_without_torch(folder: Path) -> None:
     """`sharpscope init --help` is quick: the parser imports no torch."""
     code = "import sys; from sharpscope.cli import parser; parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_commands_of_the_documentation_are_real() -> None:
+    """Every `sharpscope ...` line of docs/your-own-checkpoint.md parses."""
+    from sharpscope.cli import parser
+
+    text = (Path(__file__).parent.parent / "docs" / "your-own-checkpoint.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    (?:\$ |  )sharpscope (.*)$", text, flags=re.MULTILINE)
+    assert len(lines) >= 15
+    for line in lines:
+        parser().parse_args(line.split())
+
+
+def test_the_file_in_the_documentation_is_what_init_writes(folder: Path) -> None:
+    """For the network that it shows, under the prefix of DataParallel."""
+    text = (Path(__file__).parent.parent / "docs" / "your-own-checkpoint.md").read_text(encoding="utf-8")
+    network, problem, *_ = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict[str, Any] = {"__name__": "net"}
+    exec(network, names)
+    torch.save(nn.DataParallel(names["Net"](12)).state_dict(), "weights.pt")
+    assert written("weights.pt") == problem
