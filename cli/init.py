@@ -10,8 +10,9 @@ from sharpscope.cli import options, terminal
 
 DESCRIPTION = """\
 Write a problem file for a checkpoint that was not made by `sharpscope train`: a state dict, alone or in nested dicts, a
-Lightning or safetensors file, a folder of Hugging Face's libraries. What the checkpoint shows is filled in; your class
-(unless it is one of transformers) and your data are left to you. No code of the checkpoint is run.
+Lightning or safetensors file, a folder of Hugging Face's libraries or of torch.distributed.checkpoint. What the
+checkpoint shows is filled in; your class (unless it is one of transformers) and your data are left to you, and until
+they are there a command that is given the file says which line is next. No code of the checkpoint is run.
 """
 
 

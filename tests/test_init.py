@@ -48,9 +48,9 @@ FORMS = "# return inputs, labels  # tensors"
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a user stands, with his own module."""
-    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "networks.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    monkeypatch.delitem(sys.modules, "networks", raising=False)
     return tmp_path
 
 
@@ -136,7 +136,7 @@ def test_a_file_of_ones_own_needs_its_class_and_data(
     assert not prefix or f"The prefix '{prefix}'" in text
 
     assert f"problem.py, line {at_class}: No module named 'my_package'" in unfinished(checkpoint, capsys)
-    text = filled(text, f"from my_package import {named}", f"from mine import MyModel as {named}, examples")
+    text = filled(text, f"from my_package import {named}", f"from networks import MyModel as {named}, examples")
     assert f"problem.py, line {at_data}: data() must return your data" in unfinished(checkpoint, capsys)
     filled(text, FORMS, "return examples(split)  #")
     argv = ["--weights", "model_state_dict"] if layout == "nested" else []
@@ -416,11 +416,12 @@ EACH = 'batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)'
         ({"architectures": ["LlavaForConditionalGeneration"]}, "TokenCrossEntropy(shift=True)"),
         ({"architectures": ["LlamaForCausalLM"]}, "TokenCrossEntropy(shift=True)"),
         ({"architectures": ["Mine"], "auto_map": {}}, "MyModel"),
-        ({}, "MyModel"),
+        ({"model_type": "mine"}, "MyModel"),
+        ({"learning_rate": 0.1}, "holds a state dict"),
     ],
 )
 def test_the_loss_is_that_of_the_architecture(folder: Path, config: dict[str, Any], loss: str) -> None:
-    """By its name, or its configuration; a class that transformers lacks is the user's to import."""
+    """By its name, or its configuration; a class that transformers lacks, or another's config.json, is the user's."""
     Path("config.json").write_text(json.dumps(config))
     torch.save({"w": torch.ones(2, 2)}, "pytorch_model.bin")
     for path in (".", "pytorch_model.bin"):

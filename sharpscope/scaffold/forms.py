@@ -11,7 +11,7 @@ from typing import Any
 
 from sharpscope.scaffold.seen import Seen
 
-# What stands for the user's own module, and what he must put in its place.
+# What stands for the user's own module.
 PLACEHOLDER = "my_package"
 ARGUMENTS = "with the arguments it was trained with; the weights come from the checkpoint"
 CROSS_ENTROPY = "torch.nn.CrossEntropyLoss()"
@@ -142,11 +142,10 @@ def _task(architecture: str, config: Mapping[str, Any], tokenizer: str) -> tuple
     def texts(labels: str) -> tuple[str, ...]:
         return tuple(line.format(tokenizer=tokenizer, labels=labels) for line in TEXTS)
 
-    if "ForCausalLM" in architecture or "LMHeadModel" in architecture:
-        return "sharpscope.TokenCrossEntropy(shift=True)  # each token from those before it", texts(EACH_TOKEN)
-    if "ForConditionalGeneration" in architecture or "Seq2SeqLM" in architecture:
-        if config.get("is_encoder_decoder"):
-            return "sharpscope.TokenCrossEntropy()  # each token of the target", texts("targets")
+    writes = any(part in architecture for part in ("ForConditionalGeneration", "Seq2SeqLM"))
+    if writes and config.get("is_encoder_decoder"):
+        return "sharpscope.TokenCrossEntropy()  # each token of the target", texts("targets")
+    if writes or "ForCausalLM" in architecture or "LMHeadModel" in architecture:
         return "sharpscope.TokenCrossEntropy(shift=True)  # each token from those before it", texts(EACH_TOKEN)
     if "ForMaskedLM" in architecture:
         return "sharpscope.TokenCrossEntropy()  # the masked tokens", texts("labels")

@@ -61,8 +61,8 @@ def look(path: str | os.PathLike[str], weights: str | None = None) -> Seen:
         if all(name.startswith("base_model.") for name in names) and (folder / "adapter_config.json").is_file():
             config = _json(folder / "adapter_config.json")
             return Seen(checkpoint=checkpoint, layout="PEFT", folder=folder, config=config)
-        if (folder / "config.json").is_file():
-            config = _json(folder / "config.json")
+        config = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        if {"architectures", "model_type"} & set(config):  # a config.json may be of anybody's training script
             return Seen(checkpoint=checkpoint, layout="Hugging Face", folder=folder, config=config)
     lightning = _lightning(place) if place.is_file() else None
     if lightning is not None:
@@ -90,8 +90,8 @@ def _wrapping(names: list[str]) -> str:
 
 
 def _of_hugging_face(place: Path) -> bool:
-    """A folder, or a file of the name that Hugging Face's libraries give it."""
-    return place.is_dir() or place.name.startswith(("model.", "model-0", "pytorch_model", "adapter_model."))
+    """A folder, or a file whose name is one that Hugging Face's libraries give."""
+    return place.is_dir() or place.name.startswith(("model.safetensors", "pytorch_model", "adapter_model"))
 
 
 def _json(path: Path) -> dict[str, Any]:
