@@ -163,7 +163,7 @@ def _data(checkpoint: Checkpoint, data: Any, root: str | os.PathLike[str] | None
     if not spec:
         raise CheckpointError(
             f"The checkpoint {checkpoint.path} is a plain state dict, which does not say what it was trained on. "
-            "Pass --model and --data."
+            f"Pass --model and --data, or run sharpscope init {checkpoint.path} for a problem file to fill in."
         )
     noise = spec.get("label_noise", 0.0)
     loaded = load_data(spec["name"], split, root=root, label_noise=noise, noise_seed=spec.get("noise_seed", 0))
@@ -214,7 +214,7 @@ def _model(
     if wanted is None:
         raise CheckpointError(
             f"The checkpoint {checkpoint.path} is a plain state dict, which does not say what model it belongs to. "
-            "Pass --model and --data."
+            f"Pass --model and --data, or run sharpscope init {checkpoint.path} for a problem file to fill in."
         )
     if model is None and ":" in str(wanted) and not trust:
         raise CheckpointError(
