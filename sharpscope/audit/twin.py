@@ -33,8 +33,8 @@ def audit_in_float64(objective: Objective, first: MicroBatch, generator: torch.G
     """Check that sums repeat and batches add up, and that gradient and Hessian products are true derivatives.
 
     Derivatives are held against differences, of the loss and of the gradient. That finds an operation whose backward is
-    right but cannot be differentiated: torch does not always say so. Passes over a model that cannot be copied or whose
-    loss reads it.
+    right but cannot be differentiated: torch does not always say so. Passes over a model that cannot be copied, or run in
+    float64, or whose loss reads it.
 
     Cost: about 10 gradients over 32 examples.
 
@@ -54,7 +54,10 @@ def audit_in_float64(objective: Objective, first: MicroBatch, generator: torch.G
     few = first if whole else first.part(0, min(first.size, EXAMPLES))
     originals = [p for p in (*objective.terms.params, *objective.problem.model.parameters()) if p.requires_grad]
     with twin.measuring():
-        if reads(twin, few, originals):
+        try:
+            if reads(twin, few, originals):
+                return
+        except (ProblemError, RuntimeError, TypeError):  # a model that keeps float32 tensors of its own, say
             return
         # Products with a true Hessian are as additive as the gradient, and differences have not so many digits.
         block, curvature = twin.no_vectors(), twin.curvature
