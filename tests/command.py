@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dense import dense_hessian, top
 from sharpscope import Problem
 from sharpscope.cli import main
 
-EXACT = ("--dtype", "float64", "--tol", "1e-8")
+Call = Callable[..., Any]
+Mean = Callable[[Call, Any], Tensor]
 
 
 def saved(folder: Path, problem: Callable[[], Problem], seed: int = 7) -> Path:
@@ -40,7 +44,33 @@ def printed(command: str, path: Path, problem: Callable[[], Problem], *options: 
     return json.loads(out.getvalue()) if status in (0, 3) else err.getvalue()
 
 
-def eigenvalues(path: Path, problem: Callable[[], Problem], *options: str) -> list[float]:
+def eigenvalues(path: Path, problem: Callable[[], Problem], *options: str, tol: str = "1e-8") -> list[float]:
     """The top five that ``sharpscope eigen`` finds in float64."""
-    found: list[float] = printed("eigen", path, problem, *EXACT, *options)["eigenvalues"]
+    exact = ("--dtype", "float64", "--tol", tol)
+    found: list[float] = printed("eigen", path, problem, *exact, *options)["eigenvalues"]
     return found
+
+
+def reference(path: Path, problem: Callable[[], Problem], mean: Mean) -> list[float]:
+    """The top five of the dense Hessian at the file's weights."""
+    given = problem()
+    given.model.load_state_dict(torch.load(path))
+    data = [t.double() if t.is_floating_point() else t for t in given.data]
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            return top(dense_hessian(given.model, lambda call: mean(call, data))).tolist()
+    finally:
+        torch.set_default_dtype(default)
+
+
+def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    return -logits.log_softmax(-1)[int(label)]
+
+
+def each_class(call: Call, data: Any) -> Tensor:
+    """The mean over examples of a batch (input, ..., label), one by one."""
+    *inputs, target = data
+    found = [cross_entropy(call(*(t[i : i + 1] for t in inputs))[0], target[i]) for i in range(len(target))]
+    return torch.stack(found).mean()

@@ -15,7 +15,6 @@ LIFTED: dict[Any, Any] = {
     torch.float32: torch.float64,
     torch.complex64: torch.complex128,
     Tensor.float: Tensor.double,
-    Tensor.cfloat: Tensor.cdouble,
 }
 
 

@@ -136,7 +136,10 @@ def subsets(objective: Objective, m: int | None, generator: torch.Generator) -> 
     short = found = False
     for part in micro_batches(shuffled(objective.data, generator) if kept else objective.data, m):
         if short or part.size > m or not part.splittable:
-            raise DataError(f"Subsets of m = {m} examples need batches that can be cut and joined. Pass tensors.")
+            raise DataError(
+                f"Subsets of m = {m} examples need batches that can be cut "
+                "and joined, but some differ in length. Pad all to one, or take --m 1."
+            )
         short = part.size < m
         if not short:
             found = True
