@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dense import dense_hessian, top
 from sharpscope import Problem
 from sharpscope.cli import main
+from sharpscope.objective.batches import map_tensors
 
 Call = Callable[..., Any]
 Mean = Callable[[Call, Any], Tensor]
@@ -55,7 +56,7 @@ def reference(path: Path, problem: Callable[[], Problem], mean: Mean) -> list[fl
     """The top five of the dense Hessian at the file's weights."""
     given = problem()
     given.model.load_state_dict(torch.load(path))
-    data = [t.double() if t.is_floating_point() else t for t in given.data]
+    data = map_tensors(given.data, lambda t: t.double() if t.is_floating_point() else t)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
