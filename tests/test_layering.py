@@ -87,7 +87,7 @@ INSIDE: dict[str, set[str]] = {
     "objective.kernels": {"convolutions", "piecewise", "plain"},
     "objective.memory": {"batches"},
     "objective.sizes": {"batches"},
-    "objective.lifted": set(),
+    "objective.lifted": {"plain"},
     "objective.terms": {"batches", "lifted", "losses", "memory"},
     "objective.derivatives": {"batches", "terms"},
     "objective.lanes": {"batches", "derivatives"},

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from sharpscope.objective.plain import grouped_mm
+
 SINGLE = (torch.float32, torch.complex64)
 LIFTED: dict[Any, Any] = {
     torch.float32: torch.float64,
     torch.complex64: torch.complex128,
     Tensor.float: Tensor.double,
 }
+if hasattr(torch, "_grouped_mm"):  # torch 2.8 and later
+    LIFTED[torch._grouped_mm] = grouped_mm
 
 
 @contextmanager
