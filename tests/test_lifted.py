@@ -50,7 +50,7 @@ def data() -> Any:
     return torch.randn(COUNT, 4, generator=source), torch.randint(0, 3, (COUNT,), generator=source)
 
 
-@pytest.mark.parametrize(("operator", "tol"), [("hessian", 1e-9), ("finite-difference", 1e-5)])
+@pytest.mark.parametrize(("operator", "tol"), [("hessian", 1e-9), ("finite-difference", 1e-4)])
 def test_what_a_model_computes_in_float32_is_lifted_too(operator: str, tol: float) -> None:
     """The eigenvalues are those of the function without roundings, which are noise under a division by a short step."""
     torch.manual_seed(1)
@@ -61,7 +61,7 @@ def test_what_a_model_computes_in_float32_is_lifted_too(operator: str, tol: floa
     problem = Problem(model=model, loss=nn.CrossEntropyLoss(), data=(x, label))
     found = top_eigenvalues(problem, tol=tol, dtype=torch.float64, operator=operator)
     assert found.converged.all()
-    assert found.eigenvalues == pytest.approx(exact.numpy(), rel=1e-8)
+    assert found.eigenvalues == pytest.approx(exact.numpy(), rel=1e-7)
 
 
 def test_a_model_that_keeps_float32_is_measured_in_float32() -> None:
