@@ -96,3 +96,11 @@ def test_physics_losses_are_measured(problem: Callable[[], Problem], tmp_path: P
         found = printed(command, path, problem, "--dtype", "float64", *given)
         at = found["centre"][0][0] if command == "slice" else found["loss"]
         assert at == pytest.approx(float(mean(flat)), rel=1e-9)
+
+
+@pytest.mark.parametrize("operator", ["ggn", "fisher", "empirical-fisher"])
+def test_a_loss_that_differentiates_the_output_cannot_be_cut_from_it(operator: str, tmp_path: Path) -> None:
+    """Operators that cut model from loss say in one sentence where to take the derivatives."""
+    said = printed("eigen", saved(tmp_path, in_loss), in_loss, "--operator", operator, status=1)
+    assert "Take them in the model's forward" in said
+    assert len(said.splitlines()) == 1
