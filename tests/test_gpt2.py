@@ -112,7 +112,7 @@ def test_gauss_newton_is_that_of_the_tokens(folder: Path) -> None:
     ("command", "options"),
     [
         ("slice", ("--points", "3", "--seeds", "1")),
-        ("sharpness", ("--m", "1")),
+        ("sharpness", ()),
         ("density", ("--probes", "2", "--steps", "3")),
     ],
 )
