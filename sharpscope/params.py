@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -66,6 +67,24 @@ def _require_apart(chosen: dict[str, nn.Parameter]) -> None:
             raise ProblemError(
                 f"{one} and {two} are two parameters on the same memory. Tie them as one: module.weight = other.weight."
             )
+
+
+def held_rows(model: nn.Module, params: Sequence[Tensor], *, tied: bool) -> list[tuple[int, int]]:
+    """``(i, row)`` of each row of ``params[i]`` that is an embedding's ``padding_idx``, which torch holds still.
+
+    It has no gradient, though the loss may well depend on it: a constant of the loss. Without ``tied`` none is given
+    whose embedding shares it with another module, through which it has a gradient.
+    """
+    places = {id(p): i for i, p in enumerate(params)}
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    return [
+        (places[id(module.weight)], module.padding_idx)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        and module.padding_idx is not None
+        and id(module.weight) in places
+        and (tied or owners[id(module.weight)] == 1)
+    ]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sharpscope
 from dense import dense_hessian
-from sharpscope import Ascent, Problem, measure_sharpness, sharpness
+from sharpscope import Ascent, Problem, TokenCrossEntropy, measure_sharpness, sharpness
 from sharpscope.errors import ArgumentError, DataError, ProblemError
 from sharpscope.plot import m_sharpness_curves
 from sharpscope.results import InvarianceResult, SharpnessResult
@@ -499,22 +499,36 @@ def test_loader_that_fills_the_same_tensors_again() -> None:
         assert a.value == pytest.approx(b.value, rel=1e-11)
 
 
-def test_batches_that_cannot_be_joined_are_said() -> None:
-    """Tokens padded to other lengths give no subsets across batches: an error, and no biased mean."""
-    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5)).double()
+def test_subsets_reach_over_batches_of_other_lengths() -> None:
+    """Tokens padded to other lengths are in subsets of m all the same, each loss the mean over the subset's tokens."""
+    network = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5)).double()
+    data = [(torch.randint(5, (size, n)), torch.randint(5, (size, n))) for size, n in ((3, 4), (3, 6), (1, 2), (4, 4))]
+    problem = Problem(model=network, loss=TokenCrossEntropy(), data=data)
+    found = measure_sharpness(problem, m=(4,), rho=0.1).measures[0]
 
-    data = [(torch.randint(5, (3, n)), torch.randint(5, (3, 4, n))[:, 0]) for n in (4, 6, 4)]
+    rises, sentences = [], [(x, y) for batch in data for x, y in zip(*batch, strict=True)]
+    for start in (0, 4):
+        tokens, labels = (torch.cat([pair[i] for pair in sentences[start : start + 4]]) for i in (0, 1))
+        moved = copy.deepcopy(network)
+        before = nn.functional.cross_entropy(moved(tokens), labels)
+        grads = torch.autograd.grad(before, list(moved.parameters()))
+        norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+        with torch.no_grad():
+            for p, g in zip(moved.parameters(), grads, strict=True):
+                p += 0.1 * g / norm
+            rises.append(float(nn.functional.cross_entropy(moved(tokens), labels) - before))
+    assert found.value == pytest.approx(sum(rises) / 2, rel=1e-9)
+    assert (found.examples, found.settings["subsets"]) == (8, 2)
 
-    class Swapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x).transpose(1, 2)
-
-    problem = Problem(model=Swapped(), loss=nn.CrossEntropyLoss(), data=data)
-    with pytest.raises(DataError, match="can be cut and joined"):
+def test_batches_that_cannot_be_cut_are_said() -> None:
+    """Examples that do not lie along the first dimension give no subsets."""
+    problem = Problem(
+        model=nn.RNN(3, 5).double(),
+        loss=lambda output, target: nn.functional.cross_entropy(output[1][0], target),
+        data=[(torch.randn(7, 4, 3).double(), torch.randint(5, (4,)))],
+    )
+    with pytest.raises(DataError, match="can be cut by examples"):
         measure_sharpness(problem, m=(2,))
 
 

@@ -68,7 +68,11 @@ def _require_symmetric(objective: Objective, probes: Tensor, sums: Sums, toleran
     apart = abs(float(u @ hv - v @ hu))
     size = float(u.norm() * hv.norm() + v.norm() * hu.norm())
     if apart > tolerance * size:
-        remedy = "operator='finite-difference'" if objective.curvature.exact else "dtype=torch.float64"
+        remedy = (
+            "operator='finite-difference' (--operator finite-difference)"
+            if objective.curvature.exact
+            else "dtype=torch.float64"
+        )
         raise AuditError(
             f"The {objective.curvature.title} must be symmetric, but u'Hv and v'Hu differ by {apart:.2g} at |u||Hv| = "
             f"{size:.2g}: an operation has a wrong derivative. Look for custom autograd functions, detach and "

@@ -134,6 +134,7 @@ def derivative_errors() -> Iterator[None]:
         if "derivative for" in text or "once_differentiable" in text or "double backward" in text.lower():
             raise ProblemError(
                 f"The model must have a second derivative, but torch says: {text.splitlines()[0]} "
-                "Replace that operation by one that can be differentiated twice, or pass operator='finite-difference'."
+                "Replace that operation by one that can be differentiated twice, or pass operator='finite-difference' "
+                "(--operator finite-difference)."
             ) from error
         raise

@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from sharpscope.objective.convolutions import DIMENSIONS, convolution
 from sharpscope.objective.piecewise import max_pool2d, relu
+from sharpscope.objective.plain import embedding, embedding_bag, weight_norm
 
 # torch's functions whose second derivative we take faster; each of ours gives None for a form that it leaves to torch.
 FASTER: dict[Any, Callable[..., Tensor | None]] = {
@@ -24,13 +27,21 @@ FASTER: dict[Any, Callable[..., Tensor | None]] = {
 }
 LAYERS = (nn.modules.conv._ConvNd, nn.ReLU, nn.MaxPool2d)
 
+# Those whose second derivative it lacks or has wrong, and the modules that call them.
+PLAIN: dict[Any, Callable[..., Tensor | None]] = {
+    torch._weight_norm: weight_norm,
+    F.embedding: embedding,
+    F.embedding_bag: embedding_bag,
+}
+
 
 @contextmanager
 def differentiable_kernels(model: nn.Module, device: torch.device, *, faster: bool = True) -> Iterator[None]:
     """Plain kernels in place of fused ones without second derivatives; autocast, which would round them, is off.
 
-    Attention runs on the math kernel, torch's attention modules off their fast path for inference, and recurrent
-    networks on CUDA off cuDNN, whose backward has no derivative and none at all in eval mode.
+    Attention runs on the math kernel, torch's attention modules off their fast path for inference, recurrent networks
+    on CUDA off cuDNN, whose backward has no derivative and none at all in eval mode; weight norm, bags of embeddings
+    and sparse embeddings are PLAIN.
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -39,6 +50,8 @@ def differentiable_kernels(model: nn.Module, device: torch.device, *, faster: bo
         stack.enter_context(_without_fast_path())
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(_without_cudnn())
+        if any(map(_needs_plain, model.modules())):
+            stack.enter_context(_Replaced(PLAIN))
         if faster:
             stack.enter_context(faster_kernels(model))
         yield
@@ -50,15 +63,26 @@ def faster_kernels(model: nn.Module) -> Iterator[None]:
     if not any(isinstance(m, LAYERS) for m in model.modules()):
         yield
         return
-    with _Faster():
+    with _Replaced(FASTER):
         yield
 
 
-class _Faster(TorchFunctionMode):
+def _needs_plain(module: nn.Module) -> bool:
+    if isinstance(module, nn.Embedding):
+        return module.sparse
+    old = any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values())
+    return old or isinstance(module, nn.EmbeddingBag | _WeightNorm)
+
+
+class _Replaced(TorchFunctionMode):
+    def __init__(self, table: dict[Any, Callable[..., Tensor | None]]) -> None:
+        super().__init__()
+        self.table = table
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in FASTER and torch.is_grad_enabled() and not _transformed():
-            found = FASTER[func](*args, **kwargs)
+        if func in self.table and torch.is_grad_enabled() and not _transformed():
+            found = self.table[func](*args, **kwargs)
             if found is not None:
                 return found
         return func(*args, **kwargs)

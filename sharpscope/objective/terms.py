@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sharpscope import params
 from sharpscope.errors import ProblemError, first_line
 from sharpscope.objective.batches import MicroBatch, arguments, leaves, map_tensors
+from sharpscope.objective.lifted import lifted
 from sharpscope.objective.losses import output_tensor, term_loss
 from sharpscope.objective.memory import out_of_memory
 from sharpscope.precision import compute_dtype, converted, placed, usable, wide
@@ -87,7 +88,8 @@ class LossTerms:
         """``forward`` of a batch that ``placed`` gave, which the model may write into."""
         args, kwargs, target = arguments(batch, self._accepts)
         try:
-            output = self.model(*args, **kwargs)
+            with lifted(self.dtype):
+                output = self.model(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             if self.checked or out_of_memory(error):
                 raise
@@ -106,7 +108,8 @@ class LossTerms:
         """``sums(part)`` of an output that ``forward(part)`` gave."""
         if not self.checked:
             self.loss.check(output, target, part.where)
-        value, weight = self.loss.sums(output, target, batch, part.size)
+        with lifted(self.dtype):
+            value, weight = self.loss.sums(output, target, batch, part.size)
         return (value, weight) if part.scale == 1 else (value * part.scale, weight * part.scale)
 
     def bare(self, work: Callable[[], T]) -> T:

@@ -8,7 +8,7 @@ from torch import Tensor
 from sharpscope.objective.batches import MicroBatch
 from sharpscope.objective.derivatives import Curvature, Graph, derivative_errors, nothing
 from sharpscope.objective.terms import LossTerms
-from sharpscope.params import views
+from sharpscope.params import held_rows, views
 from sharpscope.perturbation import Perturbation
 from sharpscope.precision import wide
 
@@ -37,11 +37,16 @@ def finite_difference(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:
             return nothing(terms, part, value, weight)
         grads = torch.autograd.grad(value, terms.params, materialize_grads=True)
 
+    held = held_rows(terms.model, terms.params, tied=False)
+
     def products(block: Tensor, last: bool = False) -> Tensor:
         rows = torch.empty_like(block)
         with Perturbation(terms.params) as moved:
             for k, row in enumerate(block):
                 step, vector = _step(moved.centre, row), views(row, terms.params)
+                for i, padding in held:
+                    vector[i] = vector[i].clone()
+                    vector[i][padding] = 0
                 ends = []
                 for signed in (step, -step):
                     # The step is on the device, and stays there.

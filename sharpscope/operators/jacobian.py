@@ -123,7 +123,15 @@ def split_at_output(terms: LossTerms, part: MicroBatch, keep: bool, name: str) -
     link = terms.loss.likelihood.link if terms.loss.likelihood is not None else (lambda z: z)
     if not terms.checked:
         _require_unchanged(link, found)
-    value, weight = terms.sums_of(part, rebuild([link(z) for z in whole]), target, batch)
+    try:
+        value, weight = terms.sums_of(part, rebuild([link(z) for z in whole]), target, batch)
+    except RuntimeError as error:
+        if "not have been used in the graph" not in str(error):
+            raise
+        raise ProblemError(
+            f"The loss must be a function of the model's output alone for operator={name!r}, but takes derivatives of "
+            "it in the inputs. Take them in the model's forward, or pass operator='hessian' (--operator hessian)."
+        ) from error
     if not value.requires_grad and not float(weight):
         return Split([], [], [], value, weight, target, part)
     if not terms.checked:

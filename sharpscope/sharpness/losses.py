@@ -42,10 +42,10 @@ class LossOn:
         return self._objective.terms.params
 
     @property
-    def part(self) -> MicroBatch:
-        """The examples as one micro-batch; they must be one part."""
-        (part,) = self._parts()
-        return part
+    def part(self) -> MicroBatch | None:
+        """The examples as one micro-batch, None where they are several."""
+        first, *others = self._parts()
+        return None if others else first
 
     @torch.no_grad()
     def value(self) -> float:
@@ -121,7 +121,7 @@ def subsets(objective: Objective, m: int | None, generator: torch.Generator) -> 
 
     A last one of fewer is left out. None is one subset of all.
 
-    Raises: ArgumentError where there are fewer than m examples; DataError where batches cannot be cut and joined.
+    Raises: ArgumentError where there are fewer than m examples; DataError where batches cannot be cut.
     """
     size = piece_size(objective)
     if m is None:
@@ -132,16 +132,22 @@ def subsets(objective: Objective, m: int | None, generator: torch.Generator) -> 
             "Subsets of m examples need a loss that is the same in every batch, but BatchNorm takes its statistics "
             "from the batch. Measure in eval mode."
         )
-    kept = in_memory(objective.data)
-    short = found = False
+    kept, found = in_memory(objective.data), False
+    pieces: list[MicroBatch] = []
     for part in micro_batches(shuffled(objective.data, generator) if kept else objective.data, m):
-        if short or part.size > m or not part.splittable:
-            raise DataError(f"Subsets of m = {m} examples need batches that can be cut and joined. Pass tensors.")
-        short = part.size < m
-        if not short:
-            found = True
+        if not part.splittable:
+            raise DataError(f"Subsets of m = {m} examples need batches that can be cut by examples. Pass tensors.")
+        start = 0
+        while start < part.size:
+            take = min(m - sum(piece.size for piece in pieces), part.size - start)
+            piece = part if take == part.size else part.part(start, start + take)
             # A loader may fill the same tensors again.
-            yield _subset(objective, part if kept else replace(part, batch=map_tensors(part.batch, torch.clone)), size)
+            pieces.append(piece if kept else replace(piece, batch=map_tensors(piece.batch, torch.clone)))
+            start += take
+            if sum(piece.size for piece in pieces) == m:
+                found = True
+                yield _subset(objective, pieces, size)
+                pieces = []
     if not found:
         raise ArgumentError(f"m must be at most the number of examples, got {m}.")
 
@@ -158,13 +164,10 @@ def whole(objective: Objective) -> LossOn:
     return LossOn(objective, walk, objective.num_examples)
 
 
-def _subset(objective: Objective, part: MicroBatch, size: int) -> LossOn:
-    def pieces() -> list[MicroBatch]:
-        if part.size <= size:
-            return [part]
-        return [part.part(i, min(i + size, part.size)) for i in range(0, part.size, size)]
-
-    return LossOn(objective, pieces, part.size)
+def _subset(objective: Objective, pieces: list[MicroBatch], size: int) -> LossOn:
+    """The loss on ``pieces``, several where batches that are padded to other lengths cannot be joined."""
+    parts = [p.part(i, min(i + size, p.size)) if p.size > size else p for p in pieces for i in range(0, p.size, size)]
+    return LossOn(objective, lambda: parts, sum(part.size for part in parts))
 
 
 def piece_size(objective: Objective) -> int:

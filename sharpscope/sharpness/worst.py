@@ -71,12 +71,14 @@ def worst_rises(
             together = SideBySide(objective, ball, radii, ascent.steps, max(1, piece_size(objective) // m))
         untried = True
         for group in _grouped(subsets(objective, m, generator), 1 if together is None else together.group):
-            if untried and together is not None:
-                parts = [loss.part for loss in group]
+            parts = [part for loss in group if (part := loss.part) is not None] if together is not None else []
+            single = len(parts) == len(group)
+            if untried and single and together is not None:
+                tried = parts[0]
                 if not faster(together, lambda part: alone(LossOn(objective, lambda: [part], part.size))[::2], parts):
                     together = None
                 untried = False
-            swept = None if together is None else together.where_it_fits([loss.part for loss in group])
+            swept = together.where_it_fits(parts) if together is not None and single else None
             if swept is None:
                 found = [alone(loss) for loss in group]
             else:
@@ -94,7 +96,7 @@ def worst_rises(
                 progress("all examples" if m is None else f"m = {m}", done, objective.num_examples)
         if together is not None and not untried:
             # What the model keeps of its last forward pass must not be of vmap's own kind, which outlives it.
-            alone(LossOn(objective, lambda: [parts[0]], parts[0].size))
+            alone(LossOn(objective, lambda: [tried], tried.size))
     if not examples:
         raise DataError("There are no loss terms in any subset. Check the targets.")
     if m is not None:

@@ -1,0 +1,59 @@
+"""A computation in float64 whose model says float32 in its own code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from sharpscope.objective.plain import grouped_mm
+
+SINGLE = (torch.float32, torch.complex64)
+LIFTED: dict[Any, Any] = {
+    torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+    Tensor.float: Tensor.double,
+}
+if hasattr(torch, "_grouped_mm"):  # torch 2.8 and later
+    LIFTED[torch._grouped_mm] = grouped_mm
+
+
+@contextmanager
+def lifted(dtype: torch.dtype) -> Iterator[None]:
+    """float64 wherever the code in the block asks for float32 or makes numbers of no given dtype, if ``dtype`` is that.
+
+    Norms and softmax that are written in float32, as language models have them, would round a computation in float64
+    to 1e-7, on which differences are noise; a recurrent network's ``torch.zeros`` would not even meet its weights.
+    Numbers made without a dtype are drawn and rounded as in float32, then lifted. A float32 tensor that the model keeps
+    in an attribute, not as a buffer, stays as it is: code may write into it.
+    """
+    if dtype != torch.float64:
+        yield
+        return
+    with _Lifted():
+        yield
+
+
+class _Lifted(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not Tensor.view:  # which would take the bits of its numbers for others
+            func = LIFTED.get(func, func)
+            args = tuple(_lift(value) for value in args)
+            kwargs = {name: _lift(value) for name, value in kwargs.items()}
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and out.dtype in SINGLE and not any(map(_single, (*args, *kwargs.values()))):
+            return out.to(LIFTED[out.dtype])
+        return out
+
+
+def _lift(value: Any) -> Any:
+    return LIFTED[value] if isinstance(value, torch.dtype) and value in SINGLE else value
+
+
+def _single(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in SINGLE
