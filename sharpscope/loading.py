@@ -9,11 +9,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sharpscope.checkpoint import Checkpoint, load_weights, read_checkpoint
 from sharpscope.errors import ArgumentError, CheckpointError, nearest
+from sharpscope.examples import count_examples, some_examples
 from sharpscope.importing import imported
 from sharpscope.objective import TokenCrossEntropy
 from sharpscope.problem import Problem
@@ -65,7 +65,7 @@ def load(
             ``Problem`` takes as data. The file's own set comes with the label noise that it was trained on.
         data_root: the folder of a bundled set that is read from files.
         split: "train" or "test", of a bundled set.
-        examples: take only so many examples, drawn without replacement; needs a bundled set or a tuple of tensors.
+        examples: take only so many examples, drawn without replacement; needs data whose number is known.
         seed: decides which examples.
         loss: in place of the file's: a key of ``LOSSES`` or a callable. A file that does not say takes cross-entropy on
             a bundled data set.
@@ -90,14 +90,14 @@ def load(
         own = problem_of(problem, split)
         return replace(
             own,
-            data=own.data if examples is None else _subset(own.data, examples, _count(own.data), seed),
+            data=own.data if examples is None else some_examples(own.data, examples, seed),
             params=own.params if params == "*" else params,
             mode=own.mode if mode == "eval" else mode,
             weight_decay=weight_decay or own.weight_decay,
             provenance={
                 "data": type(own.data).__name__,
                 "split": split,
-                "split_examples": _count(own.data),
+                "split_examples": count_examples(own.data),
                 **own.provenance,
                 **_filled(own.model, checkpoint, prefix, partial),
                 "examples_seed": None if examples is None else seed,
@@ -108,9 +108,9 @@ def load(
     source, label_noise = _data(checkpoint, data, data_root, split)
     bundled = isinstance(source, DataSet)
     batches = (source.inputs, source.targets) if isinstance(source, DataSet) else source
-    total = _count(batches)
+    total = count_examples(batches)
     if examples is not None:
-        batches = _subset(batches, examples, total, seed)
+        batches = some_examples(batches, examples, seed)
 
     built_from, args = _model(checkpoint, model, model_args, source, trust)
     network = make_model(built_from, **args) if built_from in MODELS else _built(built_from, args)
@@ -182,26 +182,6 @@ def _loss(checkpoint: Checkpoint, loss: str | Callable[..., Any] | None, bundled
     if name not in LOSSES:
         raise ArgumentError(nearest("loss", name, LOSSES))
     return LOSSES[name]()
-
-
-def _count(batches: Any) -> int | None:
-    if isinstance(batches, tuple) and batches and all(isinstance(part, Tensor) for part in batches):
-        return len(batches[0])
-    return None
-
-
-def _subset(batches: Any, examples: int, total: int | None, seed: int) -> tuple[Tensor, ...]:
-    if total is None:
-        raise ArgumentError(
-            f"examples needs data given by name or as a tuple of tensors, got {type(batches).__name__}. "
-            "Draw the subset before passing it."
-        )
-    if not 1 <= examples <= total:
-        raise ArgumentError(f"examples must be from 1 to the {total} of the data, got {examples}.")
-    if not 0 <= seed < 1 << 63:
-        raise ArgumentError(f"seed must be an integer from 0 to 2^63 - 1, got {seed}.")
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:examples]
-    return tuple(part[chosen.to(part.device)] for part in batches)
 
 
 def _model(

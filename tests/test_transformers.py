@@ -213,8 +213,7 @@ def test_the_eigenvalues_are_those_of_the_dense_hessian(
 ) -> None:
     """The folder of save_pretrained, measured with padding and in batches, gives the spectrum without either."""
     model, data = drawn(problem), problem().data
-    # Its names of today, not of the files of older versions, which differ for ViT.
-    model.save_pretrained(tmp_path / "weights", save_original_format=False)
+    model.save_pretrained(tmp_path / "weights")  # under the names of older versions, which differ for ViT
     exact = top(dense_hessian(model, lambda call: mean(call, data)))
     assert eigenvalues(tmp_path / "weights", problem) == pytest.approx(exact.tolist(), rel=1e-6)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from sharpscope.checkpoint.contents import first_few
+from sharpscope.checkpoint.transformers_names import renamed
 from sharpscope.errors import CheckpointError
 
 
@@ -17,13 +18,16 @@ def load_weights(
 
     Tied parameters stay tied. A bfloat16 checkpoint makes a bfloat16 model. Wrappers put a prefix before every name
     ("module." of data parallelism, "_orig_mod." of a compiled model, "model." of Lightning): the entries under
-    ``prefix`` are taken, without it, and others left out. By default it is found; returns it. With ``partial`` what
+    ``prefix`` are taken, without it, and others left out. By default it is found; returns it. A model of transformers
+    takes the names that its files have. With ``partial`` what
     the file does not hold stays as the model has it, as the frozen weights that adapters stand on.
 
     Raises: CheckpointError listing the first missing keys, unexpected keys and differing entries, and their numbers;
     where several prefixes fit.
     """
     own: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    if prefix is None and not partial and not set(own) <= set(state_dict):
+        state_dict = renamed(model, state_dict) or state_dict
     taken = _prefix(state_dict, own) if prefix is None else prefix
     chosen = {key.removeprefix(taken): value for key, value in state_dict.items() if key.startswith(taken)}
     # Of tied weights a file may hold one name only, and of adapters it leaves their own name out.

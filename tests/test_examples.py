@@ -1,0 +1,85 @@
+"""--examples draws the same examples from whatever form the data have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from sharpscope.errors import ArgumentError
+from sharpscope.examples import count_examples, some_examples
+
+INPUTS, LABELS = torch.arange(30.0).reshape(15, 2), torch.arange(15)
+FORMS: dict[str, Any] = {
+    "tensors": (INPUTS, LABELS),
+    "dict": {"x": INPUTS, "labels": LABELS},
+    "batches": list(zip(INPUTS.split(4), LABELS.split(4), strict=True)),
+    "dicts": [{"x": x, "labels": y} for x, y in zip(INPUTS.split(4), LABELS.split(4), strict=True)],
+    "dataset": TensorDataset(INPUTS, LABELS),
+    "loader": DataLoader(TensorDataset(INPUTS, LABELS), batch_size=4),
+}
+
+
+def labels_of(data: Any) -> list[int]:
+    """The labels in ``data``, which name its examples."""
+    batches = [data] if isinstance(data, tuple | dict) else list(data)
+    found = [batch["labels"] if isinstance(batch, dict) else batch[1] for batch in batches]
+    return sorted(int(label) for part in found for label in (part if part.dim() else part[None]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_examples(form: str) -> None:
+    """A seed means the same examples whether they come as tensors, batches, a Dataset or a loader, each once."""
+    data = FORMS[form]
+    assert count_examples(data) == 15
+    found = labels_of(some_examples(data, 6, seed=3))
+    assert found == labels_of(some_examples(FORMS["tensors"], 6, seed=3))
+    assert len(set(found)) == 6
+    assert found != labels_of(some_examples(data, 6, seed=4))
+    assert labels_of(some_examples(data, 15, seed=0)) == list(range(15))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_inputs_stay_with_their_labels(form: str) -> None:
+    """What is drawn of the inputs belongs to what is drawn of the labels."""
+    drawn = some_examples(FORMS[form], 6, seed=1)
+    for batch in [drawn] if isinstance(drawn, tuple | dict) else list(drawn):
+        x, y = batch.values() if isinstance(batch, dict) else batch
+        assert torch.equal(torch.atleast_2d(x)[:, 0], 2.0 * torch.atleast_1d(y))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        DataLoader(TensorDataset(INPUTS, LABELS), batch_size=4, shuffle=True),
+        DataLoader(TensorDataset(INPUTS, LABELS), batch_size=4, drop_last=True),
+        [(INPUTS, 3)],
+        (INPUTS, LABELS[:4]),
+        iter([(INPUTS, LABELS)]),
+    ],
+)
+def test_data_without_a_known_number_are_refused(data: Any) -> None:
+    """Where only a walk would tell which examples there are, the sentence says what would do."""
+    with pytest.raises(ArgumentError, match="whose number of examples is known"):
+        some_examples(data, 3, seed=0)
+
+
+def test_too_many_are_refused() -> None:
+    """More examples than there are, and none, are errors."""
+    for examples in (0, 16):
+        with pytest.raises(ArgumentError, match="from 1 to the 15"):
+            some_examples(FORMS["batches"], examples, seed=0)
+
+
+def test_ragged_batches_keep_their_lengths() -> None:
+    """Sequences of other lengths in other batches are drawn from all of them."""
+    batches: list[tuple[Tensor, Tensor]] = [
+        (torch.ones(3, 5), torch.zeros(3, 5)),
+        (torch.ones(4, 2), torch.zeros(4, 2)),
+    ]
+    drawn = some_examples(batches, 5, seed=0)
+    assert {x.shape[1] for x, _ in drawn} == {5, 2}
+    assert sum(len(x) for x, _ in drawn) == 5
