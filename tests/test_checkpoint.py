@@ -246,8 +246,8 @@ def test_examples_are_a_random_subset_without_replacement(path: Path) -> None:
     for n in (0, 1438):
         with pytest.raises(ArgumentError, match=f"1 to the 1437 of the data, got {n}"):
             load(path, examples=n)
-    with pytest.raises(ArgumentError, match="got list"):
-        load(path, data=[numbered], examples=1)
+    with pytest.raises(ArgumentError, match="got list_iterator"):
+        load(path, data=iter([numbered]), examples=1)
 
 
 def test_a_plain_state_dict_needs_model_and_data(tmp_path: Path) -> None:
