@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "problem": set(),
     "params": set(),
     "tables": set(),
+    "edges": set(),
     "ball": {"precision"},
     "perturbation": {"ball", "precision"},
     "linalg": {"precision"},
@@ -43,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "density": {"audit", "linalg", "objective", "operators", "problem", "provenance", "results"},
     "sharpness": {
-        *("audit", "ball", "linalg", "objective", "params", "perturbation"),
+        *("audit", "ball", "edges", "linalg", "objective", "params", "perturbation"),
         *("precision", "problem", "provenance", "results"),
     },
     "slices": {
@@ -91,6 +92,7 @@ INSIDE: dict[str, set[str]] = {
     "objective.partwise": set(),
     "objective.footprint": set(),
     "objective.sums": {"batches", "derivatives", "memory", "partwise"},
+    "objective.kept": {"batches", "derivatives", "memory", "sums"},
     "objective.blame": {"batches", "sums"},
     "objective.point": {"sums", "terms"},
     "objective.objective": {
