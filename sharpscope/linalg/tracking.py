@@ -78,14 +78,15 @@ def tracked(
     while True:
         image = rows(block)
         products += 1
-        scale = max(scale, float(norms(image)[0]))
-        across, back = inner(basis, image), inner(block, images)
-        corner = inner(block, image)
+        # Of one pair of vectors; H is the same for all.
+        back = inner(block, images) if len(basis) == 1 else None
         basis, images = torch.cat([basis, block]), torch.cat([images, image])
-        projected = torch.cat([torch.cat([projected, across], 1), torch.cat([back, corner], 1)])
-        require_symmetric(projected, scale, dtype)
+        column = inner(basis, image)
+        above = column[:-1].T if back is None else back
+        projected = torch.cat([torch.cat([projected, above]), column], 1)
         values, rotation = descending(projected)
         scale = max(scale, float(values.abs().max()))
+        require_symmetric(projected, scale, dtype)
         theta, floor = float(values[0]), rounding(scale, dtype)
         best = rotation[:, :1].T
         rest = combine(best, images) - theta * combine(best, basis)
@@ -101,7 +102,13 @@ def tracked(
             # Restarts wear orthogonality down by some eps each; the projected matrix is taken anew.
             basis, images = combine(kept, basis), combine(kept, images)
             projected = inner(basis, images)
-        block, _ = orthonormalise(rest, basis, BREAKDOWN * torch.finfo(dtype).eps * scale, generator)
+        # One projection is enough, since a residual is orthogonal to the basis but for rounding already.
+        block = rest - combine(inner(rest, basis), basis)
+        length = float(norms(block)[0])
+        if length > BREAKDOWN * torch.finfo(dtype).eps * scale:
+            block /= length
+        else:
+            block, _ = orthonormalise(block, basis, float("inf"), generator)
 
 
 def _start(like: Tensor, known: Tensor | None, generator: torch.Generator) -> Tensor:
