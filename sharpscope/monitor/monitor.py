@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 import warnings
 from dataclasses import replace
@@ -264,8 +265,11 @@ class SharpnessMonitor:
     def _warn(self, text: str) -> None:
         if not self._warned:
             self._warned = True
-            # At the line that called step() or measure(), as far as one number can say.
-            warnings.warn(f"{text} Later ones are silent; the result counts them.", RuntimeWarning, stacklevel=3)
+            frame, level = sys._getframe(1), 2
+            while frame.f_back is not None and frame.f_code.co_filename == __file__:
+                frame, level = frame.f_back, level + 1
+            said = f"{text} Later ones are silent; the result counts them."
+            warnings.warn(said, RuntimeWarning, stacklevel=level - 1)
 
 
 def _logged(record: MonitorRecord) -> dict[str, float]:
