@@ -62,7 +62,10 @@ ALLOWED: dict[str, set[str]] = {
     "problem_file": {"importing", "problem"},
     "loading": {"checkpoint", "importing", "problem", "problem_file", "zoo"},
     "recipe": {"optim", "zoo"},
-    "train": {"checkpoint", "files", "optim", "precision", "recipe", "zoo"},
+    "train": {
+        *("checkpoint", "files", "monitor", "optim", "precision"),
+        *("problem", "recipe", "results", "zoo"),
+    },
     "plot": {"results"},
     "__main__": {"cli"},
     "__init__": {

@@ -15,7 +15,7 @@ from sharpscope.linalg.vectors import BREAKDOWN, combine, inner, norms, orthonor
 CONFIRMED = 2
 
 # Ritz vectors handed on, those after the first with the weight OTHERS, so that an eigenvalue that overtakes the first
-# was already there; and the length of the fresh random vector beside their sum of length 1. Neither weight matters much.
+# was already there; and the length of the fresh random vector beside their sum of length 1. Neither decides much.
 HANDED_ON, OTHERS, RANDOM = 5, 0.1, 0.3
 
 # Vectors kept before a restart with those that would be handed on.
