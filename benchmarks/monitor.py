@@ -29,12 +29,12 @@ OPTIONS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 CHECKED = 10
 HEAD = ["batch", "examples", "every", "ms a step", "watched", "products", "same weights", "off by", "in the interval"]
 NOTES = """\
-- ms a step: without the monitor, median of the rounds. watched: the time of a run with the monitor over that of the same
-  round's run without, median (least to most). The first measurement, from noise, is in it.
+- ms a step: without the monitor, median of the rounds. watched: the time of a run with the monitor over that of the
+  same round's run without, median (least to most). Its construction and the first measurement, from noise, are in it.
 - products: Hessian-vector products a measurement, in the mean.
 - same weights: whether all bits of the weights at the end are those of the run without the monitor.
-- off by: the largest relative difference of a monitored lambda_max from Lanczos to 1e-4 on the same examples at the same
-  weights; in the interval: of how many of these measurements it was in the interval stated."""
+- off by: the largest relative difference of a monitored lambda_max from Lanczos to 1e-4 on the same examples at the
+  same weights; in the interval: of how many of these measurements it was in the interval stated."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ def trained(
     model = make_model("cnn", seed=0, shape=data.shape, classes=data.classes)
     optimizer = torch.optim.SGD(model.parameters(), **OPTIONS)
     generator, monitor = torch.Generator().manual_seed(0), None
+    started = time.perf_counter()
     if watched:
         problem = sharpscope.Problem(model=model, loss=nn.CrossEntropyLoss(), data=(data.inputs, data.targets))
         monitor = SharpnessMonitor(problem, optimizer, every=setting.every, examples=setting.examples)
-    started = time.perf_counter()
     for _ in range(steps):
         chosen = torch.randint(len(data), (setting.batch,), generator=generator)
         optimizer.zero_grad()
