@@ -58,7 +58,7 @@ def run(*argv: str | Path) -> int:
 def test_train_with_a_monitor_prints_and_keeps_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A table of the steps measured stands before the last line, and the JSON beside the checkpoint has them."""
     out = tmp_path / "run.pt"
-    argv = ["--model", "mlp", "--model-args", "hidden=8", "--batch-size", "512", "--epochs", "2", "--out", out]
+    argv = ["--model", "mlp", "--model-args", "hidden=8,8", "--batch-size", "512", "--epochs", "2", "--out", out]
     assert run("train", *argv, "--monitor", "2", "--monitor-examples", "32") == 0
     shown = capsys.readouterr().out
     kept = sharpscope.MonitorResult.load(tmp_path / "run.pt.monitor.json")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -593,42 +594,80 @@ def test_a_diverged_run_goes_on_and_is_told_once() -> None:
     assert back.lower <= dense_lambda_max(model, *monitor.sample[0]) <= back.upper
 
 
-@pytest.mark.parametrize("wrap", ["DDP", "compile", "Module.compile", "inside"])
-def test_wrappers_are_passed_by(wrap: str, tmp_path: Path) -> None:
-    """DDP's hooks and a compiled graph are not run: the numbers are the bare module's, and the wrapper is as it was."""
-    model, calls = net(), []
-    params: str | list[str] = ["0.*"]
-    if wrap == "DDP":
-        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meet", rank=0, world_size=1)
-        wrapped: Any = nn.parallel.DistributedDataParallel(model)
-        params = ["module.0.*"]
-    else:
-        # An eager backend would do; one that may not be called shows that it is not.
-        def backend(graph: Any, inputs: Any) -> Any:
-            calls.append(1)
-            return graph.forward
+class Forward(nn.Module):
+    """A module with a forward pass of its own, which torch.compile does not pass over as it does nn.Sequential's."""
 
-        if wrap == "compile":
-            wrapped, params = torch.compile(model, backend=backend), "_orig_mod.0.*"
-        elif wrap == "Module.compile":
-            model.compile(backend=backend)
-            wrapped = model
-        else:
-            model[0] = torch.compile(model[0], backend=backend)
-            wrapped, params = model, "0*"
-    try:
-        record = SharpnessMonitor(problem(wrapped, params=params), **TIGHT).measure()
-        assert record is not None
-        twin = net()
-        expected = SharpnessMonitor(problem(twin, params=["0.*"]), **TIGHT).measure()
-        assert expected is not None
-        assert record.lambda_max == pytest.approx(expected.lambda_max, rel=1e-5)
-        assert not calls
-        nn.functional.cross_entropy(wrapped(X), Y).backward()  # DDP's reducer still reduces
-        assert model[0].weight.grad is not None if wrap != "inside" else True
-    finally:
-        if wrap == "DDP":
-            torch.distributed.destroy_process_group()
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * 1.0  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("wrap", ["compile", "Module.compile", "inside"])
+def test_compiled_graphs_are_passed_by(wrap: str) -> None:
+    """What torch.compile made, which has no second derivative, is not run: the numbers are the bare module's."""
+    model, calls = net(), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        calls.append(1)
+        return graph.forward
+
+    wrapped: Any = model
+    if wrap == "compile":
+        wrapped = torch.compile(model, backend=backend)
+    elif wrap == "Module.compile":
+        wrapped = Forward(model)
+        wrapped.compile(backend=backend)
+    else:
+        model[0] = torch.compile(model[0], backend=backend)
+    record = SharpnessMonitor(problem(wrapped, params="_orig_mod.*" if wrap == "compile" else "*"), **TIGHT).measure()
+    expected = SharpnessMonitor(problem(net()), **TIGHT).measure()
+    assert record is not None
+    assert expected is not None
+    assert record.lambda_max == pytest.approx(expected.lambda_max, rel=1e-5)
+    assert not calls
+    wrapped(X)
+    assert calls
+
+
+def rank_of_two(rank: int, folder: str) -> None:
+    """One of two processes that train a DistributedDataParallel model, without a monitor and with."""
+    torch.set_num_threads(1)
+    meeting, limit = f"file://{folder}/meet", timedelta(seconds=60)
+    torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=2, timeout=limit)
+    found = []
+    for watched in (False, True):
+        torch.manual_seed(rank)
+        model = net(True)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        optimizer = sgd(parallel)
+        # A pattern may have the wrapper's prefix.
+        monitor = SharpnessMonitor(problem(parallel, params="module.*"), optimizer, every=2, **TIGHT)
+        for _ in range(4):
+            chosen = torch.randint(N, (16,))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(parallel(X[chosen]), Y[chosen]).backward()
+            optimizer.step()
+            if watched:
+                monitor.step()
+        found.append((everything(parallel, optimizer), len(monitor.result().records)))
+    torch.save([found, dense_lambda_max(model), list(monitor.result().column("lambda_max"))], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+@pytest.mark.xdist_group("ranks")
+def test_two_processes_train_to_the_same_bits(tmp_path: Path) -> None:
+    """Of two ranks under DDP the first measures, by the bare model, and neither run nor reducer knows of it."""
+    torch.multiprocessing.spawn(rank_of_two, (str(tmp_path),), 2)
+    for rank, records in ((0, 2), (1, 0)):
+        ((bare, none), (watched, count)), dense, values = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert watched == bare
+        assert (none, count) == (0, records)
+        if rank == 0:
+            assert values[-1] == pytest.approx(dense, rel=1e-4)
 
 
 def test_other_ranks_do_not_measure(monkeypatch: pytest.MonkeyPatch) -> None:
