@@ -17,7 +17,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "train",
         help="train a bundled model with or without SAM",
         description="Train a bundled model on a bundled data set, with SGD or any torch optimizer, with or without SAM "
-        "around it. OUT is replaced whole after every epoch; --resume goes on after an interruption, to the same bits.",
+        "around it. OUT is replaced whole after every epoch; --resume goes on after an interruption, to the same bits. "
+        "--monitor measures the sharpness on the way, into OUT.monitor.json, and leaves the weights as they would be.",
     )
     parser.add_argument("--out", required=True, help="checkpoint file to write")
     parser.add_argument("--model", default="cnn", help="mlp, cnn or wide_resnet (default cnn)")
@@ -54,6 +55,15 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--noise-seed", type=int, default=0, help="decides which labels are wrong (default 0)")
     options.add_seed(parser, "of initial weights, order and dropout")
     parser.add_argument("--save-epochs", default="", metavar="LIST", help="epochs to keep besides: 0,1,50%%,last")
+    parser.add_argument(
+        "--monitor",
+        type=int,
+        metavar="N",
+        help="measure lambda_max of the training loss at the start and every N steps",
+    )
+    parser.add_argument(
+        "--monitor-examples", type=int, default=64, metavar="N", help="training examples it is measured on (default 64)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT, or start it")
     parser.add_argument("--overwrite", action="store_true", help="start anew in place of an earlier run")
     options.add_device(parser)
@@ -61,8 +71,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train with a bar on stderr and print the last epoch's metrics."""
-    from sharpscope.train import Recipe, train
+    """Train with a bar on stderr and print the last epoch's metrics, and what the monitor measured."""
+    from sharpscope.results import MonitorResult
+    from sharpscope.train import Recipe, monitor_path, train
 
     recipe = Recipe(
         model=args.model,
@@ -95,7 +106,12 @@ def run(args: argparse.Namespace) -> int:
             data_root=args.data_root,
             device=options.device(args.device),
             progress=lambda done, total, metrics: terminal.advance(bar, done, total, metrics),
+            monitor=args.monitor,
+            monitor_examples=args.monitor_examples,
         )
+    records = monitor_path(args.out)
+    if args.monitor is not None and records.exists():  # a finished run that is given again may have none
+        terminal.emit(f"{MonitorResult.load(records)}\n")
     m = checkpoint.metrics
     terminal.emit(
         f"{args.out}: epoch {checkpoint.epoch}, train loss {m['train_loss']:.4f} accuracy {m['train_accuracy']:.2%}, "

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         SharpscopeError,
     )
     from sharpscope.loading import load
+    from sharpscope.monitor import SharpnessMonitor
     from sharpscope.objective import Objective, TokenCrossEntropy
     from sharpscope.problem import Problem
     from sharpscope.results import (
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
         InvarianceResult,
         Mark,
         Measure,
+        MonitorRecord,
+        MonitorResult,
         Ratio,
         SharpnessResult,
         SliceResult,
@@ -55,11 +58,14 @@ __all__ = [
     "InvarianceResult",
     "Mark",
     "Measure",
+    "MonitorRecord",
+    "MonitorResult",
     "Objective",
     "OutputError",
     "Problem",
     "ProblemError",
     "Ratio",
+    "SharpnessMonitor",
     "SharpnessResult",
     "SharpscopeError",
     "SliceResult",
@@ -84,14 +90,14 @@ if (_beside / "setup.cfg").is_file() and (_beside / "cli" / "__init__.py").is_fi
 
 # Public names are imported when first used: torch takes 1.5 s, which `sharpscope --help` need not wait for.
 _HOMES = {"load": "loading", "Objective": "objective", "Problem": "problem", "top_eigenvalues": "spectrum"}
-_HOMES |= {"block_spectra": "blocks", "TokenCrossEntropy": "objective"}
+_HOMES |= {"block_spectra": "blocks", "SharpnessMonitor": "monitor", "TokenCrossEntropy": "objective"}
 _HOMES |= dict.fromkeys(("spectral_density", "trace"), "density")
 _HOMES |= dict.fromkeys(("loss_slice", "loss_surface"), "slices")
 _HOMES |= dict.fromkeys(("Ascent", "measure_sharpness", "rescaling_invariance"), "sharpness")
 _HOMES |= dict.fromkeys(
     (
         *("BlockResult", "Cost", "DensityResult", "EigenResult", "Estimate", "InvarianceResult", "Mark", "Measure"),
-        *("Ratio", "SharpnessResult", "SliceResult", "TraceResult"),
+        *("MonitorRecord", "MonitorResult", "Ratio", "SharpnessResult", "SliceResult", "TraceResult"),
     ),
     "results",
 )

@@ -21,12 +21,15 @@ from torch.optim import Optimizer
 from sharpscope.checkpoint import Checkpoint, load_weights, read_checkpoint, write_checkpoint
 from sharpscope.errors import ArgumentError, CheckpointError, OutputError, SharpscopeError
 from sharpscope.files import require_writable
+from sharpscope.monitor import EXAMPLES, SharpnessMonitor
 from sharpscope.optim import SAM
 from sharpscope.precision import usable
+from sharpscope.problem import Problem
 from sharpscope.recipe import Recipe, learning_rate, make_optimizer, parse_epochs
+from sharpscope.results import MonitorResult
 from sharpscope.zoo import DataSet, load_data, make_model, model_arguments
 
-__all__ = ["Recipe", "evaluate", "parse_epochs", "snapshot_path", "train"]
+__all__ = ["Recipe", "evaluate", "monitor_path", "parse_epochs", "snapshot_path", "train"]
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -41,6 +44,8 @@ def train(
     data_root: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
+    monitor: int | None = None,
+    monitor_examples: int = EXAMPLES,
 ) -> Checkpoint:
     """Train as the recipe says and return the checkpoint that ``out`` then holds.
 
@@ -58,6 +63,9 @@ def train(
         device: where to train.
         progress: called after every step with the steps done, all steps, and the epoch's mean ``loss`` and
             ``accuracy`` so far.
+        monitor: measure lambda_max of the training loss at the start and every so many steps, by a ``SharpnessMonitor``
+            on ``monitor_examples`` training examples, into the JSON file named by ``monitor_path``, which is replaced
+            whole after every epoch. The weights are the same bits without it.
 
     Cost: a gradient a step, two with SAM, and an evaluation of both splits an epoch.
 
@@ -66,7 +74,8 @@ def train(
     """
     target = require_writable(out)
     kept = parse_epochs(save_epochs, recipe.epochs)
-    earlier = _earlier_run(recipe, target, kept, resume, overwrite)
+    records = [] if monitor is None else [monitor_path(target)]
+    earlier = _earlier_run(recipe, target, records, kept, resume, overwrite)
     if earlier is not None and earlier.training is None:
         return earlier
     run = _start(recipe, data_root, usable(device))
@@ -76,15 +85,18 @@ def train(
             done = earlier.epoch
             load_weights(run.model, earlier.state_dict)
             run.optimizer.load_state_dict(earlier.training["optimizer"])
-        elif 0 in kept:
+        watch = None if monitor is None else _watch(run, target, monitor, monitor_examples, done)
+        if done == 0 and 0 in kept:
             _write(run, snapshot_path(target, 0), 0)
         for epoch in range(done + 1, recipe.epochs + 1):
-            _train_epoch(run, epoch, progress)
+            _train_epoch(run, epoch, progress, watch)
             metrics = _metrics(run, epoch)
             if not math.isfinite(metrics["train_loss"]):
                 raise _diverged(epoch, run.steps_per_epoch)
             if epoch in kept:
                 _write(run, snapshot_path(target, epoch), epoch, metrics)
+            if watch is not None:  # before the checkpoint: a kill in between costs records that are measured again
+                watch.result().save(monitor_path(target))
             unfinished = epoch < recipe.epochs
             state = {"optimizer": run.optimizer.state_dict()} if unfinished else None
             _write(run, target, epoch, metrics, state)
@@ -95,6 +107,12 @@ def snapshot_path(out: str | os.PathLike[str], epoch: int) -> Path:
     """Where the weights after ``epoch`` epochs are kept: ``runs/sam.pt`` gives ``runs/sam-epoch3.pt``."""
     path = Path(out)
     return path.with_name(f"{path.stem}-epoch{epoch}{path.suffix}")
+
+
+def monitor_path(out: str | os.PathLike[str]) -> Path:
+    """Where the sharpness along the run is kept: ``runs/sam.pt`` gives ``runs/sam.pt.monitor.json``."""
+    path = Path(out)
+    return path.with_name(f"{path.name}.monitor.json")
 
 
 @torch.no_grad()
@@ -157,7 +175,22 @@ def _start(recipe: Recipe, data_root: str | os.PathLike[str] | None, device: tor
     return _Run(recipe, model, args, make_optimizer(recipe, model), train_set, test_set, device)
 
 
-def _train_epoch(run: _Run, epoch: int, progress: Progress | None) -> None:
+def _watch(run: _Run, target: Path, every: int, examples: int, epoch: int) -> SharpnessMonitor:
+    """The monitor of a run that starts after ``epoch`` epochs, with what an earlier run measured up to there."""
+    recipe, data = run.recipe, (run.train_set.inputs, run.train_set.targets)
+    origin = {"checkpoint": str(target), "data": recipe.data, "split": "train", "label_noise": recipe.label_noise}
+    origin |= {"recipe": dataclasses.asdict(recipe)}
+    problem = Problem(model=run.model, loss=nn.CrossEntropyLoss(), data=data, provenance=origin)
+    watch = SharpnessMonitor(problem, run.optimizer, every=every, examples=examples, seed=recipe.seed)
+    if epoch == 0:
+        watch.measure(0)
+        return watch
+    before = monitor_path(target)
+    watch.resume(MonitorResult.load(before) if before.exists() else watch.result(), epoch * run.steps_per_epoch)
+    return watch
+
+
+def _train_epoch(run: _Run, epoch: int, progress: Progress | None, watch: SharpnessMonitor | None) -> None:
     recipe, model, optimizer = run.recipe, run.model, run.optimizer
     _reseed(run.device, _derived_seed("dropout", recipe.seed, epoch))
     generator = torch.Generator().manual_seed(_derived_seed("order", recipe.seed, epoch))
@@ -194,6 +227,8 @@ def _train_epoch(run: _Run, epoch: int, progress: Progress | None) -> None:
         else:
             closure()
             optimizer.step()
+        if watch is not None:
+            watch.step(step + 1)
         for value, right, examples in at_w.values():
             seen, loss_sum, correct = seen + examples, loss_sum + value * examples, correct + right
         if progress is not None:
@@ -242,11 +277,14 @@ def _write(
     )
 
 
-def _earlier_run(recipe: Recipe, target: Path, kept: set[int], resume: bool, overwrite: bool) -> Checkpoint | None:
+def _earlier_run(
+    recipe: Recipe, target: Path, records: list[Path], kept: set[int], resume: bool, overwrite: bool
+) -> Checkpoint | None:
     """The run to go on with, or None to start one, when nothing that must stay would be overwritten."""
     if resume and overwrite:
         raise ArgumentError("A run is either resumed or overwritten. Pass one of --resume and --overwrite.")
-    present = [path for path in (target, *(snapshot_path(target, epoch) for epoch in sorted(kept))) if path.exists()]
+    files = (target, *records, *(snapshot_path(target, epoch) for epoch in sorted(kept)))
+    present = [path for path in files if path.exists()]
     if present and not resume and not overwrite:
         raise OutputError(f"{present[0]} exists already. Pass --resume to go on with it, or --overwrite.")
     if overwrite or not target.exists():

@@ -55,6 +55,22 @@ def run(*argv: str | Path) -> int:
     return main([str(arg) for arg in argv])
 
 
+def test_train_with_a_monitor_prints_and_keeps_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A table of the steps measured stands before the last line, and the JSON beside the checkpoint has them."""
+    out = tmp_path / "run.pt"
+    argv = ["--model", "mlp", "--model-args", "hidden=8,8", "--batch-size", "512", "--epochs", "2", "--out", out]
+    assert run("train", *argv, "--monitor", "2", "--monitor-examples", "32") == 0
+    shown = capsys.readouterr().out
+    kept = sharpscope.MonitorResult.load(tmp_path / "run.pt.monitor.json")
+    assert kept.steps.tolist() == [0, 2, 4, 6]
+    assert kept.summary() in shown
+    assert "lambda_max of these 32 of 1437 examples" in shown
+    assert shown.splitlines()[-1].startswith("Next: ")
+    assert run("train", *argv, "--monitor", "2", "--resume") == 0
+    assert kept.summary() in capsys.readouterr().out
+    assert run("train", *argv, "--monitor", "0", "--overwrite") == 1
+
+
 def test_eigen_prints_a_table_with_intervals(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A column a checkpoint: eigenvalues, ratio, loss, gradient norm and cost, on stdout alone, in 80 characters."""
     assert run("eigen", trained, "--device", "cpu") == 0

@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "problem": set(),
     "params": set(),
     "tables": set(),
+    "edges": set(),
     "ball": {"precision"},
     "perturbation": {"ball", "precision"},
     "linalg": {"precision"},
@@ -43,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "density": {"audit", "linalg", "objective", "operators", "problem", "provenance", "results"},
     "sharpness": {
-        *("audit", "ball", "linalg", "objective", "params", "perturbation"),
+        *("audit", "ball", "edges", "linalg", "objective", "params", "perturbation"),
         *("precision", "problem", "provenance", "results"),
     },
     "slices": {
@@ -51,6 +52,10 @@ ALLOWED: dict[str, set[str]] = {
         "resume",
     },
     "optim": {"ball", "perturbation", "precision"},
+    "monitor": {
+        *("edges", "guide", "linalg", "objective", "optim", "preserve"),
+        *("problem", "provenance", "results"),
+    },
     "zoo": set(),
     "checkpoint": {"files"},
     "importing": set(),
@@ -59,7 +64,10 @@ ALLOWED: dict[str, set[str]] = {
     "loading": {"checkpoint", "examples", "importing", "objective", "problem", "problem_file", "zoo"},
     "scaffold": {"checkpoint", "zoo"},
     "recipe": {"optim", "zoo"},
-    "train": {"checkpoint", "files", "optim", "precision", "recipe", "zoo"},
+    "train": {
+        *("checkpoint", "files", "monitor", "optim", "precision"),
+        *("problem", "recipe", "results", "zoo"),
+    },
     "plot": {"results"},
     "__main__": {"cli"},
     "__init__": {
@@ -67,6 +75,7 @@ ALLOWED: dict[str, set[str]] = {
         "density",
         "errors",
         "loading",
+        "monitor",
         "objective",
         "problem",
         "results",
@@ -96,6 +105,7 @@ INSIDE: dict[str, set[str]] = {
     "objective.partwise": set(),
     "objective.footprint": set(),
     "objective.sums": {"batches", "derivatives", "memory", "partwise"},
+    "objective.kept": {"batches", "derivatives", "memory", "sums"},
     "objective.blame": {"batches", "sums"},
     "objective.point": {"sums", "terms"},
     "objective.objective": {
@@ -107,6 +117,12 @@ INSIDE: dict[str, set[str]] = {
     "audit.audit": {"agreement", "twin"},
     "guide.importance": set(),
     "guide.subset": {"importance"},
+    "monitor.sample": set(),
+    "monitor.model": set(),
+    "monitor.rates": set(),
+    "monitor.sink": set(),
+    "monitor.adapters": set(),
+    "monitor.monitor": {"adapters", "model", "rates", "sample", "sink"},
     "resume.fingerprint": set(),
     "resume.journal": {"fingerprint"},
     "resume.passes": {"fingerprint", "journal"},

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import sharpscope
 from dense import dense_hessian
 from sharpscope import Ascent, Problem, TokenCrossEntropy, measure_sharpness, sharpness
+from sharpscope.edges import descent_edge, sam_edge
 from sharpscope.errors import ArgumentError, DataError, ProblemError
 from sharpscope.plot import m_sharpness_curves
 from sharpscope.results import InvarianceResult, SharpnessResult
@@ -314,13 +315,13 @@ def _drops(problem: Problem, draws: int, sigmas: Sequence[float]) -> list[float]
 
 def test_edges_of_stability() -> None:
     """2/eta and its momentum form; SAM's edge is below it, and tends to it as rho does to zero."""
-    assert curvature.edges(0.1, 0.0, 1.0, None)[0] == pytest.approx(20)
-    assert curvature.edges(0.1, 0.9, 1.0, None)[0] == pytest.approx(38)
+    assert descent_edge(0.1) == pytest.approx(20)
+    assert descent_edge(0.1, 0.9) == pytest.approx(38)
     g, rho, eta = 0.3, 0.05, 0.1
-    edge = curvature.edges(eta, 0.0, g, rho)[1]
+    edge = sam_edge(eta, rho, g)
     # Where gradient descent at w + rho g/||g|| on lambda w^2 / 2 turns over: eta lambda (1 + rho lambda / ||g||) = 2.
     assert eta * edge * (1 + rho * edge / g) == pytest.approx(2)
-    assert curvature.edges(eta, 0.0, g, 1e-9)[1] == pytest.approx(20, rel=1e-6)
+    assert sam_edge(eta, 1e-9, g) == pytest.approx(20, rel=1e-6)
     found = measure_sharpness(
         Problem(model=quadratic().model, loss=nn.MSELoss(), data=(X, Y), provenance={"recipe": {"momentum": 0.5}}),
         ("edge",),

@@ -122,7 +122,7 @@ def drawn(target: Objective, seed: int = 0, size: int = 20) -> Subset:
 
 def parts(found: Subset) -> list[MicroBatch]:
     """The micro-batches of a sample that has made no products yet."""
-    return found._rebuilt
+    return found._graphs._rebuilt
 
 
 def product(found: Subset, target: Objective, block: Tensor) -> Tensor:

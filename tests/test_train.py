@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from sharpscope.checkpoint import Checkpoint, read_checkpoint
 from sharpscope.errors import ArgumentError, CheckpointError, DataError, OutputError, SharpscopeError
 from sharpscope.recipe import learning_rate, make_optimizer
-from sharpscope.train import Recipe, evaluate, parse_epochs, snapshot_path, train
+from sharpscope.results import MonitorResult
+from sharpscope.train import Recipe, evaluate, monitor_path, parse_epochs, snapshot_path, train
 from sharpscope.zoo import DataSet, load_data, make_model
 
 LINEAR = {"model": "mlp", "model_args": {"hidden": ()}}
@@ -351,3 +353,56 @@ def test_evaluate_is_the_mean_in_eval_mode() -> None:
     logits = model.eval()(data.inputs)
     assert loss == pytest.approx(nn.functional.cross_entropy(logits, data.targets).item(), rel=1e-6)
     assert accuracy == (logits.argmax(1) == data.targets).double().mean().item()
+
+
+def monitored(out: Path) -> list[int]:
+    return MonitorResult.load(monitor_path(out)).steps.tolist()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rho": 0.05}, {"model": "wide_resnet", "model_args": {"widen": 1}, "batch_size": 720}]
+)
+def test_a_monitor_leaves_the_weights_as_they_are(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The file is byte for byte that of a run without it, and the records are of the start and every so many steps."""
+    recipe = small(**{"epochs": 2, **changes})
+    bare = train(recipe, tmp_path / "bare.pt")
+    watched = train(recipe, tmp_path / "watched.pt", monitor=2, monitor_examples=16)
+    assert watched.sha256 == bare.sha256
+    steps = recipe.epochs * math.ceil(WHOLE / recipe.batch_size)
+    assert monitored(tmp_path / "watched.pt") == list(range(0, steps + 1, 2))
+    result = MonitorResult.load(monitor_path(tmp_path / "watched.pt"))
+    assert result.converged.all()
+    assert result.provenance["num_examples"] == 16
+    assert np.isfinite(result.column("sam_edge")).all() == (recipe.rho is not None)
+    assert not monitor_path(tmp_path / "bare.pt").exists()
+
+
+def test_a_resumed_run_neither_loses_nor_doubles_records(tmp_path: Path) -> None:
+    """Stopped in the third epoch, or between writing records and weights, it ends with the steps of an unbroken run."""
+    recipe, whole, parts = small(epochs=4), tmp_path / "whole.pt", tmp_path / "parts.pt"
+    expected = train(recipe, whole, monitor=4)
+    with pytest.raises(Interruption):
+        train(recipe, parts, monitor=4, progress=interrupt_at(15))
+    assert monitored(parts) == [0, 4, 8, 12]
+    ahead = MonitorResult.load(monitor_path(whole))
+    ahead.save(monitor_path(parts))  # as if the records of a later epoch had been written and its weights not
+    assert train(recipe, parts, monitor=4, resume=True).sha256 == expected.sha256
+    assert monitored(parts) == monitored(whole) == list(range(0, 25, 4))
+    before, again = (MonitorResult.load(monitor_path(path)) for path in (whole, parts))
+    assert (again.lambda_max <= before.column("upper")).all()
+    assert (before.lambda_max <= again.column("upper")).all()
+    monitor_path(parts).unlink()
+    train(recipe, parts, monitor=4, resume=True)  # finished: nothing is trained, and nothing measured
+    assert not monitor_path(parts).exists()
+
+
+def test_records_are_not_overwritten_unasked(tmp_path: Path) -> None:
+    """A file where the records would go stops the run before its first step."""
+    out = tmp_path / "run.pt"
+    monitor_path(out).write_text("mine")
+    with pytest.raises(OutputError, match=r"run\.pt\.monitor\.json exists already"):
+        train(small(), out, monitor=2, progress=interrupt_at(1))
+    with pytest.raises(ArgumentError, match="every must be an integer of at least 1"):
+        train(small(), out, monitor=0, overwrite=True)
+    train(small(epochs=1), out, monitor=3, overwrite=True)
+    assert monitored(out) == [0, 3, 6]

@@ -11,7 +11,7 @@ from torch import Tensor
 from sharpscope.guide.importance import Look, look
 from sharpscope.objective import Objective, Progress
 from sharpscope.objective.batches import MicroBatch, map_tensors, micro_batches
-from sharpscope.objective.derivatives import Graph
+from sharpscope.objective.kept import KeptGraphs
 from sharpscope.objective.memory import Room
 
 # A forward pass with the loss's slope and curvature, in gradients: 0.43 to 0.46 as measured on a small CNN, whose first
@@ -52,10 +52,7 @@ class Subset:
         self.num_examples = sum(part.size for part in parts)
         self._objective = objective
         self._weight = weight
-        self._rebuilt = list(parts)
-        self._kept: list[Graph] = []
-        self._room = Room(device=objective.device)
-        self._budget = room
+        self._graphs = KeptGraphs(objective.graph, parts, objective.no_vectors(), Room(device=objective.device), room)
 
     def __call__(self, block: Tensor) -> Tensor:
         """``G V`` (n, K) for ``V`` (n, K), within ``measuring()``.
@@ -63,27 +60,10 @@ class Subset:
         Cost: 2K gradients of the sample, and 1 more of what is not kept.
         """
         rows = block.to(self._objective.device, self._objective.dtype).T.contiguous()
-        total = torch.zeros_like(rows)
-        for kept in self._kept:
-            total += kept.products(rows)
-        parts, self._rebuilt = self._rebuilt, []
-        for part in parts:
-            for piece, graph, products in self._room.run(part, lambda piece: self._pushed(piece, rows)):
-                total += products
-                if graph is not None:
-                    self._budget -= piece.size
-                    self._kept.append(graph)
-                else:
-                    self._rebuilt.append(piece)
-        total /= self._weight
+        total = self._graphs(rows) / self._weight
         if self._objective.problem.weight_decay:
             total += self._objective.problem.weight_decay * rows
         return total.T
-
-    def _pushed(self, part: MicroBatch, rows: Tensor) -> tuple[MicroBatch, Graph | None, Tensor]:
-        """A micro-batch, its graph where that is kept, and its products."""
-        graph, keep = self._objective.graph(part), part.size <= self._budget
-        return part, graph if keep else None, graph.products(rows, last=not keep)
 
 
 def worthwhile(objective: Objective) -> bool:

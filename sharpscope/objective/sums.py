@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,28 @@ class _Part:
     examples: int
 
 
+class PointSum:
+    """Loss and gradient (n,) of one micro-batch after another, for vectors like the rows of ``block``."""
+
+    def __init__(self, block: Tensor) -> None:
+        self.examples = 0
+        self._gradient = torch.zeros(block.shape[1], dtype=block.dtype, device=block.device)
+        self._loss = torch.zeros((), dtype=wide(block.device), device=block.device)
+        self._weight, self._spread = torch.zeros_like(self._loss), torch.zeros_like(self._loss)
+
+    def add(self, loss: Tensor, weight: Tensor, gradient: Sequence[Tensor], examples: int) -> None:
+        """One micro-batch's sums."""
+        torch._foreach_add_(views(self._gradient, gradient), list(gradient))
+        self._loss += loss
+        self._weight += weight
+        self._spread += torch.stack(torch._foreach_norm(list(gradient))).to(self._loss).norm()
+        self.examples += examples
+
+    def sums(self, products: Tensor, partwise: Partwise | None = None) -> Sums:
+        """Everything added so far, beside the products."""
+        return Sums(self._loss, self._weight, self._gradient, products, self._spread, self.examples, partwise)
+
+
 def accumulate(
     graph: Callable[[MicroBatch, bool], Graph],
     parts: Iterable[MicroBatch],
@@ -69,11 +91,8 @@ def accumulate(
 
     Raises: ProblemError, see ``graph`` and ``Room``.
     """
-    loss = torch.zeros((), dtype=wide(block.device), device=block.device)
-    weight, spread = torch.zeros_like(loss), torch.zeros_like(loss)
-    sums = torch.zeros(1 + len(block), block.shape[1], dtype=block.dtype, device=block.device)
+    total, products = PointSum(block), torch.zeros_like(block)
     record = PartwiseRecord(block) if partwise else None
-    examples = 0
 
     def work(part: MicroBatch) -> _Part:
         built = graph(part, len(block) > 0)
@@ -81,14 +100,10 @@ def accumulate(
 
     for part in parts:
         for one in room.run(part, work):
-            torch._foreach_add_(views(sums[0], one.gradient), one.gradient)
-            sums[1:] += one.rows
-            loss += one.loss
-            weight += one.weight
-            spread += torch.stack(torch._foreach_norm(one.gradient)).to(loss).norm()
-            examples += one.examples
+            total.add(one.loss, one.weight, one.gradient, one.examples)
+            products += one.rows
             if record is not None:
                 record.add(one.weight, one.rows, one.examples)
         if progress is not None:
-            progress(examples)
-    return Sums(loss, weight, sums[0], sums[1:], spread, examples, record.result() if record else None)
+            progress(total.examples)
+    return total.sums(products, record.result() if record else None)

@@ -324,6 +324,13 @@ class SAM(Optimizer):
         """The norm of the ball, 2 or infinity."""
         return self._climb.ball.p
 
+    @property
+    def plain(self) -> bool:
+        """Whether a step is ``grad L(w + rho g / ||g||_2)``, as the paper analyses it: one ascent step, no variant."""
+        climb, own = self._climb, ("_looks", "_followed", "_combine")
+        ours = all(getattr(type(self), name) is getattr(SAM, name) for name in own)
+        return ours and climb.ball == Ball() and climb.steps == 1 and climb.normalize
+
     # What a variant may change.
 
     def _begin(self) -> None:

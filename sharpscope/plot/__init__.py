@@ -5,13 +5,14 @@ from sharpscope.plot.interactive import interactive_surface
 from sharpscope.plot.sharpness import m_sharpness_curves
 from sharpscope.plot.slice import slice_curves
 from sharpscope.plot.surface import surface_3d, surface_contour, surfaces_side_by_side
-from sharpscope.plot.training import COLOURS, sharpness_over_training
+from sharpscope.plot.training import COLOURS, sharpness_over_steps, sharpness_over_training
 
 __all__ = [
     "COLOURS",
     "density_curve",
     "interactive_surface",
     "m_sharpness_curves",
+    "sharpness_over_steps",
     "sharpness_over_training",
     "slice_curves",
     "surface_3d",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sharpscope.errors import DataError
-from sharpscope.results import EigenResult
+from sharpscope.results import EigenResult, MonitorResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,6 +74,48 @@ def sharpness_over_training(
     left.legend(fontsize="small")
     right.legend(fontsize="small")
     return left, right
+
+
+# The edges of a monitored run: their column, what they are called and how they are drawn.
+EDGES = (("two_over_eta", "2/eta", "--"), ("momentum_edge", "momentum edge", ":"), ("sam_edge", "SAM edge", "-."))
+
+
+def sharpness_over_steps(runs: MonitorResult | Mapping[str, MonitorResult], axes: Axes | None = None) -> Axes:
+    """lambda_max with its interval against optimizer steps, and the edges of stability as lines; returns the Axes.
+
+    Each run's edges have its colour; the picture is as high as lambda_max asks for, and shows edges up to ten times
+    beyond. A step without a number leaves a gap.
+
+    Args:
+        runs: one result, or several by label.
+        axes: to draw on; by default a new figure.
+
+    Raises: DataError when there is no finite number to draw.
+    """
+    import matplotlib.pyplot as plt
+
+    named = {r"$\lambda_{\max}$": runs} if isinstance(runs, MonitorResult) else runs
+    everything = [x for r in named.values() for x in r.lambda_max.tolist() if x > 0]
+    if not everything:
+        raise DataError("There must be at least one positive lambda_max to draw, got none.")
+    if axes is None:
+        _, axes = plt.subplots(layout="constrained")
+    shown: set[str] = set()
+    for colour, (label, result) in zip(_cycle(len(named)), named.items(), strict=True):
+        value = result.lambda_max
+        error = [value - result.column("lower"), result.column("upper") - value]
+        axes.errorbar(result.steps, value, yerr=error, color=colour, marker=".", capsize=2, label=label)
+        for name, title, style in EDGES:
+            edge = result.column(name)
+            if (edge == edge).any():
+                axes.plot(result.steps, edge, style, color=colour, lw=1, label="" if title in shown else title)
+                shown.add(title)
+    axes.set(xlabel="step", ylabel=r"$\lambda_{\max}$", yscale="log")
+    known = [x for r in named.values() for name, *_ in EDGES for x in r.column(name).tolist() if x > 0]
+    reach = [x for x in known if x <= 10 * max(everything)]
+    axes.set_ylim(min(everything) / 2, max([*everything, *reach]) * 2)
+    axes.legend(fontsize="small")
+    return axes
 
 
 def _cycle(count: int) -> list[str]:

@@ -9,6 +9,7 @@ from sharpscope.results.eigen_table import table
 from sharpscope.results.estimate import Estimate
 from sharpscope.results.invariance import InvarianceResult, invariance_table
 from sharpscope.results.loss_landscape import read_loss_landscape
+from sharpscope.results.monitor import MonitorRecord, MonitorResult
 from sharpscope.results.sharpness import Measure, SharpnessResult
 from sharpscope.results.sharpness_table import sharpness_table
 from sharpscope.results.slice import Mark, SliceResult
@@ -26,6 +27,8 @@ __all__ = [
     "InvarianceResult",
     "Mark",
     "Measure",
+    "MonitorRecord",
+    "MonitorResult",
     "Ratio",
     "SharpnessResult",
     "SliceResult",

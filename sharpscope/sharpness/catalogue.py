@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from sharpscope.ball import Ball
+from sharpscope.edges import descent_edge, sam_edge
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg import Eigenpairs
 from sharpscope.objective import Objective, Progress
@@ -239,8 +240,10 @@ def _edge(run: Run) -> Iterator[Measure]:
     norm = float(torch.linalg.vector_norm(objective.gradient.cpu().double()))
     lr, momentum = float(recipe["lr"]), float(recipe.get("momentum") or 0.0)
     rho = _plain_rho(recipe)
-    plain, with_sam = curvature.edges(lr, momentum, norm, rho)
-    limits = {"SGD's edge": plain} | ({} if rho is None else {"SAM's edge without momentum": with_sam})
+    plain = descent_edge(lr, momentum)
+    limits = {"SGD's edge": plain}
+    if rho is not None:
+        limits["SAM's edge without momentum"] = sam_edge(lr, rho, norm)
     value = float(top.eigenvalues[0])
     yield Measure(
         "edge",

@@ -1,4 +1,4 @@
-"""Measures from Hessian-vector products: eigenvalue and trace in a scaled ball, relative flatness, alignment, edges."""
+"""Measures from Hessian-vector products: eigenvalue and trace in a scaled ball, relative flatness, alignment."""
 
 from __future__ import annotations
 
@@ -120,20 +120,6 @@ def alignment(objective: Objective, eigenvector: Tensor, rho: float) -> tuple[fl
         moved.add(moved.weights, direction, rho * factor)
         _, there = loss.gradient()
     return _cosine(grads, v), _cosine(there, v)
-
-
-def edges(lr: float, momentum: float, gradient_norm: float, rho: float | None) -> tuple[float, float]:
-    """The lambda_max beyond which a quadratic makes training with this step diverge: without and with SAM.
-
-    Gradient descent: ``2/eta``; with momentum beta ``2 (1 + beta) / eta`` (Cohen et al. 2021, section 2). SAM without
-    momentum: ``(||g|| / (2 rho)) (sqrt(1 + 8 rho / (eta ||g||)) - 1)`` (Long and Bartlett 2024), NaN without rho.
-    """
-    plain = 2 * (1 + momentum) / lr if lr else math.inf
-    if not rho or not lr:
-        return plain, math.nan
-    return plain, gradient_norm / (2 * rho) * (
-        math.sqrt(1 + 8 * rho / (lr * gradient_norm)) - 1
-    ) if gradient_norm else 0.0
 
 
 def _signs(count: int, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,34 @@
+"""The sharpness beyond which training with a step leaves a quadratic's minimum."""
+
+from __future__ import annotations
+
+import math
+
+
+def descent_edge(lr: float, momentum: float = 0.0, *, dampening: float = 0.0, nesterov: bool = False) -> float:
+    """``2 (1 + beta) / eta``: the lambda_max beyond which SGD with momentum beta diverges on a quadratic.
+
+    beta = 0 is plain gradient descent, ``2/eta``. A dampening d makes the steps, and so the edge, that of
+    ``eta (1 - d)``; Nesterov's momentum divides it by ``1 + 2 beta``. Infinite where the rate is zero.
+
+    Source: Cohen et al. 2021, section 2 and appendix B.
+    """
+    rate = lr * (1 - dampening) * (1 + 2 * momentum if nesterov else 1)
+    return 2 * (1 + momentum) / rate if rate else math.inf
+
+
+def sam_edge(lr: float, rho: float, gradient_norm: float) -> float:
+    """``(||g|| / (2 rho)) (sqrt(1 + 8 rho / (eta ||g||)) - 1)``: the same for SAM, p = 2, without momentum.
+
+    Along an eigenvector of lambda the step is ``w - eta lambda (1 + rho lambda / ||g||) w``, stable while
+    ``eta lambda (1 + rho lambda / ||g||) <= 2``; the edge is the positive root. It falls with the gradient, from
+    ``2/eta`` for rho far below ``eta ||g||`` to 0 at g = 0, where SAM leaps over the minimum.
+
+    Source: Long and Bartlett 2024.
+    """
+    if not lr or not rho:
+        return descent_edge(lr)
+    if not gradient_norm:
+        return 0.0
+    # The conjugate form of the root: the difference above loses all digits where rho is small.
+    return 4 / lr / (1 + math.sqrt(1 + 8 * rho / (lr * gradient_norm)))

@@ -1,0 +1,60 @@
+"""The monitor as a callback of Lightning's and of Hugging Face's trainers, which are imported when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sharpscope.errors import ArgumentError
+
+LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
+
+
+def lightning_callback(step: Callable[[int], object], offer: Callable[[Any], None]) -> Any:
+    """``step(number)`` after each optimizer step on rank 0, and ``offer(optimizer)`` before the first of them."""
+    # The two packages have classes of their own, so the one whose Trainer is in use comes first.
+    names = sorted(LIGHTNING, key=lambda name: name not in sys.modules)
+    base = _imported(names, "lightning").Callback
+
+    class Callback(base):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            super().__init__()
+            self._seen = 0
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self._seen = trainer.global_step
+            if trainer.optimizers:
+                offer(trainer.optimizers[0])
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any, **options: Any) -> None:
+            # While gradients accumulate, batches end without a step.
+            if trainer.is_global_zero and trainer.global_step != self._seen:
+                self._seen = trainer.global_step
+                step(self._seen)
+
+    return Callback()
+
+
+def huggingface_callback(step: Callable[[int], object], offer: Callable[[Any], None]) -> Any:
+    """As ``lightning_callback``."""
+    base = _imported(("transformers",), "transformers").TrainerCallback
+
+    class Callback(base):  # type: ignore[misc, valid-type]
+        def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **options: Any) -> None:
+            offer(optimizer)
+            if state.is_world_process_zero:
+                step(state.global_step)
+
+    return Callback()
+
+
+def _imported(names: Sequence[str], package: str) -> Any:
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise
+    raise ArgumentError(f"{' or '.join(names)} must be installed for this callback. Install it: pip install {package}.")

@@ -1,0 +1,291 @@
+"""The monitor: counts steps, measures, and keeps what it measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+import warnings
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sharpscope.errors import ArgumentError, DataError, ProblemError, first_line
+from sharpscope.guide.subset import KEPT
+from sharpscope.linalg.tracking import Tracked, tracked
+from sharpscope.monitor.adapters import huggingface_callback, lightning_callback
+from sharpscope.monitor.model import bare, eagerly
+from sharpscope.monitor.rates import edges_of, unwrapped
+from sharpscope.monitor.sample import SIZE, Sample, drawn
+from sharpscope.monitor.sink import sink_of
+from sharpscope.objective import Objective
+from sharpscope.objective.batches import MicroBatch, micro_batches
+from sharpscope.objective.kept import KeptGraphs
+from sharpscope.objective.memory import Room
+from sharpscope.objective.point import Point, point_of
+from sharpscope.preserve import preserved
+from sharpscope.problem import Problem
+from sharpscope.provenance import provenance, seeded
+from sharpscope.results import MonitorRecord, MonitorResult
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# Examples in the sample unless told otherwise.
+EXAMPLES = 64
+
+# Products after which a measurement without known eigenvectors gives up.
+COLD = 100
+
+# What is logged, under "sharpness/" and its name.
+LOGGED = (
+    *("lambda_max", "lower", "upper", "two_over_eta", "momentum_edge", "sam_edge"),
+    *("loss", "gradient_norm", "learning_rate"),
+)
+
+
+class SharpnessMonitor:
+    """``lambda_max(H)`` of the training loss every some steps of your own loop, H its Hessian on one sample.
+
+    The first measurement starts from noise and runs until ``||Hv - theta v|| <= tol theta``; later ones start from the
+    last eigenvectors with a little fresh noise and take a few products. The interval is
+    ``theta <= lambda_max <= theta + ||Hv - theta v||`` with rounding. It presumes that theta stands for the largest:
+    right after a new direction has become the sharpest, a few products may still show the one before it.
+
+    Weights, buffers, modes, gradients, optimizer and all random states are bit for bit what they would be without it,
+    also when a measurement fails or is interrupted. One that fails warns the first time and leaves a record of NaN with
+    the reason; it never ends the training. In a run of several processes only rank 0 measures, on the whole sample.
+    The wrappers of DistributedDataParallel and ``torch.compile`` are passed by; forward hooks of your own do run.
+
+    Beside lambda_max stand the loss and the gradient norm of the sample, and, with an optimizer, the learning rate of
+    the next step and what its sharpness is held against: ``2/eta``, the edge of plain gradient descent;
+    ``2 (1 + beta) / eta`` for torch's SGD with momentum beta; for plain ``SAM`` of sharpscope, p = 2, without momentum,
+    ``(||g|| / (2 rho)) (sqrt(1 + 8 rho / (eta ||g||)) - 1)`` at the sample's gradient norm (Long and Bartlett 2024).
+    They bound lambda_max of what the optimizer descends: its weight decay is in H only if ``problem.weight_decay`` says
+    so, and for Adam and its like none of them is the edge.
+
+    Args:
+        problem: the live model, the loss, and the training data. A DataLoader may shuffle: the sample is drawn once,
+            without its workers, and kept. In eval mode by default, so without dropout and with running statistics.
+        optimizer: for learning rate and edges; the adapters find it themselves.
+        every: steps from one measurement to the next.
+        examples: in the sample; None for all. The default costs about 7 % of training the bundled ``cnn`` in batches
+            of 64, and 4 % of 128 (benchmarks/MONITOR_RESULTS.md). lambda_max of few examples is above that of all: in
+            1,200 steps of that ``cnn`` that of 64 was 1.1 to 2.9 times that of 8,192, of 256 1.0 to 1.6 times, and of
+            1,024 within 10 %. For the number itself take 1,024, less often.
+        log: where numbers go: has ``add_scalar(tag, value, step)`` (TensorBoard), ``log_metrics(dict, step)``
+            (Lightning), ``log(dict)`` (wandb), or is called with a dict. Tags: "sharpness/lambda_max" and others.
+        seed: of the sample and the solver's noise, or a ``torch.Generator`` of its own.
+        tol: relative to lambda_max.
+        max_products: of a measurement that starts from known eigenvectors; what has not met ``tol`` by then is marked.
+        dtype, device: of the computation, as in ``Objective``.
+
+    Cost of a measurement: 1 gradient of the sample and 2 for each product, 3 to 8 of them; no pass over the data.
+
+    Raises: ArgumentError, ProblemError and DataError for what cannot be measured, by a look at the first two examples.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        optimizer: Any = None,
+        *,
+        every: int = 100,
+        examples: int | None = EXAMPLES,
+        log: Any = None,
+        seed: int | torch.Generator = 0,
+        tol: float = 0.1,
+        max_products: int = 10,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not isinstance(problem, Problem):
+            raise ProblemError(f"A Problem(model=, loss=, data=) is needed, got {type(problem).__name__}.")
+        for name, count in (("every", every), ("examples", 1 if examples is None else examples)):
+            _require_count(name, count, 1)
+        _require_count("max_products", max_products, 2)  # a step and its check
+        if isinstance(tol, bool) or not isinstance(tol, float | int) or not 0 < tol < 1:
+            raise ArgumentError(f"tol must be a number between 0 and 1, got {tol!r}.")
+        if not isinstance(seed, torch.Generator):
+            _require_count("seed", seed, 0)
+            seed = torch.Generator().manual_seed(seed)
+        self.optimizer, self.every, self._tol, self._max_products = unwrapped(optimizer), every, tol, max_products
+        self._sink = sink_of(log)
+        self._options: dict[str, Any] = {"dtype": dtype, "device": device, "micro_batch": SIZE}
+        self._generator, self._seed = seeded(seed)
+        self._given = problem
+        self._sample: Sample = drawn(problem.data, examples, self._generator)
+        self._known: Tensor | None = None
+        self._most_kept: int | None = None
+        self._records: list[MonitorRecord] = []
+        self._steps, self._warned = 0, False
+        self._provenance: Mapping[str, Any] = {}
+        self._try()
+
+    @property
+    def sample(self) -> list[Any]:
+        """The examples that are measured, in batches: ``data`` of a Problem for a closer look at the same number."""
+        return self._sample.batches
+
+    def step(self, number: int | None = None) -> MonitorRecord | None:
+        """Count a step of the optimizer, after it, and measure every ``every`` of them; what was measured, or None.
+
+        Args:
+            number: of steps so far, where something else counts them.
+        """
+        self._steps = self._steps + 1 if number is None else number
+        return self.measure() if self._steps % self.every == 0 else None
+
+    def measure(self, step: int | None = None) -> MonitorRecord | None:
+        """Measure now, at the weights after ``step`` steps; by default those counted. None on ranks other than 0."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+            return None
+        number, started = self._steps if step is None else step, time.perf_counter()
+        with preserved():
+            try:
+                record = self._measured(number)
+            # Whatever it is, it is no reason to lose a training run.
+            except Exception as error:
+                record = MonitorRecord(step=number, reason=first_line(error))
+                self._warn(f"No sharpness at step {number}, and training goes on: {first_line(error)}")
+            record = replace(record, seconds=time.perf_counter() - started)
+            self._records.append(record)
+            try:
+                self._sink(number, _logged(record))
+            except Exception as error:
+                self._warn(f"The log= of the sharpness monitor failed, and training goes on: {first_line(error)}")
+        return record
+
+    def result(self) -> MonitorResult:
+        """Everything measured so far."""
+        return MonitorResult(tuple(self._records), self._provenance)
+
+    def resume(self, result: MonitorResult, step: int) -> None:
+        """Go on after ``step`` steps with the records of an earlier run up to there; the next starts from noise."""
+        self._records = [record for record in result.records if record.step <= step]
+        self._steps, self._known = step, None
+
+    def lightning(self) -> Any:
+        """A ``lightning.pytorch.Callback`` that measures every ``every`` optimizer steps, by ``trainer.global_step``.
+
+        Of ``pytorch_lightning`` where that is what is imported or installed.
+
+        Raises: ArgumentError when neither is installed.
+        """
+        return lightning_callback(self.step, self._offer)
+
+    def huggingface(self) -> Any:
+        """A ``transformers.TrainerCallback`` that measures every ``every`` optimizer steps, by ``state.global_step``.
+
+        Raises: ArgumentError when transformers is not installed.
+        """
+        return huggingface_callback(self.step, self._offer)
+
+    def _offer(self, optimizer: Any) -> None:
+        """Take a trainer's optimizer where none was given."""
+        if self.optimizer is None:
+            self.optimizer = unwrapped(optimizer)
+
+    def _objective(self, batches: list[Any]) -> Objective:
+        return Objective(replace(bare(self._given), data=batches), **self._options)
+
+    def _try(self) -> None:
+        """One product on the first two examples, so that what can never be measured is said before the training."""
+        first = next(micro_batches(self._sample.batches, 2))
+        objective = self._objective([first.batch])
+        with eagerly(objective.terms.model), objective.measuring():
+            objective.graph(first).products(torch.ones(1, objective.num_params).to(objective.no_vectors()), last=True)
+        self._note(objective)
+
+    def _note(self, objective: Objective) -> None:
+        said = provenance(
+            self._given,
+            objective,
+            self._seed,
+            split_examples=self._sample.drawn_from,
+            every=self.every,
+            tol=self._tol,
+            max_products=self._max_products,
+        )
+        self._provenance = {**said, "num_examples": self._sample.examples}
+
+    def _measured(self, step: int) -> MonitorRecord:
+        objective = self._objective(self._sample.batches)
+        with eagerly(objective.terms.model), objective.measuring():
+            graphs = self._graphs(objective)
+            point = point_of(graphs.sums, objective.terms)
+            if not (math.isfinite(point.loss) and bool(torch.isfinite(point.gradient).all())):
+                raise DataError(f"The loss and its gradient must be finite, got a loss of {point.loss:g}.")
+            found = self._top(objective, graphs)
+        self._known = found.vectors
+        self._note(objective)
+        return self._record(step, point, found, objective.gradients)
+
+    def _graphs(self, objective: Objective) -> KeptGraphs:
+        """The sample's graphs, of which at most KEPT bytes stay for the next product."""
+        if self._most_kept is None:
+            # Of one micro-batch any pass holds the graph, and to count its bytes costs 24 examples.
+            several = self._sample.examples > SIZE
+            each = objective.graph_bytes(SIZE) // SIZE if several else 0
+            self._most_kept = KEPT // max(1, each)
+        parts: list[MicroBatch] = list(micro_batches(objective.data, SIZE))
+        room = Room(device=objective.device)
+        return KeptGraphs(objective.graph, parts, objective.no_vectors(), room, self._most_kept)
+
+    def _top(self, objective: Objective, graphs: KeptGraphs) -> Tracked:
+        weight, decay = float(graphs.sums.weight), objective.problem.weight_decay
+
+        def products(rows: Tensor) -> Tensor:
+            found = graphs(rows) / weight + decay * rows
+            if not bool(torch.isfinite(found).all()):
+                raise DataError("The Hessian's products must be finite, got NaN or infinity.")
+            return found
+
+        like, known = objective.no_vectors(), self._known
+        if known is not None and known.shape[1] != like.shape[1]:
+            known = None  # parameters were frozen or thawed
+        return tracked(
+            products,
+            like,
+            None if known is None else known.to(like),
+            tol=self._tol,
+            max_products=COLD if known is None else self._max_products,
+            generator=self._generator,
+        )
+
+    def _record(self, step: int, point: Point, found: Tracked, gradients: float) -> MonitorRecord:
+        norm = float(torch.linalg.vector_norm(point.gradient))
+        return MonitorRecord(
+            step=step,
+            lambda_max=found.value,
+            lower=found.lower,
+            upper=found.upper,
+            converged=found.converged,
+            loss=point.loss,
+            gradient_norm=norm,
+            **dataclasses.asdict(edges_of(self.optimizer, norm)),
+            products=found.products,
+            gradients=gradients,
+        )
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            frame, level = sys._getframe().f_back, 2
+            while frame is not None and frame.f_code.co_filename == __file__:
+                frame, level = frame.f_back, level + 1
+            said = f"{text} Later ones are silent; the result counts them."
+            warnings.warn(said, RuntimeWarning, stacklevel=level)
+
+
+def _logged(record: MonitorRecord) -> dict[str, float]:
+    values = {f"sharpness/{name}": float(getattr(record, name)) for name in LOGGED}
+    return {tag: value for tag, value in values.items() if math.isfinite(value)}
+
+
+def _require_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ArgumentError(f"{name} must be an integer of at least {least}, got {value!r}.")

@@ -1,0 +1,199 @@
+"""lambda_max along a training run, beside the edges of stability: the result that holds it, and its table."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharpscope.errors import DataError
+from sharpscope.results.cost import Cost
+from sharpscope.results.record import head, names_of, opened, origin_notes, plain, read, refuse_taken, write
+from sharpscope.tables import aligned, as_html, with_bound
+
+_MEASURED = ("records", "cost")
+
+# Rows of the table, evenly spread over the run, the first and the last among them.
+ROWS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorRecord:
+    """One measurement; what is not known or means nothing is NaN.
+
+    Attributes:
+        step: optimizer steps that led to the weights.
+        lambda_max: the largest eigenvalue of the Hessian of the mean loss of the sample.
+        lower, upper: the interval that it is in, taking it that the solver found the largest.
+        converged: whether the solver's residual met the tolerance.
+        loss, gradient_norm: of the sample.
+        learning_rate: eta, the largest of all parameter groups.
+        two_over_eta: the edge of stability of gradient descent.
+        momentum_edge: ``2 (1 + beta) / eta``, that of SGD with momentum beta.
+        sam_edge: that of SAM without momentum, at this gradient norm.
+        products: Hessian-vector products.
+        gradients: everything done, in units of one gradient over the sample.
+        seconds: wall-clock.
+        reason: why there is no number, or None.
+    """
+
+    step: int
+    lambda_max: float = math.nan
+    lower: float = math.nan
+    upper: float = math.nan
+    converged: bool = False
+    loss: float = math.nan
+    gradient_norm: float = math.nan
+    learning_rate: float = math.nan
+    two_over_eta: float = math.nan
+    momentum_edge: float = math.nan
+    sam_edge: float = math.nan
+    products: int = 0
+    gradients: float = 0.0
+    seconds: float = 0.0
+    reason: str | None = None
+
+
+_FLOATS = tuple(f.name for f in fields(MonitorRecord) if f.type == "float")
+
+
+@dataclass(frozen=True, eq=False)
+class MonitorResult:
+    """The largest eigenvalue of the Hessian of the training loss along a run, measured on one sample of the data.
+
+    Attributes:
+        records: in the order in which they were measured.
+        provenance: as EigenResult's, with ``every``, and ``split_examples`` that the sample was drawn from.
+    """
+
+    records: tuple[MonitorRecord, ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        refuse_taken(self.provenance, _MEASURED)
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        """Optimizer steps (r,)."""
+        return np.array([record.step for record in self.records], np.int64)
+
+    @property
+    def lambda_max(self) -> NDArray[np.float64]:
+        """The eigenvalues (r,), NaN where there is none."""
+        return self.column("lambda_max")
+
+    @property
+    def converged(self) -> NDArray[np.bool_]:
+        """Bool (r,), whether the solver's residual met the tolerance."""
+        return np.array([record.converged for record in self.records], bool)
+
+    @property
+    def cost(self) -> Cost:
+        """What all measurements took, in walks over and gradients of the sample."""
+        walks, products = len(self.records), sum(record.products for record in self.records)
+        return Cost(walks, products, float(self.column("gradients").sum()), float(self.column("seconds").sum()))
+
+    def column(self, name: str) -> NDArray[np.float64]:
+        """A number of each record (r,), by its name in ``MonitorRecord``.
+
+        Raises: DataError for another name.
+        """
+        if name not in _FLOATS:
+            raise DataError(f"A column must be one of {', '.join(_FLOATS)}, got {name!r}.")
+        return np.array([getattr(record, name) for record in self.records], float)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values; a number that is not finite is null."""
+        records = [plain(asdict(record)) for record in self.records]
+        return {**head("monitor", self.provenance), "records": records, "cost": asdict(self.cost)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MonitorResult:
+        """The inverse of ``to_dict``; infinity comes back as NaN.
+
+        Raises: DataError when a key is missing or it is another analysis.
+        """
+        rest = opened(values, "monitor")
+        try:
+            records = tuple(_record(entry) for entry in rest.pop("records"))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"A monitor result must have the keys of to_dict(), got: {error}.") from error
+        rest.pop("cost", None)
+        return cls(records, rest)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON to ``path``, atomically.
+
+        Raises: OutputError when it cannot be written.
+        """
+        write(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> MonitorResult:
+        """Read what ``save`` wrote.
+
+        Raises: DataError when ``path`` holds something else.
+        """
+        return cls.from_dict(read(path))
+
+    def summary(self) -> str:
+        """The result as a table of text, of ROWS rows where there are more records."""
+        return "\n".join([aligned(_rows(self)), "", *_notes(self)])
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def _repr_html_(self) -> str:
+        return as_html(_rows(self), _notes(self))
+
+
+def _record(entry: Mapping[str, Any]) -> MonitorRecord:
+    values: dict[str, Any] = {key: math.nan if key in _FLOATS and v is None else v for key, v in entry.items()}
+    return MonitorRecord(**values)
+
+
+def _rows(result: MonitorResult) -> list[list[str]]:
+    shown = _shown(result.records)
+    edges = {"2/eta": "two_over_eta", "momentum edge": "momentum_edge", "SAM edge": "sam_edge"}
+    known = {title: name for title, name in edges.items() if np.isfinite(result.column(name)).any()}
+    rows = [["step", "lambda_max", *known, "loss", "|grad|", "products"]]
+    for r in shown:
+        value = "none" if math.isnan(r.lambda_max) else with_bound(r.lambda_max, r.lower, r.upper)
+        unsure = "" if r.converged or r.reason else " ?"
+        numbers = [*(getattr(r, name) for name in known.values()), r.loss]
+        cells = ["-" if math.isnan(x) else f"{x:.4g}" for x in numbers]
+        grad = "-" if math.isnan(r.gradient_norm) else f"{r.gradient_norm:.2g}"
+        rows.append([str(r.step), value + unsure, *cells, grad, str(r.products)])
+    return rows
+
+
+def _shown(records: Sequence[MonitorRecord]) -> list[MonitorRecord]:
+    if len(records) <= ROWS:
+        return list(records)
+    return [records[round(i * (len(records) - 1) / (ROWS - 1))] for i in range(ROWS)]
+
+
+def _notes(result: MonitorResult) -> list[str]:
+    p, cost = result.provenance, result.cost
+    name = names_of([p])[0]
+    notes = origin_notes(name, p)
+    drawn, total = p.get("num_examples"), p.get("split_examples")
+    if drawn and total and drawn < total:
+        notes.append(
+            f"{name}: lambda_max of these {drawn} of {total} examples, often above that of all; intervals are the "
+            "solver's alone."
+        )
+    if len(result.records) > ROWS:
+        notes.append(f"{name}: {ROWS} of {len(result.records)} records; all are in the saved result.")
+    late = sum(not r.converged and r.reason is None for r in result.records)
+    if late:
+        notes.append(f"{name}: {late} NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?).")
+    failed = [r for r in result.records if r.reason is not None]
+    if failed:
+        notes.append(f"{name}: {len(failed)} without a number, first at step {failed[0].step}: {failed[0].reason}")
+    return [*notes, f"{name}: {cost.gradients:.1f} gradients of the sample, {cost.seconds:.1f} seconds."]
