@@ -538,7 +538,7 @@ def test_a_measurement_that_fails_leaves_no_trace(
         if place == "product":
             monkeypatch.setattr(module, "tracked", lambda *args, **options: fail())
             return whole(self, step)
-        objective = self._objective(self._sample.batches)
+        objective = self._objective()
         with objective.measuring():
             objective.terms.model.train()
             objective.terms.model(X[:8].to(objective.dtype))  # moves BatchNorm's statistics, draws masks

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 import time
 import warnings
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +30,6 @@ from sharpscope.preserve import preserved
 from sharpscope.problem import Problem
 from sharpscope.provenance import provenance, seeded
 from sharpscope.results import MonitorRecord, MonitorResult
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 # Examples in the sample unless told otherwise.
 EXAMPLES = 64
@@ -72,8 +69,8 @@ class SharpnessMonitor:
             without its workers, and kept. In eval mode by default, so without dropout and with running statistics.
         optimizer: for learning rate and edges; the adapters find it themselves.
         every: steps from one measurement to the next.
-        examples: in the sample; None for all. The default costs about 7 % of training the bundled ``cnn`` in batches
-            of 64, and 4 % of 128 (benchmarks/MONITOR_RESULTS.md). lambda_max of few examples is above that of all: in
+        examples: in the sample; None for all. The default costs about 8 % of training the bundled ``cnn`` in batches
+            of 64, and 5 % of 128 (benchmarks/MONITOR_RESULTS.md). lambda_max of few examples is above that of all: in
             1,200 steps of that ``cnn`` that of 64 was 1.1 to 2.9 times that of 8,192, of 256 1.0 to 1.6 times, and of
             1,024 within 10 %. For the number itself take 1,024, less often.
         log: where numbers go: has ``add_scalar(tag, value, step)`` (TensorBoard), ``log_metrics(dict, step)``
@@ -116,8 +113,8 @@ class SharpnessMonitor:
         self._sink = sink_of(log)
         self._options: dict[str, Any] = {"dtype": dtype, "device": device, "micro_batch": SIZE}
         self._generator, self._seed = seeded(seed)
-        self._given = problem
         self._sample: Sample = drawn(problem.data, examples, self._generator)
+        self._problem = replace(problem, data=self._sample.batches)  # the data themselves may be let go
         self._known: Tensor | None = None
         self._most_kept: int | None = None
         self._records: list[MonitorRecord] = []
@@ -189,20 +186,20 @@ class SharpnessMonitor:
         if self.optimizer is None:
             self.optimizer = unwrapped(optimizer)
 
-    def _objective(self, batches: list[Any]) -> Objective:
-        return Objective(replace(bare(self._given), data=batches), **self._options)
+    def _objective(self, **changes: Any) -> Objective:
+        return Objective(bare(replace(self._problem, **changes)), **self._options)
 
     def _try(self) -> None:
         """One product on the first two examples, so that what can never be measured is said before the training."""
         first = next(micro_batches(self._sample.batches, 2))
-        objective = self._objective([first.batch])
+        objective = self._objective(data=[first.batch])
         with eagerly(objective.terms.model), objective.measuring():
             objective.graph(first).products(torch.ones(1, objective.num_params).to(objective.no_vectors()), last=True)
         self._note(objective)
 
     def _note(self, objective: Objective) -> None:
         said = provenance(
-            self._given,
+            self._problem,
             objective,
             self._seed,
             split_examples=self._sample.drawn_from,
@@ -213,7 +210,7 @@ class SharpnessMonitor:
         self._provenance = {**said, "num_examples": self._sample.examples}
 
     def _measured(self, step: int) -> MonitorRecord:
-        objective = self._objective(self._sample.batches)
+        objective = self._objective()
         with eagerly(objective.terms.model), objective.measuring():
             graphs = self._graphs(objective)
             point = point_of(graphs.sums, objective.terms)
@@ -266,7 +263,7 @@ class SharpnessMonitor:
             converged=found.converged,
             loss=point.loss,
             gradient_norm=norm,
-            **dataclasses.asdict(edges_of(self.optimizer, norm)),
+            **asdict(edges_of(self.optimizer, norm)),
             products=found.products,
             gradients=gradients,
         )

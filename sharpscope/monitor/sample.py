@@ -57,8 +57,7 @@ def drawn(data: Any, examples: int | None, generator: torch.Generator) -> Sample
             dataset, total, collate = indexed
             chosen = torch.arange(total) if examples is None else torch.randperm(total, generator=generator)[:examples]
             own = Subset(dataset, chosen.sort().values.tolist())
-            # A generator of its own, or the loader would draw from the global one.
-            found = list(micro_batches(DataLoader(own, SIZE, collate_fn=collate, generator=torch.Generator()), None))
+            found = list(micro_batches(DataLoader(own, SIZE, collate_fn=collate), None))
     if not found:
         raise DataError("The data must hold at least one example, got none. Check the data set and its filters.")
     parts = list(micro_batches([part.batch for part in found], SIZE))
