@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "optim": {"ball", "perturbation", "precision"},
     "monitor": {
-        *("edges", "guide", "linalg", "objective", "optim", "preserve"),
+        *("edges", "examples", "guide", "linalg", "objective", "optim", "preserve"),
         *("problem", "provenance", "results"),
     },
     "zoo": set(),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sharpscope.guide.importance import Look, look
 from sharpscope.objective import Objective, Progress
-from sharpscope.objective.batches import MicroBatch, map_tensors, micro_batches
+from sharpscope.objective.batches import MicroBatch, micro_batches, rows
 from sharpscope.objective.kept import KeptGraphs
 from sharpscope.objective.memory import Room
 
@@ -189,4 +189,4 @@ class _Reservoir:
 
 
 def _rows(part: MicroBatch, places: Tensor) -> MicroBatch:
-    return MicroBatch(map_tensors(part.batch, lambda t: t[places.to(t.device)]), len(places), ())
+    return MicroBatch(rows(part.batch, places), len(places), ())
