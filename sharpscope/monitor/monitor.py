@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError, DataError, ProblemError, first_line
-from sharpscope.guide.subset import KEPT
 from sharpscope.linalg.tracking import Tracked, tracked
 from sharpscope.monitor.adapters import huggingface_callback, lightning_callback
 from sharpscope.monitor.model import bare, eagerly
@@ -23,7 +22,7 @@ from sharpscope.monitor.sample import SIZE, Sample, drawn
 from sharpscope.monitor.sink import sink_of
 from sharpscope.objective import Objective
 from sharpscope.objective.batches import MicroBatch, micro_batches
-from sharpscope.objective.kept import KeptGraphs
+from sharpscope.objective.kept import KEPT, KeptGraphs
 from sharpscope.objective.memory import Room
 from sharpscope.objective.point import Point, point_of
 from sharpscope.preserve import preserved
