@@ -21,14 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-import sharpscope
 from dense import dense_hessian, top
 from sharpscope import MonitorRecord, MonitorResult, Problem, SharpnessMonitor
 from sharpscope.edges import descent_edge, sam_edge
 from sharpscope.errors import ArgumentError, DataError, ProblemError
 from sharpscope.linalg.tracking import HANDED_ON, tracked
 from sharpscope.monitor import monitor as module
-from sharpscope.monitor.rates import edges_of
+from sharpscope.monitor.optimizer import edges_of
 from sharpscope.monitor.sample import drawn
 from sharpscope.optim import ASAM, GSAM, SAM, FriendlySAM, LookSAM
 from sharpscope.plot import sharpness_over_steps
@@ -981,8 +980,3 @@ def test_missing_trainers_are_named() -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
     assert "lightning.pytorch or pytorch_lightning must be installed" in shown
     assert "pip install transformers" in shown
-
-
-def test_the_name_is_public() -> None:
-    """``sharpscope.SharpnessMonitor`` is the class, imported when first used."""
-    assert "SharpnessMonitor" in sharpscope.__all__

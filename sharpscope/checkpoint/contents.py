@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-SHOWN = 3
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Checkpoint:
@@ -37,8 +35,3 @@ class Checkpoint:
     epoch: int | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] | None = None
-
-
-def first_few(items: list[str], separator: str = ", ") -> str:
-    """The first few of a list, for a message."""
-    return separator.join(items[:SHOWN]) + (f"{separator}..." if len(items) > SHOWN else "")

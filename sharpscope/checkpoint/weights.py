@@ -6,9 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from sharpscope.checkpoint.contents import first_few
 from sharpscope.checkpoint.transformers_names import renamed
-from sharpscope.errors import CheckpointError
+from sharpscope.errors import CheckpointError, first_few
 
 
 def load_weights(

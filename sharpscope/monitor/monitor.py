@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 import time
 import warnings
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sharpscope.errors import ArgumentError, DataError, ProblemError, first_line
+from sharpscope.errors import ArgumentError, DataError, first_line, require_count
 from sharpscope.linalg.tracking import Tracked, tracked
 from sharpscope.monitor.adapters import huggingface_callback, lightning_callback
 from sharpscope.monitor.model import bare, eagerly
-from sharpscope.monitor.rates import edges_of, unwrapped
+from sharpscope.monitor.optimizer import edges_of, unwrapped
 from sharpscope.monitor.sample import SIZE, Sample, drawn
 from sharpscope.monitor.sink import sink_of
 from sharpscope.objective import Objective
@@ -26,12 +26,9 @@ from sharpscope.objective.kept import KEPT, KeptGraphs
 from sharpscope.objective.memory import Room
 from sharpscope.objective.point import Point, point_of
 from sharpscope.preserve import preserved
-from sharpscope.problem import Problem
+from sharpscope.problem import Problem, require_problem
 from sharpscope.provenance import provenance, seeded
 from sharpscope.results import MonitorRecord, MonitorResult
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 # Examples in the sample unless told otherwise.
 EXAMPLES = 64
@@ -101,15 +98,14 @@ class SharpnessMonitor:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if not isinstance(problem, Problem):
-            raise ProblemError(f"A Problem(model=, loss=, data=) is needed, got {type(problem).__name__}.")
+        require_problem(problem)
         for name, count in (("every", every), ("examples", 1 if examples is None else examples)):
-            _require_count(name, count, 1)
-        _require_count("max_products", max_products, 2)  # a step and its check
+            require_count(name, count)
+        require_count("max_products", max_products, 2)  # a step and its check
         if isinstance(tol, bool) or not isinstance(tol, float | int) or not 0 < tol < 1:
             raise ArgumentError(f"tol must be a number between 0 and 1, got {tol!r}.")
         if not isinstance(seed, torch.Generator):
-            _require_count("seed", seed, 0)
+            require_count("seed", seed, 0)
             seed = torch.Generator().manual_seed(seed)
         self.optimizer, self.every, self._tol, self._max_products = unwrapped(optimizer), every, tol, max_products
         self._sink = sink_of(log)
@@ -265,7 +261,7 @@ class SharpnessMonitor:
             converged=found.converged,
             loss=point.loss,
             gradient_norm=norm,
-            **dataclasses.asdict(edges_of(self.optimizer, norm)),
+            **asdict(edges_of(self.optimizer, norm)),
             products=found.products,
             gradients=gradients,
         )
@@ -283,8 +279,3 @@ class SharpnessMonitor:
 def _logged(record: MonitorRecord) -> dict[str, float]:
     values = {f"sharpness/{name}": float(getattr(record, name)) for name in LOGGED}
     return {tag: value for tag, value in values.items() if math.isfinite(value)}
-
-
-def _require_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name} must be an integer of at least {least}, got {value!r}.")

@@ -18,7 +18,7 @@ from sharpscope.objective.losses import term_loss
 from sharpscope.objective.memory import out_of_memory
 from sharpscope.objective.outputs import output_tensor
 from sharpscope.precision import compute_dtype, converted, placed, usable, wide
-from sharpscope.problem import Problem
+from sharpscope.problem import Problem, require_problem
 
 T = TypeVar("T")
 
@@ -45,8 +45,7 @@ class LossTerms:
         device: torch.device | str | None = None,
         preferred: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(problem, Problem):
-            raise ProblemError(f"A Problem(model=, loss=, data=) is needed, got {type(problem).__name__}.")
+        require_problem(problem)
         chosen = params.select(problem.model, problem.params)
         self.problem = problem
         self.device = usable(device) if device is not None else next(iter(chosen.values())).device
