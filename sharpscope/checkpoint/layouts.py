@@ -82,6 +82,14 @@ def module_at(contents: Any, key: str) -> nn.Module | None:
     return None
 
 
+def hyper_parameters(contents: Any) -> dict[str, Any] | None:
+    """What ``save_hyperparameters()`` put into a file that Lightning wrote, None for another file."""
+    if not isinstance(contents, Mapping) or "pytorch-lightning_version" not in contents:
+        return None
+    shown = contents.get("hyper_parameters")
+    return {key: value for key, value in shown.items() if isinstance(key, str)} if isinstance(shown, Mapping) else {}
+
+
 def is_state_dict(value: Any) -> bool:
     """Whether ``value`` is a dict of named tensors."""
     return (
