@@ -869,6 +869,8 @@ def test_a_run_goes_on_where_it_was() -> None:
     monitor.resume(result, 4)
     assert [monitor.step() is not None for _ in range(4)] == [False, True, False, True]
     assert monitor.result().steps.tolist() == [0, 2, 4, 6, 8]
+    with pytest.raises(ArgumentError, match="num_examples is 16 and was"):
+        SharpnessMonitor(problem(net()), examples=16).resume(result, 4)
 
 
 # Trainers.

@@ -42,6 +42,9 @@ LOGGED = (
     *("loss", "gradient_norm", "learning_rate"),
 )
 
+# What decides the sample and the function that is measured on it.
+SAMPLED = ("num_examples", "split_examples", "seed", "dtype", "mode", "params", "weight_decay")
+
 
 class SharpnessMonitor:
     """``lambda_max(H)`` of the training loss every some steps of your own loop, H its Hessian on one sample.
@@ -159,7 +162,17 @@ class SharpnessMonitor:
         return MonitorResult(tuple(self._records), self._provenance)
 
     def resume(self, result: MonitorResult, step: int) -> None:
-        """Go on after ``step`` steps with the records of an earlier run up to there; the next starts from noise."""
+        """Go on after ``step`` steps with the records of an earlier run up to there; the next starts from noise.
+
+        Raises: ArgumentError where those are of another sample, whose lambda_max is another number.
+        """
+        for key in SAMPLED if result.records else ():
+            ours, theirs = self._provenance.get(key), result.provenance.get(key)
+            if ours != theirs:
+                raise ArgumentError(
+                    f"Records go on with the sample that they began with, but {key} is {ours!r} and was {theirs!r}. "
+                    "Pass what it was, or start anew."
+                )
         self._records = [record for record in result.records if record.step <= step]
         self._steps, self._known = step, None
 
