@@ -64,9 +64,10 @@ ALLOWED: dict[str, set[str]] = {
     "loading": {"checkpoint", "examples", "importing", "objective", "problem", "problem_file", "zoo"},
     "scaffold": {"checkpoint", "zoo"},
     "recipe": {"optim", "zoo"},
+    "run_files": {"checkpoint", "recipe"},
     "train": {
         *("checkpoint", "files", "monitor", "optim", "precision"),
-        *("problem", "recipe", "results", "zoo"),
+        *("problem", "recipe", "results", "run_files", "zoo"),
     },
     "plot": {"results"},
     "__main__": {"cli"},
