@@ -10,7 +10,7 @@ from typing import Any
 from sharpscope.cli import terminal
 
 # Shown in another form, or not at all.
-LEFT_OUT = ("state_dict", "training", "module")
+LEFT_OUT = ("state_dict", "training", "module", "hyper_parameters")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:

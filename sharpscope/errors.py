@@ -1,4 +1,4 @@
-"""Every exception and warning that sharpscope raises on purpose.
+"""Every exception and warning that sharpscope raises on purpose, and what several of their messages are made of.
 
 Each message says what must hold, what came, and what to do. Each child also derives from the builtin that
 a caller who does not know sharpscope would catch.
@@ -7,7 +7,11 @@ a caller who does not know sharpscope would catch.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+# Items of a list in a message.
+SHOWN = 3
 
 
 class SharpscopeError(Exception):
@@ -48,6 +52,17 @@ def nearest(kind: str, name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}."
+
+
+def require_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise ArgumentError where ``value`` is no integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ArgumentError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
+def first_few(items: Sequence[str], separator: str = ", ") -> str:
+    """The first SHOWN of a list, for a message."""
+    return separator.join(items[:SHOWN]) + (f"{separator}..." if len(items) > SHOWN else "")
 
 
 def first_line(error: BaseException) -> str:

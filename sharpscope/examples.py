@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler, Subset
 
 from sharpscope.errors import ArgumentError
-from sharpscope.objective.batches import batch_size, leaves, map_tensors
+from sharpscope.objective.batches import batch_size, leaves, rows
 
 
 def count_examples(data: Any) -> int | None:
@@ -19,12 +19,23 @@ def count_examples(data: Any) -> int | None:
         return batch_size(data)
     if isinstance(data, list) and data and all(_is_batch(batch) for batch in data):
         return sum(batch_size(batch) for batch in data)
-    if isinstance(data, DataLoader):
-        ordered = isinstance(data.sampler, torch.utils.data.SequentialSampler) and data.batch_size is not None
-        return count_examples(data.dataset) if ordered and not data.drop_last else None
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset) and hasattr(data, "__len__"):
-        return len(data)
-    return None
+    dataset = dataset_of(data, SequentialSampler)
+    return None if dataset is None or (isinstance(data, DataLoader) and data.drop_last) else len(dataset)
+
+
+def dataset_of(data: Any, *samplers: type[Sampler[Any]]) -> Any:
+    """The dataset of which ``data`` gives each example once, where each can be read by itself; None for other data.
+
+    ``data`` is that dataset, or a DataLoader that puts it into batches in the order of one of ``samplers``. A list is a
+    dataset only in a loader: by itself it is a list of batches.
+    """
+    found: Any = None
+    if not isinstance(data, DataLoader):
+        found = data if isinstance(data, Dataset) else None
+    # Another sampler says which examples count, and batches of the user's own making are his.
+    elif isinstance(data.sampler, samplers) and data.batch_size is not None:
+        found = data.dataset
+    return found if isinstance(found, Sized) and not isinstance(found, IterableDataset) else None
 
 
 def some_examples(data: Any, examples: int, seed: int) -> Any:
@@ -44,10 +55,10 @@ def some_examples(data: Any, examples: int, seed: int) -> Any:
         raise ArgumentError(f"seed must be an integer from 0 to 2^63 - 1, got {seed}.")
     chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:examples]
     if _is_batch(data):
-        return _rows(data, chosen)
+        return rows(data, chosen)
     if isinstance(data, DataLoader):
         return DataLoader(
-            some_examples(data.dataset, examples, seed),
+            Subset(data.dataset, chosen.tolist()),
             batch_size=data.batch_size,
             collate_fn=data.collate_fn,
             num_workers=data.num_workers,
@@ -60,7 +71,7 @@ def some_examples(data: Any, examples: int, seed: int) -> Any:
         stop = start + batch_size(batch)
         inside = chosen[(chosen >= start) & (chosen < stop)].sort().values - start
         if len(inside):
-            found.append(_rows(batch, inside))
+            found.append(rows(batch, inside))
         start = stop
     return found
 
@@ -70,7 +81,3 @@ def _is_batch(data: Any) -> bool:
     tensors = leaves(data) if isinstance(data, tuple | Mapping) else []
     whole = bool(tensors) and all(isinstance(tensor, Tensor) and tensor.dim() for tensor in tensors)
     return whole and len({len(tensor) for tensor in tensors}) == 1
-
-
-def _rows(batch: Any, chosen: Tensor) -> Any:
-    return map_tensors(batch, lambda tensor: tensor[chosen.to(tensor.device)])

@@ -18,11 +18,18 @@ def imported(source: str) -> Callable[..., Any]:
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        # A module that the user's own module fails to import is another matter: it keeps its traceback.
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+        if not is_of(error, module):
             raise
         raise ArgumentError(f"There is no module {error.name} to import {source} from. Check PYTHONPATH.") from error
     named: Callable[..., Any] | None = getattr(found, function, None)
     if not callable(named):
         raise ArgumentError(f"{module} has no function {function!r}. Name one, as package.module:function.")
     return named
+
+
+def is_of(error: ModuleNotFoundError, module: str) -> bool:
+    """Whether ``module`` itself is missing, or a package that it is in.
+
+    What it fails to import in turn is another matter, which keeps its traceback.
+    """
+    return error.name is not None and f"{module}.".startswith(f"{error.name}.")

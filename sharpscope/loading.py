@@ -69,7 +69,8 @@ def load(
         seed: decides which examples.
         loss: in place of the file's: a key of ``LOSSES`` or a callable. A file that does not say takes cross-entropy on
             a bundled data set.
-        params, mode, weight_decay: as in ``Problem``.
+        params, mode, weight_decay: as in ``Problem``; what differs from the default goes before what ``problem()``
+            says.
         trust: import the factory that the *file* names when it is not a bundled one. This runs other people's code.
         weights: the key of the state dict in the file, with dots between nested ones; by default the usual names.
         prefix: of the names in the state dict, as "module."; by default it is found.
@@ -87,52 +88,56 @@ def load(
         double = [name for name, value in given.items() if value is not None and value != {}]
         if double:
             raise ArgumentError(f"problem says what model, data and loss are; leave {', '.join(double)} out.")
-        own = problem_of(problem, split)
-        return replace(
-            own,
-            data=own.data if examples is None else some_examples(own.data, examples, seed),
-            params=own.params if params == "*" else params,
-            mode=own.mode if mode == "eval" else mode,
-            weight_decay=weight_decay or own.weight_decay,
+        found = _own(problem_of(problem, split), os.fspath(problem), split, params, mode, weight_decay)
+    else:
+        source, label_noise = _data(checkpoint, data, data_root, split)
+        bundled = isinstance(source, DataSet)
+        built_from, args = _model(checkpoint, model, model_args, source, trust)
+        found = Problem(
+            model=make_model(built_from, **args) if built_from in MODELS else _built(built_from, args),
+            loss=_loss(checkpoint, loss, bundled),
+            data=(source.inputs, source.targets) if isinstance(source, DataSet) else source,
+            params=params,
+            mode=mode,
+            weight_decay=weight_decay,
             provenance={
-                "data": type(own.data).__name__,
-                "split": split,
-                "split_examples": count_examples(own.data),
-                **own.provenance,
-                **_filled(own.model, checkpoint, prefix, partial),
-                "examples_seed": None if examples is None else seed,
-                "problem": os.fspath(problem),
-                "model": _name(type(own.model)),
+                "data": source.name if isinstance(source, DataSet) else type(source).__name__,
+                "split": source.split if isinstance(source, DataSet) else None,
+                "label_noise": label_noise if bundled else None,
+                "model": built_from if isinstance(built_from, str) else _name(built_from),
+                "model_args": dict(args),
+                "recipe": dict(checkpoint.recipe),
+                "epoch": checkpoint.epoch,
+                "metrics": dict(checkpoint.metrics),
             },
         )
-    source, label_noise = _data(checkpoint, data, data_root, split)
-    bundled = isinstance(source, DataSet)
-    batches = (source.inputs, source.targets) if isinstance(source, DataSet) else source
-    total = count_examples(batches)
-    if examples is not None:
-        batches = some_examples(batches, examples, seed)
-
-    built_from, args = _model(checkpoint, model, model_args, source, trust)
-    network = make_model(built_from, **args) if built_from in MODELS else _built(built_from, args)
-    return Problem(
-        model=network,
-        loss=_loss(checkpoint, loss, bundled),
-        data=batches,
-        params=params,
-        mode=mode,
-        weight_decay=weight_decay,
+    return replace(
+        found,
+        data=found.data if examples is None else some_examples(found.data, examples, seed),
         provenance={
-            **_filled(network, checkpoint, prefix, partial),
-            "data": source.name if isinstance(source, DataSet) else type(source).__name__,
-            "split": source.split if isinstance(source, DataSet) else None,
-            "split_examples": total,
+            "split_examples": count_examples(found.data),
+            **found.provenance,
+            **_filled(found.model, checkpoint, prefix, partial),
             "examples_seed": None if examples is None else seed,
-            "label_noise": label_noise if bundled else None,
-            "model": built_from if isinstance(built_from, str) else _name(built_from),
-            "model_args": dict(args),
-            "recipe": dict(checkpoint.recipe),
-            "epoch": checkpoint.epoch,
-            "metrics": dict(checkpoint.metrics),
+        },
+    )
+
+
+def _own(
+    found: Problem, source: str, split: str, params: str | Sequence[str], mode: str, weight_decay: float
+) -> Problem:
+    """What the user's ``problem()`` gave, with what was asked for over what it says."""
+    return replace(
+        found,
+        params=found.params if params == "*" else params,
+        mode=found.mode if mode == "eval" else mode,
+        weight_decay=weight_decay or found.weight_decay,
+        provenance={
+            "data": type(found.data).__name__,
+            "split": split,
+            **found.provenance,
+            "problem": source,
+            "model": _name(type(found.model)),
         },
     )
 

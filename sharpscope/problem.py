@@ -60,3 +60,9 @@ class Problem:
             raise ProblemError(f"params must be a pattern or a list of patterns, got {self.params!r}.")
         if self.mode not in MODES:
             raise ProblemError(f"mode must be 'eval' or 'train', got {self.mode!r}.")
+
+
+def require_problem(given: Any) -> None:
+    """Raise ProblemError where ``given`` is no Problem."""
+    if not isinstance(given, Problem):
+        raise ProblemError(f"A Problem(model=, loss=, data=) is needed, got {type(given).__name__}.")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sharpscope.errors import ArgumentError, nearest
+from sharpscope.errors import ArgumentError, nearest, require_count
 from sharpscope.optim import ASAM, GSAM, SAM, FriendlySAM, LookSAM
 from sharpscope.zoo import DATASETS, MODELS
 
@@ -115,9 +115,7 @@ class Recipe:
         if self.rho is None and (self.m is not None or self.variant != "sam" or self.sam_args):
             raise ArgumentError("m, variant and sam_args belong to SAM. Pass rho (--rho), or name it as the optimizer.")
         for key in ("batch_size", "epochs", *(() if self.m is None else ("m",))):
-            value = getattr(self, key)
-            if not isinstance(value, int) or value < 1:
-                raise ArgumentError(f"{key} must be an integer of at least 1, got {value!r}.")
+            require_count(key, getattr(self, key))
         for key in ("rho", "weight_decay", "momentum"):
             value = getattr(self, key)
             if value is not None and not 0 <= value < math.inf:

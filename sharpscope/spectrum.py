@@ -14,10 +14,11 @@ from torch import Tensor
 from sharpscope.audit import audit
 from sharpscope.certify import Certified, certified
 from sharpscope.errors import ArgumentError, ConvergenceWarning
-from sharpscope.guide.subset import FEWEST, KEPT, Subset, sample, usual_size, worthwhile
+from sharpscope.guide.subset import FEWEST, Subset, sample, usual_size, worthwhile
 from sharpscope.linalg import Eigenpairs, guidable, require_arguments, top_eigenpairs
 from sharpscope.linalg.certificate import STEPS, kuczynski_wozniakowski
 from sharpscope.objective import Objective, Progress
+from sharpscope.objective.kept import KEPT
 from sharpscope.operators import curvature
 from sharpscope.precision import usable
 from sharpscope.problem import Problem

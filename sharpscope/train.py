@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import json
 import math
 import os
 import random
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sharpscope.checkpoint import Checkpoint, load_weights, read_checkpoint, write_checkpoint
-from sharpscope.errors import ArgumentError, CheckpointError, OutputError, SharpscopeError
+from sharpscope.errors import ArgumentError, SharpscopeError
 from sharpscope.files import require_writable
 from sharpscope.monitor import EXAMPLES, SharpnessMonitor
 from sharpscope.optim import SAM
@@ -27,6 +26,7 @@ from sharpscope.precision import usable
 from sharpscope.problem import Problem
 from sharpscope.recipe import Recipe, learning_rate, make_optimizer, parse_epochs
 from sharpscope.results import MonitorResult
+from sharpscope.run_files import earlier_run, monitor_path, snapshot_path
 from sharpscope.zoo import DataSet, load_data, make_model, model_arguments
 
 __all__ = ["Recipe", "evaluate", "monitor_path", "parse_epochs", "snapshot_path", "train"]
@@ -74,8 +74,9 @@ def train(
     """
     target = require_writable(out)
     kept = parse_epochs(save_epochs, recipe.epochs)
-    records = [] if monitor is None else [monitor_path(target)]
-    earlier = _earlier_run(recipe, target, records, kept, resume, overwrite)
+    beside = [] if monitor is None else [monitor_path(target)]
+    beside += [snapshot_path(target, epoch) for epoch in sorted(kept)]
+    earlier = earlier_run(recipe, target, beside, resume=resume, overwrite=overwrite)
     if earlier is not None and earlier.training is None:
         return earlier
     run = _start(recipe, data_root, usable(device))
@@ -101,18 +102,6 @@ def train(
             state = {"optimizer": run.optimizer.state_dict()} if unfinished else None
             _write(run, target, epoch, metrics, state)
     return read_checkpoint(target)
-
-
-def snapshot_path(out: str | os.PathLike[str], epoch: int) -> Path:
-    """Where the weights after ``epoch`` epochs are kept: ``runs/sam.pt`` gives ``runs/sam-epoch3.pt``."""
-    path = Path(out)
-    return path.with_name(f"{path.stem}-epoch{epoch}{path.suffix}")
-
-
-def monitor_path(out: str | os.PathLike[str]) -> Path:
-    """Where the sharpness along the run is kept: ``runs/sam.pt`` gives ``runs/sam.pt.monitor.json``."""
-    path = Path(out)
-    return path.with_name(f"{path.name}.monitor.json")
 
 
 @torch.no_grad()
@@ -275,38 +264,6 @@ def _write(
         metrics=_metrics(run, epoch) if metrics is None else metrics,
         training=state,
     )
-
-
-def _earlier_run(
-    recipe: Recipe, target: Path, records: list[Path], kept: set[int], resume: bool, overwrite: bool
-) -> Checkpoint | None:
-    """The run to go on with, or None to start one, when nothing that must stay would be overwritten."""
-    if resume and overwrite:
-        raise ArgumentError("A run is either resumed or overwritten. Pass one of --resume and --overwrite.")
-    files = (target, *records, *(snapshot_path(target, epoch) for epoch in sorted(kept)))
-    present = [path for path in files if path.exists()]
-    if present and not resume and not overwrite:
-        raise OutputError(f"{present[0]} exists already. Pass --resume to go on with it, or --overwrite.")
-    if overwrite or not target.exists():
-        return None
-    earlier = read_checkpoint(target)
-    ours = dataclasses.asdict(recipe)
-    # What an older version did not know it did as by default.
-    theirs = {**dataclasses.asdict(Recipe()), **earlier.recipe}
-    for key, value in ours.items():
-        # By way of JSON, in which a tuple and a list of the same sizes are the same recipe.
-        if _as_json(theirs[key]) != _as_json(value):
-            raise ArgumentError(
-                f"A run is resumed by its own recipe, but {key} is {value!r} and in {target} "
-                f"{earlier.recipe.get(key, 'missing')!r}. Change it back, or pass --overwrite to start anew."
-            )
-    if earlier.training is None and earlier.epoch != recipe.epochs:
-        raise CheckpointError(f"{target} keeps one epoch's weights and cannot be resumed. Name the run's own file.")
-    return earlier
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value))
 
 
 def _reseed(device: torch.device, seed: int) -> None:

@@ -14,26 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from command import Call, Mean, each_class, eigenvalues, reference, saved
+from sequences import CLASSES, COUNT, drawn, labels, tokens
 from sharpscope import Problem
-
-COUNT, LENGTH, WIDTH, CLASSES = 12, 5, 3, 3
-
-
-def drawn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def labels(seed: int, *shape: int, classes: int = CLASSES) -> Tensor:
-    return torch.randint(0, classes, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def lengths(seed: int) -> Tensor:
-    return torch.randint(1, LENGTH + 1, (COUNT,), generator=torch.Generator().manual_seed(seed))
-
-
-def tokens() -> tuple[Tensor, Tensor]:
-    found = labels(10, COUNT, LENGTH, classes=6) + 1
-    return found.masked_fill(torch.arange(LENGTH) >= lengths(11)[:, None], 0), labels(12, COUNT)
 
 
 def norms() -> Problem:

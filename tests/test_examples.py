@@ -20,6 +20,7 @@ FORMS: dict[str, Any] = {
     "dicts": [{"x": x, "labels": y} for x, y in zip(INPUTS.split(4), LABELS.split(4), strict=True)],
     "dataset": TensorDataset(INPUTS, LABELS),
     "loader": DataLoader(TensorDataset(INPUTS, LABELS), batch_size=4),
+    "loader of a list": DataLoader(list(zip(INPUTS, LABELS, strict=True)), batch_size=4),  # type: ignore[arg-type]
 }
 
 
@@ -72,6 +73,16 @@ def test_too_many_are_refused() -> None:
     for examples in (0, 16):
         with pytest.raises(ArgumentError, match="from 1 to the 15"):
             some_examples(FORMS["batches"], examples, seed=0)
+
+
+def test_a_list_in_a_loader_is_of_examples() -> None:
+    """Sequences that a loader puts into batches are drawn whole: their tokens are no examples."""
+    texts = [{"input_ids": 10 * i + torch.arange(5), "labels": torch.arange(5)} for i in range(8)]
+    data: Any = DataLoader(texts, batch_size=2)  # type: ignore[arg-type]
+    assert count_examples(data) == 8
+    drawn = torch.cat([batch["input_ids"] for batch in some_examples(data, 3, seed=0)])
+    assert drawn.shape == (3, 5)
+    assert torch.equal(drawn % 10, torch.arange(5).expand(3, 5))
 
 
 def test_ragged_batches_keep_their_lengths() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dense import dense_hessian, top
 from sharpscope import Problem, ProblemError, top_eigenvalues
+from sharpscope.objective.lifted import grouped_mm
 
 COUNT = 15
 
@@ -91,3 +92,13 @@ def test_float32_stays_where_it_is_asked_for() -> None:
     top_eigenvalues(Problem(model=Watched(), loss=nn.CrossEntropyLoss(), data=data()), k=1, dtype=torch.float32)
     assert {torch.float32, torch.float64} == set(seen)  # float64 is the audit's copy
     assert torch.zeros(1).dtype == torch.float32
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="torch 2.8 and later")
+def test_groups_are_products_with_their_experts() -> None:
+    """Rows by the matrix of their group, an empty one among them, and rows of no group at the end."""
+    rows, experts = torch.randn(8, 4), torch.randn(3, 4, 4)
+    found = grouped_mm(rows, experts, torch.tensor([3, 3, 7], dtype=torch.int32))
+    assert torch.allclose(found[:3], rows[:3] @ experts[0])
+    assert torch.allclose(found[3:7], rows[3:7] @ experts[2])
+    assert found.shape == (8, 4)

@@ -21,14 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-import sharpscope
 from dense import dense_hessian, top
 from sharpscope import MonitorRecord, MonitorResult, Problem, SharpnessMonitor
 from sharpscope.edges import descent_edge, sam_edge
 from sharpscope.errors import ArgumentError, DataError, ProblemError
 from sharpscope.linalg.tracking import HANDED_ON, tracked
 from sharpscope.monitor import monitor as module
-from sharpscope.monitor.rates import edges_of
+from sharpscope.monitor.optimizer import edges_of
 from sharpscope.monitor.sample import drawn
 from sharpscope.optim import ASAM, GSAM, SAM, FriendlySAM, LookSAM
 from sharpscope.plot import sharpness_over_steps
@@ -870,6 +869,8 @@ def test_a_run_goes_on_where_it_was() -> None:
     monitor.resume(result, 4)
     assert [monitor.step() is not None for _ in range(4)] == [False, True, False, True]
     assert monitor.result().steps.tolist() == [0, 2, 4, 6, 8]
+    with pytest.raises(ArgumentError, match="num_examples is 16 and was"):
+        SharpnessMonitor(problem(net()), examples=16).resume(result, 4)
 
 
 # Trainers.
@@ -981,8 +982,3 @@ def test_missing_trainers_are_named() -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
     assert "lightning.pytorch or pytorch_lightning must be installed" in shown
     assert "pip install transformers" in shown
-
-
-def test_the_name_is_public() -> None:
-    """``sharpscope.SharpnessMonitor`` is the class, imported when first used."""
-    assert "SharpnessMonitor" in sharpscope.__all__

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from sharpscope import Problem, top_eigenvalues
-from sharpscope.objective.plain import embedding_bag, grouped_mm, weight_norm
+from sharpscope.objective.plain import embedding_bag, weight_norm
 
 IDS = torch.tensor([1, 0, 4, 2, 2, 0, 3, 5])
 FORMS: list[dict[str, Any]] = [
@@ -79,13 +79,3 @@ def test_the_old_form_of_weight_norm_is_measured() -> None:
         for layer in (old, new)
     )
     assert one.eigenvalues == pytest.approx(two.eigenvalues, rel=1e-8)
-
-
-@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="torch 2.8 and later")
-def test_groups_are_products_with_their_experts() -> None:
-    """Rows by the matrix of their group, an empty one among them, and rows of no group at the end."""
-    rows, experts = torch.randn(8, 4), torch.randn(3, 4, 4)
-    found = grouped_mm(rows, experts, torch.tensor([3, 3, 7], dtype=torch.int32))
-    assert torch.allclose(found[:3], rows[:3] @ experts[0])
-    assert torch.allclose(found[3:7], rows[3:7] @ experts[2])
-    assert found.shape == (8, 4)

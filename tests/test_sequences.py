@@ -12,26 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from command import Call, Mean, cross_entropy, each_class, eigenvalues, reference, saved
+from sequences import CLASSES, COUNT, LENGTH, WIDTH, drawn, labels, lengths, tokens
 from sharpscope import Problem, TokenCrossEntropy
-
-COUNT, LENGTH, WIDTH, CLASSES = 12, 5, 3, 3
-
-
-def drawn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def labels(seed: int, *shape: int, classes: int = CLASSES) -> Tensor:
-    return torch.randint(0, classes, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def lengths(seed: int) -> Tensor:
-    return torch.randint(1, LENGTH + 1, (COUNT,), generator=torch.Generator().manual_seed(seed))
-
-
-def tokens() -> tuple[Tensor, Tensor]:
-    found = labels(10, COUNT, LENGTH, classes=6) + 1
-    return found.masked_fill(torch.arange(LENGTH) >= lengths(11)[:, None], 0), labels(12, COUNT)
 
 
 def each_token(call: Call, data: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Self-describing checkpoint files, and plain state dicts of other people's making.
+"""Self-describing checkpoint files, as ``sharpscope train`` writes them.
 
 A sharpscope file is what ``torch.save`` makes of ``{"sharpscope": 1, "state_dict": ..., "model": {"name", "args"},
 "data": {...}, "loss": ..., "recipe": {...}, "epoch": ..., "metrics": {...}}``, and ``"training"`` (the optimizer's

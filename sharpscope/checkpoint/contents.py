@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-SHOWN = 3
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Checkpoint:
@@ -20,6 +18,7 @@ class Checkpoint:
     of an unfinished run, None for a finished one. ``sha256`` is the digest of the very bytes that were read.
     ``weights`` is the key that the state dict was under, ``others`` are those of further ones in the file. ``foreign``
     names the classes of pickled objects that were not run; ``module`` is the pickled model of a file that is trusted.
+    ``hyper_parameters`` are those of a file that Lightning wrote, None for another file.
     """
 
     path: Path
@@ -29,6 +28,7 @@ class Checkpoint:
     others: Sequence[str] = ()
     foreign: Sequence[str] = ()
     module: nn.Module | None = None
+    hyper_parameters: Mapping[str, Any] | None = None
     model: str | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -37,8 +37,3 @@ class Checkpoint:
     epoch: int | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] | None = None
-
-
-def first_few(items: list[str], separator: str = ", ") -> str:
-    """The first few of a list, for a message."""
-    return separator.join(items[:SHOWN]) + (f"{separator}..." if len(items) > SHOWN else "")

@@ -17,7 +17,7 @@ from sharpscope.checkpoint.contents import Checkpoint
 from sharpscope.checkpoint.distributed import INDEX, Pieces
 from sharpscope.checkpoint.folders import require_all, shards_of
 from sharpscope.checkpoint.foreign import inert
-from sharpscope.checkpoint.layouts import HOW_TO_SAVE, chosen_weights, module_at
+from sharpscope.checkpoint.layouts import HOW_TO_SAVE, chosen_weights, hyper_parameters, module_at
 from sharpscope.errors import CheckpointError, first_line
 
 
@@ -50,6 +50,7 @@ def read_checkpoint(
         others=others,
         foreign=foreign,
         module=module_at(contents, key),
+        hyper_parameters=hyper_parameters(contents),
     )
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sharpscope.checkpoint.contents import first_few
-from sharpscope.errors import CheckpointError
+from sharpscope.errors import CheckpointError, first_few
 
 # The likeliest first: where there are both, safetensors are the newer.
 WHOLE = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "diffusion_pytorch_model.safetensors")

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sharpscope.checkpoint.contents import first_few
 from sharpscope.checkpoint.foreign import module_weights
-from sharpscope.errors import CheckpointError
+from sharpscope.errors import CheckpointError, first_few
 
 # Where training scripts put the weights, the likeliest first. Averages come last: they are other weights.
 NESTS = ("state_dict", "model_state_dict", "model", "net", "params", "state_dict_ema", "model_ema", "ema")
@@ -32,7 +31,7 @@ def chosen_weights(
     found = state_dicts(contents)
     if not found:
         keys = f"a dict with the keys {first_few([repr(k) for k in contents])}" if isinstance(contents, dict) else ""
-        objects = f", and objects of {first_few(list(foreign))}, which were not run (--trust-pickle)" if foreign else ""
+        objects = f", and objects of {first_few(foreign)}, which were not run (--trust-pickle)" if foreign else ""
         raise CheckpointError(
             f"The checkpoint {place} must hold a dict of tensors, alone or under {', '.join(NESTS[:3])}, ..., "
             f"got {keys or type(contents).__name__}{objects}. {HOW_TO_SAVE}"
@@ -81,6 +80,14 @@ def module_at(contents: Any, key: str) -> nn.Module | None:
             if found is not None:
                 return found
     return None
+
+
+def hyper_parameters(contents: Any) -> dict[str, Any] | None:
+    """What ``save_hyperparameters()`` put into a file that Lightning wrote, None for another file."""
+    if not isinstance(contents, Mapping) or "pytorch-lightning_version" not in contents:
+        return None
+    shown = contents.get("hyper_parameters")
+    return {key: value for key, value in shown.items() if isinstance(key, str)} if isinstance(shown, Mapping) else {}
 
 
 def is_state_dict(value: Any) -> bool:

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from sharpscope.checkpoint.contents import first_few
 from sharpscope.checkpoint.transformers_names import renamed
-from sharpscope.errors import CheckpointError
+from sharpscope.errors import CheckpointError, first_few
 
 
 def load_weights(
@@ -19,8 +18,8 @@ def load_weights(
     Tied parameters stay tied. A bfloat16 checkpoint makes a bfloat16 model. Wrappers put a prefix before every name
     ("module." of data parallelism, "_orig_mod." of a compiled model, "model." of Lightning): the entries under
     ``prefix`` are taken, without it, and others left out. By default it is found; returns it. A model of transformers
-    takes the names that its files have. With ``partial`` what
-    the file does not hold stays as the model has it, as the frozen weights that adapters stand on.
+    takes the names that its files have. With ``partial`` what the file does not hold stays as the model has it, as the
+    frozen weights that adapters stand on.
 
     Raises: CheckpointError listing the first missing keys, unexpected keys and differing entries, and their numbers;
     where several prefixes fit.
@@ -30,7 +29,17 @@ def load_weights(
         state_dict = renamed(model, state_dict) or state_dict
     taken = _prefix(state_dict, own) if prefix is None else prefix
     chosen = {key.removeprefix(taken): value for key, value in state_dict.items() if key.startswith(taken)}
-    # Of tied weights a file may hold one name only, and of adapters it leaves their own name out.
+    _name_all(chosen, own)
+    _require_fit(chosen, own, taken, partial)
+    for key, tensor in own.items():
+        if key in chosen and tensor.is_floating_point() and tensor.dtype != chosen[key].dtype:
+            tensor.data = tensor.data.to(chosen[key].dtype)
+    model.load_state_dict(chosen, strict=not partial)
+    return taken
+
+
+def _name_all(chosen: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Give ``chosen`` every name of the model for its weights: of tied ones a file may hold one, of adapters peft's."""
     for names in _tied(own):
         kept = next((name for name in (*names, *map(_without_adapter, names)) if name in chosen), None)
         if kept is not None:
@@ -38,11 +47,12 @@ def load_weights(
             if kept not in own:
                 del chosen[kept]
             chosen |= {name: value for name in names if name not in chosen}
+
+
+def _require_fit(chosen: Mapping[str, Tensor], own: Mapping[str, Tensor], prefix: str, partial: bool) -> None:
+    """Raise CheckpointError where names, shapes or kinds differ; with ``partial`` some names may be missing."""
     unexpected = [key for key in chosen if key not in own]
-    missing = [key for key in own if key not in chosen]
-    if partial and chosen:
-        own = {key: tensor for key, tensor in own.items() if key in chosen}
-        missing = []
+    missing = [key for key in own if key not in chosen] if not partial or not chosen else []
     differing = [
         f"{key}: {_kind(chosen[key])} in the file, {_kind(own[key])} in the model"
         for key in own
@@ -56,17 +66,12 @@ def load_weights(
     if differing:
         faults.append(f"has {len(differing)} of another shape or kind ({first_few(differing, '; ')})")
     if faults:
-        under = f" under {taken!r}" if taken else ""
+        under = f" under {prefix!r}" if prefix else ""
         only = missing and not unexpected and not differing
         hint = " If the model as it is built has the others already, pass --partial." if only else ""
         raise CheckpointError(
             f"The checkpoint{under} {', '.join(faults)}. Check --model and --model-args, or --problem.{hint}"
         )
-    for key, tensor in own.items():
-        if tensor.is_floating_point() and tensor.dtype != chosen[key].dtype:
-            tensor.data = tensor.data.to(chosen[key].dtype)
-    model.load_state_dict(chosen, strict=not partial)
-    return taken
 
 
 def _prefix(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:

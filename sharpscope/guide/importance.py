@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.objective.batches import MicroBatch
-from sharpscope.objective.losses import output_tensor
+from sharpscope.objective.outputs import output_tensor
 from sharpscope.objective.terms import LossTerms
 
 

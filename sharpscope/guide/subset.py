@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sharpscope.guide.importance import Look, look
 from sharpscope.objective import Objective, Progress
-from sharpscope.objective.batches import MicroBatch, map_tensors, micro_batches
-from sharpscope.objective.kept import KeptGraphs
+from sharpscope.objective.batches import MicroBatch, micro_batches, rows
+from sharpscope.objective.kept import KEPT, KeptGraphs
 from sharpscope.objective.memory import Room
 
 # A forward pass with the loss's slope and curvature, in gradients: 0.43 to 0.46 as measured on a small CNN, whose first
@@ -31,9 +31,6 @@ SHARE, FEWEST, MOST, COARSE = 0.055, 512, 8192, 1 / 6
 # Below this many examples a sample that says enough is no longer cheap.
 WORTHWHILE = 4096
 
-# Bytes of graphs that are kept; those beyond are built again for every block, at 1 gradient of theirs.
-KEPT = 1 << 30
-
 
 class Subset:
     """``G = sum_i c_i a_i H_i / sum_i a_i`` over a weighted sample, an estimate of H, by its products.
@@ -45,14 +42,14 @@ class Subset:
         objective: whose curvature it is.
         parts: micro-batches whose ``scale`` is c.
         weight: ``sum_i a_i`` over all the data.
-        room: examples whose graphs may be kept.
+        most: examples whose graphs may be kept.
     """
 
-    def __init__(self, objective: Objective, parts: Sequence[MicroBatch], weight: float, room: int) -> None:
+    def __init__(self, objective: Objective, parts: Sequence[MicroBatch], weight: float, most: int) -> None:
         self.num_examples = sum(part.size for part in parts)
         self._objective = objective
         self._weight = weight
-        self._graphs = KeptGraphs(objective.graph, parts, objective.no_vectors(), Room(device=objective.device), room)
+        self._graphs = KeptGraphs(objective.graph, parts, objective.no_vectors(), Room(device=objective.device), most)
 
     def __call__(self, block: Tensor) -> Tensor:
         """``G V`` (n, K) for ``V`` (n, K), within ``measuring()``.
@@ -189,4 +186,4 @@ class _Reservoir:
 
 
 def _rows(part: MicroBatch, places: Tensor) -> MicroBatch:
-    return MicroBatch(map_tensors(part.batch, lambda t: t[places.to(t.device)]), len(places), ())
+    return MicroBatch(rows(part.batch, places), len(places), ())

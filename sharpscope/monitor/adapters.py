@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sharpscope.errors import ArgumentError
+from sharpscope.importing import is_of
 
 LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
 
@@ -55,6 +56,6 @@ def _imported(names: Sequence[str], package: str) -> Any:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            if not is_of(error, name):
                 raise
     raise ArgumentError(f"{' or '.join(names)} must be installed for this callback. Install it: pip install {package}.")

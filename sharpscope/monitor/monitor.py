@@ -13,21 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpscope.errors import ArgumentError, DataError, ProblemError, first_line
-from sharpscope.guide.subset import KEPT
+from sharpscope.errors import ArgumentError, DataError, first_line, require_count
 from sharpscope.linalg.tracking import Tracked, tracked
 from sharpscope.monitor.adapters import huggingface_callback, lightning_callback
 from sharpscope.monitor.model import bare, eagerly
-from sharpscope.monitor.rates import edges_of, unwrapped
+from sharpscope.monitor.optimizer import edges_of, unwrapped
 from sharpscope.monitor.sample import SIZE, Sample, drawn
 from sharpscope.monitor.sink import sink_of
 from sharpscope.objective import Objective
 from sharpscope.objective.batches import MicroBatch, micro_batches
-from sharpscope.objective.kept import KeptGraphs
+from sharpscope.objective.kept import KEPT, KeptGraphs
 from sharpscope.objective.memory import Room
 from sharpscope.objective.point import Point, point_of
 from sharpscope.preserve import preserved
-from sharpscope.problem import Problem
+from sharpscope.problem import Problem, require_problem
 from sharpscope.provenance import provenance, seeded
 from sharpscope.results import MonitorRecord, MonitorResult
 
@@ -42,6 +41,9 @@ LOGGED = (
     *("lambda_max", "lower", "upper", "two_over_eta", "momentum_edge", "sam_edge"),
     *("loss", "gradient_norm", "learning_rate"),
 )
+
+# What decides the sample and the function that is measured on it.
+SAMPLED = ("num_examples", "split_examples", "seed", "dtype", "mode", "params", "weight_decay")
 
 
 class SharpnessMonitor:
@@ -99,15 +101,14 @@ class SharpnessMonitor:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if not isinstance(problem, Problem):
-            raise ProblemError(f"A Problem(model=, loss=, data=) is needed, got {type(problem).__name__}.")
+        require_problem(problem)
         for name, count in (("every", every), ("examples", 1 if examples is None else examples)):
-            _require_count(name, count, 1)
-        _require_count("max_products", max_products, 2)  # a step and its check
+            require_count(name, count)
+        require_count("max_products", max_products, 2)  # a step and its check
         if isinstance(tol, bool) or not isinstance(tol, float | int) or not 0 < tol < 1:
             raise ArgumentError(f"tol must be a number between 0 and 1, got {tol!r}.")
         if not isinstance(seed, torch.Generator):
-            _require_count("seed", seed, 0)
+            require_count("seed", seed, 0)
             seed = torch.Generator().manual_seed(seed)
         self.optimizer, self.every, self._tol, self._max_products = unwrapped(optimizer), every, tol, max_products
         self._sink = sink_of(log)
@@ -161,7 +162,17 @@ class SharpnessMonitor:
         return MonitorResult(tuple(self._records), self._provenance)
 
     def resume(self, result: MonitorResult, step: int) -> None:
-        """Go on after ``step`` steps with the records of an earlier run up to there; the next starts from noise."""
+        """Go on after ``step`` steps with the records of an earlier run up to there; the next starts from noise.
+
+        Raises: ArgumentError where those are of another sample, whose lambda_max is another number.
+        """
+        for key in SAMPLED if result.records else ():
+            ours, theirs = self._provenance.get(key), result.provenance.get(key)
+            if ours != theirs:
+                raise ArgumentError(
+                    f"Records go on with the sample that they began with, but {key} is {ours!r} and was {theirs!r}. "
+                    "Pass what it was, or start anew."
+                )
         self._records = [record for record in result.records if record.step <= step]
         self._steps, self._known = step, None
 
@@ -281,8 +292,3 @@ class SharpnessMonitor:
 def _logged(record: MonitorRecord) -> dict[str, float]:
     values = {f"sharpness/{name}": float(getattr(record, name)) for name in LOGGED}
     return {tag: value for tag, value in values.items() if math.isfinite(value)}
-
-
-def _require_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name} must be an integer of at least {least}, got {value!r}.")

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-)
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
 from sharpscope.errors import DataError
-from sharpscope.objective.batches import MicroBatch, map_tensors, micro_batches, walkable
+from sharpscope.examples import dataset_of
+from sharpscope.objective.batches import MicroBatch, map_tensors, micro_batches, rows, walkable
 from sharpscope.preserve import preserved
 
 # Examples a graph.
@@ -50,11 +43,11 @@ def drawn(data: Any, examples: int | None, generator: torch.Generator) -> Sample
     Raises: DataError for data that cannot be walked, or hold no example.
     """
     with preserved(data=data):
-        indexed = _indexed(data)
-        if indexed is None:
+        dataset = dataset_of(data, SequentialSampler, RandomSampler, DistributedSampler)
+        if dataset is None:
             found, total = _walked(micro_batches(walkable(data), None), examples, generator)
         else:
-            dataset, total, collate = indexed
+            total, collate = len(dataset), data.collate_fn if isinstance(data, DataLoader) else None
             chosen = torch.arange(total) if examples is None else torch.randperm(total, generator=generator)[:examples]
             own = Subset(dataset, chosen.sort().values.tolist())
             found = list(micro_batches(DataLoader(own, SIZE, collate_fn=collate), None))
@@ -62,18 +55,6 @@ def drawn(data: Any, examples: int | None, generator: torch.Generator) -> Sample
         raise DataError("The data must hold at least one example, got none. Check the data set and its filters.")
     parts = list(micro_batches([part.batch for part in found], SIZE))
     return Sample([part.batch for part in parts], sum(part.size for part in parts), total)
-
-
-def _indexed(data: Any) -> tuple[Dataset[Any], int, Any] | None:
-    """The dataset, the number of its examples and how to join them, where each can be read by itself."""
-    dataset = data.dataset if isinstance(data, DataLoader) else data
-    if not isinstance(dataset, Dataset) or isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
-        return None
-    if not isinstance(data, DataLoader):
-        return dataset, len(dataset), None
-    # Another sampler says which examples count, and batches of the user's own making are his.
-    every = isinstance(data.sampler, SequentialSampler | RandomSampler | DistributedSampler)
-    return (dataset, len(dataset), data.collate_fn) if every and data.batch_size is not None else None
 
 
 def _walked(
@@ -101,12 +82,12 @@ def _smallest(held: Sequence[tuple[Tensor, MicroBatch]], examples: int) -> list[
     for own, part in held:
         places = (own <= last).nonzero()[:, 0]
         if len(places):
-            found.append((own[places], _copied(part, places if len(own) == part.size else None)))
+            found.append((own[places], _copied(part, places, whole=len(own) != part.size)))
     return found
 
 
-def _copied(part: MicroBatch, places: Tensor | None) -> MicroBatch:
+def _copied(part: MicroBatch, places: Tensor, whole: bool) -> MicroBatch:
     """The examples at ``places``, or the whole batch, as copies."""
-    if places is None:
+    if whole:
         return MicroBatch(map_tensors(part.batch, lambda t: t.detach().clone()), part.size, ())
-    return MicroBatch(map_tensors(part.batch, lambda t: t.detach()[places.to(t.device)]), len(places), ())
+    return MicroBatch(rows(part.batch, places), len(places), ())

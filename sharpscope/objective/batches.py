@@ -166,6 +166,11 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
     return batch
 
 
+def rows(batch: Any, places: Tensor) -> Any:
+    """The examples of ``batch`` at ``places`` (int64), as copies without autograd's graph."""
+    return map_tensors(batch, lambda t: t.detach()[places.to(t.device)])
+
+
 def leaves(batch: Any) -> list[Any]:
     """The leaves of ``batch`` in order."""
     if isinstance(batch, Mapping | tuple | list):

@@ -12,6 +12,9 @@ from sharpscope.objective.derivatives import Graph
 from sharpscope.objective.memory import Room
 from sharpscope.objective.sums import PointSum, Sums
 
+# Bytes of graphs that are kept; those beyond are built again for every block, at 1 gradient of theirs.
+KEPT = 1 << 30
+
 
 class KeptGraphs:
     """``rows -> sum_b (sum_i a_i H_i) rows`` (K, n) over ``parts``, and their loss and gradient on the way.

@@ -10,7 +10,23 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sharpscope.objective.plain import grouped_mm
+
+def grouped_mm(
+    mat_a: Tensor,
+    mat_b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``torch._grouped_mm`` of each group of rows with its expert's matrix; torch's own has no kernel in float64."""
+    if offs is None or bias is not None or mat_a.dim() != 2 or mat_b.dim() != 3:
+        other: Tensor = torch._grouped_mm(mat_a, mat_b, offs, bias, out_dtype)
+        return other
+    stops = [int(stop) for stop in offs]
+    rows = [mat_a[start:stop] @ b for start, stop, b in zip([0, *stops[:-1]], stops, mat_b, strict=True)]
+    # Rows in no group are not defined, but must be there.
+    return torch.cat([*rows, mat_a.new_zeros(len(mat_a) - stops[-1], mat_b.shape[2])])
+
 
 SINGLE = (torch.float32, torch.complex64)
 LIFTED: dict[Any, Any] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sharpscope.errors import DataError, ProblemError
 from sharpscope.objective.likelihoods import Likelihood, bernoulli, categorical, gaussian
+from sharpscope.objective.outputs import output_tensor
 from sharpscope.objective.tokens import TokenCrossEntropy
 
 Where = Callable[[int], str]
@@ -30,7 +31,7 @@ class TermLoss:
         stated: whether the author states their number, so that they need not be the examples.
         likelihood: the distribution whose negative log-likelihood it is, None where that is not known.
         ignored: of a loss of labels, the label that is no loss term; None for other losses.
-        classes: of a loss of labels, the output's dimension of classes.
+        class_dim: of a loss of labels, the output's dimension of classes.
         aligned: the target in the place of the output that it belongs to.
     """
 
@@ -41,7 +42,7 @@ class TermLoss:
     stated: bool = False
     likelihood: Likelihood | None = None
     ignored: int | None = None
-    classes: int = 1
+    class_dim: int = 1
     aligned: Callable[[Any], Any] = lambda target: target
 
 
@@ -127,7 +128,7 @@ def _token_cross_entropy(loss: TokenCrossEntropy) -> TermLoss:
             mass=lambda output, target: of_tokens.mass(output, loss.aligned(target)),
         ),
         ignored=loss.ignore_index,
-        classes=-1,
+        class_dim=-1,
         aligned=loss.aligned,
     )
 
@@ -224,26 +225,6 @@ def _scalar(loss: Any, output: Any, target: Any) -> Tensor:
             f"loss(output, target) must return one number, the mean over the batch; got {_shape(value)}."
         )
     return value.reshape(())
-
-
-def output_tensor(output: Any) -> Tensor:
-    """The tensor of ``output`` that a known loss takes.
-
-    Raises: ProblemError.
-    """
-    found = output if isinstance(output, Tensor) else find_logits(output)
-    if found is not None:
-        return found
-    raise ProblemError(
-        f"The model must return a tensor, or an object with .logits, for this loss; got {type(output).__name__}. "
-        "Pass a loss(output, target) that picks what it needs."
-    )
-
-
-def find_logits(output: Any) -> Tensor | None:
-    """The tensor called "logits" in an output that is an object or a mapping, if there is one."""
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    return found if isinstance(found, Tensor) else None
 
 
 def _class_weight(target: Tensor, weight: Tensor | None, ignore_index: int, like: Tensor) -> Tensor:

@@ -14,10 +14,11 @@ from sharpscope import params
 from sharpscope.errors import ProblemError, first_line
 from sharpscope.objective.batches import MicroBatch, arguments, leaves, map_tensors
 from sharpscope.objective.lifted import lifted
-from sharpscope.objective.losses import output_tensor, term_loss
+from sharpscope.objective.losses import term_loss
 from sharpscope.objective.memory import out_of_memory
+from sharpscope.objective.outputs import output_tensor
 from sharpscope.precision import compute_dtype, converted, placed, usable, wide
-from sharpscope.problem import Problem
+from sharpscope.problem import Problem, require_problem
 
 T = TypeVar("T")
 
@@ -44,8 +45,7 @@ class LossTerms:
         device: torch.device | str | None = None,
         preferred: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(problem, Problem):
-            raise ProblemError(f"A Problem(model=, loss=, data=) is needed, got {type(problem).__name__}.")
+        require_problem(problem)
         chosen = params.select(problem.model, problem.params)
         self.problem = problem
         self.device = usable(device) if device is not None else next(iter(chosen.values())).device
@@ -134,7 +134,7 @@ class LossTerms:
         if ignored is None or not isinstance(target, Tensor) or target.is_floating_point():
             return (none := torch.zeros((), dtype=torch.long, device=self.device)), none
         target = self.loss.aligned(target)
-        right = output_tensor(output).argmax(self.loss.classes) == target
+        right = output_tensor(output).argmax(self.loss.class_dim) == target
         # A place of an output is never negative, so that a negative label that is ignored is never right.
         known = (target != ignored).sum()
         return (right if ignored < 0 else right & (target != ignored)).sum(), known

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sharpscope.errors import ArgumentError
+from sharpscope.objective.outputs import output_tensor
 
 
 class TokenCrossEntropy(nn.Module):
@@ -29,10 +32,9 @@ class TokenCrossEntropy(nn.Module):
             raise ArgumentError(f"label_smoothing must be from 0 to 1, got {label_smoothing}.")
         self.shift, self.ignore_index, self.label_smoothing = shift, ignore_index, label_smoothing
 
-    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+    def forward(self, output: Any, target: Tensor) -> Tensor:
         """The mean over the tokens of one batch."""
-        logits = output if isinstance(output, Tensor) else output.logits
-        flat, labels = logits.flatten(0, -2), self.aligned(target).flatten()
+        flat, labels = output_tensor(output).flatten(0, -2), self.aligned(target).flatten()
         return F.cross_entropy(flat, labels, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing)
 
     def aligned(self, target: Tensor) -> Tensor:

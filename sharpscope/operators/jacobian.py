@@ -13,7 +13,7 @@ from torch import Tensor
 from sharpscope.errors import ProblemError
 from sharpscope.objective.batches import MicroBatch
 from sharpscope.objective.derivatives import Graph, derivative_errors, nothing
-from sharpscope.objective.losses import find_logits, output_tensor
+from sharpscope.objective.outputs import find_logits, output_tensor
 from sharpscope.objective.terms import LossTerms
 from sharpscope.params import views
 

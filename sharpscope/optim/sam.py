@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from sharpscope.ball import Ball, norm_on_device, settled_norm
-from sharpscope.errors import ArgumentError
+from sharpscope.errors import ArgumentError, require_count
 from sharpscope.optim.arguments import check_base, check_rho, dense_gradients
 from sharpscope.optim.climb import Climb
 from sharpscope.optim.passes import Pass
@@ -116,8 +116,7 @@ class SAM(Optimizer):
         check_base(base_optimizer)
         check_rho(rho)
         for name, count in (("ascent_steps", ascent_steps), ("m", 1 if m is None else m)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ArgumentError(f"{name} must be an integer of at least 1, got {count!r}.")
+            require_count(name, count)
         ball = Ball(p, adaptive, eta)  # type: ignore[arg-type]
         if not normalize and ball.p != 2:
             raise ArgumentError("normalize=False is for p=2, got p=inf, whose step is rho sign(g) either way.")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from sharpscope.ball import inner_of, norm_of, widened
-from sharpscope.errors import ArgumentError
+from sharpscope.errors import ArgumentError, require_count
 from sharpscope.optim.pieces import GradientSum
 from sharpscope.optim.sam import SAM
 
@@ -93,8 +93,7 @@ class LookSAM(SAM):
         alpha: float = 0.7,
         **options: Any,
     ) -> None:
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ArgumentError(f"k must be an integer of at least 1, got {k!r}.")
+        require_count("k", k)
         self.k, self.alpha = k, _number("alpha", alpha)
         super().__init__(params, base_optimizer, rho, **options)
 

@@ -88,7 +88,8 @@ def _placeholder(name: str, what: str) -> str:
 
 
 def _lightning(seen: Seen) -> Form:
-    plain = {key: value for key, value in seen.hyper_parameters.items() if key.isidentifier() and _literal(value)}
+    shown = seen.checkpoint.hyper_parameters or {}
+    plain = {key: value for key, value in shown.items() if key.isidentifier() and _literal(value)}
     return Form(
         own=_placeholder("MyModule", "your LightningModule, or the network in it"),
         constants=_assigned("HYPER_PARAMETERS", plain) if plain else (),

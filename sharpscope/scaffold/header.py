@@ -64,7 +64,8 @@ def _hints(seen: Seen) -> list[str]:
     if foreign:
         facts.append(f"Classes of the objects beside or around the weights, which were not run: {', '.join(foreign)}.")
     if seen.layout == "Lightning":
-        facts.append(f"Hyper parameters in the file: {', '.join(seen.hyper_parameters) or 'none that can be read'}.")
+        shown = ", ".join(seen.checkpoint.hyper_parameters or ())
+        facts.append(f"Hyper parameters in the file: {shown or 'none that can be read'}.")
     if seen.layout == "PEFT":
         facts.append("Only the adapter's weights are measured: the base model's are frozen, and so constants.")
     if seen.zoo_model is not None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sharpscope.checkpoint import Checkpoint, read_checkpoint
-from sharpscope.checkpoint.foreign import inert
+from sharpscope.checkpoint.distributed import INDEX
 from sharpscope.errors import CheckpointError
 from sharpscope.scaffold.zoo_model import ZooModel, recognised
 
@@ -30,7 +27,6 @@ class Seen:
         layout: "state dict", "Lightning", "Hugging Face", "PEFT" or "distributed".
         prefix: what a wrapper seems to have put before every name.
         folder: where Hugging Face's configuration is, with its contents in ``config``.
-        hyper_parameters: of Lightning's ``save_hyperparameters()``.
         zoo_model: the bundled model that it is of.
     """
 
@@ -39,7 +35,6 @@ class Seen:
     prefix: str = ""
     folder: Path | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
-    hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
     zoo_model: ZooModel | None = None
 
 
@@ -64,16 +59,15 @@ def look(path: str | os.PathLike[str], weights: str | None = None) -> Seen:
         config = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
         if {"architectures", "model_type"} & set(config):  # a config.json may be of anybody's training script
             return Seen(checkpoint=checkpoint, layout="Hugging Face", folder=folder, config=config)
-    lightning = _lightning(place) if place.is_file() else None
-    if lightning is not None:
+    if checkpoint.hyper_parameters is not None:
         first = {name.partition(".")[0] for name in names}
         prefix = f"{first.pop()}." if len(first) == 1 and all("." in name for name in names) else ""
-        return Seen(checkpoint=checkpoint, layout="Lightning", prefix=prefix, hyper_parameters=lightning)
+        return Seen(checkpoint=checkpoint, layout="Lightning", prefix=prefix)
     prefix = _wrapping(names)
     shapes = {name.removeprefix(prefix): tuple(value.shape) for name, value in checkpoint.state_dict.items()}
     return Seen(
         checkpoint=checkpoint,
-        layout="distributed" if (place / ".metadata").is_file() else "state dict",
+        layout="distributed" if (place / INDEX).is_file() else "state dict",
         prefix=prefix,
         zoo_model=recognised(shapes),
     )
@@ -104,21 +98,3 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(found).__name__}. Copy it again.")
     return found
-
-
-def _lightning(place: Path) -> dict[str, Any] | None:
-    """The hyper parameters of a file that Lightning wrote, None for another file."""
-    if place.suffix == ".safetensors":
-        return None
-    try:
-        try:
-            contents = torch.load(place, map_location="meta", weights_only=True)
-        except pickle.UnpicklingError:
-            with open(place, "rb") as stream:
-                contents, _ = inert(stream)
-    except Exception:  # an unpickler raises nearly anything, and the weights of this file are read already
-        return None
-    if not isinstance(contents, Mapping) or "pytorch-lightning_version" not in contents:
-        return None
-    shown = contents.get("hyper_parameters")
-    return {key: value for key, value in shown.items() if isinstance(key, str)} if isinstance(shown, Mapping) else {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.objective import Objective
-from sharpscope.objective.batches import MicroBatch, map_tensors, micro_batches
+from sharpscope.objective.batches import MicroBatch, map_tensors, micro_batches, rows
 from sharpscope.objective.derivatives import derivative_errors
 from sharpscope.objective.memory import Room
 from sharpscope.objective.meter import FORWARD
@@ -187,4 +187,4 @@ def shuffled(data: Any, generator: torch.Generator) -> list[Any]:
     """The one batch of ``data``, its examples in random order."""
     part = next(micro_batches(data, None))
     order = torch.randperm(part.size, generator=generator)
-    return [map_tensors(part.batch, lambda t: t[order.to(t.device)])]
+    return [rows(part.batch, order)]

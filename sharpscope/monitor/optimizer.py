@@ -1,4 +1,4 @@
-"""The edges of stability of an optimizer as it stands."""
+"""The user's optimizer without what others put around it, and the edges of stability of it as it stands."""
 
 from __future__ import annotations
 
