@@ -74,7 +74,7 @@ def add_measured(
     parser.add_argument(
         "--params", action="append", metavar="PATTERN", help="only parameters of such names; may be given again"
     )
-    parser.add_argument("--weight-decay", type=float, default=0.0, metavar="C", help=decay)
+    parser.add_argument("--weight-decay", type=float, metavar="C", help=decay)
     if not computed:
         return
     parser.add_argument("--dtype", choices=DTYPES, help="precision of the computation (default: the weights')")
@@ -172,7 +172,7 @@ def load(args: argparse.Namespace, path: str) -> Any:
         split="train" if args.split == "both" else args.split,
         examples=args.examples,
         seed=args.seed,
-        params=args.params or "*",
+        params=args.params,
         weight_decay=args.weight_decay,
         loss=args.loss,
         trust=args.trust,
@@ -225,14 +225,14 @@ def outputs(
 
 def _measured(out: Path, path: str) -> bool:
     """Whether the result in ``out``, if there is one yet, is of the very bytes of the checkpoint at ``path``."""
-    from sharpscope.checkpoint import sha256_of
+    from sharpscope.checkpoint import digest_of
+    from sharpscope.errors import CheckpointError
 
     if not out.exists():
         return True
     try:
-        with open(path, "rb") as stream:
-            return bool(json.loads(out.read_text(encoding="utf-8")).get("sha256") == sha256_of(stream))
-    except (OSError, ValueError, AttributeError):
+        return bool(json.loads(out.read_text(encoding="utf-8")).get("sha256") == digest_of(path))
+    except (OSError, ValueError, AttributeError, CheckpointError):
         return False
 
 

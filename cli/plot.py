@@ -1,4 +1,4 @@
-"""``sharpscope plot``: draws saved slices again, without computing anything."""
+"""``sharpscope plot``: draws saved slices and monitored runs again, without computing anything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from sharpscope.results import SliceResult
 
 DESCRIPTION = """\
-Draws saved results of sharpscope slice and sharpscope surface again, or writes them for other programs. The name of
+Draws saved results of sharpscope slice and sharpscope surface again, or writes them for other programs; of
+sharpscope train --monitor and SharpnessMonitor, lambda_max against the steps of one or more runs. The name of
 FIGURE says what: .png, .pdf and .svg are figures, .html is an interactive surface (needs pip install
 'sharpscope[interactive]'), .vtk is for ParaView, .csv for tables. Several results share one figure, with one scale,
 levels and limits; they must be measured alike. A RESULT named .h5 is one of github.com/tomgoldstein/loss-landscape
@@ -28,7 +29,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """The command's options."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "plot",
-        help="draw saved slices and surfaces again",
+        help="draw saved slices, surfaces and monitored runs again",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -36,7 +37,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "checkpoints",
         nargs="+",
         metavar="RESULT",
-        help="JSON of slice or surface, the folder of several or of an unfinished one (OUT.partial), or an .h5",
+        help="JSON of slice, surface or monitor, a folder of several or of an unfinished one (OUT.partial), or an .h5",
     )
     parser.add_argument("--out", required=True, metavar="FIGURE", help=".png, .pdf, .svg, .html, .vtk or .csv")
     parser.add_argument("--split", metavar="NAME", help="train or test (default: curves both, surfaces the first)")
@@ -66,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
     if out.suffix not in (*options.FIGURES, *DATA):
         raise OutputError(f"FIGURE must be one of {', '.join((*options.FIGURES, *DATA))}, got {out}. Name it so.")
     options.require_new(args, out)
-    results = [_read(path) for given in args.checkpoints for path in _files(given)]
+    paths = [path for given in args.checkpoints for path in _files(given)]
+    if all(_is_monitor(path) for path in paths):
+        return _monitors(args, paths, out)
+    results = [_read(path) for path in paths]
     _refuse_unused(args, out.suffix, lines=any(r.dimensions == 1 for r in results))
     if out.suffix in (".vtk", ".csv"):
         if len(results) > 1:
@@ -94,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_unused(args: argparse.Namespace, suffix: str, lines: bool) -> None:
+def _refuse_unused(args: argparse.Namespace, suffix: str, lines: bool, runs: bool = False) -> None:
     """Raise ArgumentError for an option that FIGURE would not show."""
     from sharpscope.errors import ArgumentError
 
@@ -109,7 +113,7 @@ def _refuse_unused(args: argparse.Namespace, suffix: str, lines: bool) -> None:
         "--style": args.style is not None,
     }
     shown = set(given)
-    if suffix in (".vtk", ".csv"):
+    if suffix in (".vtk", ".csv") or runs:
         shown = set()
     elif suffix == ".html":
         shown -= {"--kind", "--levels", "--width", "--style"}
@@ -117,7 +121,13 @@ def _refuse_unused(args: argparse.Namespace, suffix: str, lines: bool) -> None:
         shown -= {"--quantity", "--kind", "--levels"}
     for name in given:
         if given[name] and name not in shown:
-            what = "curves have" if lines and suffix in options.FIGURES else f"a {suffix} file has"
+            what = (
+                "a training run has"
+                if runs
+                else "curves have"
+                if lines and suffix in options.FIGURES
+                else f"a {suffix} file has"
+            )
             raise ArgumentError(f"{name} is of something that {what} not. Leave it out.")
     if args.levels is not None and not isinstance(args.levels, int) and args.clip is not None:
         raise ArgumentError("--clip and the values of --levels both say where the scale ends. Leave one of them out.")
@@ -139,6 +149,29 @@ def _read(path: str) -> SliceResult:
 
         return read_loss_landscape(path)
     return SliceResult.load(path)
+
+
+def _is_monitor(path: str) -> bool:
+    from sharpscope.results.record import read
+
+    said = None if Path(path).suffix in H5 else read(path)
+    return isinstance(said, dict) and said.get("analysis") == "monitor"
+
+
+def _monitors(args: argparse.Namespace, paths: Sequence[str], out: Path) -> int:
+    """lambda_max of one or more training runs against their steps."""
+    from sharpscope.errors import OutputError
+    from sharpscope.plot import sharpness_over_steps
+    from sharpscope.results import MonitorResult
+
+    if out.suffix not in options.FIGURES:
+        raise OutputError(f"A run's FIGURE must be one of {', '.join(options.FIGURES)}, got {out}. Name it so.")
+    _refuse_unused(args, out.suffix, lines=True, runs=True)
+    names = [Path(path).name for path in paths]
+    runs = dict(zip(names if len(set(names)) == len(names) else paths, map(MonitorResult.load, paths), strict=True))
+    terminal.save_figure(lambda: sharpness_over_steps(runs), out)
+    terminal.emit("\n\n".join(f"{name}\n{run}" for name, run in runs.items()))
+    return 0
 
 
 def _drawn(args: argparse.Namespace, results: Sequence[SliceResult]) -> Any:

@@ -59,7 +59,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--monitor",
         type=int,
         metavar="N",
-        help="measure lambda_max of the training loss at the start and every N steps",
+        help="measure lambda_max of the training loss at the start and every N steps; ? marks what has not converged",
     )
     parser.add_argument(
         "--monitor-examples", type=int, default=64, metavar="N", help="training examples it is measured on (default 64)"
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         )
     records = monitor_path(args.out)
     if args.monitor is not None and records.exists():  # a finished run that is given again may have none
-        terminal.emit(f"{MonitorResult.load(records)}\n")
+        terminal.emit(f"{MonitorResult.load(records)}\nIn {records}; sharpscope plot draws it.\n")
     m = checkpoint.metrics
     terminal.emit(
         f"{args.out}: epoch {checkpoint.epoch}, train loss {m['train_loss']:.4f} accuracy {m['train_accuracy']:.2%}, "

@@ -17,18 +17,27 @@ def descent_edge(lr: float, momentum: float = 0.0, *, dampening: float = 0.0, ne
     return 2 * (1 + momentum) / rate if rate else math.inf
 
 
-def sam_edge(lr: float, rho: float, gradient_norm: float) -> float:
-    """``(||g|| / (2 rho)) (sqrt(1 + 8 rho / (eta ||g||)) - 1)``: the same for SAM, p = 2, without momentum.
+def sam_edge(
+    lr: float,
+    rho: float,
+    gradient_norm: float,
+    momentum: float = 0.0,
+    *,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+) -> float:
+    """``(||g|| / (2 rho)) (sqrt(1 + 4 rho E / ||g||) - 1)``: the same for SAM, p = 2; E is ``descent_edge``.
 
-    Along an eigenvector of lambda the step is ``w - eta lambda (1 + rho lambda / ||g||) w``, stable while
-    ``eta lambda (1 + rho lambda / ||g||) <= 2``; the edge is the positive root. It falls with the gradient, from
-    ``2/eta`` for rho far below ``eta ||g||`` to 0 at g = 0, where SAM leaps over the minimum.
+    Along an eigenvector of lambda SAM descends ``lambda (1 + rho lambda / ||g||) w``, with which SGD is stable while
+    that factor is at most E, ``2/eta`` without momentum; the edge is the positive root. It falls with the gradient,
+    from E for rho far below ``||g|| / E`` to 0 at g = 0, where SAM leaps over the minimum.
 
-    Source: Long and Bartlett 2024.
+    Source: Long and Bartlett 2024, there without momentum.
     """
+    edge = descent_edge(lr, momentum, dampening=dampening, nesterov=nesterov)
     if not lr or not rho:
-        return descent_edge(lr)
+        return edge
     if not gradient_norm:
         return 0.0
     # The conjugate form of the root: the difference above loses all digits where rho is small.
-    return 4 / lr / (1 + math.sqrt(1 + 8 * rho / (lr * gradient_norm)))
+    return 2 * edge / (1 + math.sqrt(1 + 4 * rho * edge / gradient_norm))

@@ -43,9 +43,9 @@ def load(
     examples: int | None = None,
     seed: int = 0,
     loss: str | Callable[..., Any] | None = None,
-    params: str | Sequence[str] = "*",
-    mode: str = "eval",
-    weight_decay: float = 0.0,
+    params: str | Sequence[str] | None = None,
+    mode: str | None = None,
+    weight_decay: float | None = None,
     trust: bool = False,
     weights: str | None = None,
     prefix: str | None = None,
@@ -84,8 +84,8 @@ def load(
     """
     checkpoint = read_checkpoint(path, weights, trust_pickle=trust_pickle)
     if problem is not None:
-        given = {"model": model, "model_args": model_args, "data": data, "loss": loss}
-        double = [name for name, value in given.items() if value is not None and value != {}]
+        given = {"model": model, "model_args": model_args or None, "data": data, "data_root": data_root, "loss": loss}
+        double = [name for name, value in {**given, "trust": trust or None}.items() if value is not None]
         if double:
             raise ArgumentError(f"problem says what model, data and loss are; leave {', '.join(double)} out.")
         found = _own(problem_of(problem, split), os.fspath(problem), split, params, mode, weight_decay)
@@ -97,9 +97,9 @@ def load(
             model=make_model(built_from, **args) if built_from in MODELS else _built(built_from, args),
             loss=_loss(checkpoint, loss, bundled),
             data=(source.inputs, source.targets) if isinstance(source, DataSet) else source,
-            params=params,
-            mode=mode,
-            weight_decay=weight_decay,
+            params="*" if params is None else params,
+            mode="eval" if mode is None else mode,
+            weight_decay=0.0 if weight_decay is None else weight_decay,
             provenance={
                 "data": source.name if isinstance(source, DataSet) else type(source).__name__,
                 "split": source.split if isinstance(source, DataSet) else None,
@@ -124,14 +124,19 @@ def load(
 
 
 def _own(
-    found: Problem, source: str, split: str, params: str | Sequence[str], mode: str, weight_decay: float
+    found: Problem,
+    source: str,
+    split: str,
+    params: str | Sequence[str] | None,
+    mode: str | None,
+    weight_decay: float | None,
 ) -> Problem:
     """What the user's ``problem()`` gave, with what was asked for over what it says."""
     return replace(
         found,
-        params=found.params if params == "*" else params,
-        mode=found.mode if mode == "eval" else mode,
-        weight_decay=weight_decay or found.weight_decay,
+        params=found.params if params is None else params,
+        mode=found.mode if mode is None else mode,
+        weight_decay=found.weight_decay if weight_decay is None else weight_decay,
         provenance={
             "data": type(found.data).__name__,
             "split": split,

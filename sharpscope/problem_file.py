@@ -77,6 +77,12 @@ def _running(path: Path) -> Iterator[None]:
             raise
         raise type(error)(f"{path}, line {line}: {error}") from error
     # What filling a file in brings about, in its own lines; what fails inside another module keeps its traceback.
+    except OSError as error:  # a file that it reads, wherever it does
+        line = _line(path, error)
+        if line is None:
+            raise
+        where = " Paths are taken from where the command runs; Path(__file__).parent is the file's own folder."
+        raise ProblemError(f"{path}, line {line}: {first_line(error)}.{where}") from error
     except (ImportError, NameError, SyntaxError, TypeError) as error:
         if isinstance(error, SyntaxError):
             line = error.lineno if error.filename is not None and _same(error.filename, path) else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpscope import load
-from sharpscope.checkpoint import read_checkpoint
+from sharpscope.checkpoint import load_weights, read_checkpoint
 from sharpscope.cli import main
 from sharpscope.errors import CheckpointError
 from sharpscope.zoo import make_model
@@ -115,3 +115,19 @@ def test_without_safetensors_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(CheckpointError, match=r"pip install 'sharpscope\[safetensors\]'"):
         read_checkpoint(tmp_path / "w.safetensors")
+
+
+def test_a_wrapper_around_the_network_of_the_file_is_seen_through() -> None:
+    """A model that holds the file's network as an attribute takes its weights, as a residual of an equation does."""
+    inner = nn.Linear(3, 2)
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.u = nn.Linear(3, 2)
+
+    wrapper = Wrapper()
+    load_weights(wrapper, inner.state_dict())
+    assert torch.equal(wrapper.u.weight, inner.weight)
+    with pytest.raises(CheckpointError, match="misses 2"):
+        load_weights(nn.Sequential(nn.Linear(3, 2)), {"1.weight": inner.weight, "1.bias": inner.bias})

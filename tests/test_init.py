@@ -389,7 +389,7 @@ def test_an_adapter_needs_partial_and_is_measured_alone(folder: Path, capsys: py
     shown = capsys.readouterr().out
     assert "--problem problem.py --partial" in shown
     assert "(your class)" not in shown
-    assert 'BASE = "base"' in text
+    assert 'BASE = Path(__file__).parent / "base"' in text
     assert "data() must return your data" in unfinished("lora", capsys, "--partial")
     batch, _ = texts()
     form = next(line for line in text.splitlines() if line.strip().startswith("# return {**batch"))

@@ -225,14 +225,17 @@ def test_what_has_not_converged_is_said() -> None:
 # The edges.
 
 
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.8, "nesterov": True}])
 @pytest.mark.parametrize(("lr", "rho", "norm"), [(0.1, 0.05, 0.3), (0.5, 0.5, 2.0), (0.01, 1.0, 0.01)])
-def test_sam_leaves_a_quadratic_above_its_edge_alone(lr: float, rho: float, norm: float) -> None:
+def test_sam_leaves_a_quadratic_above_its_edge_alone(
+    lr: float, rho: float, norm: float, options: dict[str, Any]
+) -> None:
     """SAM's own steps along an eigenvector shrink just below the edge and grow just above, at a held gradient norm."""
     for factor, stable in ((0.99, True), (1.01, False)):
-        sharpness = factor * sam_edge(lr, rho, norm)
+        sharpness = factor * sam_edge(lr, rho, norm, **options)
         # A linear slope of nearly the whole norm holds ||g||, and a small w along the eigenvector feels it.
         w = torch.tensor([1e-6 * norm / sharpness, 0.0], dtype=torch.float64, requires_grad=True)
-        optimizer = SAM([w], torch.optim.SGD, rho=rho, lr=lr)
+        optimizer = SAM([w], torch.optim.SGD, rho=rho, lr=lr, **options)
 
         def closure(w: Tensor = w, sharpness: float = sharpness, optimizer: SAM = optimizer) -> Tensor:
             optimizer.zero_grad()
@@ -241,7 +244,7 @@ def test_sam_leaves_a_quadratic_above_its_edge_alone(lr: float, rho: float, norm
             return loss
 
         before = abs(float(w.detach()[0]))
-        for _ in range(50):
+        for _ in range(600 if options else 50):
             optimizer.step(closure)
         assert (abs(float(w.detach()[0])) < before) == stable
 
@@ -276,6 +279,7 @@ def test_edges_are_those_of_the_lowest_group() -> None:
     for kind in (ASAM, GSAM, LookSAM, FriendlySAM):
         assert math.isnan(edges_of(kind([a], torch.optim.SGD, lr=0.1), 1.0).sam_edge)
     assert math.isnan(edges_of(SAM([a], torch.optim.SGD, p=math.inf, lr=0.1), 1.0).sam_edge)
+    assert math.isnan(edges_of(SAM([a], torch.optim.Adam, lr=0.1), 1.0).sam_edge)
     assert math.isnan(edges_of(torch.optim.Adam([a]), 1.0).momentum_edge)
     assert math.isnan(edges_of(None, 1.0).two_over_eta)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from command import Call, Mean, cross_entropy, eigenvalues, printed, reference, saved
-from sharpscope import Problem
+from sharpscope import Problem, ProblemError, top_eigenvalues
 
 COUNT = 14
 
@@ -200,3 +200,35 @@ def test_operations_without_a_second_derivative_are_told(problem: Callable[[], P
     exact = torch.linalg.eigvalsh(torch.func.hessian(mean)(flat)).flip(0)[:5]
     found = eigenvalues(path, problem, "--operator", "finite-difference", tol="1e-5")
     assert found == pytest.approx(exact.tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "labels", "said"),
+    [
+        (nn.CrossEntropyLoss(), torch.zeros(6), "Pass labels.long()"),
+        (lambda output, target: output.nothing, torch.zeros(6).long(), "has no attribute 'nothing'"),
+        (lambda output, target: output[:, 7].mean(), torch.zeros(6).long(), "out of bounds"),
+    ],
+)
+def test_a_loss_that_fails_says_what_it_was_given(loss: Any, labels: Tensor, said: str) -> None:
+    """Whatever a loss raises on the first batch ends in one sentence with what it was called on."""
+    problem = Problem(model=nn.Linear(3, 4), loss=loss, data=(torch.randn(6, 3), labels))
+    with pytest.raises(ProblemError, match=said) as caught:
+        top_eigenvalues(problem, k=1)
+    assert "(6, 4)" in str(caught.value)
+
+
+def test_single_examples_in_a_list_are_pointed_to_a_loader() -> None:
+    """A list of single examples, taken for batches, ends in a sentence that names the loader."""
+    data = [{"tokens": torch.randint(0, 5, (7,)), "labels": torch.randint(0, 5, (7,))} for _ in range(4)]
+
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.mix = nn.Embedding(5, 3), nn.LSTM(3, 4)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.embed(tokens).transpose(1, 2)
+
+    with pytest.raises(ProblemError, match=r"pass DataLoader\(data"):
+        top_eigenvalues(Problem(model=Tagger(), loss=nn.CrossEntropyLoss(), data=data), k=1)

@@ -2,7 +2,7 @@
 
 from sharpscope.checkpoint.bundled import write_checkpoint
 from sharpscope.checkpoint.contents import Checkpoint
-from sharpscope.checkpoint.files import read_checkpoint, sha256_of
+from sharpscope.checkpoint.files import digest_of, read_checkpoint
 from sharpscope.checkpoint.weights import load_weights
 
-__all__ = ["Checkpoint", "load_weights", "read_checkpoint", "sha256_of", "write_checkpoint"]
+__all__ = ["Checkpoint", "digest_of", "load_weights", "read_checkpoint", "write_checkpoint"]

@@ -40,6 +40,10 @@ def read_checkpoint(
         return _distributed(place, weights)
     digest, contents, foreign = _folder(place, trust_pickle) if place.is_dir() else _file(place, trust_pickle)
     if isinstance(contents, dict) and "sharpscope" in contents:
+        if weights is not None:
+            raise CheckpointError(
+                f"The checkpoint {place} is of `sharpscope train`, with one state dict. Leave weights= (--weights) out."
+            )
         return bundled(place, digest, contents)
     state_dict, key, others = chosen_weights(place, contents, weights, foreign)
     return Checkpoint(
@@ -59,7 +63,7 @@ def _file(place: Path, trust_pickle: bool = False) -> tuple[str, Any, list[str]]
     try:
         with open(place, "rb") as stream:
             # Digest and contents come from one open file, even if a training run replaces it meanwhile.
-            digest = sha256_of(stream)
+            digest = _sha256(stream)
             if stream.tell() == 0:
                 raise CheckpointError(f"The checkpoint {place} is empty. {HOW_TO_SAVE}")
             if place.suffix == ".safetensors":
@@ -91,11 +95,26 @@ def _distributed(place: Path, weights: str | None) -> Checkpoint:
     pieces = Pieces(place)
     chosen, key, others = chosen_weights(place, pieces.tree, weights)
     state_dict = pieces.read(chosen, lambda path, stream: _unpickle(path, stream)[0])
+    return Checkpoint(path=place, sha256=digest_of(place), state_dict=state_dict, weights=key, others=others)
+
+
+def digest_of(path: str | os.PathLike[str]) -> str:
+    """The sha256 of a file, or of those of all files of a folder's weights, as in ``Checkpoint.sha256``.
+
+    Raises: CheckpointError for a folder without weights; OSError for a file that cannot be read.
+    """
+    place = Path(path)
+    if not place.is_dir():
+        files = [place]
+    elif (place / INDEX).is_file():
+        files = [place / INDEX, *(place / name for name in Pieces(place).files)]
+    else:
+        files = list(shards_of(place))
     digests = []
-    for name in (INDEX, *pieces.files):
-        with open(place / name, "rb") as stream:
-            digests.append(sha256_of(stream))
-    return Checkpoint(path=place, sha256=_digest(digests), state_dict=state_dict, weights=key, others=others)
+    for file in files:
+        with open(file, "rb") as stream:
+            digests.append(_sha256(stream))
+    return _digest(digests)
 
 
 def _digest(digests: list[str]) -> str:
@@ -118,7 +137,7 @@ def _safetensors(place: Path, stream: BinaryIO) -> dict[str, Any]:
         ) from error
 
 
-def sha256_of(stream: BinaryIO) -> str:
+def _sha256(stream: BinaryIO) -> str:
     """The digest of what is left of ``stream``."""
     digest = hashlib.sha256()
     while chunk := stream.read(1 << 20):

@@ -27,6 +27,8 @@ def load_weights(
     own: dict[str, Tensor] = model.state_dict(keep_vars=True)
     if prefix is None and not partial and not set(own) <= set(state_dict):
         state_dict = renamed(model, state_dict) or state_dict
+    if prefix is None:
+        state_dict = _as_wrapped(state_dict, own)
     taken = _prefix(state_dict, own) if prefix is None else prefix
     chosen = {key.removeprefix(taken): value for key, value in state_dict.items() if key.startswith(taken)}
     _name_all(chosen, own)
@@ -96,6 +98,16 @@ def _prefix(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
         )
     # What all names share is told as a prefix even where the model does not fit, so that the differences make sense.
     return fitting[0] if fitting else _common(state_dict, own)
+
+
+def _as_wrapped(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """``state_dict`` with a prefix before every name, where the model is a wrapper around the network of the file."""
+    wrappers = {key[: i + 1] for key in list(own)[:1] for i in range(len(key)) if key[i] == "."}
+    for prefix in sorted(wrappers, key=len):
+        # Of all names of the model, and none of them in the file as it is.
+        if all(key.startswith(prefix) and key[len(prefix) :] in state_dict and key not in state_dict for key in own):
+            return {f"{prefix}{key}": tensor for key, tensor in state_dict.items()}
+    return state_dict
 
 
 def _without_adapter(name: str) -> str:

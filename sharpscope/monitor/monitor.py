@@ -61,8 +61,9 @@ class SharpnessMonitor:
 
     Beside lambda_max stand the loss and the gradient norm of the sample, and, with an optimizer, the learning rate of
     the next step and what its sharpness is held against: ``2/eta``, the edge of plain gradient descent;
-    ``2 (1 + beta) / eta`` for torch's SGD with momentum beta; for plain ``SAM`` of sharpscope, p = 2, without momentum,
-    ``(||g|| / (2 rho)) (sqrt(1 + 8 rho / (eta ||g||)) - 1)`` at the sample's gradient norm (Long and Bartlett 2024).
+    ``2 (1 + beta) / eta`` for torch's SGD with momentum beta (``sharpscope.edges`` has dampening and Nesterov too); for
+    plain ``SAM`` of sharpscope around SGD, p = 2, ``(||g|| / (2 rho)) (sqrt(1 + 4 rho E / ||g||) - 1)`` at the sample's
+    gradient norm, E that edge of SGD (Long and Bartlett 2024).
     They bound lambda_max of what the optimizer descends: its weight decay is in H only if ``problem.weight_decay`` says
     so, and for Adam and its like none of them is the edge.
 
@@ -82,7 +83,8 @@ class SharpnessMonitor:
         max_products: of a measurement that starts from known eigenvectors; what has not met ``tol`` by then is marked.
         dtype, device: of the computation, as in ``Objective``.
 
-    Cost of a measurement: 1 gradient of the sample and 2 for each product, 3 to 8 of them; no pass over the data.
+    Cost of a measurement: 1 gradient of the sample and 2 for each product: some 5, at most ``max_products``, and up to
+    100 from noise. No pass over the data.
 
     Raises: ArgumentError, ProblemError and DataError for what cannot be measured, by a look at the first two examples.
     """

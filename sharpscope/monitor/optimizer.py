@@ -30,14 +30,18 @@ def edges_of(optimizer: Any, gradient_norm: float) -> Edges:
     groups = [] if inner is None else [group for group in inner.param_groups if group["params"]]
     if not groups:
         return Edges()
-    rates = [float(group["lr"]) for group in groups]
-    heavy, aware = type(inner) is torch.optim.SGD and any(g["momentum"] for g in groups), isinstance(inner, SAM)
-    with_sam = [sam_edge(lr, g["rho"], gradient_norm) for lr, g in zip(rates, groups, strict=True) if aware]
+    rate = max(float(group["lr"]) for group in groups)
+    base = inner.base_optimizer if isinstance(inner, SAM) else inner
+    descends = type(base) is torch.optim.SGD
+    heavy = descends and inner is base and any(group["momentum"] for group in groups)
+    aware = descends and isinstance(inner, SAM) and inner.plain
     return Edges(
-        learning_rate=max(rates),
-        two_over_eta=descent_edge(max(rates)),
-        momentum_edge=min(map(_heavy_ball, groups)) if heavy else math.nan,
-        sam_edge=min(with_sam) if aware and inner.plain else math.nan,
+        learning_rate=rate,
+        two_over_eta=descent_edge(rate),
+        momentum_edge=min(descent_edge(**_of_sgd(g)) for g in groups) if heavy else math.nan,
+        sam_edge=min(sam_edge(rho=g["rho"], gradient_norm=gradient_norm, **_of_sgd(g)) for g in groups)
+        if aware
+        else math.nan,
     )
 
 
@@ -53,6 +57,10 @@ def unwrapped(optimizer: Any) -> Any:
     return optimizer
 
 
-def _heavy_ball(group: dict[str, Any]) -> float:
-    options = {name: group[name] for name in ("dampening", "nesterov")}
-    return descent_edge(float(group["lr"]), float(group["momentum"]), **options)
+def _of_sgd(group: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "lr": float(group["lr"]),
+        "momentum": float(group["momentum"]),
+        "dampening": float(group["dampening"]),
+        "nesterov": bool(group["nesterov"]),
+    }

@@ -113,7 +113,7 @@ def _token_cross_entropy(loss: TokenCrossEntropy) -> TermLoss:
         if logits.dim() != 3 or not isinstance(target, Tensor) or target.is_floating_point():
             raise ProblemError(
                 f"The loss of tokens must have logits (B, T, V) and labels (B, T), got {tuple(logits.shape)} and "
-                f"{_shape(target)}. Take torch.nn.CrossEntropyLoss for another form."
+                f"{described(target)}. Take torch.nn.CrossEntropyLoss for another form."
             )
         each.check(logits.movedim(-1, 1), target, where)
 
@@ -222,7 +222,7 @@ def _scalar(loss: Any, output: Any, target: Any) -> Tensor:
     value = loss(output, target)
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise ProblemError(
-            f"loss(output, target) must return one number, the mean over the batch; got {_shape(value)}."
+            f"loss(output, target) must return one number, the mean over the batch; got {described(value)}."
         )
     return value.reshape(())
 
@@ -239,12 +239,25 @@ def _like(weight: Tensor | None, output: Tensor) -> Tensor | None:
 
 
 def _check_labels(logits: Tensor, target: Any, ignore_index: int, where: Where) -> None:
-    if not isinstance(target, Tensor) or target.is_floating_point():
+    if not isinstance(target, Tensor):
         return
     expected = (*logits.shape[:1], *logits.shape[2:])
+    if target.is_floating_point():
+        if target.shape == logits.shape:
+            return
+        raise ProblemError(
+            f"Labels must be integers, or probabilities of the logits' shape {tuple(logits.shape)}, got {target.dtype} "
+            f"of shape {tuple(target.shape)}. Pass labels.long()."
+        )
     if target.shape != expected:
+        tokens = (
+            " For logits (B, T, V) pass sharpscope.TokenCrossEntropy(), of a causal language model with shift=True."
+            if target.shape == logits.shape[:-1] and logits.dim() > 2
+            else ""
+        )
         raise ProblemError(
             f"Labels for logits of shape {tuple(logits.shape)} must have shape {expected}, got {tuple(target.shape)}."
+            f"{tokens}"
         )
     classes = logits.shape[1] if logits.dim() > 1 else logits.shape[0]
     target = target.long()
@@ -264,7 +277,8 @@ def _check_same_shape(output: Any, target: Any, where: Where) -> None:
         )
 
 
-def _shape(value: Any) -> str:
+def described(value: Any) -> str:
+    """The shape of a tensor, or what else ``value`` is, for a message."""
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sharpscope import params
-from sharpscope.errors import ProblemError, first_line
-from sharpscope.objective.batches import MicroBatch, arguments, leaves, map_tensors
+from sharpscope.errors import ProblemError, SharpscopeError, first_line
+from sharpscope.objective.batches import MicroBatch, arguments, leaves, map_tensors, tensors
 from sharpscope.objective.lifted import lifted
-from sharpscope.objective.losses import term_loss
+from sharpscope.objective.losses import described, term_loss
 from sharpscope.objective.memory import out_of_memory
 from sharpscope.objective.outputs import output_tensor
 from sharpscope.precision import compute_dtype, converted, placed, usable, wide
@@ -96,7 +96,7 @@ class LossTerms:
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor))
             raise ProblemError(
                 f"The model cannot take the data, here inputs of shape {shapes}: {first_line(error)}. "
-                "Check that model and data belong together."
+                f"Check that model and data belong together.{_if_examples(self.problem.data)}"
             ) from error
         return output, target, batch
 
@@ -108,8 +108,22 @@ class LossTerms:
         """``sums(part)`` of an output that ``forward(part)`` gave."""
         if not self.checked:
             self.loss.check(output, target, part.where)
-        with lifted(self.dtype):
-            value, weight = self.loss.sums(output, target, batch, part.size)
+        try:
+            with lifted(self.dtype):
+                value, weight = self.loss.sums(output, target, batch, part.size)
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            known = isinstance(error, SharpscopeError) or out_of_memory(error)
+            # What autograd says is told apart by those who differentiate.
+            if (
+                self.checked
+                or known
+                or any(word in str(error) for word in ("grad", "derivative", "backward", "differentiated"))
+            ):
+                raise
+            raise ProblemError(
+                f"The loss cannot take {described(output)} as output and {described(target)} as target: "
+                f"{first_line(error)}. It is called as loss(output, target)."
+            ) from error
         return (value, weight) if part.scale == 1 else (value * part.scale, weight * part.scale)
 
     def bare(self, work: Callable[[], T]) -> T:
@@ -150,6 +164,12 @@ class LossTerms:
     def _placed(self, tensor: Tensor) -> Tensor:
         # A copy: a model may write into its input, or ask for its gradient, and the user's data are his.
         return tensor.detach().to(self.device, converted(tensor, self.dtype), copy=True)
+
+
+def _if_examples(data: Any) -> str:
+    """A hint where the entries of a list look like single examples."""
+    vectors = isinstance(data, list) and bool(data) and all(t.dim() == 1 for t in tensors(data[0]))
+    return " If each entry of the list is one example, pass DataLoader(data, batch_size=32)." if vectors else ""
 
 
 def _forward_names(model: nn.Module) -> Callable[[str], bool]:

@@ -34,8 +34,8 @@ class MonitorRecord:
         loss, gradient_norm: of the sample.
         learning_rate: eta, the largest of all parameter groups.
         two_over_eta: the edge of stability of gradient descent.
-        momentum_edge: ``2 (1 + beta) / eta``, that of SGD with momentum beta.
-        sam_edge: that of SAM without momentum, at this gradient norm.
+        momentum_edge: that of SGD with its momentum: ``2 (1 + beta) / eta`` without dampening and Nesterov.
+        sam_edge: that of SAM around such an SGD, at this gradient norm.
         products: Hessian-vector products.
         gradients: everything done, in units of one gradient over the sample.
         seconds: wall-clock.

@@ -17,7 +17,7 @@ ARGUMENTS = "with the arguments it was trained with; the weights come from the c
 CROSS_ENTROPY = "torch.nn.CrossEntropyLoss()"
 
 TENSORS = [
-    "# return inputs, labels  # tensors of N examples: inputs (N, ...), labels (N,)",
+    "# return inputs, labels  # tensors of N examples: inputs (N, ...) as in training, normalisation too; labels (N,)",
     "# return torch.utils.data.DataLoader(dataset, batch_size=256, shuffle=False)  # of (inputs, labels)",
 ]
 TEXTS = [
@@ -125,7 +125,7 @@ def _adapter(seen: Seen, out: Path) -> Form:
     return Form(
         modules=("peft", "transformers"),
         own="" if named else _placeholder("base_model", "builds the base model, which the adapter does not name"),
-        constants=(*([f"BASE = {_code(base)}"] if named else []), f"FOLDER = {_beside(seen.folder, out)}"),
+        constants=(*([f"BASE = {_base(str(base), out)}"] if named else []), f"FOLDER = {_beside(seen.folder, out)}"),
         model=(
             f"base = transformers.{auto}.from_pretrained(BASE)" if named else "base = base_model()",
             "adapter = peft.PeftConfig.from_pretrained(FOLDER)",
@@ -135,6 +135,11 @@ def _adapter(seen: Seen, out: Path) -> Form:
         loss=loss,
         data=data,
     )
+
+
+def _base(name: str, out: Path) -> str:
+    """The expression of a base model: from the problem file on where it is a folder here, else its name on the hub."""
+    return _beside(Path(name), out) if Path(name).is_dir() else _code(name)
 
 
 def _task(architecture: str, config: Mapping[str, Any], tokenizer: str) -> tuple[str, tuple[str, ...]]:

@@ -54,7 +54,9 @@ def _hints(seen: Seen) -> list[str]:
         facts.append(f"The prefix {seen.prefix!r} of all names is taken off unless your model's names have it too.")
     last = [name for name, t in tensors.items() if t.dim() >= 2][-1:]
     if last and _ordered(seen):
-        facts.append(f"The last weight, {last[0]}, has {len(tensors[last[0]])} outputs: as many as classes, perhaps.")
+        count = len(tensors[last[0]])
+        what = "outputs: as many as classes, perhaps" if count > 1 else "output: MSELoss or BCEWithLogitsLoss, perhaps"
+        facts.append(f"The last weight, {last[0]}, has {count} {what}.")
     if any(name.endswith("running_mean") for name in tensors):
         facts.append(
             "There is BatchNorm. It is measured with its running statistics; with those of the batches as in training: "

@@ -243,7 +243,7 @@ def _edge(run: Run) -> Iterator[Measure]:
     plain = descent_edge(lr, momentum)
     limits = {"SGD's edge": plain}
     if rho is not None:
-        limits["SAM's edge without momentum"] = sam_edge(lr, rho, norm)
+        limits["SAM's edge"] = sam_edge(lr, rho, norm, momentum)
     value = float(top.eigenvalues[0])
     yield Measure(
         "edge",
