@@ -100,6 +100,12 @@ class Comparison:
         alone = len(one) == len(self.groups[first]) and len(two) == len(self.groups[second])
         return [(one[pair], two[pair]) for pair in one] if complete and alone else None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Findings, table and every result whole, as plain JSON values; a number that is not finite is null."""
+        from sharpscope.results.comparison_record import record_of
+
+        return record_of(self)
+
     def summary(self) -> str:
         """The numbers as a table of text."""
         from sharpscope.results.comparison_table import comparison_table

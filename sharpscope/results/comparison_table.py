@@ -53,12 +53,26 @@ def _notes(comparison: Comparison, rows: list[Row]) -> list[str]:
     for row in rows:
         kinds = dict.fromkeys(r.interval for r in row.readings if r is not None)
         meant.setdefault(f"{row.definition}. Intervals: {', '.join(kinds)}", []).append(row.label)
-    notes = [f"{'; '.join(labels)}: {said}." for said, labels in meant.items()]
+    notes = [f"{_together(labels)}: {said}." for said, labels in meant.items()]
+    measured: dict[str, list[str]] = {}
+    for row in rows:
+        for data in dict.fromkeys(r.data for r in row.readings if r is not None):
+            measured.setdefault(data, []).append(row.label)
+    notes += [f"On {data}: {_together(labels)}." for data, labels in measured.items() if data]
+    for subject in comparison.subjects:
+        left_out = subject.provenance.get("left_out") or {}
+        notes += [f"{subject.name}: no {what}. {why}" for what, why in left_out.items()]
     if any(r is not None and not r.converged for row in rows for r in row.readings):
         notes.append("? marks what did not converge to its tolerance.")
     if comparison.groups:
         counted = ", ".join(f"{group} {len(runs)}" for group, runs in comparison.groups.items())
         notes.append(
-            f"Means over runs ({counted}; geometric where groups differ by a factor, x) and 95 % intervals (Student's t)."
+            f"Means over runs ({counted}; geometric where groups differ by a factor, x) with 95 % intervals (Student's "
+            "t)."
         )
     return notes
+
+
+def _together(labels: list[str]) -> str:
+    """Labels with commas between, each name once whatever its settings."""
+    return ", ".join(dict.fromkeys(label.partition(",")[0] for label in labels))

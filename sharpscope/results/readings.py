@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sharpscope.results.comparison import Comparison, Subject
+from sharpscope.results.density import DensityResult
+from sharpscope.results.eigen import EigenResult
 from sharpscope.results.groups import Difference, Spread, difference, spread
-from sharpscope.results.record import origin
-from sharpscope.results.sharpness import Measure
+from sharpscope.results.record import examples_of, origin
+from sharpscope.results.sharpness import Measure, SharpnessResult
 from sharpscope.tables import with_bound
 
 NUMERICAL = "bound on the numerical error"
@@ -31,6 +34,7 @@ class Reading:
         converged: False where the interval does not meet the tolerance.
         origin: data, examples, precision; and ``price``: what it took.
         more: further things to know of it.
+        data: the examples alone, alike for all that were measured on the same.
     """
 
     value: float
@@ -41,6 +45,7 @@ class Reading:
     origin: str = ""
     price: str = ""
     more: str = ""
+    data: str = ""
 
     def __str__(self) -> str:
         mark = "" if self.converged else "?"
@@ -151,10 +156,12 @@ def _performance(split: str, what: str) -> Callable[[Subject], Reading | None]:
         value = None if found is None else getattr(found, what)
         if found is None or value is None:
             return None
-        where = f"{found.examples} examples of the {split} split"
+        noise = subject.provenance.get("label_noise") if split == "train" else None
+        said = {**subject.provenance, "split": split, "label_noise": noise, "num_examples": found.examples}
+        where = examples_of(said) if said.get("data") else f"{found.examples} examples of the {split} split"
         if what == "accuracy":
-            return Reading(value, *wilson(value, found.examples), BINOMIAL, origin=where)
-        return Reading(value, origin=where)
+            return Reading(value, *wilson(value, found.examples), BINOMIAL, origin=where, data=where)
+        return Reading(value, origin=where, data=where)
 
     return of
 
@@ -177,7 +184,7 @@ def _lambda_max(subject: Subject) -> Reading | None:
     ends = (float(result.lower[0]), float(result.upper[0]), NUMERICAL)
     if sampling is not None and sampling.get("lower") is not None:
         ends = (float(sampling["lower"][0]), float(sampling["upper"][0]), SAMPLED)
-    return Reading(result.lambda_max, *ends, bool(result.converged[0]), origin(result.provenance), _price(result), more)
+    return Reading(result.lambda_max, *ends, bool(result.converged[0]), **_source(result), more=more)
 
 
 def _ratio(k: int) -> Callable[[Subject], Reading | None]:
@@ -185,16 +192,13 @@ def _ratio(k: int) -> Callable[[Subject], Reading | None]:
         result = subject.eigen
         if result is None or len(result.eigenvalues) != k or result.ratio.value is None:
             return None
-        ratio, converged = result.ratio, bool(result.converged.all())
-        return Reading(
-            float(ratio.value or math.nan),
-            ratio.lower,
-            ratio.upper,
-            NUMERICAL,
-            converged,
-            origin(result.provenance),
-            _price(result),
-        )
+        ratio, sampled = result.ratio, (result.sampling or {}).get("ratio")
+        ends: tuple[float | None, float | None, str] = (ratio.lower, ratio.upper, NUMERICAL)
+        if sampled is not None:
+            ends = (float(sampled["lower"]), float(sampled["upper"]), SAMPLED)
+        elif result.sampling is not None:
+            ends = (None, None, f"none: {result.sampling.get('reason')}")
+        return Reading(float(ratio.value or math.nan), *ends, bool(result.converged.all()), **_source(result))
 
     return of
 
@@ -204,7 +208,7 @@ def _trace(subject: Subject) -> Reading | None:
     if result is None:
         return None
     value, error = result.trace.value, result.trace.standard_error
-    return Reading(value, value - error, value + error, PROBED, True, origin(result.provenance), _price(result))
+    return Reading(value, value - error, value + error, PROBED, **_source(result))
 
 
 def _measure(label: str) -> Callable[[Subject], Reading | None]:
@@ -216,20 +220,25 @@ def _measure(label: str) -> Callable[[Subject], Reading | None]:
         one = found[0]
         told = ", ".join(f"{key} {value:.4g}" for key, value in one.prediction.items())
         what = EXACT if one.lower is None else SUBSETS if one.standard_error is not None else NUMERICAL
+        if one.name == "edge":
+            what = SAMPLED if one.settings.get("sampled") else NUMERICAL
+        # The edge comes from eigenvalues that may be of more examples than the other measures.
+        told_by = subject.eigen if one.name == "edge" and subject.eigen is not None else result
         return Reading(
             one.value,
             one.lower,
             one.upper,
             what,
             bool(one.settings.get("converged", True)),
-            origin(result.provenance),
-            f"{one.gradients:.3g} gradients over these data",
-            f"a small perturbation predicts {told}" if told else "",
+            **{**_source(told_by), "price": f"{one.gradients:.3g} gradients over these data"},
+            more=f"a small perturbation predicts {told}" if told else "",
         )
 
     return of
 
 
-def _price(result: object) -> str:
-    cost = result.cost  # type: ignore[attr-defined]
-    return f"{cost.passes} passes, {cost.hvps} products, {cost.gradients:.3g} gradients, {cost.seconds:.3g} s"
+def _source(result: EigenResult | DensityResult | SharpnessResult) -> dict[str, Any]:
+    """On what a number was measured, and what it took."""
+    cost = result.cost
+    price = f"{cost.passes} passes, {cost.hvps} products, {cost.gradients:.3g} gradients, {cost.seconds:.3g} s"
+    return {"origin": origin(result.provenance), "price": price, "data": examples_of(result.provenance)}
