@@ -50,6 +50,9 @@ ALLOWED: dict[str, set[str]] = {
         *("ball", "files", "objective", "params", "perturbation", "precision", "problem", "provenance", "results"),
         "resume",
     },
+    "compare": {
+        *("density", "objective", "params", "problem", "results", "resume", "sharpness", "slices", "spectrum"),
+    },
     "optim": {"ball", "perturbation", "precision"},
     "zoo": set(),
     "checkpoint": {"files"},
@@ -76,6 +79,12 @@ ALLOWED: dict[str, set[str]] = {
 }
 # What each module of these packages may import of its own package.
 INSIDE: dict[str, set[str]] = {
+    "compare.levels": set(),
+    "compare.samples": set(),
+    "compare.performance": set(),
+    "compare.entrants": set(),
+    "compare.steps": {"levels", "samples"},
+    "compare.assembling": {"entrants", "performance", "samples", "steps"},
     "objective.batches": set(),
     "objective.likelihoods": set(),
     "objective.tokens": set(),
@@ -167,7 +176,7 @@ def test_imports_follow_the_layering(path: Path) -> None:
 
 @pytest.mark.parametrize("name", INSIDE)
 def test_imports_inside_a_package_follow_the_layering(name: str) -> None:
-    """Within the objective, the audit, the guides and resuming no module reaches upwards."""
+    """Within the objective, the audit, the guides, resuming and comparing no module reaches upwards."""
     package, _, module = name.partition(".")
     start = f"sharpscope.{package}."
     found = imports(PACKAGE / package / f"{module}.py")
