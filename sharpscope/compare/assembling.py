@@ -64,6 +64,7 @@ class _Run:
 
     def __init__(self, field: Field, how: How, keep: Keep, progress: Progress | None) -> None:
         self._field, self._how, self._keep, self._progress = field, how, keep, progress
+        self._keys: dict[str, str] = {}
 
     def performance(self, entrant: Entrant) -> dict[str, Performance]:
         """By split; cheap."""
@@ -154,22 +155,26 @@ class _Run:
 
     def _kept(self, entrant: Entrant, part: str, problem: Problem, measure: Measure, **also: Any) -> Any:
         def key() -> str:
+            return fingerprint(self._key(entrant, problem), part, also)
+
+        return self._keep(entrant.name, part, key, measure)
+
+    def _key(self, entrant: Entrant, problem: Problem) -> str:
+        """Of all that decides the entrant's numbers; hashed once, since it walks the data."""
+        if entrant.name not in self._keys:
             # Where the file lies is no part of what is in it.
             said = {k: str(v) for k, v in problem.provenance.items() if k != "checkpoint"}
             h = self._how
-            return key_of(
+            self._keys[entrant.name] = key_of(
                 Objective(problem, **h.computation),
-                part=part,
                 name=entrant.name,
                 level=asdict(h.level),
                 seed=h.seed,
                 rho=h.rho,
                 said=said,
                 test=self._field.data.get("test"),
-                **also,
             )
-
-        return self._keep(entrant.name, part, key, measure)
+        return self._keys[entrant.name]
 
     def _report(self, name: str, what: str) -> Progress:
         def report(stage: str, done: int, total: int | None) -> None:

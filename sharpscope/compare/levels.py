@@ -52,16 +52,15 @@ class Level:
         return replace(self, **{name: min(examples, getattr(self, name) or examples) for name in counts})
 
 
-# Measured on one core of a machine with five times as much to do as it has cores, on the cnn of 52,138 parameters and
+# Measured on one core of a machine with three times as much to do as it has cores, on the cnn of 52,138 parameters and
 # Fashion-MNIST: 13,000 examples a second, whether for a gradient, a product or a forward pass at a point. In seconds of
 # that core for each checkpoint:
 LEVELS = {
-    # 30 in all. Eigenvalues 13: 4,096 examples are the fewest that the few-pass solver takes, which costs less there
-    # than Lanczos on 2,000 (14); their sampling error is some 10 to 20 %, beside which a numerical one of 1e-2 does not
-    # show. Density 6, lines 4, surface 4, m-sharpness 3, loss and accuracy 2.
+    # 30 in all. Eigenvalues 9: their sampling error is some 10 to 20 %, beside which a numerical one of 1e-2 does not
+    # show. Density 8, lines 4, surface 4, m-sharpness 3, loss and accuracy 2.
     "quick": Level(
         performance_examples=10_000,
-        eigen_examples=4096,
+        eigen_examples=2000,
         tol=1e-2,
         certify=None,
         density_examples=1000,
@@ -75,7 +74,7 @@ LEVELS = {
         surface_examples=1000,
         surface_points=7,
     ),
-    # 230 in all. Eigenvalues of all 60,000 images 150, density 35, surface 18, lines 14, m-sharpness 11, loss 6.
+    # 240 in all. Eigenvalues of all 60,000 images 150, density 40, surface 18, lines 14, m-sharpness 11, loss 6.
     "default": Level(
         performance_examples=None,
         eigen_examples=None,

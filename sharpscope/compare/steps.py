@@ -12,7 +12,7 @@ import torch
 from sharpscope.compare.levels import K, Level
 from sharpscope.compare.samples import count_of, sampled
 from sharpscope.density import spectral_density
-from sharpscope.objective import Objective, Progress
+from sharpscope.objective import Progress
 from sharpscope.params import select
 from sharpscope.problem import Problem
 from sharpscope.results import DensityResult, EigenResult, SharpnessResult, SliceResult
@@ -24,6 +24,10 @@ from sharpscope.spectrum import top_eigenvalues
 
 M = (1, 4, 16, 64, 256)
 BETWEEN = (-0.2, 1.2)
+
+# Examples of a sample from which on a part of it guides the solver: of the cnn on 2,000 of Fashion-MNIST, to 1e-2, 63
+# gradients in place of Lanczos's 88.
+GUIDED = 2000
 
 Place = str | os.PathLike[str] | None
 
@@ -59,11 +63,12 @@ class How:
 def eigen(problem: Problem, how: How, journal: Place = None, progress: Progress | None = None) -> EigenResult:
     """lambda_1 >= ... >= lambda_K of the training loss, with sampling intervals where it is not on all the data."""
     drawn = sampled(problem, how.level.eigen_examples, how.seed)
-    n = Objective(drawn, **how.computation).num_params
+    few = drawn is problem or (how.level.eigen_examples or 0) < GUIDED or problem.mode != "eval"
     return top_eigenvalues(
         drawn,
-        min(K, n),
+        min(K, _num_params(problem)),
         how.level.tol,
+        "auto" if few else "guided",
         generator=how.source,
         progress=progress,
         certify=how.level.certify,

@@ -1,0 +1,121 @@
+"""Intervals over runs are those of the textbook, and hold the truth as often as they say."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sharpscope.errors import DataError
+from sharpscope.results.comparison import Comparison, Subject
+from sharpscope.results.groups import difference, spread
+from sharpscope.results.readings import wilson
+
+DRAW = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5, 12])
+def test_a_mean_has_students_interval(runs: int) -> None:
+    """SciPy's t interval of the mean, and of the logarithms' for quantities that range over factors."""
+    values = DRAW.lognormal(size=runs)
+    for found, back, kept in ((spread(values), float, values), (spread(values, log=True), math.exp, np.log(values))):
+        interval = stats.ttest_1samp(kept, 0).confidence_interval()
+        assert (found.lower, found.upper) == pytest.approx((back(interval.low), back(interval.high)), rel=1e-9)
+        assert found.value == pytest.approx(back(kept.mean()))
+        assert found.runs == runs
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5, 12])
+def test_pairs_have_the_paired_interval(runs: int) -> None:
+    """SciPy's interval of related samples, whatever all the runs of a pair have in common."""
+    shared = 10 * DRAW.normal(size=runs)
+    first, second = shared + DRAW.normal(size=runs), shared + DRAW.normal(size=runs) + 1
+    found = difference(first, second, paired=True)
+    expected = stats.ttest_rel(second, first).confidence_interval()
+    assert (found.lower, found.upper) == pytest.approx((expected.low, expected.high), rel=1e-9)
+    assert (found.freedom, found.runs) == (runs - 1, runs)
+
+
+@pytest.mark.parametrize(("one", "two"), [(2, 2), (3, 7), (12, 5)])
+def test_unpaired_runs_have_welchs_interval(one: int, two: int) -> None:
+    """SciPy's interval for unequal variances, but for degrees of freedom that are rounded down, never up."""
+    first, second = DRAW.normal(size=one), 3 * DRAW.normal(size=two) + 1
+    found, theirs = difference(first, second), stats.ttest_ind(second, first, equal_var=False)
+    expected = theirs.confidence_interval()
+    assert found.freedom == max(1, int(theirs.df))
+    error = theirs.statistic and found.value / theirs.statistic
+    half = stats.t.ppf(0.975, found.freedom) * error
+    assert (found.lower, found.upper) == pytest.approx((found.value - half, found.value + half), rel=1e-9)
+    assert found.lower is not None
+    assert found.lower <= expected.low + 1e-12
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("ratio", [True, False])
+def test_intervals_hold_the_truth_as_often_as_they_say(paired: bool, ratio: bool) -> None:
+    """Over 1,000 draws of 5 runs of each kind 95 % do, within four standard errors; scatter differs by a factor 4."""
+    draw, held, truth = np.random.default_rng(1), 0, 0.7
+    for _ in range(1000):
+        shared = draw.normal(size=5) if paired else np.zeros(5)
+        first, second = shared + draw.normal(size=5), shared + truth + draw.normal(scale=0.25, size=5)
+        if ratio:
+            first, second = np.exp(first), np.exp(second)
+        found = difference(first, second, paired=paired, ratio=ratio)
+        assert found.lower is not None
+        assert found.upper is not None
+        held += found.lower <= (math.exp(truth) if ratio else truth) <= found.upper
+    reach = 4 * math.sqrt(0.95 * 0.05 / 1000)
+    assert held / 1000 > 0.95 - reach
+    assert held / 1000 < 0.95 + reach + (0 if paired else 0.02)  # Welch's is wider, freedom being rounded down
+
+
+@pytest.mark.parametrize(("right", "examples"), [(0, 10), (3, 10), (10, 10), (9010, 10_000), (1, 1)])
+def test_an_accuracy_has_wilsons_interval(right: int, examples: int) -> None:
+    """SciPy's score interval, without a continuity correction; it stays within 0 and 1 and holds the share."""
+    expected = stats.binomtest(right, examples).proportion_ci(method="wilson")
+    found = wilson(right / examples, examples)
+    assert found == pytest.approx((expected.low, expected.high), abs=1e-7)
+    assert 0 <= found[0] <= right / examples <= found[1] <= 1
+
+
+def test_one_run_says_nothing_of_the_scatter() -> None:
+    """A mean and a difference without an interval, and a difference without one shows nothing."""
+    assert (spread([2.0]).lower, spread([2.0]).upper) == (None, None)
+    for found in (difference([2.0], [1.0], paired=True, ratio=True), difference([2.0], [1.0, 3.0], ratio=True)):
+        assert (found.lower, found.upper, found.freedom, found.sure) == (None, None, 0, False)
+    assert difference([2.0], [1.0], ratio=True).value == 0.5
+
+
+def test_runs_without_scatter_have_a_point() -> None:
+    """Equal values in each group: the interval is the difference itself, sure where it is not none."""
+    found = difference([1.0, 1.0], [2.0, 2.0], ratio=True)
+    assert (found.value, found.lower, found.upper, found.sure) == pytest.approx((2, 2, 2, True))
+    assert not difference([1.0, 1.0], [1.0, 1.0]).sure
+
+
+def test_what_has_no_interval_is_refused() -> None:
+    """Ratios of what is not positive, pairs of unequal numbers, and nothing at all."""
+    for wrong, message in (
+        (lambda: difference([1.0, -1.0], [1.0, 1.0], ratio=True), "positive"),
+        (lambda: spread([0.0], log=True), "positive"),
+        (lambda: difference([1.0], [1.0, 2.0], paired=True), "as many runs"),
+        (lambda: spread([]), "at least one run"),
+        (lambda: difference([], [1.0]), "at least one run"),
+    ):
+        with pytest.raises(DataError, match=message):
+            wrong()
+
+
+@pytest.mark.parametrize(
+    ("second", "paired"),
+    [(["1", "0"], True), (["0", "2"], False), (["0", "0"], False), (["0", None], False), (["0", "1", "2"], False)],
+)
+def test_runs_are_paired_only_where_each_has_its_partner(second: list[str | None], paired: bool) -> None:
+    """In any order; a missing, doubled or unknown seed on either side leaves all unpaired."""
+    subjects = [Subject(name=f"a{i}", group="a", pair=seed) for i, seed in enumerate(["0", "1"])]
+    subjects += [Subject(name=f"b{i}", group="b", pair=seed) for i, seed in enumerate(second)]
+    found = Comparison(subjects=tuple(subjects)).paired("a", "b")
+    assert (found is not None) == paired
+    assert all(one.pair == two.pair for one, two in found or [])
