@@ -13,9 +13,8 @@ from sharpscope.cli import comparing, options, terminal
 DESCRIPTION = """\
 How sharp is each checkpoint, and how do they differ? Measures each alike: loss and accuracy on train and test,
 lambda_max and lambda_max/lambda_5, spectral density with trace, m-sharpness against m, the edge of stability, lines and
-a plane in random directions; and the loss on the straight line between minima. One table on the terminal with an
-interval on every number, a few sentences of what differs and how surely, DIR/index.html with all figures, and
-DIR/compare.json with every number.
+a plane in random directions; and the loss on the straight line between minima. A table with intervals, a few sentences
+of what differs and how surely, DIR/index.html with all figures, and DIR/compare.json with every number.
 
   --quick      on samples: two Fashion-MNIST checkpoints in a minute or two on two cores, 95 % intervals over examples
   (default)    eigenvalues of all the training data to 1e-3, the rest on samples: some minutes
@@ -43,7 +42,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoints", nargs="*", metavar="CKPT", help="checkpoint file; the first is compared with")
+    parser.add_argument(
+        "checkpoints", nargs="*", metavar="CKPT", help="checkpoint file; all are compared with the first"
+    )
     parser.add_argument("--sgd", nargs="+", metavar="PATTERN", help="runs of the group sgd, as 'sgd-*.pt'")
     parser.add_argument("--sam", nargs="+", metavar="PATTERN", help="runs of the group sam")
     parser.add_argument(
@@ -51,7 +52,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         nargs="+",
         action="append",
         metavar="NAME=PATTERN",
-        help="runs of a group of that name; may be given again, the first group is compared with",
+        help="runs of a group of that name; may be given again; all are compared with the first",
     )
     parser.add_argument(
         "--out", default="sharpscope-compare", metavar="DIR", help="folder to write (default sharpscope-compare)"

@@ -9,7 +9,9 @@ import pytest
 from scipy import stats
 
 from sharpscope.errors import DataError
-from sharpscope.results.comparison import Comparison, Subject
+from sharpscope.results import Cost, EigenResult
+from sharpscope.results.comparison import Comparison, Performance, Subject
+from sharpscope.results.findings import findings
 from sharpscope.results.groups import difference, spread
 from sharpscope.results.readings import wilson
 
@@ -119,3 +121,53 @@ def test_runs_are_paired_only_where_each_has_its_partner(second: list[str | None
     found = Comparison(subjects=tuple(subjects)).paired("a", "b")
     assert (found is not None) == paired
     assert all(one.pair == two.pair for one, two in found or [])
+
+
+def checkpoint(name: str, top: float, half: float, *, sampled: bool = False, **more: object) -> Subject:
+    """A checkpoint with lambda_max = top, known to ``half`` on its examples, or for all the data where sampled."""
+    value, reach = np.array([top]), np.array([1e-6 if sampled else half])
+    sampling = {"lower": [top - half], "upper": [top + half], "ratio": None} if sampled else None
+    converged = np.array([more.pop("converged", True)])
+    eigen = EigenResult(
+        value, reach, value - reach, value + reach, converged, 0.1, 0.1, Cost(1, 1, 1.0, 1.0), sampling=sampling
+    )
+    return Subject(name=name, eigen=eigen, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("half", "sampled", "said"),
+    [
+        (0.2, False, "numerical bounds do not reach that far."),
+        (0.6, False, "their numerical bounds meet: no difference is shown."),
+        (0.2, True, "their 95 % intervals over examples do not meet."),
+        (0.6, True, "their 95 % intervals over examples meet: no difference is shown."),
+    ],
+)
+def test_checkpoints_differ_only_where_their_intervals_do_not_meet(half: float, sampled: bool, said: str) -> None:
+    """The sampling interval decides where there is one, however small the numerical error; two runs are no rule."""
+    two = (checkpoint("a", 2.0, half, sampled=sampled), checkpoint("b", 1.0, half, sampled=sampled))
+    first, second = findings(Comparison(subjects=two))
+    assert first == f"lambda_max of b is 0.5 times that of a; {said}"
+    assert second == "One run each: this says nothing of the ways they were trained in general."
+
+
+def test_what_has_not_converged_or_is_exact_is_said_so() -> None:
+    """No interval of a value that has not converged decides; a loss on the same examples has none."""
+    performance = {"test": Performance(0.5, None, 100)}
+    one = checkpoint("a", 2.0, 0.1, performance=performance)
+    two = checkpoint("b", 1.0, 0.1, performance=performance, converged=False)
+    first, second, _ = findings(Comparison(subjects=(one, two)))
+    assert first.endswith("; it has not converged in b, so that nothing is shown.")
+    assert second == "test loss of b is 1 times that of a; exact on these examples."
+
+
+@pytest.mark.parametrize(("scatter", "shown"), [(0.01, True), (1.0, False)])
+def test_groups_differ_only_where_the_interval_leaves_one_out(scatter: float, shown: bool) -> None:
+    """The ratio and its interval over pairs of seeds; one that holds 1 shows no difference."""
+    draw, subjects = np.random.default_rng(3), []
+    for group, level in (("sgd", 2.0), ("sam", 1.0)):
+        for i, noise in enumerate(np.exp(scatter * draw.normal(size=4))):
+            subjects.append(checkpoint(f"{group}{i}", level * noise, 1e-3, group=group, pair=str(i)))
+    (said,) = findings(Comparison(subjects=tuple(subjects)))
+    assert said.startswith("lambda_max: sam/sgd = ")
+    assert said.endswith(f"over 4 pairs of seeds{'' if shown else ': no difference is shown'}.")
