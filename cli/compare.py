@@ -52,7 +52,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         nargs="+",
         action="append",
         metavar="NAME=PATTERN",
-        help="runs of a group of that name; may be given again; all are compared with the first",
+        help="runs of a group of that name; may be given again; the first group is the reference",
     )
     parser.add_argument(
         "--out", default="sharpscope-compare", metavar="DIR", help="folder to write (default sharpscope-compare)"
@@ -109,8 +109,7 @@ def _entrants(args: argparse.Namespace, paths: list[str], groups: list[str]) -> 
 
     if not paths:
         raise ArgumentError("A comparison needs checkpoints. Name some, or groups by --sgd and --sam.")
-    # Once, and late: an own problem() runs for it.
-    tested = comparing.has_test(args, paths[0])
+    tested = comparing.has_test(args)
 
     def loader(path: str) -> Any:
         def load(split: str) -> Any:

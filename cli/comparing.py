@@ -56,7 +56,7 @@ def names(paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
-def has_test(args: argparse.Namespace, path: str) -> bool:
+def has_test(args: argparse.Namespace) -> bool:
     """Whether there are test data: of a bundled set, or of a problem() that takes ``split``."""
     from sharpscope.errors import ArgumentError
     from sharpscope.problem_file import problem_of

@@ -349,6 +349,22 @@ def test_a_problem_without_test_data_has_no_test_rows(tmp_path: Path, split: str
     assert "edge" not in [row["label"] for row in found["rows"]]
 
 
+def test_what_a_checkpoint_cannot_have_is_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights of one dimension give random directions no size; the eigenvalues are there all the same."""
+    (tmp_path / "flat.py").write_text(
+        PROBLEM.format(split="").replace("torch.nn.Linear(4, 3)", "torch.nn.LayerNorm(4)").replace("(0, 3", "(0, 4")
+    )
+    for i in range(2):
+        state = torch.nn.LayerNorm(4).state_dict()
+        torch.save({name: value + i for name, value in state.items()}, tmp_path / f"{i}.pt")
+    argv = ["--problem", tmp_path / "flat.py", "--quick", "--out", tmp_path / "out"]
+    assert run(tmp_path / "0.pt", tmp_path / "1.pt", *argv) == 0
+    assert "0.pt: no line. Random directions must have weights to move" in capsys.readouterr().out
+    subject = record(tmp_path / "out")["subjects"][0]
+    assert "line" not in subject
+    assert subject["eigen"]["converged"]
+
+
 def test_not_converged_exits_3_and_shows_nothing(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
