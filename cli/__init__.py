@@ -8,11 +8,24 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from sharpscope.cli import demo, density, eigen, init, inspect, invariance, plot, sharpness, slice, surface, train
+from sharpscope.cli import (
+    compare,
+    demo,
+    density,
+    eigen,
+    init,
+    inspect,
+    invariance,
+    plot,
+    sharpness,
+    slice,
+    surface,
+    train,
+)
 from sharpscope.errors import ConvergenceWarning, SharpscopeError
 from sharpscope.version import __version__
 
-COMMANDS = (demo, train, eigen, density, sharpness, invariance, slice, surface, plot, inspect, init)
+COMMANDS = (demo, train, compare, eigen, density, sharpness, invariance, slice, surface, plot, inspect, init)
 
 EPILOG = """\
 exit status: 0 done, 1 the input is wrong (one sentence on stderr), 2 wrong usage,
@@ -21,6 +34,7 @@ exit status: 0 done, 1 the input is wrong (one sentence on stderr), 2 wrong usag
 examples:
   sharpscope demo
   sharpscope train --model cnn --data digits --optimizer sam --rho 0.05 --out sam.pt
+  sharpscope compare sgd.pt sam.pt --quick --out sgd-sam
   sharpscope eigen sgd.pt sam.pt
   sharpscope density sgd.pt sam.pt --figure density.png
   sharpscope sharpness sgd.pt sam.pt --examples 1024 --figure m.png
@@ -65,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141  # 128 + SIGPIPE, what a shell shows for a program that this signal ended
         except KeyboardInterrupt:
-            resumed = args.command in ("slice", "surface") or (args.command == "eigen" and not args.per_layer)
+            resumed = args.command in ("compare", "slice", "surface") or (
+                args.command == "eigen" and not args.per_layer
+            )
             again = resumed and args.out
             then = " The same command goes on from there." if again else ""
             print(f"sharpscope: interrupted; what was finished is kept.{then}", file=sys.stderr)

@@ -186,10 +186,15 @@ def load(args: argparse.Namespace, path: str) -> Any:
 
 def load_all(args: argparse.Namespace) -> None:
     """Read every checkpoint once, before the first long measurement."""
-    if ":" in f"{args.model or ''}{args.problem or ''}" or args.trust or args.trust_pickle:
-        sys.path.insert(0, os.getcwd())  # a console script, unlike python -m, does not look where the user stands
+    import_from_here(args)
     for path in dict.fromkeys(args.checkpoints):
         load(args, path)
+
+
+def import_from_here(args: argparse.Namespace) -> None:
+    """Let code be imported from the working directory, where the user's own is named."""
+    if ":" in f"{args.model or ''}{args.problem or ''}" or args.trust or args.trust_pickle:
+        sys.path.insert(0, os.getcwd())  # a console script, unlike python -m, does not look where the user stands
 
 
 def outputs(

@@ -52,6 +52,10 @@ ALLOWED: dict[str, set[str]] = {
         *("ball", "files", "objective", "params", "perturbation", "precision", "problem", "provenance", "results"),
         "resume",
     },
+    "compare": {
+        *("density", "examples", "objective", "params", "problem", "results", "resume", "sharpness", "slices"),
+        "spectrum",
+    },
     "optim": {"ball", "perturbation", "precision"},
     "monitor": {
         *("edges", "examples", "importing", "linalg", "objective", "optim", "preserve"),
@@ -89,6 +93,12 @@ ALLOWED: dict[str, set[str]] = {
 }
 # What each module of these packages may import of its own package.
 INSIDE: dict[str, set[str]] = {
+    "compare.levels": set(),
+    "compare.samples": set(),
+    "compare.performance": set(),
+    "compare.entrants": set(),
+    "compare.steps": {"levels", "samples"},
+    "compare.assembling": {"entrants", "performance", "samples", "steps"},
     "objective.batches": set(),
     "objective.likelihoods": set(),
     "objective.outputs": set(),

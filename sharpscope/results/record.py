@@ -115,13 +115,19 @@ def names_of(provenances: Sequence[Mapping[str, Any]]) -> list[str]:
     return names if len(set(names)) == len(names) else paths
 
 
-def origin(provenance: Mapping[str, Any]) -> str:
-    """One sentence: which examples, how many parameters, which mode and precision, how the weights came about."""
+def examples_of(provenance: Mapping[str, Any]) -> str:
+    """How many examples of which data: "1000 examples of digits (train)"."""
     where = f"{provenance.get('num_examples', '?')} examples"
     if provenance.get("data") and provenance.get("split"):
         noise = provenance.get("label_noise")
         wrong = f", {100 * noise:.3g}% wrong labels" if noise else ""
         where += f" of {provenance['data']} ({provenance['split']}{wrong})"
+    return where
+
+
+def origin(provenance: Mapping[str, Any]) -> str:
+    """One sentence: which examples, how many parameters, which mode and precision, how the weights came about."""
+    where = examples_of(provenance)
     how = f"{provenance.get('num_params', '?')} parameters, {provenance.get('mode', '?')} mode"
     return f"{where}, {how}, {provenance.get('dtype', '?')}{_training(provenance)}."
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from sharpscope.ball import Ball
-from sharpscope.edges import descent_edge, sam_edge
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg import Eigenpairs
 from sharpscope.objective import Objective, Progress
@@ -21,6 +20,7 @@ from sharpscope.results.estimate import Estimate, student
 from sharpscope.sharpness import curvature
 from sharpscope.sharpness.ascent import Ascent
 from sharpscope.sharpness.average import DROP, average_rise, pac_bayes_sigma
+from sharpscope.sharpness.edge import edge_measure
 from sharpscope.sharpness.losses import in_memory, require_classes
 from sharpscope.sharpness.worst import worst_rises
 
@@ -237,27 +237,12 @@ def _edge(run: Run) -> Iterator[Measure]:
         top = run.top(Ball())
         price = cost()
     assert objective.gradient is not None
-    norm = float(torch.linalg.vector_norm(objective.gradient.cpu().double()))
-    lr, momentum = float(recipe["lr"]), float(recipe.get("momentum") or 0.0)
-    rho = _plain_rho(recipe)
-    plain = descent_edge(lr, momentum)
-    limits = {"SGD's edge": plain}
-    if rho is not None:
-        limits["SAM's edge"] = sam_edge(lr, rho, norm, momentum)
-    value = float(top.eigenvalues[0])
-    yield Measure(
-        "edge",
-        value / plain,
-        lower=float(top.lower[0]) / plain,
-        upper=float(top.upper[0]) / plain,
-        settings={
-            "lr": lr,
-            "momentum": momentum,
-            "rho": rho,
-            "lambda_max": value,
-            **limits,
-            "converged": bool(top.converged[0]),
-        },
+    yield edge_measure(
+        float(top.eigenvalues[0]),
+        (float(top.lower[0]), float(top.upper[0])),
+        float(torch.linalg.vector_norm(objective.gradient.cpu().double())),
+        recipe,
+        converged=bool(top.converged[0]),
         gradients=price,
         examples=objective.num_examples,
     )
@@ -337,13 +322,6 @@ def _require_sgd(recipe: Mapping[str, Any]) -> None:
         raise ArgumentError("The edge of stability needs the learning rate, which is not in the checkpoint. Pass lr.")
     if recipe.get("optimizer", "sgd") != "sgd":
         raise ArgumentError(f"The edge of stability is SGD's, and the checkpoint was trained by {recipe['optimizer']}.")
-
-
-def _plain_rho(recipe: Mapping[str, Any]) -> float | None:
-    """The radius of SAM in the plain ball of p = 2, None where the recipe is of no or another SAM."""
-    named = recipe.get("variant", "sam") == "sam" and recipe.get("p", 2) == 2
-    plain = named and recipe.get("m") is None and not recipe.get("sam_args")
-    return float(recipe["rho"]) if plain and recipe.get("rho") else None
 
 
 def _missed(top: Eigenpairs) -> float:

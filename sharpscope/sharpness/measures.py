@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from sharpscope.provenance import measured, provenance, seeded
 from sharpscope.results import Measure, SharpnessResult
 from sharpscope.sharpness.ascent import Ascent
 from sharpscope.sharpness.catalogue import MEASURES, REQUIRES, Run, Settings
+from sharpscope.sharpness.edge import recipe_of
 
 M = (1, 4, 16, 64, 256)
 RHO = (0.05,)
@@ -122,7 +122,7 @@ def measure_sharpness(
         draws=draws,
         probes=probes,
         box=box,
-        recipe=_recipe(problem, lr),
+        recipe=recipe_of(problem.provenance, lr),
     )
     run = Run(objective, settings, int(torch.randint(2**62, (), generator=source)), progress)
     with objective.measuring():
@@ -165,10 +165,3 @@ def _ascent(given: Ascent | int | str | None) -> Ascent | None:
     if isinstance(given, bool) or not isinstance(given, int):
         raise ArgumentError(f"ascent must be an Ascent, a number of steps or 'apgd', got {given!r}.")
     return Ascent(given)
-
-
-def _recipe(problem: Problem, lr: float | None) -> dict[str, Any]:
-    """Learning rate, momentum and rho with which training stopped, as far as the checkpoint says."""
-    said = dict(problem.provenance.get("recipe") or {})
-    metrics = problem.provenance.get("metrics") or {}
-    return {**said, "lr": lr if lr is not None else metrics.get("lr", said.get("lr"))}

@@ -1,0 +1,220 @@
+"""``sharpscope compare``: how sharp checkpoints are, side by side, and whether SAM made them flatter."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from sharpscope.cli import comparing, options, terminal
+
+DESCRIPTION = """\
+How sharp is each checkpoint, and how do they differ? Measures each alike: loss and accuracy on train and test,
+lambda_max and lambda_max/lambda_5, spectral density with trace, m-sharpness against m, the edge of stability, lines and
+a plane in random directions; and the loss on the straight line between minima. A table with intervals, a few sentences
+of what differs and how surely, DIR/index.html with all figures, and DIR/compare.json with every number.
+
+  --quick      on samples: two Fashion-MNIST checkpoints in a minute or two on two cores, 95 % intervals over examples
+  (default)    eigenvalues of all the training data to 1e-3, the rest on samples: some minutes
+  --thorough   eigenvalues to 1e-4 with a certificate, finer grids, more probes: most of an hour
+
+Several runs of each kind as groups tell SAM's effect from chance: means, differences and ratios come with 95 %
+intervals over runs, paired where both groups have the same seeds. Interrupted or killed, the same command goes on.
+"""
+
+EPILOG = """\
+examples:
+  sharpscope compare sgd.pt sam.pt --quick --out sgd-sam
+  sharpscope compare sgd.pt sam.pt --out sgd-sam
+  sharpscope compare --sgd 'sgd-*.pt' --sam 'sam-*.pt' --out seeds
+  sharpscope compare --group adam='adam-?.pt' --group adam+sam='adamsam-?.pt' --out adam
+"""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """The command's options."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "compare",
+        help="everything of several checkpoints side by side: table, findings, one HTML page",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "checkpoints", nargs="*", metavar="CKPT", help="checkpoint file; all are compared with the first"
+    )
+    parser.add_argument("--sgd", nargs="+", metavar="PATTERN", help="runs of the group sgd, as 'sgd-*.pt'")
+    parser.add_argument("--sam", nargs="+", metavar="PATTERN", help="runs of the group sam")
+    parser.add_argument(
+        "--group",
+        nargs="+",
+        action="append",
+        metavar="NAME=PATTERN",
+        help="runs of a group of that name; may be given again; the first group is the reference",
+    )
+    parser.add_argument(
+        "--out", default="sharpscope-compare", metavar="DIR", help="folder to write (default sharpscope-compare)"
+    )
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument("--quick", dest="level", action="store_const", const="quick", help="samples, coarse slices")
+    level.add_argument(
+        "--thorough", dest="level", action="store_const", const="thorough", help="tighter, larger, finer"
+    )
+    parser.set_defaults(level="default")
+    parser.add_argument("--examples", type=int, metavar="N", help="measure nothing on more than N examples of a split")
+    parser.add_argument(
+        "--params", action="append", metavar="PATTERN", help="only parameters of such names; may be given again"
+    )
+    parser.add_argument("--rho", type=float, default=0.05, help="radius of m-sharpness (default 0.05)")
+    parser.add_argument("--dtype", choices=options.DTYPES, help="precision of the computation (default: the weights')")
+    options.add_seed(parser, "of samples, starts, probes and directions")
+    options.add_device(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace the report of another command in DIR")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    options.add_model_and_data(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what is not done yet, then show and write all of it."""
+    from sharpscope.compare import How, compare, field_of, level_of
+
+    options.import_from_here(args)
+    groups = comparing.groups(args)
+    paths = [path for members in groups.values() for path in members] or args.checkpoints
+    folder, command = Path(args.out), _command(args)
+    level = level_of(args.level).within(args.examples)
+    entrants = _entrants(args, paths, [group for group, members in groups.items() for _ in members])
+    asked = _asked(args, paths)
+    _require_free(args, paths, folder, asked)
+    parts = comparing.Parts(folder / "parts")
+    computation = options.computation(argparse.Namespace(**{**vars(args), "micro_batch": None}))
+    how = How(level=level, seed=args.seed, rho=args.rho, dtype=computation["dtype"], device=computation["device"])
+    with terminal.progress_bar("compare") as progress:
+        comparison = compare(field_of(entrants), how, parts.keep, progress, level=args.level, command=command)
+    _write(folder, comparison, asked)
+    if args.json:
+        terminal.emit(json.dumps(comparison.to_dict(), indent=2, allow_nan=False))
+    else:
+        terminal.emit(_shown(comparison, folder))
+    results = [subject.eigen for subject in comparison.subjects]
+    return 0 if all(r.converged.all() and r.certified for r in results) else 3
+
+
+def _entrants(args: argparse.Namespace, paths: list[str], groups: list[str]) -> list[Any]:
+    from sharpscope.compare import Entrant
+    from sharpscope.errors import ArgumentError
+
+    if not paths:
+        raise ArgumentError("A comparison needs checkpoints. Name some, or groups by --sgd and --sam.")
+    tested = comparing.has_test(args)
+
+    def loader(path: str) -> Any:
+        def load(split: str) -> Any:
+            if split == "test" and not tested:
+                return None
+            return options.load(argparse.Namespace(**{**vars(args), "split": split, **_WHOLE}), path)
+
+        return load
+
+    names = comparing.names(paths)
+    return [
+        Entrant(name, loader(path), group)
+        for name, path, group in zip(names, paths, groups or [None] * len(paths), strict=True)
+    ]
+
+
+# Samples are drawn part by part, and the quantities are of the bare loss.
+_WHOLE = {"examples": None, "weight_decay": 0.0}
+
+
+def _asked(args: argparse.Namespace, paths: list[str]) -> dict[str, Any]:
+    """What a report is of, as far as it decides its numbers."""
+    from sharpscope.checkpoint import read_checkpoint
+
+    left = ("run", "command", "out", "overwrite", "json", "checkpoints", "sgd", "sam", "group")
+    groups = comparing.groups(args)
+    given = {key: str(value) for key, value in vars(args).items() if key not in left and value is not None}
+    hashes = [read_checkpoint(path, args.weights, trust_pickle=args.trust_pickle).sha256 for path in paths]
+    return {**given, "groups": groups, "checkpoints": list(map(list, zip(map(str, paths), hashes, strict=True)))}
+
+
+def _require_free(args: argparse.Namespace, paths: list[str], folder: Path, asked: dict[str, Any]) -> None:
+    """Raise OutputError where ``folder`` holds the report of another command, or cannot be written."""
+    from sharpscope.errors import OutputError
+
+    report = folder / "compare.json"
+    try:
+        own = json.loads(report.read_text(encoding="utf-8")).get("asked") == asked
+    except (OSError, ValueError, AttributeError):
+        own = False
+    if report.exists() and not own and not args.overwrite:
+        raise OutputError(
+            f"{report} is the report of another command or of other checkpoints. Name another place, or pass "
+            "--overwrite."
+        )
+    if folder.is_file():
+        raise OutputError(f"--out must be a folder, but {folder} is a file. Name another place.")
+    options.require_new(argparse.Namespace(checkpoints=paths, overwrite=True), report, folder / "index.html")
+
+
+def _write(folder: Path, comparison: Any, asked: dict[str, Any]) -> None:
+    from sharpscope.files import atomic
+
+    with atomic(folder / "index.html") as temporary:
+        temporary.write_text(_page(comparison), encoding="utf-8")
+    with atomic(folder / "compare.json") as temporary:
+        record = {**comparison.to_dict(), "asked": asked}
+        temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _page(comparison: Any) -> str:
+    from sharpscope.results.findings import findings
+
+    try:
+        from sharpscope.report import page
+    except ImportError:
+        said = "".join(f"<p>{line}</p>" for line in map(_escaped, findings(comparison)))
+        head = '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>sharpscope compare</title>'
+        return f"{head}{said}{comparison._repr_html_()}</html>\n"
+    whole: str = page(comparison, findings(comparison))
+    return whole
+
+
+def _escaped(text: str) -> str:
+    import html
+
+    return html.escape(text)
+
+
+def _shown(comparison: Any, folder: Path) -> str:
+    from sharpscope.results.findings import findings
+
+    said = "\n".join(findings(comparison))
+    return f"{comparison.summary()}\n\n{said}\n\nPage {folder / 'index.html'}, every number {folder / 'compare.json'}"
+
+
+# What the command line need not say.
+_DEFAULTS = {"rho": 0.05, "seed": 0, "device": "auto"}
+_VALUES = ("examples", "rho", "dtype", "seed", "device", "model", "problem", "weights", "prefix", "data", "loss")
+
+
+def _command(args: argparse.Namespace) -> str:
+    """A command that gives the same again."""
+    words = ["sharpscope", "compare", *args.checkpoints]
+    for name in ("sgd", "sam"):
+        words += [f"--{name}", *getattr(args, name)] if getattr(args, name) else []
+    for group in args.group or ():
+        words += ["--group", *group]
+    words += [f"--{args.level}"] if args.level != "default" else []
+    for name in (*_VALUES, "data_root"):
+        value = getattr(args, name)
+        if value is not None and value != _DEFAULTS.get(name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    for pattern in args.params or ():
+        words += ["--params", pattern]
+    words += ["--model-args", *args.model_args] if args.model_args else []
+    words += [f"--{name.replace('_', '-')}" for name in ("trust", "partial", "trust_pickle") if getattr(args, name)]
+    return shlex.join([*words, "--out", args.out])

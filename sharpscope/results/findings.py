@@ -1,0 +1,183 @@
+"""What a comparison shows, in sentences: what differs, by how much, and how surely; not which is better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from sharpscope.results.comparison import Comparison, Subject
+from sharpscope.results.groups import Difference
+from sharpscope.results.readings import BINOMIAL, EXACT, NUMERICAL, PROBED, SAMPLED, SUBSETS, Reading, Row, rows_of
+from sharpscope.results.slice import PENDING, SliceResult
+
+# A standard error reaches so far to each side for about 95 %.
+REACH = 2.0
+
+# Twenty intervals of 95 % leave out what they should hold once in the mean.
+MANY = 20
+
+# What is said where the intervals of two checkpoints do not meet, and where they do.
+_APART = {
+    NUMERICAL: "numerical bounds do not reach that far",
+    SAMPLED: "their 95 % intervals over examples do not meet",
+    PROBED: "they are more than two standard errors of each apart",
+    SUBSETS: "their 95 % intervals over subsets do not meet",
+    BINOMIAL: "their 95 % intervals over examples do not meet",
+}
+_MEET = {
+    NUMERICAL: "their numerical bounds meet",
+    SAMPLED: "their 95 % intervals over examples meet",
+    PROBED: "they are within two standard errors of each",
+    SUBSETS: "their 95 % intervals over subsets meet",
+    BINOMIAL: "their 95 % intervals over examples meet",
+}
+
+# What is asked for first; "" is all else.
+_ORDER = ("lambda_max", "trace", "m-sharpness", "")
+
+
+def findings(comparison: Comparison) -> list[str]:
+    """Sentences, the first of lambda_max: of groups by their intervals, else of each checkpoint against the first.
+
+    They say what differs and how surely. None says that flatter is better or generalises better.
+    """
+    rows = [row for row in rows_of(comparison) if row.label != "edge"]
+    rows.sort(key=lambda row: next(i for i, head in enumerate(_ORDER) if row.label.startswith(head)))
+    said = _of_groups(comparison, rows) if comparison.groups else _of_checkpoints(comparison, rows)
+    return [*said, *_ways(comparison), *_warnings(comparison, rows)]
+
+
+def _of_groups(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
+    first, *others = comparison.groups
+    said, intervals = [], 0
+    for row in rows:
+        for group in others:
+            found = row.differences.get(group)
+            if found is None:
+                continue
+            intervals += found.lower is not None
+            said.append(_difference(row, first, group, found))
+    if intervals >= MANY:
+        chance = f"{intervals / MANY:.0f}"
+        said.append(f"Of {intervals} intervals of 95 % about {chance} would leave out no difference by chance alone.")
+    return said
+
+
+def _difference(row: Row, first: str, group: str, found: Difference) -> str:
+    what = f"{group}/{first}" if found.ratio else f"{group} - {first}"
+    head = f"{row.label}: {what} = {_number(found.value, found.ratio)}"
+    counts = [row.spreads[name].runs for name in (first, group)]
+    if found.lower is None or found.upper is None:
+        runs = "one run each says" if counts == [1, 1] else "a group of one run says"
+        return f"{head}; {runs} nothing of the scatter over runs."
+    over = f"{found.runs} pairs of seeds" if found.paired else f"{counts[0]} and {counts[1]} runs, not paired"
+    ends = f"{_number(found.lower, found.ratio)} to {_number(found.upper, found.ratio)}"
+    return f"{head}, 95 % interval {ends} over {over}{'' if found.sure else ': no difference is shown'}."
+
+
+def _number(value: float, ratio: bool) -> str:
+    return f"{value:.3g}" if ratio else f"{value:+.3g}"
+
+
+def _of_checkpoints(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
+    first, *others = comparison.subjects
+    said = []
+    for i, subject in enumerate(others, start=1):
+        # Of each m one sentence would be said again: what is shown alike is said once.
+        told: dict[tuple[str, str, bool], dict[str, str]] = {}
+        for row in rows:
+            one, two = row.readings[0], row.readings[i]
+            if one is None or two is None:
+                continue
+            quantity, m = _quantity(row.label)
+            times = row.factor and one.value > 0 and two.value > 0
+            amount = f"{two.value / one.value:.3g}" if times else f"{two.value:.4g} against {one.value:.4g}"
+            told.setdefault((quantity, _shown(one, two, first.name, subject.name), times), {})[m] = amount
+        for (quantity, shown, times), amounts in told.items():
+            each = ", ".join(f"{amount} ({m})" if m else amount for m, amount in amounts.items())
+            than = f" times that of {first.name}" if times else f" in {first.name}"
+            said.append(f"{quantity} of {subject.name} is {each}{than}; {shown}.")
+    if others:
+        general = "SAM" if any(map(_by_sam, comparison.subjects)) else "the ways they were trained"
+        said.append(f"One run each: this says nothing of {general} in general.")
+    return said
+
+
+def _quantity(label: str) -> tuple[str, str]:
+    """A label without its m, and the m: "m-sharpness, rho=0.05" and "m=16"."""
+    name, *settings = label.split(", ")
+    m = next((setting for setting in settings if setting.startswith("m=")), "")
+    return ", ".join([name, *(setting for setting in settings if setting != m)]), m
+
+
+def _shown(one: Reading, two: Reading, first: str, second: str) -> str:
+    """How surely two readings differ."""
+    if not (math.isfinite(one.value) and math.isfinite(two.value)):
+        return "one of them is not finite"
+    if not (one.converged and two.converged):
+        return f"it has not converged in {second if one.converged else first}, so that nothing is shown"
+    apart = _apart(one, two)
+    if apart is None:
+        return "exact on these examples" if one.interval == two.interval == EXACT else "one has no interval"
+    told = (_APART if apart else _MEET).get(one.interval, f"their intervals ({one.interval}) {'do not ' * apart}meet")
+    return told if apart else f"{told}: no difference is shown"
+
+
+def _apart(one: Reading, two: Reading) -> bool | None:
+    """Whether the intervals of two readings leave a gap; None where they have none."""
+    ends = []
+    for reading in (one, two):
+        if reading.lower is None or reading.upper is None:
+            return None
+        reach = REACH if reading.interval == PROBED else 1.0
+        ends.append(
+            (
+                reading.value - reach * (reading.value - reading.lower),
+                reading.value + reach * (reading.upper - reading.value),
+            )
+        )
+    return ends[0][1] < ends[1][0] or ends[1][1] < ends[0][0]
+
+
+def _by_sam(subject: Subject) -> bool:
+    return (subject.provenance.get("recipe") or {}).get("rho") is not None
+
+
+def _ways(comparison: Comparison) -> list[str]:
+    """The barrier on each line between minima, on each split."""
+    said = []
+    for first, second, way in comparison.between:
+        heights = {split: way.barrier(split) for split in way.splits}
+        told = " and ".join(f"{height:.3g} ({split})" for split, height in heights.items() if height is not None)
+        if told:
+            inner = int(((way.axes[0] > 0) & (way.axes[0] < 1)).sum())
+            said.append(
+                f"Between {first} and {second} the loss rises above the straight line between its ends by at most "
+                f"{told}, on {inner} points."
+            )
+    return said
+
+
+def _warnings(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
+    """What keeps a sentence above from meaning what it seems to."""
+    said = []
+    uncertified = [s.name for s in comparison.subjects if s.eigen is not None and not s.eigen.certified]
+    if uncertified:
+        said.append(f"There is no certificate that nothing larger was missed of {', '.join(uncertified)}.")
+    if comparison.groups:
+        unsure = [
+            f"{row.label} of {subject.name}"
+            for row in rows
+            for subject, reading in zip(comparison.subjects, row.readings, strict=True)
+            if reading is not None and not reading.converged
+        ]
+        if unsure:
+            said.append(f"Not converged: {'; '.join(unsure)}.")
+    unfinished = [s.name for s in comparison.subjects if any(map(_pending, (s.line, s.surface)))]
+    if unfinished:
+        said.append(f"Slices are unfinished of {', '.join(unfinished)}.")
+    return said
+
+
+def _pending(result: SliceResult | None) -> bool:
+    return result is not None and bool((result.status == PENDING).any())

@@ -1,0 +1,112 @@
+"""Several runs as a group: their mean, and how one group differs from another, with Student's intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharpscope.errors import DataError
+from sharpscope.results.estimate import student
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean over runs and its 95 % interval; None where one run says nothing of the scatter.
+
+    Attributes:
+        value: the mean; of ``log`` quantities the geometric one.
+        runs: their number.
+    """
+
+    value: float
+    lower: float | None
+    upper: float | None
+    runs: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much a second group differs from a first, with a 95 % interval.
+
+    Attributes:
+        value: the mean difference; with ``ratio`` the factor between the geometric means.
+        lower, upper: its interval; None where there are too few runs.
+        ratio: whether it is a factor, 1 for no difference, and not a difference, 0 for none.
+        paired: whether runs of one seed were held against each other.
+        runs: pairs, or runs of both groups.
+        freedom: degrees of freedom of the interval.
+    """
+
+    value: float
+    lower: float | None
+    upper: float | None
+    ratio: bool
+    paired: bool
+    runs: int
+    freedom: int
+
+    @property
+    def sure(self) -> bool:
+        """Whether the interval leaves out no difference."""
+        none = 1.0 if self.ratio else 0.0
+        return self.lower is not None and self.upper is not None and not self.lower <= none <= self.upper
+
+
+def spread(values: Sequence[float], *, log: bool = False) -> Spread:
+    """Mean of ``values`` and the 95 % interval of the mean that their scatter supports (Student 1908).
+
+    ``log``: of their logarithms, as for quantities that range over factors; they must be positive.
+
+    Raises: DataError without values, or where a logarithm has none.
+    """
+    found = _logarithms(values) if log else np.asarray(values, dtype=float)
+    if len(found) == 0:
+        raise DataError("A mean needs at least one run, got none.")
+    mean, half = float(found.mean()), None
+    if len(found) > 1:
+        half = student(CONFIDENCE, len(found) - 1) * float(found.std(ddof=1)) / math.sqrt(len(found))
+    back = math.exp if log else float
+    lower, upper = (None, None) if half is None else (back(mean - half), back(mean + half))
+    return Spread(back(mean), lower, upper, len(found))
+
+
+def difference(
+    first: Sequence[float], second: Sequence[float], *, paired: bool = False, ratio: bool = False
+) -> Difference:
+    """``second`` less ``first``, or over it: of pairs by their differences, else by Welch's interval (1947).
+
+    Welch's degrees of freedom are rounded down, which widens the interval.
+
+    Raises: DataError where pairs have unequal numbers, there are no values, or a ratio has no logarithm.
+    """
+    a, b = (_logarithms(v) if ratio else np.asarray(v, dtype=float) for v in (first, second))
+    if paired and len(a) != len(b):
+        raise DataError(f"Pairs need as many runs in both groups, got {len(a)} and {len(b)}.")
+    if min(len(a), len(b)) == 0:
+        raise DataError("A difference needs at least one run in each group.")
+    mean, freedom, error = float(b.mean() - a.mean()), 0, 0.0
+    if paired and len(a) > 1:
+        freedom, error = len(a) - 1, float((b - a).std(ddof=1)) / math.sqrt(len(a))
+    elif not paired and min(len(a), len(b)) > 1:
+        parts = [float(x.var(ddof=1)) / len(x) for x in (a, b)]
+        error = math.sqrt(sum(parts))
+        weights = sum(part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True))
+        freedom = max(1, int(sum(parts) ** 2 / weights)) if weights else min(len(a), len(b)) - 1
+    half = student(CONFIDENCE, freedom) * error if freedom else None
+    back = math.exp if ratio else float
+    lower, upper = (None, None) if half is None else (back(mean - half), back(mean + half))
+    return Difference(back(mean), lower, upper, ratio, paired, len(a) if paired else len(a) + len(b), freedom)
+
+
+def _logarithms(values: Sequence[float]) -> NDArray[np.float64]:
+    found: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
+    if not (found > 0).all():
+        raise DataError(f"A ratio needs positive values, got {float(found.min()):g}. Take differences.")
+    logarithms: NDArray[np.float64] = np.log(found)
+    return logarithms

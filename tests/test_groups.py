@@ -1,0 +1,173 @@
+"""Intervals over runs are those of the textbook, and hold the truth as often as they say."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sharpscope.errors import DataError
+from sharpscope.results import Cost, EigenResult
+from sharpscope.results.comparison import Comparison, Performance, Subject
+from sharpscope.results.findings import findings
+from sharpscope.results.groups import difference, spread
+from sharpscope.results.readings import wilson
+
+DRAW = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5, 12])
+def test_a_mean_has_students_interval(runs: int) -> None:
+    """SciPy's t interval of the mean, and of the logarithms' for quantities that range over factors."""
+    values = DRAW.lognormal(size=runs)
+    for found, back, kept in ((spread(values), float, values), (spread(values, log=True), math.exp, np.log(values))):
+        interval = stats.ttest_1samp(kept, 0).confidence_interval()
+        assert (found.lower, found.upper) == pytest.approx((back(interval.low), back(interval.high)), rel=1e-9)
+        assert found.value == pytest.approx(back(kept.mean()))
+        assert found.runs == runs
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5, 12])
+def test_pairs_have_the_paired_interval(runs: int) -> None:
+    """SciPy's interval of related samples, whatever all the runs of a pair have in common."""
+    shared = 10 * DRAW.normal(size=runs)
+    first, second = shared + DRAW.normal(size=runs), shared + DRAW.normal(size=runs) + 1
+    found = difference(first, second, paired=True)
+    expected = stats.ttest_rel(second, first).confidence_interval()
+    assert (found.lower, found.upper) == pytest.approx((expected.low, expected.high), rel=1e-9)
+    assert (found.freedom, found.runs) == (runs - 1, runs)
+
+
+@pytest.mark.parametrize(("one", "two"), [(2, 2), (3, 7), (12, 5)])
+def test_unpaired_runs_have_welchs_interval(one: int, two: int) -> None:
+    """SciPy's interval for unequal variances, but for degrees of freedom that are rounded down, never up."""
+    first, second = DRAW.normal(size=one), 3 * DRAW.normal(size=two) + 1
+    found, theirs = difference(first, second), stats.ttest_ind(second, first, equal_var=False)
+    expected = theirs.confidence_interval()
+    assert found.freedom == max(1, int(theirs.df))
+    error = theirs.statistic and found.value / theirs.statistic
+    half = stats.t.ppf(0.975, found.freedom) * error
+    assert (found.lower, found.upper) == pytest.approx((found.value - half, found.value + half), rel=1e-9)
+    assert found.lower is not None
+    assert found.lower <= expected.low + 1e-12
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("ratio", [True, False])
+def test_intervals_hold_the_truth_as_often_as_they_say(paired: bool, ratio: bool) -> None:
+    """Over 1,000 draws of 5 runs of each kind 95 % do, within four standard errors; scatter differs by a factor 4."""
+    draw, held, truth = np.random.default_rng(1), 0, 0.7
+    for _ in range(1000):
+        shared = draw.normal(size=5) if paired else np.zeros(5)
+        first, second = shared + draw.normal(size=5), shared + truth + draw.normal(scale=0.25, size=5)
+        if ratio:
+            first, second = np.exp(first), np.exp(second)
+        found = difference(first, second, paired=paired, ratio=ratio)
+        assert found.lower is not None
+        assert found.upper is not None
+        held += found.lower <= (math.exp(truth) if ratio else truth) <= found.upper
+    reach = 4 * math.sqrt(0.95 * 0.05 / 1000)
+    assert held / 1000 > 0.95 - reach
+    assert held / 1000 < 0.95 + reach + (0 if paired else 0.02)  # Welch's is wider, freedom being rounded down
+
+
+@pytest.mark.parametrize(("right", "examples"), [(0, 10), (3, 10), (10, 10), (9010, 10_000), (1, 1)])
+def test_an_accuracy_has_wilsons_interval(right: int, examples: int) -> None:
+    """SciPy's score interval, without a continuity correction; it stays within 0 and 1 and holds the share."""
+    expected = stats.binomtest(right, examples).proportion_ci(method="wilson")
+    found = wilson(right / examples, examples)
+    assert found == pytest.approx((expected.low, expected.high), abs=1e-7)
+    assert 0 <= found[0] <= right / examples <= found[1] <= 1
+
+
+def test_one_run_says_nothing_of_the_scatter() -> None:
+    """A mean and a difference without an interval, and a difference without one shows nothing."""
+    assert (spread([2.0]).lower, spread([2.0]).upper) == (None, None)
+    for found in (difference([2.0], [1.0], paired=True, ratio=True), difference([2.0], [1.0, 3.0], ratio=True)):
+        assert (found.lower, found.upper, found.freedom, found.sure) == (None, None, 0, False)
+    assert difference([2.0], [1.0], ratio=True).value == 0.5
+
+
+def test_runs_without_scatter_have_a_point() -> None:
+    """Equal values in each group: the interval is the difference itself, sure where it is not none."""
+    found = difference([1.0, 1.0], [2.0, 2.0], ratio=True)
+    assert (found.value, found.lower, found.upper, found.sure) == pytest.approx((2, 2, 2, True))
+    assert not difference([1.0, 1.0], [1.0, 1.0]).sure
+
+
+def test_what_has_no_interval_is_refused() -> None:
+    """Ratios of what is not positive, pairs of unequal numbers, and nothing at all."""
+    for wrong, message in (
+        (lambda: difference([1.0, -1.0], [1.0, 1.0], ratio=True), "positive"),
+        (lambda: spread([0.0], log=True), "positive"),
+        (lambda: difference([1.0], [1.0, 2.0], paired=True), "as many runs"),
+        (lambda: spread([]), "at least one run"),
+        (lambda: difference([], [1.0]), "at least one run"),
+    ):
+        with pytest.raises(DataError, match=message):
+            wrong()
+
+
+@pytest.mark.parametrize(
+    ("second", "paired"),
+    [(["1", "0"], True), (["0", "2"], False), (["0", "0"], False), (["0", None], False), (["0", "1", "2"], False)],
+)
+def test_runs_are_paired_only_where_each_has_its_partner(second: list[str | None], paired: bool) -> None:
+    """In any order; a missing, doubled or unknown seed on either side leaves all unpaired."""
+    subjects = [Subject(name=f"a{i}", group="a", pair=seed) for i, seed in enumerate(["0", "1"])]
+    subjects += [Subject(name=f"b{i}", group="b", pair=seed) for i, seed in enumerate(second)]
+    found = Comparison(subjects=tuple(subjects)).paired("a", "b")
+    assert (found is not None) == paired
+    assert all(one.pair == two.pair for one, two in found or [])
+
+
+def checkpoint(name: str, top: float, half: float, *, sampled: bool = False, **more: object) -> Subject:
+    """A checkpoint with lambda_max = top, known to ``half`` on its examples, or for all the data where sampled."""
+    value, reach = np.array([top]), np.array([1e-6 if sampled else half])
+    sampling = {"lower": [top - half], "upper": [top + half], "ratio": None} if sampled else None
+    converged = np.array([more.pop("converged", True)])
+    eigen = EigenResult(
+        value, reach, value - reach, value + reach, converged, 0.1, 0.1, Cost(1, 1, 1.0, 1.0), sampling=sampling
+    )
+    return Subject(name=name, eigen=eigen, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("half", "sampled", "said"),
+    [
+        (0.2, False, "numerical bounds do not reach that far."),
+        (0.6, False, "their numerical bounds meet: no difference is shown."),
+        (0.2, True, "their 95 % intervals over examples do not meet."),
+        (0.6, True, "their 95 % intervals over examples meet: no difference is shown."),
+    ],
+)
+def test_checkpoints_differ_only_where_their_intervals_do_not_meet(half: float, sampled: bool, said: str) -> None:
+    """The sampling interval decides where there is one, however small the numerical error; two runs are no rule."""
+    two = (checkpoint("a", 2.0, half, sampled=sampled), checkpoint("b", 1.0, half, sampled=sampled))
+    first, second = findings(Comparison(subjects=two))
+    assert first == f"lambda_max of b is 0.5 times that of a; {said}"
+    assert second == "One run each: this says nothing of the ways they were trained in general."
+
+
+def test_what_has_not_converged_or_is_exact_is_said_so() -> None:
+    """No interval of a value that has not converged decides; a loss on the same examples has none."""
+    performance = {"test": Performance(0.5, None, 100)}
+    one = checkpoint("a", 2.0, 0.1, performance=performance)
+    two = checkpoint("b", 1.0, 0.1, performance=performance, converged=False)
+    first, second, _ = findings(Comparison(subjects=(one, two)))
+    assert first.endswith("; it has not converged in b, so that nothing is shown.")
+    assert second == "test loss of b is 1 times that of a; exact on these examples."
+
+
+@pytest.mark.parametrize(("scatter", "shown"), [(0.01, True), (1.0, False)])
+def test_groups_differ_only_where_the_interval_leaves_one_out(scatter: float, shown: bool) -> None:
+    """The ratio and its interval over pairs of seeds; one that holds 1 shows no difference."""
+    draw, subjects = np.random.default_rng(3), []
+    for group, level in (("sgd", 2.0), ("sam", 1.0)):
+        for i, noise in enumerate(np.exp(scatter * draw.normal(size=4))):
+            subjects.append(checkpoint(f"{group}{i}", level * noise, 1e-3, group=group, pair=str(i)))
+    (said,) = findings(Comparison(subjects=tuple(subjects)))
+    assert said.startswith("lambda_max: sam/sgd = ")
+    assert said.endswith(f"over 4 pairs of seeds{'' if shown else ': no difference is shown'}.")
