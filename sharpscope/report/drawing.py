@@ -20,7 +20,7 @@ THEMED = {INK: "currentColor", QUIET: "var(--quiet)", RULE: "var(--rule)"}
 THEMED |= {colour.lower(): f"var(--c{i})" for i, colour in enumerate(COLOURS, start=1)}
 
 # In inches; a point of type is 1.3 to 1.5 pixels where the page shows a panel half as wide as itself.
-PAIR, SMALL = (4.8, 3.2), (2.6, 2.3)
+PAIR, THIRD, SMALL = (4.8, 3.2), (3.4, 2.5), (2.6, 2.3)
 STYLE: dict[str, Any] = {
     "font.size": 8.5,
     "axes.labelsize": 8.5,
@@ -61,6 +61,8 @@ STYLE: dict[str, Any] = {
     "svg.image_inline": True,
     "axes.unicode_minus": True,
     "text.usetex": False,
+    # A checkpoint's name may hold dollars.
+    "text.parse_math": False,
 }
 # What is drawn as pixels, at twice those of a common screen.
 DOTS = 190
@@ -124,7 +126,8 @@ def panel(
     file = io.StringIO()
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams.update({**STYLE, "svg.hashsalt": name})
+        style: dict[Any, Any] = {**STYLE, "svg.hashsalt": name}
+        mpl.rcParams.update(style)
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.add_subplot())
         figure.savefig(file, format="svg", dpi=DOTS, metadata={"Date": None, "Creator": None})
@@ -152,14 +155,23 @@ def _inline(svg: str, name: str, title: str, description: str) -> str:
     return f'<svg class="plot" viewBox="{box[1]}" {labelled}>{said}{body}'
 
 
-def powers(axis: Any) -> None:
-    """Label a logarithmic axis with numbers where they are short, else with powers of ten, without mathematics."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+def powers(axis: Any, *, ticks: bool = True) -> None:
+    """Label a logarithmic axis, whose limits are set, with short numbers or powers of ten, without mathematics.
 
+    ``ticks``: choose them too, more than the powers where these are few.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if ticks:
+        low, high = axis.get_view_interval()
+        steps = next((steps for range_, steps in STEPS if high < range_ * low), (1.0,))
+        axis.set_major_locator(LogLocator(subs=steps, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
+# The range of an axis, and which multiples of powers of ten it then needs for a handful of ticks.
+STEPS = ((4, (1, 1.5, 2, 3, 4, 5, 6, 8)), (50, (1, 2, 5)), (1000, (1, 3)))
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 

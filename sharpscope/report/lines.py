@@ -55,7 +55,7 @@ def lines(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> Dr
     said = caption(results, scale=scale, also=also)
     names = [name for name, _ in shown]
     panels = tuple(map(drawing, splits))
-    return Drawn("lines", "Loss along random lines", panels, said, _layout(panels), key(comparison, looks, names))
+    return Drawn("lines", "Loss along random lines", panels, said, key=key(comparison, looks, names))
 
 
 def between(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> Drawn | None:
@@ -84,19 +84,15 @@ def between(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> 
         return panel(name, f"{split} loss between checkpoints", said, draw, above=f"{split} loss")
 
     said = (
-        "Loss of the weights (1 - t) w + t w' on the straight line between two checkpoints. The barrier is the most by "
-        "which it lies above the straight line between the losses of its ends, on these points (Frankle et al. 2020); 0 "
-        f"means that nothing stands between them. {'Logarithmic' if log else 'Linear'} scale, shared."
+        "Loss of the weights (1 - t) w + t w' on the straight line between two checkpoints. The barrier is the most "
+        "by which it lies above the straight line between the losses of its ends, on these points (Frankle et al. "
+        f"2020); 0 means that nothing stands between them. {'Logarithmic' if log else 'Linear'} scale, shared."
     )
     heights = [[_way(a, b), *(_barrier(r, split) for split in splits)] for a, b, r in ways]
     after = table(["From, to", *(text(f"barrier, {split}") for split in splits)], heights, "Barriers")
     names = [name for a, b, _ in ways for name in (a, b)]
     panels = tuple(map(drawing, splits))
-    return Drawn("between", "Between minima", panels, said, _layout(panels), key(comparison, looks, names), after)
-
-
-def _layout(panels: Sequence[Panel]) -> str:
-    return "pair" if len(panels) > 1 else "wide"
+    return Drawn("between", "Between minima", panels, said, key=key(comparison, looks, names), after=after)
 
 
 def _way(a: str, b: str) -> str:

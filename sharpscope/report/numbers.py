@@ -11,6 +11,7 @@ from sharpscope.results.comparison import Comparison
 from sharpscope.results.groups import Difference, Spread
 from sharpscope.results.readings import Reading, Row
 
+DEFINED = "Definition"
 # By how many digits a number is given where it stands alone, behind the table.
 DIGITS = 7
 
@@ -26,7 +27,17 @@ class Notes:
         """A button of that HTML whose note has ``heading`` and what is ``said``, plain text by term."""
         place = len(self.entries) + 1
         name = f"{self.name}-{place}"
-        facts = "".join(tag("dt", text(k)) + tag("dd", text(v)) for k, v in said.items() if v)
+        # A printed note of a value leaves out the definition, which that of its quantity has.
+        facts = "".join(
+            tag(
+                "div",
+                tag("dt", text(k)),
+                tag("dd", text(v)),
+                class_="again" if k == DEFINED and len(said) > 3 else None,
+            )
+            for k, v in said.items()
+            if v
+        )
         number = tag("span", str(place), class_="place")
         head = tag("p", number, text(heading), class_="heading")
         self.entries.append(tag("div", head, tag("dl", facts), id=name, class_="note", popover="auto"))
@@ -72,13 +83,14 @@ def groups_table(comparison: Comparison, rows: list[Row], looks: dict[str, Look]
 
 def _quantity(row: Row, notes: Notes) -> str:
     kinds = dict.fromkeys(r.interval for r in row.readings if r is not None)
-    said = {"Definition": row.definition, "Intervals": "; ".join(kinds)}
+    said = {DEFINED: row.definition, "Intervals": "; ".join(kinds)}
     said["Groups are compared by"] = ("ratios" if row.factor else "differences") if row.spreads else ""
     return notes.button(text(row.label), row.label, said)
 
 
 def _missing() -> str:
-    return f'<td class="none">{tag("span", "–", aria_hidden="true")}{tag("span", "not measured", class_="spoken")}</td>'
+    dash, spoken = tag("span", "&ndash;", aria_hidden="true"), tag("span", "not measured", class_="spoken")
+    return tag("td", dash, spoken, class_="none")
 
 
 def _cell(row: Row, name: str, r: Reading, notes: Notes) -> str:
@@ -87,7 +99,7 @@ def _cell(row: Row, name: str, r: Reading, notes: Notes) -> str:
         "Value": digits(r.value),
         "Interval": f"{bound} ({r.interval})" if bound else r.interval,
         "Convergence": "" if r.converged else "not converged: the interval does not meet the tolerance",
-        "Definition": row.definition,
+        DEFINED: row.definition,
         "Also": r.more,
         "Cost": r.price,
         "Measured on": r.origin,
@@ -108,9 +120,9 @@ def _mean(row: Row, group: str, found: Spread | None, notes: Notes) -> str:
     said = {
         "Value": f"{digits(found.value)}, the {kind} of {found.runs} run{'s' * (found.runs > 1)}",
         "Interval": f"{bounds[1:-1]} (95 % for the mean over runs, Student 1908)" if bounds else ONE_RUN,
-        "Definition": row.definition,
+        DEFINED: row.definition,
     }
-    return tag("td", notes.button(_with(f"{found.value:.4g}", bounds), f"{row.label}, {group}", said))
+    return tag("td", notes.button(f"{found.value:.4g}" + _half(bounds), f"{row.label}, {group}", said))
 
 
 ONE_RUN = "none: one run says nothing of how runs scatter"
@@ -128,15 +140,15 @@ def _difference(row: Row, first: str, group: str, d: Difference | None, notes: N
         "Interval": f"{bounds[1:-1]} (95 %, Student's t, {d.freedom} degrees of freedom)" if bounds else ONE_RUN,
         "Says": f"the interval {told} {'a ratio of 1' if d.ratio else 'a difference of 0'}" if told else "",
         "Runs": how,
-        "Definition": row.definition,
+        DEFINED: row.definition,
     }
-    shown = f"× {d.value:.3g}" if d.ratio else f"{d.value:+.3g}"
+    shown = f"&times; {d.value:.3g}" if d.ratio else f"{d.value:+.3g}"
     mark = "" if d.sure else tag("span", "not told apart" if bounds else "one run", class_="unsure")
-    return tag("td", notes.button(_with(shown, bounds) + mark, f"{row.label}, {group} against {first}", said))
+    return tag("td", notes.button(shown + _half(bounds) + mark, f"{row.label}, {group} against {first}", said))
 
 
-def _with(value: str, bounds: str) -> str:
-    return text(value) + (tag("span", f" {text(bounds)}", class_="half") if bounds else "")
+def _half(bounds: str) -> str:
+    return tag("span", f" {text(bounds)}", class_="half") if bounds else ""
 
 
 def _interval(lower: float | None, upper: float | None) -> str:

@@ -85,7 +85,7 @@ def reproduction(comparison: Comparison) -> str:
     body = [
         [
             text(name),
-            text(k.get("checkpoint", "–")),
+            text(k.get("checkpoint", "-")),
             text(_training(k)),
             text(_seeds(comparison, name)),
             _hash(k.get("sha256")),
@@ -107,7 +107,7 @@ def _training(known: Mapping[str, Any]) -> str:
         if recipe.get(key)
     ]
     said += [f"epoch {known['epoch']}"] if known.get("epoch") is not None else []
-    return ", ".join(said) or "–"
+    return ", ".join(said) or "-"
 
 
 def _seeds(comparison: Comparison, name: str) -> str:
@@ -123,11 +123,11 @@ def _seeds(comparison: Comparison, name: str) -> str:
         drawn = result.provenance.get("examples_seed")
         if drawn is not None and result.provenance.get("num_examples") != result.provenance.get("split_examples"):
             found[f"{key}'s examples"] = drawn
-    return "; ".join(f"{what} {seed}" for what, seed in found.items() if seed is not None) or "–"
+    return "; ".join(f"{what} {seed}" for what, seed in found.items() if seed is not None) or "-"
 
 
 def _hash(value: Any) -> str:
-    return tag("code", text(value), class_="hash") if value else "–"
+    return tag("code", text(value), class_="hash") if value else "-"
 
 
 def _versions(known: Any) -> dict[str, str]:

@@ -104,8 +104,8 @@ def _opening(comparison: Comparison, title: str, findings: Sequence[str]) -> str
 def _guide() -> str:
     return tag(
         "p",
-        "Each number opens its definition, the kind of its interval, what it cost and what it was measured on. ± is the "
-        "wider side of the interval.",
+        "Each number opens its definition, the kind of its interval, what it cost and what it was measured on. ± is "
+        "the wider side of the interval.",
         class_="quiet guide",
     )
 

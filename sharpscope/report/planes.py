@@ -131,7 +131,7 @@ def _turning(found: list[tuple[str, SliceResult]], at: Array, log: bool) -> str:
         labels = [str(d["label"]) for d in r.directions[0]]
         scenes.append({"name": name, "traces": [_plain(t) for t in traces], "x": labels[0], "y": labels[1]})
     scaled = np.log10(at) if log else at
-    axis = {"low": float(scaled[0]), "high": float(scaled[-1])}
+    axis: dict[str, Any] = {"low": float(scaled[0]), "high": float(scaled[-1])}
     axis |= {
         "at": scaled.tolist(),
         "told": [told(level, "loss") for level in at],

@@ -57,7 +57,12 @@ def glossary(rows: list[Row]) -> str:
 
 
 def _entry(terms: list[str], said: str) -> str:
-    return tag("div", *(tag("dt", text(term)) for term in terms), tag("dd", text(f"{said[:1].upper()}{said[1:]}.")))
+    return tag("div", *(tag("dt", text(term)) for term in terms), tag("dd", text(f"{_capital(said)}.")))
+
+
+def _capital(said: str) -> str:
+    """A sentence's first letter, unless it begins with a symbol's name."""
+    return f"{said[:1].upper()}{said[1:]}" if said.split()[0].isalpha() else said
 
 
 def limits(comparison: Comparison, rows: list[Row]) -> str:
@@ -103,8 +108,8 @@ def _sampled(comparison: Comparison, rows: list[Row]) -> list[tuple[str, str]]:
     found = [
         (
             "A bound on the numerical error is no more than that.",
-            "It holds on the examples measured. Fewer or other examples have another Hessian: the largest eigenvalue of "
-            "a subset is often tens of per cent off that of all the data.",
+            "It holds on the examples measured. Fewer or other examples have another Hessian: the largest eigenvalue "
+            "of a subset is often tens of per cent off that of all the data.",
         )
     ]
     part = sorted(
@@ -123,8 +128,8 @@ def _sampled(comparison: Comparison, rows: list[Row]) -> list[tuple[str, str]]:
         found.append(
             (
                 "A slice shows one or two of all directions.",
-                "In a random direction the curvature is near the mean eigenvalue, not near lambda_max: a slice that looks "
-                "round does not contradict a sharp direction that it misses.",
+                "In a random direction the curvature is near the mean eigenvalue, not near lambda_max: a slice that "
+                "looks round does not contradict a sharp direction that it misses.",
             )
         )
     if any(row.label.startswith("m-sharpness") for row in rows):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from sharpscope.report.drawing import RULE, SMALL, Drawn, Panel, panel, powers
+from sharpscope.report.drawing import QUIET, SMALL, Drawn, Panel, panel, powers
 from sharpscope.report.look import Look, key
 from sharpscope.results.comparison import Comparison
 from sharpscope.results.readings import Row
@@ -54,10 +55,10 @@ def _panel(name: str, comparison: Comparison, row: Row, looks: dict[str, Look]) 
 def _strip(axes: Axes, comparison: Comparison, row: Row, looks: dict[str, Look]) -> None:
     at = {s.name: r.value for s, r in zip(comparison.subjects, row.readings, strict=True) if r is not None}
     groups = list(comparison.groups)
-    for left, right in zip(groups, groups[1:], strict=False):
+    for left, right in pairwise(groups):
         for one, two in comparison.paired(left, right) or []:
             place = groups.index(left)
-            axes.plot([place, place + 1], [at[one.name], at[two.name]], color=RULE, linewidth=1.2, zorder=1)
+            axes.plot([place, place + 1], [at[one.name], at[two.name]], color=QUIET, alpha=0.5, linewidth=0.8, zorder=1)
     for x, (group, members) in enumerate(comparison.groups.items()):
         look, mean = looks[members[0].name], row.spreads[group]
         values = [at[s.name] for s in members]
@@ -67,7 +68,7 @@ def _strip(axes: Axes, comparison: Comparison, row: Row, looks: dict[str, Look])
         axes.errorbar(
             x + 0.22, mean.value, yerr=reach, marker="_", markersize=9, capsize=3, color=look.colour, linewidth=2
         )
-    axes.set_xticks(range(len(groups)), groups, parse_math=False)
+    axes.set_xticks(range(len(groups)), groups)
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.tick_params(axis="x", length=0)
     axes.grid(False, axis="x")

@@ -40,15 +40,15 @@ def m_sharpness(comparison: Comparison, looks: dict[str, Look], rows: list[Row])
         else ("Whiskers: 95 % over the disjoint subsets; a point without them is one subset, all the examples.")
     )
     caption = (
-        "Mean over disjoint subsets of m examples of how much the loss of a subset rises in the worst direction that the "
-        f"ascent finds within radius rho; SAM lowers it at its own m. {whiskers} A lower bound of the maximum."
+        "Mean over disjoint subsets of m examples of how much the loss of a subset rises in the worst direction that "
+        f"the ascent finds within radius rho; SAM lowers it at its own m. {whiskers} A lower bound of the maximum."
     )
     return Drawn(
         "m-sharpness",
         "m-sharpness against m",
         tuple(panels),
         caption,
-        "pair" if len(panels) > 1 else "wide",
+        "pair",
         key(comparison, looks, list(shown)),
     )
 
@@ -70,11 +70,14 @@ def _curves(axes: Axes, points: Points, looks: dict[str, Look]) -> None:
     together: dict[str, Points] = {}
     for s, ms in points:
         together.setdefault(s.group or f"\0{s.name}", []).append((s, ms))
-    for members in together.values():
+    # Apart by a fraction of the step to the next m, so that whiskers of several checkpoints are seen.
+    apart = 2 ** (0.5 / max(len(together), 1))
+    for i, members in enumerate(together.values()):
+        aside = apart ** (i - (len(together) - 1) / 2)
         look = looks[members[0][0].name]
         many = len(members) > 1
         for _, ms in members:
-            x, y = [m.settings["m"] for m in ms], [m.value for m in ms]
+            x, y = [m.settings["m"] * aside for m in ms], [m.value for m in ms]
             below = [0.0 if m.lower is None else max(m.value - m.lower, 0) for m in ms]
             above = [0.0 if m.upper is None else max(m.upper - m.value, 0) for m in ms]
             if many:
@@ -82,18 +85,18 @@ def _curves(axes: Axes, points: Points, looks: dict[str, Look]) -> None:
             else:
                 axes.errorbar(x, y, yerr=[below, above], capsize=3, **look.line)
         if many:
-            _mean(axes, members, look)
+            _mean(axes, members, look, aside)
     ms = [m for _, found in points for m in found]
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({m.settings["m"] for m in ms}))
-    powers(axes.xaxis)
+    powers(axes.xaxis, ticks=False)
     axes.set(xlabel="m, the examples that share a perturbation", ylabel="m-sharpness")
     if all(m.value > 0 for m in ms):
         axes.set_yscale("log")
         powers(axes.yaxis)
 
 
-def _mean(axes: Axes, members: Points, look: Look) -> None:
+def _mean(axes: Axes, members: Points, look: Look, aside: float) -> None:
     """The mean over runs at each m that all of them have."""
     by_m: dict[int, list[float]] = {}
     for _, ms in members:
@@ -104,7 +107,11 @@ def _mean(axes: Axes, members: Points, look: Look) -> None:
     below = [0.0 if s.lower is None else s.value - s.lower for s in means]
     above = [0.0 if s.upper is None else s.upper - s.value for s in means]
     axes.errorbar(
-        list(whole), [s.value for s in means], yerr=[below, above], capsize=3, **{**look.line, "linewidth": 2}
+        [m * aside for m in whole],
+        [s.value for s in means],
+        yerr=[below, above],
+        capsize=3,
+        **{**look.line, "linewidth": 2},
     )
 
 
@@ -128,10 +135,10 @@ def edge(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> Dra
     )
     with_sam = any(m.settings.get(WITH_SAM) for _, m in found)
     caption = (
-        "Filled: lambda_max. Bar: SGD's edge of stability 2 (1 + momentum) / lr, beyond which a quadratic would make this "
-        f"step size diverge (Cohen et al. 2021){'; triangle: SAM’s, without momentum' if with_sam else ''}. At the "
-        "learning rate in force when the checkpoint was written: at the end of a schedule that goes to zero the edge is "
-        "far away whatever the network."
+        "Filled: lambda_max. Bar: SGD's edge of stability 2 (1 + momentum) / lr, beyond which a quadratic would make "
+        f"this step size diverge (Cohen et al. 2021){'; triangle: that of SAM without momentum' if with_sam else ''}. "
+        "At the learning rate in force when the checkpoint was written: at the end of a schedule that goes to zero the "
+        "edge is far away whatever the network."
     )
     return Drawn("edge", "Edge of stability", (drawing,), caption, "wide")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sharpscope.plot.density import broken, density_curve, height_of_one
-from sharpscope.report.drawing import PAIR, RULE, Drawn, Panel, panel, powers
+from sharpscope.report.drawing import PAIR, QUIET, THIRD, Drawn, Panel, panel, powers
 from sharpscope.report.look import Look, key
 from sharpscope.results.comparison import Comparison, Subject
 from sharpscope.results.density import DensityResult
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 LETTERS = 22
 # Bars from zero say nothing of the small ones where the largest is so many times larger.
 BARS = 60.0
+BANDS = (
+    "Bands: 95 % over random vectors. Triangles: the largest eigenvalues. Dotted: the height of a single eigenvalue; a "
+    "bump below it is part of one. "
+)
 
 
 def eigenvalues(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> Drawn | None:
@@ -59,8 +63,8 @@ def eigenvalues(comparison: Comparison, looks: dict[str, Look], rows: list[Row])
     kinds = dict.fromkeys(r.interval for _, r in found)
     unsure = "; ? marks what did not converge to its tolerance" if any(not r.converged for _, r in found) else ""
     caption = (
-        f"Largest eigenvalues of the Hessian of the mean training loss. Whiskers: {', '.join(kinds)}; most are narrower "
-        f"than the line that draws them{unsure}. A larger lambda_max is a sharper direction, not a worse network."
+        f"Largest eigenvalues of the Hessian of the mean training loss. Whiskers: {', '.join(kinds)}; most are "
+        f"narrower than the line that draws them{unsure}. A larger lambda_max is a sharper direction, no worse network."
     )
     return Drawn("eigenvalues", "Largest eigenvalues", tuple(panels), caption, key=key(comparison, looks))
 
@@ -76,8 +80,8 @@ def clipped(name: str) -> str:
 
 
 def name_rows(axes: Axes, names: list[str]) -> None:
-    """Names of rows from the top downwards, taken as they are and not as mathematics."""
-    axes.set_yticks(range(len(names)), [clipped(name) for name in names], parse_math=False)
+    """Names of rows from the top downwards."""
+    axes.set_yticks(range(len(names)), [clipped(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
@@ -108,8 +112,8 @@ def _bars(axes: Axes, found: list[tuple[str, Look, Reading]]) -> None:
     name_rows(axes, [name for name, _, _ in found])
     axes.set_xlabel("lambda_max")
     if scale == "log":
-        powers(axes.xaxis)
         axes.set_xlim(min(values) / 2, max(ends) * (max(ends) / min(values)) ** 0.5)
+        powers(axes.xaxis)
     else:
         low = min(0.0, *values)
         axes.set_xlim(low, low + 1.42 * (max(max(ends), 0.0) - low or 1.0))
@@ -125,15 +129,8 @@ def _top(axes: Axes, subjects: list[Subject], looks: dict[str, Look]) -> None:
     if positive:
         axes.set_yscale("log")
         powers(axes.yaxis)
-        _few_ticks(axes.yaxis)
     axes.set(xlabel="k", ylabel="lambda_k")
     axes.set_xticks(range(1, max(len(s.eigen.eigenvalues) for s in subjects if s.eigen is not None) + 1))
-
-
-def _few_ticks(axis: Any) -> None:
-    from matplotlib.ticker import LogLocator
-
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
 def _listed(subject: Subject) -> str:
@@ -156,23 +153,30 @@ def densities(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -
     together: dict[str, list[Subject]] = {}
     for s in found:
         together.setdefault(s.group or s.name, []).append(s)
+    size = PAIR if len(together) < 5 else THIRD
     panels = [
-        _density_panel(f"density-{i}", name, members, found, looks, limits)
+        _density_panel(f"density-{i}", name, members, found, looks, limits, size)
         for i, (name, members) in enumerate(together.items(), start=1)
     ]
     widths = [c.width for _, c in curves.values()]
     caption = (
         "Share of all eigenvalues per unit of lambda (stochastic Lanczos quadrature), smoothed to a width of "
         f"{min(widths):.2g}{f' to {max(widths):.2g}' if max(widths) > 1.005 * min(widths) else ''}; logarithmic and "
-        "shared scale. Bands: 95 % over random vectors. Triangles: the largest eigenvalues. Dotted: the height of a "
-        f"single eigenvalue, a bump below it is part of one.{' Grey: the others.' if len(panels) > 1 else ''}"
+        f"shared scale. {BANDS if any(len(members) == 1 for members in together.values()) else ''}"
+        f"{'Grey: the others.' if len(panels) > 1 else ''}"
     )
-    layout = "pair" if len(panels) < 5 else "many"
+    layout = "pair" if size is PAIR else "many"
     return Drawn("density", "Spectral density", tuple(panels), caption, layout)
 
 
 def _density_panel(
-    key: str, name: str, members: list[Subject], everyone: list[Subject], looks: dict[str, Look], limits: Any
+    key: str,
+    name: str,
+    members: list[Subject],
+    everyone: list[Subject],
+    looks: dict[str, Look],
+    limits: Any,
+    size: tuple[float, float],
 ) -> Panel:
     own = {s.name for s in members}
 
@@ -180,7 +184,7 @@ def _density_panel(
         for s in everyone:
             if s.density is not None and s.name not in own:
                 at, shown, _, _ = broken(s.density.curve())
-                axes.plot(at, shown, color=RULE, linewidth=1.2, zorder=1)
+                axes.plot(at, shown, color=QUIET, alpha=0.55 if size is PAIR else 0.25, linewidth=1, zorder=1)
         for s in members:
             if s.density is not None:
                 _own(axes, s.density, s, looks[s.name], alone=len(members) == 1)
@@ -188,7 +192,7 @@ def _density_panel(
         powers(axes.yaxis)
 
     said = "; ".join(_described(s.name, s.density) for s in members if s.density is not None)
-    return panel(key, f"Spectral density of {name}", said, draw, above=name)
+    return panel(key, f"Spectral density of {name}", said, draw, size, name)
 
 
 def _own(axes: Axes, density: DensityResult, subject: Subject, look: Look, alone: bool) -> None:

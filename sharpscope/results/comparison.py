@@ -100,6 +100,20 @@ class Comparison:
         alone = len(one) == len(self.groups[first]) and len(two) == len(self.groups[second])
         return [(one[pair], two[pair]) for pair in one] if complete and alone else None
 
+    def summary(self) -> str:
+        """The numbers as a table of text."""
+        from sharpscope.results.comparison_table import comparison_table
+
+        return comparison_table(self)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def _repr_html_(self) -> str:
+        from sharpscope.results.comparison_table import comparison_html
+
+        return comparison_html(self)
+
 
 def total(costs: Any) -> Cost:
     """The sum of costs."""

@@ -1,0 +1,64 @@
+"""A comparison as a table of text and HTML."""
+
+from __future__ import annotations
+
+from sharpscope.results.comparison import Comparison
+from sharpscope.results.groups import Difference, Spread
+from sharpscope.results.readings import Row, rows_of
+from sharpscope.tables import aligned, as_html
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """A row a quantity, a column a checkpoint or a group, then what the quantities are."""
+    rows = rows_of(comparison)
+    return "\n".join([aligned(_cells(comparison, rows)), "", *_notes(comparison, rows)])
+
+
+def comparison_html(comparison: Comparison) -> str:
+    """The same for notebooks."""
+    rows = rows_of(comparison)
+    return as_html(_cells(comparison, rows), _notes(comparison, rows))
+
+
+def _cells(comparison: Comparison, rows: list[Row]) -> list[list[str]]:
+    """With groups their means and how they differ, since the runs are many; else every checkpoint."""
+    groups = list(comparison.groups)
+    if not groups:
+        head = ["", *(s.name for s in comparison.subjects)]
+        return [head, *([row.label, *("-" if r is None else str(r) for r in row.readings)] for row in rows)]
+    cells = [["", *groups, *(f"{group} against {groups[0]}" for group in groups[1:])]]
+    for row in rows:
+        means = [_mean(row.spreads.get(group)) for group in groups]
+        cells.append([row.label, *means, *(_difference(row.differences.get(group)) for group in groups[1:])])
+    return cells
+
+
+def _mean(found: Spread | None) -> str:
+    return "-" if found is None else f"{found.value:.4g}{_interval(found.lower, found.upper)}"
+
+
+def _difference(found: Difference | None) -> str:
+    if found is None:
+        return "-"
+    value = f"x {found.value:.3g}" if found.ratio else f"{found.value:+.3g}"
+    return f"{value}{_interval(found.lower, found.upper)}"
+
+
+def _interval(lower: float | None, upper: float | None) -> str:
+    return "" if lower is None or upper is None else f" [{lower:.3g}, {upper:.3g}]"
+
+
+def _notes(comparison: Comparison, rows: list[Row]) -> list[str]:
+    meant: dict[str, list[str]] = {}
+    for row in rows:
+        kinds = dict.fromkeys(r.interval for r in row.readings if r is not None)
+        meant.setdefault(f"{row.definition}. Intervals: {', '.join(kinds)}", []).append(row.label)
+    notes = [f"{'; '.join(labels)}: {said}." for said, labels in meant.items()]
+    if any(r is not None and not r.converged for row in rows for r in row.readings):
+        notes.append("? marks what did not converge to its tolerance.")
+    if comparison.groups:
+        counted = ", ".join(f"{group} {len(runs)}" for group, runs in comparison.groups.items())
+        notes.append(
+            f"Means over runs ({counted}; geometric where groups differ by a factor, x), 95 % intervals (Student's t)."
+        )
+    return notes
