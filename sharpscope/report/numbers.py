@@ -11,6 +11,8 @@ from sharpscope.results.comparison import Comparison
 from sharpscope.results.groups import Difference, Spread
 from sharpscope.results.readings import Reading, Row
 
+# Columns that fit side by side on paper, interval beside value.
+FEW = 6
 DEFINED = "Definition"
 # By how many digits a number is given where it stands alone, behind the table.
 DIGITS = 7
@@ -18,15 +20,14 @@ DIGITS = 7
 
 @dataclass
 class Notes:
-    """What a click on a number shows, in order: popovers on the screen, notes by number beneath a printed table."""
+    """What a click on a number shows, in order: popovers on a screen, numbered notes at the end of a printed page."""
 
-    name: str
     entries: list[str] = field(default_factory=list)
 
     def button(self, shown: str, heading: str, said: dict[str, str], label: str | None = None) -> str:
         """A button of that HTML whose note has ``heading`` and what is ``said``, plain text by term."""
         place = len(self.entries) + 1
-        name = f"{self.name}-{place}"
+        name = f"note-{place}"
         # A printed note of a value leaves out the definition, which that of its quantity has.
         facts = "".join(
             tag(
@@ -46,13 +47,13 @@ class Notes:
         )
 
     def html(self) -> str:
-        """All of them; where a browser knows no popovers they stand beneath the table."""
-        return tag("div", *self.entries, class_="notes")
+        """All of them; a browser that knows no popovers shows them at the end too."""
+        heading = tag("h2", "Notes to the numbers", id="notes-heading")
+        return tag("section", heading, tag("div", *self.entries), class_="notes", aria_labelledby="notes-heading")
 
 
-def every_number(comparison: Comparison, rows: list[Row], looks: dict[str, Look]) -> str:
+def every_number(comparison: Comparison, rows: list[Row], looks: dict[str, Look], notes: Notes) -> str:
     """The table with a column a checkpoint."""
-    notes = Notes("note")
     head = ["Quantity", *(swatch(looks[s.name]) + text(s.name) for s in comparison.subjects)]
     body = []
     for row in rows:
@@ -60,15 +61,14 @@ def every_number(comparison: Comparison, rows: list[Row], looks: dict[str, Look]
         for subject, reading in zip(comparison.subjects, row.readings, strict=True):
             cells.append(_missing() if reading is None else _cell(row, subject.name, reading, notes))
         body.append(cells)
-    return table(head, body, "Every number of every checkpoint", "numbers") + notes.html()
+    return table(head, body, "Every number of every checkpoint", "numbers broad" if len(head) > FEW else "numbers")
 
 
-def groups_table(comparison: Comparison, rows: list[Row], looks: dict[str, Look]) -> str:
+def groups_table(comparison: Comparison, rows: list[Row], looks: dict[str, Look], notes: Notes) -> str:
     """The table with a column a group, and one for how each later group differs from the first; "" without groups."""
     groups = comparison.groups
     if not groups:
         return ""
-    notes = Notes("mean")
     first, *others = groups
     head = ["Quantity", *(swatch(looks[members[0].name]) + text(group) for group, members in groups.items())]
     head += [text(f"{group} against {first}") for group in others]
@@ -78,7 +78,7 @@ def groups_table(comparison: Comparison, rows: list[Row], looks: dict[str, Look]
             means = [_mean(row, group, row.spreads.get(group), notes) for group in groups]
             against = [_difference(row, first, group, row.differences.get(group), notes) for group in others]
             body.append([_quantity(row, notes), *means, *against])
-    return table(head, body, "Groups: mean, 95 % interval of the mean, difference", "numbers groups") + notes.html()
+    return table(head, body, "Groups: mean, 95 % interval of the mean, difference", "numbers")
 
 
 def _quantity(row: Row, notes: Notes) -> str:

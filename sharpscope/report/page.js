@@ -36,7 +36,7 @@ let closed = [];
 addEventListener("beforeprint", function () {
   closed = Array.from(document.querySelectorAll("details:not([open])"));
   for (const part of closed) part.open = true;
-  // A note that is open lies above the page; as the others it belongs beneath the table.
+  // A note that is open would lie above the page and not among the others.
   for (const note of document.querySelectorAll(".note")) if (note.hidePopover) note.hidePopover();
 });
 addEventListener("afterprint", function () { for (const part of closed) part.open = false; });
@@ -61,7 +61,7 @@ addEventListener("afterprint", function () { for (const part of closed) part.ope
         // From a little further than plotly's own view, which cuts the labels off.
         aspectmode: "cube", camera: { eye: { x: 1.5, y: 1.5, z: 1.1 }, center: { x: 0, y: 0, z: -0.12 } },
         xaxis: Object.assign({ title: { text: "x" } }, axis), yaxis: Object.assign({ title: { text: "y" } }, axis),
-        zaxis: Object.assign({ title: { text: asked.axis.label } }, axis, z),
+        zaxis: Object.assign({ title: { text: "" } }, axis, z),
       },
     };
   }

@@ -12,7 +12,7 @@ from sharpscope.report import lines, planes, runs, sharpness, spectra
 from sharpscope.report.drawing import Drawn
 from sharpscope.report.look import Look, looks_of
 from sharpscope.report.markup import tag, text
-from sharpscope.report.numbers import every_number, groups_table
+from sharpscope.report.numbers import Notes, every_number, groups_table
 from sharpscope.report.origin import costs, facts, reproduction
 from sharpscope.report.prose import glossary, limits, title_of
 from sharpscope.results.comparison import Comparison
@@ -50,8 +50,9 @@ def page(comparison: Comparison, findings: Sequence[str] = ()) -> str:
     rows, looks = rows_of(comparison), looks_of(comparison)
     drawn, left_out = _figures(comparison, looks, rows)
     title = title_of(comparison)
-    grouped = groups_table(comparison, rows, looks)
-    every = every_number(comparison, rows, looks)
+    notes = Notes()
+    grouped = groups_table(comparison, rows, looks, notes)
+    every = every_number(comparison, rows, looks, notes)
     sections = {
         "numbers": ("Numbers", _guide() + grouped + (tag("h3", "Every run") if grouped else "") + every),
         "figures": ("Figures", "".join(map(_figure, drawn)) + left_out),
@@ -65,13 +66,8 @@ def page(comparison: Comparison, findings: Sequence[str] = ()) -> str:
         for name, (heading, inside) in sections.items()
     )
     links = "".join(tag("li", tag("a", heading, href=f"#{name}")) for name, (heading, _) in sections.items())
-    main = tag(
-        "main",
-        _opening(comparison, title, findings),
-        tag("nav", tag("ul", links), aria_label="Contents"),
-        body,
-        id="main",
-    )
+    contents = tag("nav", tag("ul", links), aria_label="Contents")
+    main = tag("main", _opening(comparison, title, findings), contents, body, notes.html(), id="main")
     packed = _packed(planes.plotly_script()) if 'data-scenes="scenes"' in main else ""
     return _document(title, main, packed)
 

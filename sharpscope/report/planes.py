@@ -128,15 +128,10 @@ def _turning(found: list[tuple[str, SliceResult]], at: Array, log: bool) -> str:
     scenes: list[dict[str, Any]] = []
     for name, r in shown:
         traces = surface_traces(go, r, at, log=log)
-        labels = [str(d["label"]) for d in r.directions[0]]
-        scenes.append({"name": name, "traces": [_plain(t) for t in traces], "x": labels[0], "y": labels[1]})
+        scenes.append({"name": name, "traces": [_plain(t) for t in traces]})
     scaled = np.log10(at) if log else at
-    axis: dict[str, Any] = {"low": float(scaled[0]), "high": float(scaled[-1])}
-    axis |= {
-        "at": scaled.tolist(),
-        "told": [told(level, "loss") for level in at],
-        "label": f"{shown[0][1].splits[0]} loss",
-    }
+    ends = {"low": float(scaled[0]), "high": float(scaled[-1])}
+    axis = {**ends, "at": scaled.tolist(), "told": [told(level, "loss") for level in at]}
     left = f" Of {len(found)} surfaces the first {SCENES}." if found[SCENES:] else ""
     button = tag("button", "Turn the surfaces in 3D", type="button", class_="start", data_scenes="scenes", hidden=True)
     hint = tag(

@@ -37,11 +37,12 @@ def m_sharpness(comparison: Comparison, looks: dict[str, Look], rows: list[Row])
     whiskers = (
         "Thin: runs; thick: their geometric mean with its 95 % interval."
         if grouped
-        else ("Whiskers: 95 % over the disjoint subsets; a point without them is one subset, all the examples.")
+        else "Whiskers: 95 % over the disjoint subsets; a point without them is one subset, all the examples."
     )
     caption = (
         "Mean over disjoint subsets of m examples of how much the loss of a subset rises in the worst direction that "
-        f"the ascent finds within radius rho; SAM lowers it at its own m. {whiskers} A lower bound of the maximum."
+        f"the ascent finds within radius rho (Foret et al. 2021, section 4.1). {whiskers} "
+        "Points of one m are set a little apart. A lower bound of the maximum."
     )
     return Drawn(
         "m-sharpness",
@@ -71,7 +72,7 @@ def _curves(axes: Axes, points: Points, looks: dict[str, Look]) -> None:
     for s, ms in points:
         together.setdefault(s.group or f"\0{s.name}", []).append((s, ms))
     # Apart by a fraction of the step to the next m, so that whiskers of several checkpoints are seen.
-    apart = 2 ** (0.5 / max(len(together), 1))
+    apart = 2 ** (0.36 / max(len(together), 1))
     for i, members in enumerate(together.values()):
         aside = apart ** (i - (len(together) - 1) / 2)
         look = looks[members[0][0].name]
