@@ -7,13 +7,14 @@ import gzip
 import re
 import sys
 from dataclasses import replace
+from functools import cache
 from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
 import pytest
-from comparisons import groups, plane, subject, two
 
+from comparisons import groups, plane, subject, two
 from sharpscope.report import page
 from sharpscope.report.drawing import THEMED
 from sharpscope.report.numbers import digits
@@ -69,11 +70,16 @@ class Tree(HTMLParser):
         return [entry for entry in self.elements if entry["tag"] == tag]
 
 
-@pytest.fixture(scope="module", params=PAGES)
-def made(request: pytest.FixtureRequest) -> tuple[Comparison, str, Tree]:
-    comparison, findings = PAGES[request.param]
+@cache
+def page_of(name: str) -> tuple[Comparison, str, Tree]:
+    comparison, findings = PAGES[name]
     text = page(comparison, findings)
     return comparison, text, Tree(text)
+
+
+@pytest.fixture(scope="module", params=PAGES)
+def made(request: pytest.FixtureRequest) -> tuple[Comparison, str, Tree]:
+    return page_of(request.param)
 
 
 def test_a_page_is_well_formed_and_its_ids_are_its_own(made: tuple[Comparison, str, Tree]) -> None:
@@ -140,13 +146,12 @@ def test_every_number_is_in_the_page_with_its_definition(made: tuple[Comparison,
 
 def test_groups_have_their_means_intervals_and_differences() -> None:
     """The page of groups holds each spread and difference, and says which intervals leave out no difference."""
-    comparison, findings = PAGES["groups"]
-    tree = Tree(page(comparison, findings))
+    comparison, _, tree = page_of("groups")
     words = " ".join(e["text"] for e in tree.elements if e.get("class") == "note")
     for row in rows_of(comparison):
         for found in (*row.spreads.values(), *row.differences.values()):
             assert digits(found.value) in words
-            assert found.lower is None or f"{found.lower:.4g}, {found.upper:.4g}" in words
+            assert found.lower is None or f"{digits(found.lower)} to {digits(found.upper)}" in words
     assert "3 pairs of one seed each" in words
     assert "the interval leaves out a ratio of 1" in words
     assert "not told apart" in "".join(e["text"] for e in tree.all("button"))
@@ -154,7 +159,7 @@ def test_groups_have_their_means_intervals_and_differences() -> None:
 
 def test_the_figures_are_those_that_the_data_allow() -> None:
     """All of them where all was measured, none where nothing was, and no run-by-run figure without groups."""
-    names = [{e["id"].removeprefix("figure-") for e in Tree(page(PAGES[key][0])).all("figure")} for key in PAGES]
+    names = [{e["id"].removeprefix("figure-") for e in page_of(key)[2].all("figure")} for key in PAGES]
     common = {"eigenvalues", "density", "m-sharpness", "edge", "lines", "planes"}
     assert names == [common | {"between"}, common | {"runs"}, common]
     bare = replace(two().subjects[0], eigen=None, density=None, sharpness=None, line=None, surface=None)
@@ -187,15 +192,13 @@ def test_equal_comparisons_give_equal_bytes() -> None:
     """No time, no address in memory, no random id; and the reader's own style changes nothing."""
     import matplotlib as mpl
 
-    findings = ("It is flatter.",)
-    first = page(two(), findings)
     with mpl.rc_context({"font.size": 20, "axes.grid": False, "lines.linewidth": 5}):
-        assert page(two(), findings) == first
+        assert page(two(), PAGES["two"][1]) == page_of("two")[1]
 
 
 def test_drawings_follow_the_theme() -> None:
     """None of the colours that stand for the theme's own is left, and each of these is drawn with."""
-    text = page(two())
+    _, text, _ = page_of("two")
     drawn = "".join(re.findall(r'<svg class="plot".*?</svg>', text, flags=re.DOTALL))
     for stand_in, shown in THEMED.items():
         assert stand_in not in drawn
@@ -214,7 +217,7 @@ def _luminance(colour: str) -> float:
 
 def test_contrast_is_enough_in_both_themes() -> None:
     """Text at least 4.5 on its ground, lines at least 3 (WCAG 2.2, AA)."""
-    style = page(two())
+    _, style, _ = page_of("two")
     for colours in re.findall(r"\{([^{}]*--paper:[^{}]*)\}", style):
         found = dict(re.findall(r"(--\w+): (#[0-9a-f]{6})", colours))
         for ground in ("--paper", "--raised"):
@@ -232,7 +235,7 @@ def _contrast(one: str, two: str) -> float:
 def test_surfaces_turn_where_plotly_is_and_stand_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """With plotly its own code is in the page once, compressed; without it the page is small and as complete."""
     plotly = pytest.importorskip("plotly.offline")
-    tree = Tree(page(two()))
+    _, _, tree = page_of("two")
     (packed,) = [e["text"] for e in tree.all("script") if e.get("id") == "plotly"]
     assert gzip.decompress(base64.b64decode(packed)).decode() == plotly.get_plotlyjs()
     for name in [name for name in sys.modules if name.split(".")[0] == "plotly"]:
@@ -253,8 +256,7 @@ def test_ten_checkpoints_are_a_small_page(made: tuple[Comparison, str, Tree]) ->
 
 def test_a_page_says_what_it_does_not_say_and_how_it_came_about() -> None:
     """One seed, flatness that is not worth, unconverged numbers; command, hashes, seeds and versions; all costs."""
-    comparison = two()
-    text = page(comparison, ("The second is flatter.",))
+    comparison, text, _ = page_of("two")
     for said in ("One seed says nothing in general", "Flatter is not better by itself", "The second is flatter."):
         assert said in text
     assert "lambda_max/lambda_5 of sgd" in text  # of which one eigenvalue has not converged
@@ -264,7 +266,7 @@ def test_a_page_says_what_it_does_not_say_and_how_it_came_about() -> None:
     assert "training 7" in text
     assert "torch 2.9.0" in text
     assert f"{sum(s.cost.gradients for s in comparison.subjects) + 30.5:,.1f}" in text
-    assert "One seed says nothing" not in page(groups())
+    assert "One seed says nothing" not in page_of("groups")[1]
 
 
 def test_a_notebook_shows_the_numbers_and_what_they_are() -> None:

@@ -31,7 +31,8 @@ def table(head: list[str], body: list[list[str]], caption: str, class_: str = ""
         for row in body
     )
     inside = tag("caption", caption) + tag("thead", tag("tr", heads)) + tag("tbody", rows)
-    return tag("div", tag("table", inside, class_=class_ or None), class_="scroll", tabindex="0", role="group")
+    whole = tag("table", inside, class_=class_ or None)
+    return tag("div", whole, class_="scroll", tabindex="0", role="group", aria_label=caption)
 
 
 def data(value: Any, name: str) -> str:

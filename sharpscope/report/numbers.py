@@ -75,9 +75,10 @@ def groups_table(comparison: Comparison, rows: list[Row], looks: dict[str, Look]
     body = []
     for row in rows:
         if row.spreads:
+            quantity = _quantity(row, notes)
             means = [_mean(row, group, row.spreads.get(group), notes) for group in groups]
             against = [_difference(row, first, group, row.differences.get(group), notes) for group in others]
-            body.append([_quantity(row, notes), *means, *against])
+            body.append([quantity, *means, *against])
     return table(head, body, "Groups: mean, 95 % interval of the mean, difference", "numbers")
 
 
@@ -94,7 +95,7 @@ def _missing() -> str:
 
 
 def _cell(row: Row, name: str, r: Reading, notes: Notes) -> str:
-    bound = "" if r.lower is None or r.upper is None else f"{digits(r.lower)} to {digits(r.upper)}"
+    bound = _interval(r.lower, r.upper)
     said = {
         "Value": digits(r.value),
         "Interval": f"{bound} ({r.interval})" if bound else r.interval,
@@ -108,7 +109,11 @@ def _cell(row: Row, name: str, r: Reading, notes: Notes) -> str:
     # A mark of what has not converged belongs to the number.
     mark = tag("span", "?", class_="unsure", title="not converged") if str(r).endswith("?") else ""
     value, half = value.removesuffix("?"), half.removesuffix("?")
-    shown = text(value) + (tag("span", f" ±{text(half)}", class_="half") if half else "") + mark
+    shown = (
+        tag("span", text(value), class_="value")
+        + (tag("span", f" ±{text(half)}", class_="half") if half else "")
+        + mark
+    )
     return tag("td", notes.button(shown, f"{row.label}, {name}", said))
 
 
@@ -119,10 +124,13 @@ def _mean(row: Row, group: str, found: Spread | None, notes: Notes) -> str:
     bounds = _interval(found.lower, found.upper)
     said = {
         "Value": f"{digits(found.value)}, the {kind} of {found.runs} run{'s' * (found.runs > 1)}",
-        "Interval": f"{bounds[1:-1]} (95 % for the mean over runs, Student 1908)" if bounds else ONE_RUN,
+        "Interval": f"{bounds} (95 % for the mean over runs, Student 1908)" if bounds else ONE_RUN,
         DEFINED: row.definition,
     }
-    return tag("td", notes.button(f"{found.value:.4g}" + _half(bounds), f"{row.label}, {group}", said))
+    return tag(
+        "td",
+        notes.button(tag("span", f"{found.value:.4g}", class_="value") + _half(found), f"{row.label}, {group}", said),
+    )
 
 
 ONE_RUN = "none: one run says nothing of how runs scatter"
@@ -137,22 +145,29 @@ def _difference(row: Row, first: str, group: str, d: Difference | None, notes: N
     told = bounds and ("leaves out" if d.sure else "holds")
     said = {
         "Value": f"{digits(d.value)}: {what} of means",
-        "Interval": f"{bounds[1:-1]} (95 %, Student's t, {d.freedom} degrees of freedom)" if bounds else ONE_RUN,
+        "Interval": f"{bounds} (95 %, Student's t, {d.freedom} degrees of freedom)" if bounds else ONE_RUN,
         "Says": f"the interval {told} {'a ratio of 1' if d.ratio else 'a difference of 0'}" if told else "",
         "Runs": how,
         DEFINED: row.definition,
     }
     shown = f"&times; {d.value:.3g}" if d.ratio else f"{d.value:+.3g}"
     mark = "" if d.sure else tag("span", "not told apart" if bounds else "one run", class_="unsure")
-    return tag("td", notes.button(shown + _half(bounds) + mark, f"{row.label}, {group} against {first}", said))
+    return tag(
+        "td",
+        notes.button(
+            tag("span", shown, class_="value") + _half(d) + mark, f"{row.label}, {group} against {first}", said
+        ),
+    )
 
 
-def _half(bounds: str) -> str:
-    return tag("span", f" {text(bounds)}", class_="half") if bounds else ""
+def _half(found: Spread | Difference) -> str:
+    if found.lower is None or found.upper is None:
+        return ""
+    return tag("span", f" [{found.lower:.4g}, {found.upper:.4g}]", class_="half")
 
 
 def _interval(lower: float | None, upper: float | None) -> str:
-    return "" if lower is None or upper is None else f"[{lower:.4g}, {upper:.4g}]"
+    return "" if lower is None or upper is None else f"{digits(lower)} to {digits(upper)}"
 
 
 def digits(value: float) -> str:
