@@ -63,6 +63,7 @@ def between(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> 
     ways = [(a, b, r if r.complete else r.finished()) for a, b, r in comparison.between]
     if not ways:
         return None
+    require_alike([r for _, _, r in ways], grid=False)
     splits, (limits, log) = ways[0][2].splits, _limits([r for _, _, r in ways])
     star = not comparison.groups and len(ways) > 1 and len({a for a, _, _ in ways}) == 1
 

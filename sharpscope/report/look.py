@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sharpscope.plot import COLOURS
 from sharpscope.report.markup import tag, text
-from sharpscope.results.comparison import Comparison
+from sharpscope.results.comparison import Comparison, Subject
 
 # Dashes in units of the line's width, as matplotlib and SVG both take them.
 DASHES: tuple[tuple[float, ...], ...] = ((), (4, 1.6), (1, 1.4), (6, 1.4, 1, 1.4))
@@ -47,28 +47,32 @@ class Look:
         return {"color": self.colour, "linestyle": self.linestyle, "marker": self.marker}
 
 
+def together(subjects: Iterable[Subject]) -> list[tuple[str, list[Subject]]]:
+    """What looks alike, in order: each group with its runs, each checkpoint of no group by itself."""
+    found: dict[tuple[str | None, str | None], list[Subject]] = {}
+    for subject in subjects:
+        found.setdefault((subject.group, None if subject.group else subject.name), []).append(subject)
+    return [(group or name or "", members) for (group, name), members in found.items()]
+
+
 def looks_of(comparison: Comparison) -> dict[str, Look]:
     """By name of the subject; runs of a group look alike."""
-    entries = list(dict.fromkeys(subject.group or f"\0{subject.name}" for subject in comparison.subjects))
     markers, count = list(MARKERS), len(COLOURS)
-    looks = {
-        entry: Look(i % count, DASHES[i // count % len(DASHES)], markers[(i + i // count) % len(markers)])
-        for i, entry in enumerate(entries)
-    }
-    return {s.name: looks[s.group or f"\0{s.name}"] for s in comparison.subjects}
+    looks: dict[str, Look] = {}
+    for i, (_, members) in enumerate(together(comparison.subjects)):
+        look = Look(i % count, DASHES[i // count % len(DASHES)], markers[(i + i // count) % len(markers)])
+        looks |= {subject.name: look for subject in members}
+    return looks
 
 
 def key(comparison: Comparison, looks: dict[str, Look], only: Sequence[str] | None = None) -> str:
-    """Which checkpoint or group looks how, as a list."""
-    entries: dict[str, tuple[Look, int]] = {}
-    for subject in comparison.subjects:
-        if only is None or subject.name in only:
-            name = subject.group or subject.name
-            entries[name] = (looks[subject.name], entries.get(name, (None, 0))[1] + 1)
+    """Which checkpoint or group looks how, as a list; ``only`` of the subjects of these names."""
+    shown = [s for s in comparison.subjects if only is None or s.name in only]
     items = []
-    for name, (look, runs) in entries.items():
-        counted = tag("span", f" ({runs} run{'s' * (runs > 1)})", class_="quiet") if name in comparison.groups else ""
-        items.append(tag("li", swatch(look), tag("span", text(name)), counted))
+    for name, members in together(shown):
+        runs = f" ({len(members)} run{'s' * (len(members) > 1)})"
+        counted = tag("span", runs, class_="quiet") if members[0].group else ""
+        items.append(tag("li", swatch(looks[members[0].name]), tag("span", text(name)), counted))
     return tag("ul", *items, class_="key", aria_label="Key")
 
 

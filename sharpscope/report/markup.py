@@ -23,7 +23,7 @@ def tag(name: str, *inside: str, **attributes: object) -> str:
 
 
 def table(head: list[str], body: list[list[str]], caption: str, class_: str = "") -> str:
-    """A table of HTML cells that scrolls in a focusable region of its own; the first cell of each row heads it."""
+    """A table of HTML cells, or whole ``td``, in a focusable region that scrolls; a row's first cell heads it."""
     first, *others = head
     heads = tag("th", first, scope="col") + "".join(tag("th", cell, scope="col") for cell in others)
     rows = "".join(

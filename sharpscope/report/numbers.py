@@ -107,11 +107,11 @@ def _cell(row: Row, name: str, r: Reading, notes: Notes) -> str:
     }
     value, _, half = str(r).partition(" ±")
     # A mark of what has not converged belongs to the number.
-    mark = tag("span", "?", class_="unsure", title="not converged") if str(r).endswith("?") else ""
+    mark = tag("span", "?", class_="query", title="not converged") if str(r).endswith("?") else ""
     value, half = value.removesuffix("?"), half.removesuffix("?")
     shown = (
         tag("span", text(value), class_="value")
-        + (tag("span", f" ±{text(half)}", class_="half") if half else "")
+        + (" " + tag("span", f"±{text(half)}", class_="half") if half else "")
         + mark
     )
     return tag("td", notes.button(shown, f"{row.label}, {name}", said))
@@ -151,7 +151,7 @@ def _difference(row: Row, first: str, group: str, d: Difference | None, notes: N
         DEFINED: row.definition,
     }
     shown = f"&times; {d.value:.3g}" if d.ratio else f"{d.value:+.3g}"
-    mark = "" if d.sure else tag("span", "not told apart" if bounds else "one run", class_="unsure")
+    mark = "" if d.sure else " " + tag("span", "not told apart" if bounds else "one run", class_="unsure")
     return tag(
         "td",
         notes.button(
@@ -163,7 +163,7 @@ def _difference(row: Row, first: str, group: str, d: Difference | None, notes: N
 def _half(found: Spread | Difference) -> str:
     if found.lower is None or found.upper is None:
         return ""
-    return tag("span", f" [{found.lower:.4g}, {found.upper:.4g}]", class_="half")
+    return " " + tag("span", f"[{found.lower:.4g}, {found.upper:.4g}]", class_="half")
 
 
 def _interval(lower: float | None, upper: float | None) -> str:

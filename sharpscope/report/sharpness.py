@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from sharpscope.report.drawing import PAIR, QUIET, Drawn, Panel, panel, powers
-from sharpscope.report.look import Look, key
+from sharpscope.report.look import Look, key, together
 from sharpscope.report.spectra import name_rows
 from sharpscope.results.comparison import Comparison, Subject
 from sharpscope.results.groups import spread
@@ -33,10 +33,10 @@ def m_sharpness(comparison: Comparison, looks: dict[str, Look], rows: list[Row])
         return None
     panels = [_ball(f"m-sharpness-{i}", *entry, looks) for i, entry in enumerate(balls.items(), start=1)]
     shown = {s.name for points in balls.values() for s, _ in points}
-    grouped = bool(comparison.groups)
+    several = any(len(runs) > 1 for runs in comparison.groups.values())
     whiskers = (
         "Thin: runs; thick: their geometric mean with its 95 % interval."
-        if grouped
+        if several
         else "Whiskers: 95 % over the disjoint subsets; a point without them is one subset, all the examples."
     )
     caption = (
@@ -68,16 +68,15 @@ def _ball(name: str, ball: tuple[Any, ...], points: Points, looks: dict[str, Loo
 
 
 def _curves(axes: Axes, points: Points, looks: dict[str, Look]) -> None:
-    together: dict[str, Points] = {}
-    for s, ms in points:
-        together.setdefault(s.group or f"\0{s.name}", []).append((s, ms))
+    measured = {s.name: ms for s, ms in points}
+    parts = together(s for s, _ in points)
     # Apart by a fraction of the step to the next m, so that whiskers of several checkpoints are seen.
-    apart = 2 ** (0.36 / max(len(together), 1))
-    for i, members in enumerate(together.values()):
-        aside = apart ** (i - (len(together) - 1) / 2)
-        look = looks[members[0][0].name]
+    apart = 2 ** (0.36 / len(parts))
+    for i, (_, members) in enumerate(parts):
+        aside = apart ** (i - (len(parts) - 1) / 2)
+        look = looks[members[0].name]
         many = len(members) > 1
-        for _, ms in members:
+        for ms in (measured[s.name] for s in members):
             x, y = [m.settings["m"] * aside for m in ms], [m.value for m in ms]
             below = [0.0 if m.lower is None else max(m.value - m.lower, 0) for m in ms]
             above = [0.0 if m.upper is None else max(m.upper - m.value, 0) for m in ms]
@@ -86,7 +85,7 @@ def _curves(axes: Axes, points: Points, looks: dict[str, Look]) -> None:
             else:
                 axes.errorbar(x, y, yerr=[below, above], capsize=3, **look.line)
         if many:
-            _mean(axes, members, look, aside)
+            _mean(axes, [measured[s.name] for s in members], look, aside)
     ms = [m for _, found in points for m in found]
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({m.settings["m"] for m in ms}))
@@ -97,13 +96,13 @@ def _curves(axes: Axes, points: Points, looks: dict[str, Look]) -> None:
         powers(axes.yaxis)
 
 
-def _mean(axes: Axes, members: Points, look: Look, aside: float) -> None:
+def _mean(axes: Axes, runs: list[list[Measure]], look: Look, aside: float) -> None:
     """The mean over runs at each m that all of them have."""
     by_m: dict[int, list[float]] = {}
-    for _, ms in members:
+    for ms in runs:
         for m in ms:
             by_m.setdefault(int(m.settings["m"]), []).append(m.value)
-    whole = {m: values for m, values in by_m.items() if len(values) == len(members) and all(map(math.isfinite, values))}
+    whole = {m: values for m, values in by_m.items() if len(values) == len(runs) and all(map(math.isfinite, values))}
     means = [spread(values, log=min(values) > 0) for values in whole.values()]
     below = [0.0 if s.lower is None else s.value - s.lower for s in means]
     above = [0.0 if s.upper is None else s.upper - s.value for s in means]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sharpscope.errors import DataError
 from sharpscope.plot.density import broken, density_curve, height_of_one
 from sharpscope.report.drawing import PAIR, QUIET, THIRD, Drawn, Panel, panel, powers
-from sharpscope.report.look import Look, key
+from sharpscope.report.look import Look, key, together
 from sharpscope.results.comparison import Comparison, Subject
 from sharpscope.results.density import DensityResult
 from sharpscope.results.readings import Reading, Row
@@ -150,19 +150,17 @@ def densities(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -
         (min(float(c.grid[0]) for _, c in curves.values()), max(float(c.grid[-1]) for _, c in curves.values())),
         (floor, 5 * max(float(c.upper.max()) for _, c in curves.values())),
     )
-    together: dict[str, list[Subject]] = {}
-    for s in found:
-        together.setdefault(s.group or s.name, []).append(s)
-    size = PAIR if len(together) < 5 else THIRD
+    parts = together(found)
+    size = PAIR if len(parts) < 5 else THIRD
     panels = [
         _density_panel(f"density-{i}", name, members, found, looks, limits, size)
-        for i, (name, members) in enumerate(together.items(), start=1)
+        for i, (name, members) in enumerate(parts, start=1)
     ]
     widths = [c.width for _, c in curves.values()]
     caption = (
         "Share of all eigenvalues per unit of lambda (stochastic Lanczos quadrature), smoothed to a width of "
         f"{min(widths):.2g}{f' to {max(widths):.2g}' if max(widths) > 1.005 * min(widths) else ''}; logarithmic and "
-        f"shared scale. {BANDS if any(len(members) == 1 for members in together.values()) else ''}"
+        f"shared scale. {BANDS if any(len(members) == 1 for _, members in parts) else ''}"
         f"{'Grey: the others.' if len(panels) > 1 else ''}"
     )
     layout = "pair" if size is PAIR else "many"
@@ -201,11 +199,10 @@ def _own(axes: Axes, density: DensityResult, subject: Subject, look: Look, alone
         axes.plot(at, shown, color=look.colour, linewidth=1)
         return
     eigen = subject.eigen if subject.eigen is not None and subject.eigen.which == "largest" else None
-    attempt: Callable[[Any], object] = lambda shown: density_curve(density, shown, axes, colour=look.colour)  # noqa: E731
     try:
-        attempt(eigen)
-    except ValueError:  # eigenvalues of other data have no place on this curve
-        attempt(None)
+        density_curve(density, eigen, axes, colour=look.colour)
+    except DataError:  # eigenvalues of other data have no place on this curve
+        density_curve(density, None, axes, colour=look.colour)
     legend = axes.get_legend()
     if legend is not None:
         legend.remove()
