@@ -130,7 +130,7 @@ def panel(
         mpl.rcParams.update(style)
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.add_subplot())
-        figure.savefig(file, format="svg", dpi=DOTS, metadata={"Date": None, "Creator": None})
+        figure.savefig(file, format="svg", dpi=DOTS)
     return Panel(title if above is None else above, _inline(file.getvalue(), name, title, description))
 
 

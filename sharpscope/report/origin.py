@@ -17,6 +17,10 @@ ANALYSES = {
     "line": "Random lines",
     "surface": "Random planes",
 }
+UNIT = (
+    "A gradient is one forward and backward pass over the examples of a part, which differ between parts; a product is "
+    "one of the Hessian with a vector."
+)
 _COLUMNS = ["Checkpoints", "Passes", "Products", "Gradients", "Seconds"]
 
 
@@ -41,7 +45,7 @@ def costs(comparison: Comparison) -> str:
         for name, r in s.results.items()
     ]
     inside = table(["Checkpoint and part", *_COLUMNS[1:]], each, "What each checkpoint took", "costs")
-    return parts + tag("details", tag("summary", "Every checkpoint"), inside)
+    return parts + tag("p", UNIT, class_="quiet") + tag("details", tag("summary", "Every checkpoint"), inside)
 
 
 def _cells(count: str, cost: Cost) -> list[str]:
