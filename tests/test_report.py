@@ -163,7 +163,9 @@ def test_the_figures_are_those_that_the_data_allow() -> None:
     common = {"eigenvalues", "density", "m-sharpness", "edge", "lines", "planes"}
     assert names == [common | {"between"}, common | {"runs"}, common]
     bare = replace(two().subjects[0], eigen=None, density=None, sharpness=None, line=None, surface=None)
-    assert not Tree(page(Comparison(subjects=(bare,)))).all("figure")
+    tree = Tree(page(Comparison(subjects=(bare,))))
+    assert not tree.all("figure")
+    assert "Figures" not in [e["text"] for e in tree.all("h2")]
 
 
 def test_slices_that_were_not_measured_alike_leave_a_sentence_in_place_of_a_figure() -> None:

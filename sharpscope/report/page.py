@@ -61,6 +61,7 @@ def page(comparison: Comparison, findings: Sequence[str] = ()) -> str:
         "costs": ("Costs", costs(comparison)),
         "reproduce": ("How to reproduce", reproduction(comparison)),
     }
+    sections = {name: (heading, inside) for name, (heading, inside) in sections.items() if inside}
     body = "".join(
         tag("section", tag("h2", heading, id=f"{name}-heading"), inside, id=name, aria_labelledby=f"{name}-heading")
         for name, (heading, inside) in sections.items()
