@@ -8,7 +8,7 @@ import numpy as np
 
 from sharpscope.errors import DataError
 from sharpscope.plot.training import COLOURS
-from sharpscope.results import DensityResult, EigenResult
+from sharpscope.results import Curve, DensityResult, EigenResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,12 +53,9 @@ def density_curve(
     if differ:
         raise DataError(f"Eigenvalues must be those of the density's own Hessian, but the {', '.join(differ)} differ.")
     curve = result.curve(width=width)
-    single = 1 / (result.n * curve.width * np.sqrt(2 * np.pi))
+    single = height_of_one(result, curve)
     floor = single / 100
-    # A gap in the grid is a gap in the picture, no line across it.
-    gaps = np.flatnonzero(np.diff(curve.grid) > curve.width) + 1
-    at = np.insert(curve.grid, gaps, np.nan)
-    shown, lower, upper = (np.insert(y, gaps, np.nan) for y in (curve.density, curve.lower, curve.upper))
+    at, shown, lower, upper = broken(curve)
     axes.fill_between(at, np.maximum(lower, floor), np.maximum(upper, floor), color=colour, alpha=0.25, linewidth=0)
     axes.plot(at, shown, color=colour, label=f"{label + ', ' if label else ''}width {curve.width:.2g}")
     axes.axhline(single, color=colour, linestyle=":", linewidth=1, label=None if axes.lines[1:] else "one eigenvalue")
@@ -76,6 +73,20 @@ def density_curve(
     axes.set(xlabel=r"eigenvalue $\lambda$", ylabel="density")
     axes.legend(fontsize="small")
     return axes
+
+
+def height_of_one(result: DensityResult, curve: Curve) -> float:
+    """How high a single eigenvalue's bump is."""
+    return float(1 / (result.n * curve.width * np.sqrt(2 * np.pi)))
+
+
+def broken(curve: Curve) -> tuple[Any, Any, Any, Any]:
+    """Grid, density and band, where a gap in the grid is a gap in the picture, no line across it."""
+    gaps = np.flatnonzero(np.diff(curve.grid) > curve.width) + 1
+    at, shown, lower, upper = (
+        np.insert(y, gaps, np.nan) for y in (curve.grid, curve.density, curve.lower, curve.upper)
+    )
+    return at, shown, lower, upper
 
 
 def _differ(key: str, result: DensityResult, eigenvalues: EigenResult) -> bool:

@@ -14,6 +14,7 @@ from sharpscope.plot.caption import caption, diverged, labels_of
 from sharpscope.plot.levels import heights, logarithmic, shared_levels, told
 from sharpscope.plot.marks import is_on, marks_said
 from sharpscope.results import SliceResult
+from sharpscope.results.slice import Array
 
 # Turning one surface turns all.
 TOGETHER = """
@@ -74,23 +75,7 @@ def interactive_surface(
         1, columns, specs=[[{"type": "surface"}] * columns], subplot_titles=labels_of(results), horizontal_spacing=0.02
     )
     for i, r in enumerate(shown, start=1):
-        (x, y), z = r.axes, heights(r, split, quantity)
-        surface = go.Surface(
-            x=x.tolist(),
-            y=y.tolist(),
-            z=_holes(scaled(np.minimum(z, at[-1]))),
-            customdata=_holes(z),
-            coloraxis="coloraxis",
-            hovertemplate="x %{x:.4g}<br>y %{y:.4g}<br>" + f"{quantity} " + "%{customdata:.5g}<extra></extra>",
-        )
-        figure.add_trace(surface, row=1, col=i)
-        wrong = diverged(r, r.split(split))
-        if wrong.any():
-            xs, ys = (m[wrong].tolist() for m in np.meshgrid(x, y))
-            style = {"mode": "markers", "marker": {"symbol": "x", "color": "#CC0000", "size": 3}, "name": "diverged"}
-            crosses = go.Scatter3d(x=xs, y=ys, z=[ends[1]] * len(xs), showlegend=False, hoverinfo="name+x+y", **style)
-            figure.add_trace(crosses, row=1, col=i)
-        for trace in _marks(go, r, name, quantity, scaled, at):
+        for trace in surface_traces(go, r, at, split=split, quantity=quantity, log=log):
             figure.add_trace(trace, row=1, col=i)
         labels = [str(d["label"]) for d in r.directions[0]]
         heading = {"xaxis_title": f"x: {labels[0]}", "yaxis_title": f"y: {labels[1]}", "zaxis_title": quantity}
@@ -108,6 +93,34 @@ def interactive_surface(
         '<body style="margin: 0; font-family: sans-serif">\n'
         f'<div style="height: 85vh">{plot}</div>\n<p style="margin: 1em">{html.escape(said)}</p>\n</body>\n</html>\n'
     )
+
+
+def surface_traces(
+    go: Any, r: SliceResult, at: Array, *, split: str | None = None, quantity: str = "loss", log: bool = True
+) -> list[Any]:
+    """The traces of one scene: the surface cut at the highest level, diverged points, other networks.
+
+    ``go``: plotly.graph_objects; ``r``: a plane without pending points; ``at``: its levels.
+    """
+    log = logarithmic(log, quantity)
+    scaled = np.log10 if log else np.asarray
+    (x, y), z = r.axes, heights(r, split, quantity)
+    surface = go.Surface(
+        x=x.tolist(),
+        y=y.tolist(),
+        z=_holes(scaled(np.minimum(z, at[-1]))),
+        customdata=_holes(z),
+        coloraxis="coloraxis",
+        hovertemplate="x %{x:.4g}<br>y %{y:.4g}<br>" + f"{quantity} " + "%{customdata:.5g}<extra></extra>",
+    )
+    found = [surface]
+    wrong = diverged(r, r.split(split))
+    if wrong.any():
+        xs, ys = (m[wrong].tolist() for m in np.meshgrid(x, y))
+        style = {"mode": "markers", "marker": {"symbol": "x", "color": "#CC0000", "size": 3}, "name": "diverged"}
+        zs = [float(scaled(at[-1]))] * len(xs)
+        found.append(go.Scatter3d(x=xs, y=ys, z=zs, showlegend=False, hoverinfo="name+x+y", **style))
+    return [*found, *_marks(go, r, r.splits[r.split(split)], quantity, scaled, at)]
 
 
 def _marks(go: Any, r: SliceResult, split: str, quantity: str, scaled: Any, at: Any) -> list[Any]:

@@ -37,6 +37,7 @@ def surface_contour(
     colorbar: bool = True,
     line: int = 0,
     width: float | None = None,
+    captioned: bool = True,
 ) -> Axes:
     """Labelled contours of the loss over a plane, x to the right and y upwards; returns the Axes.
 
@@ -55,6 +56,7 @@ def surface_contour(
         colorbar: draw one.
         line: which plane, where there are several.
         width: of a new figure, in inches.
+        captioned: say beneath it what it shows.
 
     Raises: DataError when the result is of lines, or has no values to draw; where log is asked for and a loss is not
     above 0.
@@ -66,7 +68,8 @@ def surface_contour(
     filled = _contours(axes, shown[0], at, split, quantity, log, line)
     if colorbar:
         _colorbar([axes], filled, at, result, split, quantity, log)
-    draw_caption(axes, _said([result], split, quantity, log, _cut(shown, at, split, quantity, clip), False), own)
+    if captioned:
+        draw_caption(axes, _said([result], split, quantity, log, _cut(shown, at, split, quantity, clip), False), own)
     return axes
 
 

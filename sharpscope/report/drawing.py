@@ -1,0 +1,183 @@
+"""A matplotlib figure as a piece of a page: in the page's type and the colours of its theme."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sharpscope.plot import COLOURS
+from sharpscope.report.markup import text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Drawn in these, which nothing else has, and then given the page's own, which follow its theme.
+INK, QUIET, RULE = "#010203", "#040506", "#070809"
+THEMED = {INK: "currentColor", QUIET: "var(--quiet)", RULE: "var(--rule)"}
+THEMED |= {colour.lower(): f"var(--c{i})" for i, colour in enumerate(COLOURS, start=1)}
+
+# In inches; a point of type is 1.3 to 1.5 pixels where the page shows a panel half as wide as itself.
+PAIR, THIRD, SMALL = (4.8, 3.2), (3.4, 2.5), (2.6, 2.3)
+STYLE: dict[str, Any] = {
+    "font.size": 8.5,
+    "axes.labelsize": 8.5,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": QUIET,
+    "axes.titlecolor": INK,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "legend.frameon": False,
+    "axes.formatter.use_mathtext": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "figure.dpi": 100,
+    # Text stays text: it is found, read aloud and set in the reader's own type.
+    "svg.fonttype": "none",
+    "svg.image_inline": True,
+    "axes.unicode_minus": True,
+    "text.usetex": False,
+    # A checkpoint's name may hold dollars.
+    "text.parse_math": False,
+}
+# What is drawn as pixels, at twice those of a common screen.
+DOTS = 190
+
+_ATTRIBUTES = re.compile(r'\b(?:d|x|y|x1|y1|x2|y2|points|transform|width|height)="[^"]*"')
+_DIGITS = re.compile(r"-?\d+\.\d{3,}(?!\d|e)")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing of a figure, as SVG, and what stands above it."""
+
+    title: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure of the page.
+
+    Attributes:
+        name: of its anchor.
+        heading: what it is of.
+        panels: its drawings.
+        caption: how to read it, on what it was measured.
+        layout: "pair", "wide" or "many".
+        key: which line is whose, HTML.
+        after: HTML beneath it.
+    """
+
+    name: str
+    heading: str
+    panels: tuple[Panel, ...]
+    caption: str
+    layout: str = "pair"
+    key: str = ""
+    after: str = ""
+
+
+def panel(
+    name: str,
+    title: str,
+    description: str,
+    draw: Callable[[Axes], object],
+    size: tuple[float, float] = PAIR,
+    above: str | None = None,
+) -> Panel:
+    """What ``draw`` draws, as inline SVG; the same drawing gives the same bytes.
+
+    Args:
+        name: that no other drawing of the page has.
+        title: of the drawing, for who cannot see it.
+        description: what it shows, with its main numbers.
+        draw: on the Axes it is given.
+        size: in inches.
+        above: what stands above it; by default the title.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    file = io.StringIO()
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        style: dict[Any, Any] = {**STYLE, "svg.hashsalt": name}
+        mpl.rcParams.update(style)
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.add_subplot())
+        figure.savefig(file, format="svg", dpi=DOTS)
+    return Panel(title if above is None else above, _inline(file.getvalue(), name, title, description))
+
+
+def _inline(svg: str, name: str, title: str, description: str) -> str:
+    """The drawing without what is a file's alone, its ids its own, its colours the theme's, its words said."""
+    svg = svg[svg.index("<svg") :]
+    for dropped in (r"<metadata>.*?</metadata>", r"<style.*?</style>", r"<!--.*?-->"):
+        svg = re.sub(dropped, "", svg, flags=re.DOTALL)
+    svg = svg.replace("xlink:href=", "href=")
+    known = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in known else "", svg)
+    svg = re.sub(r'(href="|url\()#', rf"\1#{name}-", svg)
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    svg = _ATTRIBUTES.sub(lambda m: _DIGITS.sub(lambda n: f"{float(n[0]):.2f}", m[0]), svg)
+    for drawn, shown in THEMED.items():
+        svg = svg.replace(drawn, shown)
+    box = re.search(r'viewBox="([^"]*)"', svg)
+    assert box is not None
+    body = re.sub(r"\s*\n\s*", " ", svg[svg.index(">") + 1 :].strip())
+    said = f'<title id="{name}-t">{text(title)}</title><desc id="{name}-d">{text(description)}</desc>'
+    labelled = f'role="img" aria-labelledby="{name}-t" aria-describedby="{name}-d"'
+    return f'<svg class="plot" viewBox="{box[1]}" {labelled}>{said}{body}'
+
+
+def powers(axis: Any, *, ticks: bool = True) -> None:
+    """Label a logarithmic axis, whose limits are set, with short numbers or powers of ten, without mathematics.
+
+    ``ticks``: choose them too, more than the powers where these are few.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if ticks:
+        low, high = axis.get_view_interval()
+        steps = next((steps for range_, steps in STEPS if high < range_ * low), (1.0,))
+        axis.set_major_locator(LogLocator(subs=steps, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+# The range of an axis, and which multiples of powers of ten it then needs for a handful of ticks.
+STEPS = ((4, (1, 1.5, 2, 3, 4, 5, 6, 8)), (50, (1, 2, 5)), (1000, (1, 3)))
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def _power(value: float) -> str:
+    if 1e-3 <= abs(value) < 1e5 or value == 0:
+        return f"{value:g}"
+    mantissa, _, exponent = f"{value:e}".partition("e")
+    raised = f"10{str(int(exponent)).translate(_RAISED)}"
+    return raised if float(mantissa) == 1 else f"{float(mantissa):g}·{raised}"

@@ -1,0 +1,175 @@
+"""The table of all numbers, and behind each one its definition, interval, price and origin."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from sharpscope.report.look import Look, swatch
+from sharpscope.report.markup import table, tag, text
+from sharpscope.results.comparison import Comparison
+from sharpscope.results.groups import Difference, Spread
+from sharpscope.results.readings import Reading, Row
+
+# Columns that fit side by side on paper, interval beside value.
+FEW = 6
+DEFINED = "Definition"
+# By how many digits a number is given where it stands alone, behind the table.
+DIGITS = 7
+
+
+@dataclass
+class Notes:
+    """What a click on a number shows, in order: popovers on a screen, numbered notes at the end of a printed page."""
+
+    entries: list[str] = field(default_factory=list)
+
+    def button(self, shown: str, heading: str, said: dict[str, str], label: str | None = None) -> str:
+        """A button of that HTML whose note has ``heading`` and what is ``said``, plain text by term."""
+        place = len(self.entries) + 1
+        name = f"note-{place}"
+        # A printed note of a value leaves out the definition, which that of its quantity has.
+        facts = "".join(
+            tag(
+                "div",
+                tag("dt", text(k)),
+                tag("dd", text(v)),
+                class_="again" if k == DEFINED and len(said) > 3 else None,
+            )
+            for k, v in said.items()
+            if v
+        )
+        number = tag("span", str(place), class_="place")
+        head = tag("p", number, text(heading), class_="heading")
+        self.entries.append(tag("div", head, tag("dl", facts), id=name, class_="note", popover="auto"))
+        return tag(
+            "button", shown, type="button", class_="number", popovertarget=name, data_note=str(place), aria_label=label
+        )
+
+    def html(self) -> str:
+        """All of them; a browser that knows no popovers shows them at the end too."""
+        heading = tag("h2", "Notes to the numbers", id="notes-heading")
+        return tag("section", heading, tag("div", *self.entries), class_="notes", aria_labelledby="notes-heading")
+
+
+def every_number(comparison: Comparison, rows: list[Row], looks: dict[str, Look], notes: Notes) -> str:
+    """The table with a column a checkpoint."""
+    head = ["Quantity", *(swatch(looks[s.name]) + text(s.name) for s in comparison.subjects)]
+    body = []
+    for row in rows:
+        cells = [_quantity(row, notes)]
+        for subject, reading in zip(comparison.subjects, row.readings, strict=True):
+            cells.append(_missing() if reading is None else _cell(row, subject.name, reading, notes))
+        body.append(cells)
+    return table(head, body, "Every number of every checkpoint", "numbers broad" if len(head) > FEW else "numbers")
+
+
+def groups_table(comparison: Comparison, rows: list[Row], looks: dict[str, Look], notes: Notes) -> str:
+    """The table with a column a group, and one for how each later group differs from the first; "" without groups."""
+    groups = comparison.groups
+    if not groups:
+        return ""
+    first, *others = groups
+    head = ["Quantity", *(swatch(looks[members[0].name]) + text(group) for group, members in groups.items())]
+    head += [text(f"{group} against {first}") for group in others]
+    body = []
+    for row in rows:
+        if row.spreads:
+            quantity = _quantity(row, notes)
+            means = [_mean(row, group, row.spreads.get(group), notes) for group in groups]
+            against = [_difference(row, first, group, row.differences.get(group), notes) for group in others]
+            body.append([quantity, *means, *against])
+    return table(head, body, "Groups: mean, 95 % interval of the mean, difference", "numbers")
+
+
+def _quantity(row: Row, notes: Notes) -> str:
+    kinds = dict.fromkeys(r.interval for r in row.readings if r is not None)
+    said = {DEFINED: row.definition, "Intervals": "; ".join(kinds)}
+    said["Groups are compared by"] = ("ratios" if row.factor else "differences") if row.spreads else ""
+    return notes.button(text(row.label), row.label, said)
+
+
+def _missing() -> str:
+    dash, spoken = tag("span", "&ndash;", aria_hidden="true"), tag("span", "not measured", class_="spoken")
+    return tag("td", dash, spoken, class_="none")
+
+
+def _cell(row: Row, name: str, r: Reading, notes: Notes) -> str:
+    bound = _interval(r.lower, r.upper)
+    said = {
+        "Value": digits(r.value),
+        "Interval": f"{bound} ({r.interval})" if bound else r.interval,
+        "Convergence": "" if r.converged else "not converged: the interval does not meet the tolerance",
+        DEFINED: row.definition,
+        "Also": r.more,
+        "Cost": r.price,
+        "Measured on": r.origin,
+    }
+    value, _, half = str(r).partition(" ±")
+    # A mark of what has not converged belongs to the number.
+    mark = tag("span", "?", class_="query", title="not converged") if str(r).endswith("?") else ""
+    value, half = value.removesuffix("?"), half.removesuffix("?")
+    shown = (
+        tag("span", text(value), class_="value")
+        + (" " + tag("span", f"±{text(half)}", class_="half") if half else "")
+        + mark
+    )
+    return tag("td", notes.button(shown, f"{row.label}, {name}", said))
+
+
+def _mean(row: Row, group: str, found: Spread | None, notes: Notes) -> str:
+    if found is None:
+        return _missing()
+    kind = "geometric mean" if row.factor else "mean"
+    bounds = _interval(found.lower, found.upper)
+    said = {
+        "Value": f"{digits(found.value)}, the {kind} of {found.runs} run{'s' * (found.runs > 1)}",
+        "Interval": f"{bounds} (95 % for the mean over runs, Student 1908)" if bounds else ONE_RUN,
+        DEFINED: row.definition,
+    }
+    return tag(
+        "td",
+        notes.button(tag("span", f"{found.value:.4g}", class_="value") + _half(found), f"{row.label}, {group}", said),
+    )
+
+
+ONE_RUN = "none: one run says nothing of how runs scatter"
+
+
+def _difference(row: Row, first: str, group: str, d: Difference | None, notes: Notes) -> str:
+    if d is None:
+        return _missing()
+    bounds = _interval(d.lower, d.upper)
+    how = f"{d.runs} pairs of one seed each" if d.paired else f"{d.runs} runs of both groups, not paired (Welch 1947)"
+    what = f"{group} over {first}, a ratio" if d.ratio else f"{group} less {first}, a difference"
+    told = bounds and ("leaves out" if d.sure else "holds")
+    said = {
+        "Value": f"{digits(d.value)}: {what} of means",
+        "Interval": f"{bounds} (95 %, Student's t, {d.freedom} degrees of freedom)" if bounds else ONE_RUN,
+        "Says": f"the interval {told} {'a ratio of 1' if d.ratio else 'a difference of 0'}" if told else "",
+        "Runs": how,
+        DEFINED: row.definition,
+    }
+    shown = f"&times; {d.value:.3g}" if d.ratio else f"{d.value:+.3g}"
+    mark = "" if d.sure else " " + tag("span", "not told apart" if bounds else "one run", class_="unsure")
+    return tag(
+        "td",
+        notes.button(
+            tag("span", shown, class_="value") + _half(d) + mark, f"{row.label}, {group} against {first}", said
+        ),
+    )
+
+
+def _half(found: Spread | Difference) -> str:
+    if found.lower is None or found.upper is None:
+        return ""
+    return " " + tag("span", f"[{found.lower:.4g}, {found.upper:.4g}]", class_="half")
+
+
+def _interval(lower: float | None, upper: float | None) -> str:
+    return "" if lower is None or upper is None else f"{digits(lower)} to {digits(upper)}"
+
+
+def digits(value: float) -> str:
+    """A number to more digits than the table has."""
+    return f"{value:.{DIGITS}g}" if math.isfinite(value) else str(value)

@@ -1,0 +1,163 @@
+"""Figures of m-sharpness against m, and of lambda_max against the edge of stability."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from sharpscope.report.drawing import PAIR, QUIET, Drawn, Panel, panel, powers
+from sharpscope.report.look import Look, key, together
+from sharpscope.report.spectra import name_rows
+from sharpscope.results.comparison import Comparison, Subject
+from sharpscope.results.groups import spread
+from sharpscope.results.readings import Row
+from sharpscope.results.sharpness import Measure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Points = list[tuple[Subject, list[Measure]]]
+
+
+def m_sharpness(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> Drawn | None:
+    """m-sharpness against m, a panel for each radius and shape of the ball."""
+    balls: dict[tuple[Any, ...], Points] = {}
+    for s in comparison.subjects:
+        for measure in _of(s, "m-sharpness"):
+            ball = tuple(measure.settings.get(k) for k in ("rho", "p", "adaptive", "ascent"))
+            points = balls.setdefault(ball, [])
+            if not points or points[-1][0] is not s:
+                points.append((s, []))
+            points[-1][1].append(measure)
+    if not balls:
+        return None
+    panels = [_ball(f"m-sharpness-{i}", *entry, looks) for i, entry in enumerate(balls.items(), start=1)]
+    shown = {s.name for points in balls.values() for s, _ in points}
+    several = any(len(runs) > 1 for runs in comparison.groups.values())
+    whiskers = (
+        "Thin: runs; thick: their geometric mean with its 95 % interval."
+        if several
+        else "Whiskers: 95 % over the disjoint subsets; a point without them is one subset, all the examples."
+    )
+    caption = (
+        "Mean over disjoint subsets of m examples of how much the loss of a subset rises in the worst direction that "
+        f"the ascent finds within radius rho (Foret et al. 2021, section 4.1). {whiskers} "
+        "Points of one m are set a little apart. A lower bound of the maximum."
+    )
+    return Drawn(
+        "m-sharpness",
+        "m-sharpness against m",
+        tuple(panels),
+        caption,
+        "pair",
+        key(comparison, looks, list(shown)),
+    )
+
+
+def _of(subject: Subject, name: str) -> list[Measure]:
+    return [] if subject.sharpness is None else [m for m in subject.sharpness.measures if m.name == name]
+
+
+def _ball(name: str, ball: tuple[Any, ...], points: Points, looks: dict[str, Look]) -> Panel:
+    rho, p, adaptive, ascent = ball
+    grouped = [(s, sorted(ms, key=lambda m: int(m.settings["m"]))) for s, ms in points]
+    what = f"rho = {rho:g}, p = {p}{f', adaptive ({adaptive})' if adaptive else ''}, ascent: {ascent}"
+    said = "; ".join(f"{s.name}: " + ", ".join(f"{m} at m = {m.settings['m']}" for m in ms) for s, ms in grouped)
+    title = f"m-sharpness against m, {what}"
+    return panel(name, title, f"m-sharpness: {said}.", lambda axes: _curves(axes, grouped, looks), above=what)
+
+
+def _curves(axes: Axes, points: Points, looks: dict[str, Look]) -> None:
+    measured = {s.name: ms for s, ms in points}
+    parts = together(s for s, _ in points)
+    # Apart by a fraction of the step to the next m, so that whiskers of several checkpoints are seen.
+    apart = 2 ** (0.36 / len(parts))
+    for i, (_, members) in enumerate(parts):
+        aside = apart ** (i - (len(parts) - 1) / 2)
+        look = looks[members[0].name]
+        many = len(members) > 1
+        for ms in (measured[s.name] for s in members):
+            x, y = [m.settings["m"] * aside for m in ms], [m.value for m in ms]
+            below = [0.0 if m.lower is None else max(m.value - m.lower, 0) for m in ms]
+            above = [0.0 if m.upper is None else max(m.upper - m.value, 0) for m in ms]
+            if many:
+                axes.plot(x, y, color=look.colour, linewidth=0.8, alpha=0.5)
+            else:
+                axes.errorbar(x, y, yerr=[below, above], capsize=3, **look.line)
+        if many:
+            _mean(axes, [measured[s.name] for s in members], look, aside)
+    ms = [m for _, found in points for m in found]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({m.settings["m"] for m in ms}))
+    powers(axes.xaxis, ticks=False)
+    axes.set(xlabel="m, the examples that share a perturbation", ylabel="m-sharpness")
+    if all(m.value > 0 for m in ms):
+        axes.set_yscale("log")
+        powers(axes.yaxis)
+
+
+def _mean(axes: Axes, runs: list[list[Measure]], look: Look, aside: float) -> None:
+    """The mean over runs at each m that all of them have."""
+    by_m: dict[int, list[float]] = {}
+    for ms in runs:
+        for m in ms:
+            by_m.setdefault(int(m.settings["m"]), []).append(m.value)
+    whole = {m: values for m, values in by_m.items() if len(values) == len(runs) and all(map(math.isfinite, values))}
+    means = [spread(values, log=min(values) > 0) for values in whole.values()]
+    below = [0.0 if s.lower is None else s.value - s.lower for s in means]
+    above = [0.0 if s.upper is None else s.upper - s.value for s in means]
+    axes.errorbar(
+        [m * aside for m in whole],
+        [s.value for s in means],
+        yerr=[below, above],
+        capsize=3,
+        **{**look.line, "linewidth": 2},
+    )
+
+
+def edge(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> Drawn | None:
+    """lambda_max of each checkpoint and the edge of stability that its last step size sets."""
+    found = [(s, m) for s in comparison.subjects for m in _of(s, "edge") if m.value > 0]
+    if not found:
+        return None
+    beyond = max(found, key=lambda entry: entry[1].value)
+    said = "; ".join(
+        f"{s.name}: lambda_max {m.settings['lambda_max']:.4g}, edge {m.settings[PLAIN]:.4g}, {m.value:.2g} of it"
+        for s, m in found
+    )
+    drawing = panel(
+        "edge-of-stability",
+        "lambda_max against the edge of stability",
+        f"{said}. Nearest to its edge is {beyond[0].name}.",
+        lambda axes: _edges(axes, found, looks),
+        (1.6 * PAIR[0], 1.1 + 0.27 * len(found)),
+        "",
+    )
+    with_sam = any(m.settings.get(WITH_SAM) for _, m in found)
+    caption = (
+        "Filled: lambda_max. Bar: SGD's edge of stability 2 (1 + momentum) / lr, beyond which a quadratic would make "
+        f"this step size diverge (Cohen et al. 2021){'; triangle: that of SAM without momentum' if with_sam else ''}. "
+        "At the learning rate in force when the checkpoint was written: at the end of a schedule that goes to zero the "
+        "edge is far away whatever the network."
+    )
+    return Drawn("edge", "Edge of stability", (drawing,), caption, "wide")
+
+
+PLAIN, WITH_SAM = "SGD's edge", "SAM's edge without momentum"
+
+
+def _edges(axes: Axes, found: list[tuple[Subject, Measure]], looks: dict[str, Look]) -> None:
+    axes.set_xscale("log")
+    for y, (s, m) in enumerate(found):
+        look, top = looks[s.name], float(m.settings["lambda_max"])
+        limit = float(m.settings[PLAIN])
+        if math.isfinite(limit):
+            axes.plot([top, limit], [y, y], color=QUIET, linewidth=0.7)
+            axes.plot(limit, y, marker="|", markersize=11, markeredgewidth=2, color=QUIET)
+        sam = m.settings.get(WITH_SAM)
+        if sam and math.isfinite(sam):
+            axes.plot(sam, y, marker="v", color=QUIET, fillstyle="none")
+        axes.plot(top, y, marker=look.marker, color=look.colour, markersize=6)
+    name_rows(axes, [s.name for s, _ in found])
+    axes.set_xlabel("eigenvalue of the Hessian")
+    powers(axes.xaxis)

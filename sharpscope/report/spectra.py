@@ -1,0 +1,215 @@
+"""Figures of the Hessian's spectrum: its largest eigenvalues with their bounds, and its density."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sharpscope.errors import DataError
+from sharpscope.plot.density import broken, density_curve, height_of_one
+from sharpscope.report.drawing import PAIR, QUIET, THIRD, Drawn, Panel, panel, powers
+from sharpscope.report.look import Look, key, together
+from sharpscope.results.comparison import Comparison, Subject
+from sharpscope.results.density import DensityResult
+from sharpscope.results.readings import Reading, Row
+from sharpscope.tables import with_bound
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# A name in a figure has so many letters; the table has all of them.
+LETTERS = 22
+# Bars from zero say nothing of the small ones where the largest is so many times larger.
+BARS = 60.0
+BANDS = (
+    "Bands: 95 % over random vectors. Triangles: the largest eigenvalues. Dotted: the height of a single eigenvalue; a "
+    "bump below it is part of one. "
+)
+
+
+def eigenvalues(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> Drawn | None:
+    """lambda_max as bars with bounds, and the k largest eigenvalues."""
+    row = next((row for row in rows if row.label == "lambda_max"), None)
+    if row is None:
+        return None
+    found = [(s, r) for s, r in zip(comparison.subjects, row.readings, strict=True) if r is not None]
+    size = (PAIR[0], max(PAIR[1], 0.9 + 0.27 * len(found)))
+    said = "; ".join(f"{s.name} {r}" for s, r in found)
+    panels = [
+        panel(
+            "lambda-max",
+            "lambda_max of each checkpoint",
+            f"lambda_max with its interval: {said}.",
+            lambda axes: _bars(axes, [(s.name, looks[s.name], r) for s, r in found]),
+            size,
+            "lambda_max, with its interval",
+        )
+    ]
+    several = [
+        s for s, _ in found if s.eigen is not None and len(s.eigen.eigenvalues) > 1 and s.eigen.which == "largest"
+    ]
+    if several:
+        k = max(len(s.eigen.eigenvalues) for s in several if s.eigen is not None)
+        panels.append(
+            panel(
+                "top-eigenvalues",
+                f"The {k} largest eigenvalues of each checkpoint",
+                f"The largest eigenvalues: {'; '.join(f'{s.name} {_listed(s)}' for s in several)}.",
+                lambda axes: _top(axes, several, looks),
+                size,
+            )
+        )
+    kinds = dict.fromkeys(r.interval for _, r in found)
+    unsure = "; ? marks what did not converge to its tolerance" if any(not r.converged for _, r in found) else ""
+    caption = (
+        f"Largest eigenvalues of the Hessian of the mean training loss. Whiskers: {', '.join(kinds)}; most are "
+        f"narrower than the line that draws them{unsure}. A larger lambda_max is a sharper direction, no worse network."
+    )
+    return Drawn("eigenvalues", "Largest eigenvalues", tuple(panels), caption, key=key(comparison, looks))
+
+
+def bars_scale(values: list[float]) -> str:
+    """ "linear" or "log": bars start at zero unless that hides the small ones."""
+    return "log" if min(values) > 0 and max(values) > BARS * min(values) else "linear"
+
+
+def clipped(name: str) -> str:
+    """As much of a name as a figure has room for: its end, which tells runs apart."""
+    return name if len(name) <= LETTERS else f"…{name[1 - LETTERS :]}"
+
+
+def name_rows(axes: Axes, names: list[str]) -> None:
+    """Names of rows from the top downwards."""
+    axes.set_yticks(range(len(names)), [clipped(name) for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
+    axes.spines["left"].set_visible(False)
+
+
+def _bars(axes: Axes, found: list[tuple[str, Look, Reading]]) -> None:
+    values = [reading.value for _, _, reading in found]
+    scale = bars_scale(values)
+    axes.set_xscale(scale)
+    ends = []
+    for y, (_, look, r) in enumerate(found):
+        low, high = (r.value if end is None else end for end in (r.lower, r.upper))
+        if scale == "linear":
+            axes.barh(y, r.value, height=0.55, color=look.colour, alpha=0.35)
+        error: Any = [[max(r.value - low, 0)], [max(high - r.value, 0)]]
+        axes.errorbar(r.value, y, xerr=error, color=look.colour, marker=look.marker, capsize=3)
+        ends.append(max(high, r.value))
+        axes.annotate(
+            str(r),
+            (ends[-1], y),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            annotation_clip=False,
+        )
+    name_rows(axes, [name for name, _, _ in found])
+    axes.set_xlabel("lambda_max")
+    if scale == "log":
+        axes.set_xlim(min(values) / 2, max(ends) * (max(ends) / min(values)) ** 0.5)
+        powers(axes.xaxis)
+    else:
+        low = min(0.0, *values)
+        axes.set_xlim(low, low + 1.42 * (max(max(ends), 0.0) - low or 1.0))
+
+
+def _top(axes: Axes, subjects: list[Subject], looks: dict[str, Look]) -> None:
+    positive = all(s.eigen is not None and (s.eigen.lower > 0).all() for s in subjects)
+    for s in subjects:
+        if s.eigen is not None:
+            values = s.eigen.eigenvalues
+            error = np.stack([values - s.eigen.lower, s.eigen.upper - values]).clip(0)
+            axes.errorbar(np.arange(1, len(values) + 1), values, yerr=error, capsize=2, **looks[s.name].line)
+    if positive:
+        axes.set_yscale("log")
+        powers(axes.yaxis)
+    axes.set(xlabel="k", ylabel="lambda_k")
+    axes.set_xticks(range(1, max(len(s.eigen.eigenvalues) for s in subjects if s.eigen is not None) + 1))
+
+
+def _listed(subject: Subject) -> str:
+    eigen = subject.eigen
+    assert eigen is not None
+    return ", ".join(map(with_bound, eigen.eigenvalues, eigen.lower, eigen.upper))
+
+
+def densities(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> Drawn | None:
+    """The spectral density of each checkpoint or group, on one scale, with the others in grey behind."""
+    found = [s for s in comparison.subjects if s.density is not None]
+    if not found:
+        return None
+    curves = {s.name: (s.density, s.density.curve()) for s in found if s.density is not None}
+    floor = min(height_of_one(d, c) for d, c in curves.values()) / 100
+    limits = (
+        (min(float(c.grid[0]) for _, c in curves.values()), max(float(c.grid[-1]) for _, c in curves.values())),
+        (floor, 5 * max(float(c.upper.max()) for _, c in curves.values())),
+    )
+    parts = together(found)
+    size = PAIR if len(parts) < 5 else THIRD
+    panels = [
+        _density_panel(f"density-{i}", name, members, found, looks, limits, size)
+        for i, (name, members) in enumerate(parts, start=1)
+    ]
+    widths = [c.width for _, c in curves.values()]
+    caption = (
+        "Share of all eigenvalues per unit of lambda (stochastic Lanczos quadrature), smoothed to a width of "
+        f"{min(widths):.2g}{f' to {max(widths):.2g}' if max(widths) > 1.005 * min(widths) else ''}; logarithmic and "
+        f"shared scale. {BANDS if any(len(members) == 1 for _, members in parts) else ''}"
+        f"{'Grey: the others.' if len(panels) > 1 else ''}"
+    )
+    layout = "pair" if size is PAIR else "many"
+    return Drawn("density", "Spectral density", tuple(panels), caption, layout)
+
+
+def _density_panel(
+    key: str,
+    name: str,
+    members: list[Subject],
+    everyone: list[Subject],
+    looks: dict[str, Look],
+    limits: Any,
+    size: tuple[float, float],
+) -> Panel:
+    own = {s.name for s in members}
+
+    def draw(axes: Axes) -> None:
+        for s in everyone:
+            if s.density is not None and s.name not in own:
+                at, shown, _, _ = broken(s.density.curve())
+                axes.plot(at, shown, color=QUIET, alpha=0.55 if size is PAIR else 0.25, linewidth=1, zorder=1)
+        for s in members:
+            if s.density is not None:
+                _own(axes, s.density, s, looks[s.name], alone=len(members) == 1)
+        axes.set(xlabel="eigenvalue λ", ylabel="density", yscale="log", xlim=limits[0], ylim=limits[1])
+        powers(axes.yaxis)
+
+    said = "; ".join(_described(s.name, s.density) for s in members if s.density is not None)
+    return panel(key, f"Spectral density of {name}", said, draw, size, name)
+
+
+def _own(axes: Axes, density: DensityResult, subject: Subject, look: Look, alone: bool) -> None:
+    if not alone:
+        at, shown, _, _ = broken(density.curve())
+        axes.plot(at, shown, color=look.colour, linewidth=1)
+        return
+    eigen = subject.eigen if subject.eigen is not None and subject.eigen.which == "largest" else None
+    try:
+        density_curve(density, eigen, axes, colour=look.colour)
+    except DataError:  # eigenvalues of other data have no place on this curve
+        density_curve(density, None, axes, colour=look.colour)
+    legend = axes.get_legend()
+    if legend is not None:
+        legend.remove()
+
+
+def _described(name: str, density: DensityResult) -> str:
+    return (
+        f"{name}: trace {density.trace}, Frobenius norm {density.frobenius}, share of negative eigenvalues "
+        f"{density.negative_mass}, nodes from {density.nodes.min():.3g} to {density.nodes.max():.3g}"
+    )
