@@ -44,7 +44,7 @@ class Setting:
     every: int
 
 
-SETTINGS = (Setting(64, 64, 100), Setting(128, 64, 100), Setting(128, 1024, 1000))
+SETTINGS = (Setting(64, 32, 100), Setting(64, 64, 100), Setting(128, 64, 100))
 
 
 def main() -> None:

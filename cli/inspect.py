@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if checkpoint.foreign:
         lines.append(f"objects  {', '.join(checkpoint.foreign)} (not run)")
     lines.append(f"{len(tensors)} tensors, {count} elements:")
+    tensors = [(name if name.isprintable() else ascii(name)[1:-1], shape, dtype) for name, shape, dtype in tensors]
     width = max(len(name) for name, _, _ in tensors)
     lines += [
         f"  {name.ljust(width)}  {'x'.join(map(str, shape)) or 'scalar'}  {dtype}" for name, shape, dtype in tensors

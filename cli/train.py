@@ -62,7 +62,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="measure lambda_max of the training loss at the start and every N steps; ? marks what has not converged",
     )
     parser.add_argument(
-        "--monitor-examples", type=int, default=64, metavar="N", help="training examples it is measured on (default 64)"
+        "--monitor-examples", type=int, default=32, metavar="N", help="training examples it is measured on (default 32)"
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT, or start it")
     parser.add_argument("--overwrite", action="store_true", help="start anew in place of an earlier run")

@@ -32,9 +32,11 @@ def dataset_of(data: Any, *samplers: type[Sampler[Any]]) -> Any:
     found: Any = None
     if not isinstance(data, DataLoader):
         found = data if isinstance(data, Dataset) else None
-    # Another sampler says which examples count, and batches of the user's own making are his.
-    elif isinstance(data.sampler, samplers) and data.batch_size is not None:
-        found = data.dataset
+    # Another sampler, or one of other data, says which examples count; batches of the user's own making are his, and a
+    # loader that iterates in its own way may change them.
+    elif type(data).__iter__ is DataLoader.__iter__ and data.batch_size is not None:
+        source = getattr(data.sampler, "data_source", getattr(data.sampler, "dataset", None))
+        found = data.dataset if isinstance(data.sampler, samplers) and source is data.dataset else None
     return found if isinstance(found, Sized) and not isinstance(found, IterableDataset) else None
 
 

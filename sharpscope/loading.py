@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from sharpscope.checkpoint import Checkpoint, load_weights, read_checkpoint
-from sharpscope.errors import ArgumentError, CheckpointError, nearest
+from sharpscope.errors import ArgumentError, CheckpointError, ProblemError, first_line, nearest
 from sharpscope.examples import count_examples, some_examples
 from sharpscope.importing import imported
 from sharpscope.objective import TokenCrossEntropy
@@ -21,6 +22,9 @@ from sharpscope.problem_file import problem_of
 from sharpscope.zoo import MODELS, DataSet, load_data, make_model, model_arguments
 
 Factory = Callable[..., nn.Module]
+
+# Models that problem files gave, and whose weights they hold.
+_FILLED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "cross_entropy": nn.CrossEntropyLoss,
@@ -89,12 +93,17 @@ def load(
         if double:
             raise ArgumentError(f"problem says what model, data and loss are; leave {', '.join(double)} out.")
         found = _own(problem_of(problem, split), os.fspath(problem), split, params, mode, weight_decay)
+        if _FILLED.setdefault(found.model, checkpoint.sha256) != checkpoint.sha256:
+            raise ProblemError(
+                f"problem() of {problem} must build a new model at each call, but gave one that holds another "
+                "checkpoint's weights, which would be lost. Build the model inside problem()."
+            )
     else:
         source, label_noise = _data(checkpoint, data, data_root, split)
         bundled = isinstance(source, DataSet)
         built_from, args = _model(checkpoint, model, model_args, source, trust)
         found = Problem(
-            model=make_model(built_from, **args) if built_from in MODELS else _built(built_from, args),
+            model=_bundled(checkpoint, built_from, args) if built_from in MODELS else _built(built_from, args),
             loss=_loss(checkpoint, loss, bundled),
             data=(source.inputs, source.targets) if isinstance(source, DataSet) else source,
             params="*" if params is None else params,
@@ -217,6 +226,16 @@ def _model(
     if isinstance(source, DataSet):
         args = {"shape": source.shape, "classes": source.classes, **args}
     return wanted, model_arguments(wanted, **args) if isinstance(wanted, str) else args
+
+
+def _bundled(checkpoint: Checkpoint, name: Any, args: Mapping[str, Any]) -> nn.Module:
+    try:
+        return make_model(name, **args)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        raise CheckpointError(
+            f"The model {name} of {checkpoint.path} cannot be built with {dict(args)}: {first_line(error)}. Check "
+            "--model-args, and whether the file is whole."
+        ) from error
 
 
 def _itself(module: nn.Module) -> Factory:

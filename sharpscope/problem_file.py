@@ -16,6 +16,9 @@ from sharpscope.errors import ArgumentError, ProblemError, SharpscopeError, firs
 from sharpscope.importing import imported
 from sharpscope.problem import Problem
 
+# What filling a file in brings about, in its own lines.
+SLIPS = (ImportError, NameError, SyntaxError, TypeError, AttributeError, LookupError, ValueError, RuntimeError)
+
 
 def problem_of(source: str | os.PathLike[str], split: str = "train") -> Problem:
     """The Problem that ``problem()`` of a Python file, or a function given as "package.module:function", returns.
@@ -28,9 +31,17 @@ def problem_of(source: str | os.PathLike[str], split: str = "train") -> Problem:
     what is not so. A SharpscopeError that comes from the file names its line.
     """
     function = _function(os.fspath(source))
-    parameters = inspect.signature(function).parameters
-    takes_split = "split" in parameters
-    needed = [name for name, p in parameters.items() if p.default is p.empty and name != "split"]
+    try:
+        parameters = dict(inspect.signature(function).parameters)
+    except ValueError:  # a builtin
+        parameters = {}
+    takes_split = "split" in parameters and parameters["split"].kind is not inspect.Parameter.POSITIONAL_ONLY
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind not in several and not (takes_split and name == "split")
+    ]
     if needed:
         raise ArgumentError(f"problem() of {source} must take nothing, or split alone, but needs {', '.join(needed)}.")
     if split != "train" and not takes_split:
@@ -67,10 +78,12 @@ def _executed(path: Path) -> Any:
 @contextmanager
 def _running(path: Path) -> Iterator[None]:
     """Import from the file's folder first. A SharpscopeError names the file's line; so does one of a slip in it."""
-    folder = str(path.parent.resolve())
+    folder, stands = str(path.parent.resolve()), os.getcwd()
     sys.path.insert(0, folder)
     try:
         yield
+    except SystemExit as error:
+        raise ProblemError(f"{path} must return a Problem, but ends the program. Take sys.exit() out.") from error
     except SharpscopeError as error:
         line = _line(path, error)
         if line is None:
@@ -83,7 +96,7 @@ def _running(path: Path) -> Iterator[None]:
             raise
         where = " Paths are taken from where the command runs; Path(__file__).parent is the file's own folder."
         raise ProblemError(f"{path}, line {line}: {first_line(error)}.{where}") from error
-    except (ImportError, NameError, SyntaxError, TypeError) as error:
+    except SLIPS as error:
         if isinstance(error, SyntaxError):
             line = error.lineno if error.filename is not None and _same(error.filename, path) else None
         else:
@@ -96,9 +109,13 @@ def _running(path: Path) -> Iterator[None]:
             else ""
         )
         said = error.msg if isinstance(error, SyntaxError) else first_line(error)
+        if isinstance(error, KeyError | RuntimeError):
+            said = f"{type(error).__name__}: {said}"
         raise ProblemError(f"{path}, line {line}: {said}.{remedy}") from error
     finally:
-        sys.path.remove(folder)
+        if folder in sys.path:
+            sys.path.remove(folder)
+        os.chdir(stands)  # the paths of the command line are from here
 
 
 def _line(path: Path, error: BaseException, innermost: bool = False) -> int | None:

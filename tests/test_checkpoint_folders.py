@@ -131,3 +131,13 @@ def test_a_wrapper_around_the_network_of_the_file_is_seen_through() -> None:
     assert torch.equal(wrapper.u.weight, inner.weight)
     with pytest.raises(CheckpointError, match="misses 2"):
         load_weights(nn.Sequential(nn.Linear(3, 2)), {"1.weight": inner.weight, "1.bias": inner.bias})
+
+
+def test_a_stale_copy_in_another_shard_does_not_count(tmp_path: Path) -> None:
+    """A weight comes from the file that the index names, whatever else holds one of its name."""
+    sharded(tmp_path)
+    second = next(tmp_path.glob("*2.safetensors"))
+    first_key = next(iter(weights()))
+    kept = safetensors.load_file(second)
+    safetensors.save_file({**kept, first_key: torch.zeros_like(weights()[first_key])}, second)
+    check(tmp_path)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
 from sharpscope.errors import ArgumentError
 from sharpscope.examples import count_examples, some_examples
@@ -94,3 +94,18 @@ def test_ragged_batches_keep_their_lengths() -> None:
     drawn = some_examples(batches, 5, seed=0)
     assert {x.shape[1] for x, _ in drawn} == {5, 2}
     assert sum(len(x) for x, _ in drawn) == 5
+
+
+class Scaled(DataLoader[Any]):
+    """A loader that changes its batches on the way."""
+
+    def __iter__(self) -> Any:
+        for inputs, labels in super().__iter__():
+            yield 10 * inputs, labels
+
+
+def test_a_loader_that_changes_its_batches_is_not_passed_by() -> None:
+    """What a loader's own iteration does to the data, or its sampler leaves out, is not lost with a sample."""
+    whole = TensorDataset(INPUTS, LABELS)
+    assert count_examples(Scaled(whole, batch_size=4)) is None
+    assert count_examples(DataLoader(whole, batch_size=4, sampler=SequentialSampler(range(5)))) is None

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,80 @@ def test_a_path_in_a_file_does_not_matter(tmp_path: Path) -> None:
     """Paths, which many scripts save, keep nobody from the weights."""
     torch.save({"model": network().state_dict(), "out": tmp_path}, tmp_path / "path.pt")
     assert read_checkpoint(tmp_path / "path.pt").foreign == ["pathlib.PosixPath"]
+
+
+def test_pieces_that_overlap_or_are_of_another_type_are_refused(tmp_path: Path) -> None:
+    """Numbers are counted by their places, not by how many there are; nothing is rounded on the way."""
+    in_two_pieces(tmp_path / "twice", torch.ones(4, 2))
+    pickled = tmp_path / "twice" / ".metadata"
+    index = pickle.loads(pickled.read_bytes())
+    second = next(key for key in index.storage_data if key.offset[0] == 2)
+    index.storage_data[type(second)("w", torch.Size([1, 0]))] = index.storage_data.pop(second)
+    pickled.write_bytes(pickle.dumps(index))
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        read_checkpoint(tmp_path / "twice")
+    in_two_pieces(tmp_path / "other", torch.ones(4, 2))
+    torch.save(torch.ones(2, 2, dtype=torch.float16), tmp_path / "other" / "__0_0.distcp")
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        read_checkpoint(tmp_path / "other")
+
+
+def test_a_module_that_names_itself_over_and_over_ends(tmp_path: Path) -> None:
+    """Modules that share their children 2^60 times over are no module, within moments."""
+    module = nn.Module()
+    for _ in range(60):
+        outer = nn.Module()
+        outer.a = outer.b = module
+        module = outer
+    torch.save({"net": module}, tmp_path / "deep.pt")
+    with pytest.raises(CheckpointError, match="must hold a dict of tensors"):
+        read_checkpoint(tmp_path / "deep.pt")
+
+
+def test_a_script_archive_is_called_so(tmp_path: Path) -> None:
+    """TorchScript holds a program; the sentence says what to save in its place."""
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
+        archive.writestr("script/constants.pkl", b"")
+        archive.writestr("script/data.pkl", b"")
+    with pytest.raises(CheckpointError, match="TorchScript"):
+        read_checkpoint(tmp_path / "script.pt")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    """What could be read for ever is not begun."""
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(CheckpointError, match="device or a pipe"):
+        read_checkpoint(tmp_path / "pipe.pt")
+
+
+def test_plain_values_among_the_weights_are_left_out(tmp_path: Path) -> None:
+    """A state dict into which somebody put the epoch is one."""
+    torch.save({**network().state_dict(), "epoch": 3, "note": "best"}, tmp_path / "w.pt")
+    assert set(read_checkpoint(tmp_path / "w.pt").state_dict) == set(network().state_dict())
+
+
+def test_tied_weights_that_differ_are_refused() -> None:
+    """Of two names that the model ties neither value is thrown away in silence."""
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    state = {key: value.clone() for key, value in tied.state_dict().items()}
+    load_weights(tied, state)
+    state["1.weight"] += 1
+    with pytest.raises(CheckpointError, match=r"ties 0\.weight and 1\.weight"):
+        load_weights(tied, state)
+
+
+def test_an_adapters_alias_does_not_fill_two_weights() -> None:
+    """A name without the adapter's part stands for it only where the model has no such weight itself."""
+    model = nn.ModuleDict({"h": nn.ModuleDict({"default": nn.Linear(2, 2, bias=False)})})
+    model["h"].weight = nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(CheckpointError, match=r"misses 1 \(h.default.weight\)"):
+        load_weights(model, {"h.weight": torch.ones(2, 2)})
+
+
+def test_weights_without_numbers_are_told(tmp_path: Path) -> None:
+    """Sparse tensors, and those of the meta device, do not fit a model of dense ones."""
+    for value in (torch.ones(5, 4).to_sparse(), torch.ones(5, 4, device="meta")):
+        with pytest.raises(CheckpointError, match="another shape or kind"):
+            load_weights(network(), {**network().state_dict(), "0.weight": value})

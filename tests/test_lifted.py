@@ -102,3 +102,33 @@ def test_groups_are_products_with_their_experts() -> None:
     assert torch.allclose(found[:3], rows[:3] @ experts[0])
     assert torch.allclose(found[3:7], rows[3:7] @ experts[2])
     assert found.shape == (8, 4)
+
+
+class Draws(nn.Module):
+    """Fixed random features, drawn anew in each forward pass in one of the ways that code has."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.head = way, nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        source = torch.Generator().manual_seed(0)
+        features = {
+            "plain": lambda: torch.randn(4, 24, generator=source),
+            "typed": lambda: torch.randn(4, 24, generator=source, dtype=torch.float32),
+            "in place": lambda: torch.empty(4, 24).normal_(generator=source),
+            "typed in place": lambda: torch.zeros(4, 24, dtype=torch.float32).uniform_(generator=source),
+            "init": lambda: nn.init.xavier_normal_(torch.empty(4, 24), generator=source),
+        }[self.way]()
+        found: Tensor = self.head(torch.tanh(x @ features.to(x.dtype)))
+        return found
+
+
+@pytest.mark.parametrize("way", ["plain", "typed", "in place", "typed in place", "init"])
+def test_random_numbers_are_those_of_float32(way: str) -> None:
+    """A forward pass that draws fixed numbers is the same function in float64 as in float32."""
+    torch.manual_seed(3)
+    problem = Problem(model=Draws(way), loss=nn.CrossEntropyLoss(), data=data())
+    single, double = (top_eigenvalues(problem, k=1, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    assert double.loss == pytest.approx(single.loss, rel=1e-5)
+    assert double.lambda_max == pytest.approx(single.lambda_max, rel=1e-3)

@@ -986,3 +986,22 @@ def test_missing_trainers_are_named() -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
     assert "lightning.pytorch or pytorch_lightning must be installed" in shown
     assert "pip install transformers" in shown
+
+
+def test_warnings_that_are_errors_do_not_end_the_training() -> None:
+    """A failed measurement under -W error leaves its record and raises nothing."""
+    model = net()
+    monitor = SharpnessMonitor(problem(model), every=1)
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        record = monitor.step()
+    assert record is not None
+    assert math.isnan(record.lambda_max)
+
+
+def test_a_problem_can_be_copied() -> None:
+    """A deep copy of a Problem is one, for instance beside a model that is copied."""
+    copied = copy.deepcopy(problem(net()))
+    assert isinstance(copied, Problem)

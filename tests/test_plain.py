@@ -79,3 +79,22 @@ def test_the_old_form_of_weight_norm_is_measured() -> None:
         for layer in (old, new)
     )
     assert one.eigenvalues == pytest.approx(two.eigenvalues, rel=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "bag"])
+def test_rows_are_shortened_without_being_written(kind: str) -> None:
+    """With max_norm the function is torch's, and the weights are what they were, bit for bit."""
+    torch.manual_seed(0)
+    ids, labels = torch.randint(0, 6, (9, 4)), torch.randint(0, 3, (9,))
+    layer = nn.Embedding(6, 5, max_norm=1.0) if kind == "embedding" else nn.EmbeddingBag(6, 5, max_norm=1.0, mode="sum")
+    flat = nn.Flatten() if kind == "embedding" else nn.Identity()
+    model = nn.Sequential(layer, flat, nn.Tanh(), nn.Linear(20 if kind == "embedding" else 5, 3))
+    before = layer.weight.detach().clone()
+    assert float(before.norm(dim=1).max()) > 1
+    problem = Problem(model=model, loss=nn.CrossEntropyLoss(), data=(ids, labels))
+    found = top_eigenvalues(problem, k=1)
+    assert torch.equal(layer.weight, before)
+    wanted = F.cross_entropy(model(ids), labels)  # which does write
+    assert found.loss == pytest.approx(wanted.item(), rel=1e-5)
+    after = top_eigenvalues(problem, k=1)
+    assert after.lambda_max == pytest.approx(found.lambda_max, rel=1e-3)

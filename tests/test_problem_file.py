@@ -187,3 +187,53 @@ def test_problem_imports_from_the_files_folder_when_it_is_called(folder: Path) -
     before = list(sys.path)
     assert isinstance(load(folder / "w.pt", problem=folder / "problem.py"), Problem)
     assert sys.path == before
+
+
+def test_a_model_that_two_checkpoints_share_is_refused(folder: Path) -> None:
+    """Where problem() gives one model for all, the second checkpoint would replace the first one's weights."""
+    (folder / "problem.py").write_text(
+        "import sharpscope, torch\nfrom beside import Net\nimport holder\n\ndef problem():\n"
+        "    data = torch.ones(4, 3), torch.ones(4, 2)\n"
+        "    return sharpscope.Problem(model=holder.MODEL, loss=torch.nn.MSELoss(), data=data)\n"
+    )
+    (folder / "holder.py").write_text("from beside import Net\n\nMODEL = Net()\n")
+    torch.save({f"layer.{name}": value + 1 for name, value in nn.Linear(3, 2).state_dict().items()}, folder / "b.pt")
+    load(folder / "w.pt", problem=folder / "problem.py")
+    load(folder / "w.pt", problem=folder / "problem.py")
+    with pytest.raises(ProblemError, match="must build a new model"):
+        load(folder / "b.pt", problem=folder / "problem.py")
+
+
+def test_a_file_that_ends_the_program_or_moves_does_neither(folder: Path) -> None:
+    """sys.exit() is a sentence, not a success; another working directory is left again."""
+    (folder / "problem.py").write_text("import sys\n\ndef problem():\n    sys.exit()\n")
+    with pytest.raises(ProblemError, match=r"ends the program"):
+        load(folder / "w.pt", problem=folder / "problem.py")
+    (folder / "problem.py").write_text(SOURCE.replace("def problem", "import os\nos.chdir('/')\n\ndef problem"))
+    stands = Path.cwd()
+    load(folder / "w.pt", problem=folder / "problem.py")
+    assert Path.cwd() == stands
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("open('nothing.pt')", r"line 6: .*No such file.*Path\(__file__\)"),
+        ("{}['key']", r"line 6: KeyError: 'key'"),
+        ("torch.ones(2) @ torch.ones(3)", r"line 6: RuntimeError"),
+    ],
+)
+def test_slips_in_the_users_lines_are_sentences(folder: Path, line: str, said: str) -> None:
+    """A file that is not there, a key, a shape: the line and what was said of it."""
+    (folder / "problem.py").write_text(SOURCE.replace("    n = 40", f"    {line}\n    n = 40"))
+    with pytest.raises(ProblemError, match=said):
+        load(folder / "w.pt", problem=folder / "problem.py")
+
+
+def test_options_of_the_call_go_before_those_of_the_file(folder: Path) -> None:
+    """What is asked for counts even where it is the usual value, and what would be ignored is refused."""
+    (folder / "problem.py").write_text(SOURCE.replace("weight_decay=0.25", 'weight_decay=0.25, mode="train"'))
+    found = load(folder / "w.pt", problem=folder / "problem.py", weight_decay=0.0, mode="eval", params="*")
+    assert (found.weight_decay, found.mode) == (0.0, "eval")
+    with pytest.raises(ArgumentError, match="leave data_root out"):
+        load(folder / "w.pt", problem=folder / "problem.py", data_root=folder)

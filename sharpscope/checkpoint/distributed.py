@@ -64,6 +64,8 @@ class Pieces:
             branch = self.tree
             for key in path[:-1]:
                 branch = branch.setdefault(key, {})
+            if path[-1] in branch:
+                raise CheckpointError(f"{self.folder} has two tensors under {'.'.join(path)}. Copy it again.")
             branch[path[-1]] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
             self._names[id(branch[path[-1]])] = name
         self.files = sorted({str(info.relative_path) for info in self._index.storage_data.values()})
@@ -86,7 +88,7 @@ class Pieces:
 
     def _tensor(self, name: str, like: Tensor, unpickle: Callable[[Path, io.BytesIO], Any]) -> Tensor:
         whole = torch.empty(like.shape, dtype=like.dtype)
-        covered = 0
+        covered = torch.zeros(like.shape, dtype=torch.bool)
         for index, info in self._index.storage_data.items():
             if index.fqn != name:
                 continue
@@ -94,18 +96,23 @@ class Pieces:
             try:
                 with path.open("rb") as stream:
                     stream.seek(info.offset)
-                    piece = unpickle(path, io.BytesIO(stream.read(info.length)))
-                place = whole
+                    # No more than there is, lest a damaged length ask for memory.
+                    piece = unpickle(path, io.BytesIO(stream.read(min(info.length, path.stat().st_size))))
+                place, known = whole, covered
                 for dimension, (start, size) in enumerate(zip(index.offset, piece.shape, strict=True)):
-                    place = place.narrow(dimension, start, size)
+                    place, known = place.narrow(dimension, start, size), known.narrow(dimension, start, size)
+                if piece.dtype != whole.dtype or bool(known.any()):
+                    raise ValueError("of another type, or in the place of another piece")
                 place.copy_(piece)
-            except (OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+                known.fill_(True)
+            except CheckpointError:
+                raise
+            except (OSError, RuntimeError, TypeError, ValueError, AttributeError, OverflowError) as error:
                 raise CheckpointError(f"The piece of {name} in {path} is missing or damaged. Copy it again.") from error
-            covered += piece.numel()
-        if covered != whole.numel():
+        if not bool(covered.all()):
             raise CheckpointError(
-                f"The pieces of {name} in {self.folder} must hold {whole.numel()} numbers, got {covered}. Copy it "
-                "again."
+                f"The pieces of {name} in {self.folder} must hold {whole.numel()} numbers, got {int(covered.sum())}. "
+                "Copy it again."
             )
         return whole
 

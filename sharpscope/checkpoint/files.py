@@ -39,7 +39,7 @@ def read_checkpoint(
     if place.is_dir() and (place / INDEX).is_file():
         return _distributed(place, weights)
     digest, contents, foreign = _folder(place, trust_pickle) if place.is_dir() else _file(place, trust_pickle)
-    if isinstance(contents, dict) and "sharpscope" in contents:
+    if isinstance(contents, dict) and isinstance(contents.get("sharpscope"), int):
         if weights is not None:
             raise CheckpointError(
                 f"The checkpoint {place} is of `sharpscope train`, with one state dict. Leave weights= (--weights) out."
@@ -60,6 +60,8 @@ def read_checkpoint(
 
 def _file(place: Path, trust_pickle: bool = False) -> tuple[str, Any, list[str]]:
     """The digest of a file, what it holds, and the names of what in it was not run."""
+    if place.exists() and not place.is_file():
+        raise CheckpointError(f"The checkpoint {place} must be a file or a folder, but is a device or a pipe.")
     try:
         with open(place, "rb") as stream:
             # Digest and contents come from one open file, even if a training run replaces it meanwhile.
@@ -87,7 +89,8 @@ def _folder(place: Path, trust_pickle: bool) -> tuple[str, dict[str, Any], list[
         require_all(shard, names, state_dict)
         digests.append(digest)
         left += foreign
-        merged |= state_dict
+        # A stale copy of what the index has elsewhere does not count.
+        merged |= state_dict if names is None else {name: state_dict[name] for name in names}
     return _digest(digests), merged, left
 
 
@@ -160,6 +163,11 @@ def _unpickle(place: Path, stream: BinaryIO, trust_pickle: bool = False) -> tupl
     try:
         if zipfile.is_zipfile(stream):
             with zipfile.ZipFile(stream) as archive:
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    raise CheckpointError(
+                        f"{place} is a TorchScript archive, which holds a program. Save the weights of the model that "
+                        "it was made of: torch.save(model.state_dict(), path)."
+                    )
                 _require_plain(place, archive, stream.seek(0, os.SEEK_END))
                 # torch.load does not compare the archive's checksums, so a flipped bit would pass as a weight.
                 damaged = archive.testzip()

@@ -44,7 +44,7 @@ def _indexed(index: Path) -> dict[Path, list[str] | None]:
     try:
         named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         pairs = [(str(name), str(file)) for name, file in named.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} must be an index with a weight_map, but is damaged. Copy it again.") from error
     shards: dict[Path, list[str] | None] = {}
     for name, file in pairs:

@@ -10,6 +10,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+# Modules in a pickled one, and how deep.
+MODULES, DEPTH = 100_000, 100
+
 
 def inert(stream: BinaryIO) -> tuple[Any, list[str]]:
     """What ``torch.load`` reads where every foreign class is replaced by one that does nothing, and their names.
@@ -31,16 +34,31 @@ def inert(stream: BinaryIO) -> tuple[Any, list[str]]:
 
 
 def module_weights(value: Any) -> dict[str, Tensor] | None:
-    """The state dict of a module that ``inert`` read, None where ``value`` is none."""
-    held = vars(value) if type(value) is OrderedDict else {}
-    if not isinstance(held.get("_parameters"), Mapping) or not isinstance(held.get("_modules"), Mapping):
+    """The state dict of a module that ``inert`` read, None where ``value`` is none, or is nested beyond all reason."""
+    if not _is_module(value):
         return None
-    passing = held.get("_non_persistent_buffers_set", ())
-    own = {**held["_parameters"], **{k: b for k, b in held.get("_buffers", {}).items() if k not in passing}}
-    found = {name: tensor for name, tensor in own.items() if isinstance(tensor, Tensor)}
-    for name, child in held["_modules"].items():
-        found |= {f"{name}.{key}": tensor for key, tensor in (module_weights(child) or {}).items()}
+    found: dict[str, Tensor] = {}
+    left = [("", value)]
+    seen = 0
+    while left:
+        prefix, module = left.pop()
+        held, seen = vars(module), seen + 1
+        # Modules may be shared, and a file of some kilobytes could name one in 2^60 ways.
+        if seen > MODULES or prefix.count(".") > DEPTH:
+            return None
+        passing, buffers = held.get("_non_persistent_buffers_set"), held.get("_buffers")
+        passing = passing if isinstance(passing, set | frozenset | list | tuple) else ()
+        buffers = buffers if isinstance(buffers, Mapping) else {}
+        own = {**held["_parameters"], **{k: b for k, b in buffers.items() if k not in passing}}
+        found |= {f"{prefix}{name}": t for name, t in own.items() if isinstance(name, str) and isinstance(t, Tensor)}
+        children = [(f"{prefix}{name}.", child) for name, child in held["_modules"].items() if _is_module(child)]
+        left += children[::-1]
     return found
+
+
+def _is_module(value: Any) -> bool:
+    held = vars(value) if type(value) is OrderedDict else {}
+    return isinstance(held.get("_parameters"), Mapping) and isinstance(held.get("_modules"), Mapping)
 
 
 def _stand_in(name: str) -> type:

@@ -57,6 +57,9 @@ def state_dicts(contents: Any, depth: int = DEPTH) -> dict[str, dict[str, Tensor
     """
     if is_state_dict(contents):
         return {"": dict(contents)}  # an OrderedDict with torch's version notes becomes an ordinary one
+    plain = _tensors_among_plain(contents)
+    if plain:
+        return {"": plain}
     held = contents.state_dict() if isinstance(contents, nn.Module) else module_weights(contents)
     if held:
         return {"": dict(held)}
@@ -97,6 +100,16 @@ def is_state_dict(value: Any) -> bool:
         and len(value) > 0
         and all(isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items())
     )
+
+
+def _tensors_among_plain(value: Any) -> dict[str, Tensor]:
+    """The tensors of a dict that are most of it, the rest being numbers, texts and the like; else none."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        return {}
+    tensors = {key: entry for key, entry in value.items() if isinstance(entry, Tensor)}
+    rest = [entry for entry in value.values() if not isinstance(entry, Tensor)]
+    plain = all(entry is None or isinstance(entry, bool | int | float | str | bytes) for entry in rest)
+    return tensors if plain and len(tensors) > len(rest) else {}
 
 
 def _listed(found: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from sharpscope.checkpoint.transformers_names import renamed
@@ -43,7 +44,15 @@ def load_weights(
 def _name_all(chosen: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """Give ``chosen`` every name of the model for its weights: of tied ones a file may hold one, of adapters peft's."""
     for names in _tied(own):
-        kept = next((name for name in (*names, *map(_without_adapter, names)) if name in chosen), None)
+        there = [name for name in names if name in chosen]
+        odd = next((name for name in there[1:] if not _same(chosen[there[0]], chosen[name])), None)
+        if odd is not None:
+            raise CheckpointError(
+                f"The model ties {there[0]} and {odd}, but the checkpoint has two different weights for them. Untie "
+                "them in the model, or check the file."
+            )
+        adapters = (name for name in map(_without_adapter, names) if name not in own)
+        kept = next((name for name in (*there, *adapters) if name in chosen), None)
         if kept is not None:
             value = chosen[kept]
             if kept not in own:
@@ -112,7 +121,14 @@ def _as_wrapped(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> 
 
 def _without_adapter(name: str) -> str:
     """``name`` as peft saves it: without the adapter's own name, "default" unless told otherwise."""
-    return name.replace(".default.", ".", 1)
+    return name.replace(".modules_to_save.default.", ".", 1).replace(".default.", ".", 1)
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, NaN being one, or are no tensors of numbers to be compared here."""
+    if one is two or one.shape != two.shape or one.is_meta or two.is_meta:
+        return one is two or one.shape == two.shape
+    return one.dtype == two.dtype and bool(((one == two) | ((one != one) & (two != two))).all())
 
 
 def _tied(own: Mapping[str, Tensor]) -> list[list[str]]:
@@ -138,4 +154,6 @@ def _common(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
 
 def _kind(tensor: Tensor) -> str:
     """The shape, and "float" or the exact type: precisions may differ, integers in place of weights may not."""
-    return f"{tuple(tensor.shape)} {'float' if tensor.is_floating_point() else str(tensor.dtype)[6:]}"
+    kind = "float" if tensor.is_floating_point() else str(tensor.dtype)[6:]
+    form = "" if tensor.layout is torch.strided else f" {str(tensor.layout)[6:]}"
+    return f"{tuple(tensor.shape)} {kind}{form}{' without numbers' if tensor.is_meta else ''}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -31,7 +32,7 @@ from sharpscope.provenance import provenance, seeded
 from sharpscope.results import MonitorRecord, MonitorResult
 
 # Examples in the sample unless told otherwise.
-EXAMPLES = 64
+EXAMPLES = 32
 
 # Products after which a measurement without known eigenvectors gives up.
 COLD = 100
@@ -55,9 +56,11 @@ class SharpnessMonitor:
     right after a new direction has become the sharpest, a few products may still show the one before it.
 
     Weights, buffers, modes, gradients, optimizer and all random states are bit for bit what they would be without it,
-    also when a measurement fails or is interrupted. One that fails warns the first time and leaves a record of NaN with
-    the reason; it never ends the training. In a run of several processes only rank 0 measures, on the whole sample.
-    The wrappers of DistributedDataParallel and ``torch.compile`` are passed by; forward hooks of your own do run.
+    also when a measurement fails or is interrupted. What a module or a Dataset keeps elsewhere (an attribute that its
+    forward pass writes, a random generator of its own) is seen by nobody, and moves. A measurement that fails warns the
+    first time and leaves a record of NaN with the reason; it never ends the training. In a run of several processes
+    only rank 0 measures, on the whole sample. The wrappers of DistributedDataParallel and ``torch.compile`` are passed
+    by; forward hooks of your own do run.
 
     Beside lambda_max stand the loss and the gradient norm of the sample, and, with an optimizer, the learning rate of
     the next step and what its sharpness is held against: ``2/eta``, the edge of plain gradient descent;
@@ -72,10 +75,10 @@ class SharpnessMonitor:
             without its workers, and kept. In eval mode by default, so without dropout and with running statistics.
         optimizer: for learning rate and edges; the adapters find it themselves.
         every: steps from one measurement to the next.
-        examples: in the sample; None for all. The default costs about 8 % of training the bundled ``cnn`` in batches
-            of 64, and 5 % of 128 (benchmarks/MONITOR_RESULTS.md). lambda_max of few examples is above that of all: in
-            1,200 steps of that ``cnn`` that of 64 was 1.1 to 2.9 times that of 8,192, of 256 1.0 to 1.6 times, and of
-            1,024 within 10 %. For the number itself take 1,024, less often.
+        examples: in the sample; None for all. The default costs 6 to 7 % of training the bundled ``cnn`` in batches of
+            64; 64 examples cost 13 %, and 7 % of batches of 128 (benchmarks/MONITOR_RESULTS.md). lambda_max of few
+            examples is above that of all: in 1,200 steps of that ``cnn`` that of 64 was 1.1 to 2.9 times that of 8,192,
+            of 256 1.0 to 1.6 times, and of 1,024 within 10 %. For the number itself take 1,024, less often.
         log: where numbers go: has ``add_scalar(tag, value, step)`` (TensorBoard), ``log_metrics(dict, step)``
             (Lightning), ``log(dict)`` (wandb), or is called with a dict. Tags: "sharpness/lambda_max" and others.
         seed: of the sample and the solver's noise, or a ``torch.Generator`` of its own.
@@ -288,7 +291,8 @@ class SharpnessMonitor:
             while frame is not None and frame.f_code.co_filename == __file__:
                 frame, level = frame.f_back, level + 1
             said = f"{text} Later ones are silent; the result counts them."
-            warnings.warn(said, RuntimeWarning, stacklevel=level)
+            with contextlib.suppress(RuntimeWarning):  # where warnings are errors, training goes on all the same
+                warnings.warn(said, RuntimeWarning, stacklevel=level)
 
 
 def _logged(record: MonitorRecord) -> dict[str, float]:

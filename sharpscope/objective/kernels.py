@@ -69,7 +69,7 @@ def faster_kernels(model: nn.Module) -> Iterator[None]:
 
 def _needs_plain(module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding):
-        return module.sparse
+        return module.sparse or module.max_norm is not None
     old = any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values())
     return old or isinstance(module, nn.EmbeddingBag | _WeightNorm)
 

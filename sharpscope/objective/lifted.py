@@ -28,6 +28,12 @@ def grouped_mm(
     return torch.cat([*rows, mat_a.new_zeros(len(mat_a) - stops[-1], mat_b.shape[2])])
 
 
+# What draws numbers: those of a generator depend on the precision that they are drawn in.
+DRAWN = tuple(getattr(torch, n) for n in ("rand", "randn", "normal", "rand_like", "randn_like", "bernoulli", "poisson"))
+DRAWS = tuple(
+    getattr(Tensor, f"{name}_")
+    for name in ("normal", "uniform", "exponential", "bernoulli", "cauchy", "geometric", "log_normal", "random")
+)
 SINGLE = (torch.float32, torch.complex64)
 LIFTED: dict[Any, Any] = {
     torch.float32: torch.float64,
@@ -44,8 +50,8 @@ def lifted(dtype: torch.dtype) -> Iterator[None]:
 
     Norms and softmax that are written in float32, as language models have them, would round a computation in float64
     to 1e-7, on which differences are noise; a recurrent network's ``torch.zeros`` would not even meet its weights.
-    Numbers made without a dtype are drawn and rounded as in float32, then lifted. A float32 tensor that the model keeps
-    in an attribute, not as a buffer, stays as it is: code may write into it.
+    Random numbers are drawn, and others made without a dtype rounded, as in float32, then lifted. A float32 tensor that
+    the model keeps in an attribute, not as a buffer, stays as it is: code may write into it.
     """
     if dtype != torch.float64:
         yield
@@ -57,12 +63,19 @@ def lifted(dtype: torch.dtype) -> Iterator[None]:
 class _Lifted(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not Tensor.view:  # which would take the bits of its numbers for others
+        if func in DRAWS and args[0].dtype is torch.float64:
+            drawn = args[0].detach().float()
+            func(drawn, *args[1:], **kwargs)
+            with torch.no_grad():
+                return args[0].copy_(drawn)
+        # A view would take the bits of its numbers for others.
+        if func is not Tensor.view and func not in DRAWN:
             func = LIFTED.get(func, func)
             args = tuple(_lift(value) for value in args)
             kwargs = {name: _lift(value) for name, value in kwargs.items()}
         out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and out.dtype in SINGLE and not any(map(_single, (*args, *kwargs.values()))):
+        new = func in DRAWN or not any(map(_single, (*args, *kwargs.values())))
+        if isinstance(out, Tensor) and out.dtype in SINGLE and new:
             return out.to(LIFTED[out.dtype])
         return out
 

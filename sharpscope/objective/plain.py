@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,9 +12,29 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-def embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    """``F.embedding`` with a dense gradient: of a sparse one there are no sums and no derivative."""
-    return F.embedding(input, weight, padding_idx, *args, **{**kwargs, "sparse": False})
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """``F.embedding`` with a dense gradient: of a sparse one there are no sums and no derivative.
+
+    torch shortens rows beyond ``max_norm`` in the weights themselves; here the rows that are looked up are shortened.
+    """
+    rows = F.embedding(input, weight, padding_idx, None, norm_type, scale_grad_by_freq)
+    return rows if max_norm is None else _shortened(rows, max_norm, norm_type)
+
+
+def _shortened(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """``rows`` at most ``max_norm`` long, differentiated as torch does: as if they had been so before."""
+    with torch.no_grad():
+        lengths = torch.linalg.vector_norm(rows, norm_type, dim=-1, keepdim=True)
+        missing = torch.where(lengths > max_norm, rows * (max_norm / (lengths + 1e-7)) - rows, torch.zeros_like(rows))
+    return rows + missing
 
 
 def embedding_bag(
@@ -33,7 +51,7 @@ def embedding_bag(
     padding_idx: int | None = None,
 ) -> Tensor | None:
     """``F.embedding_bag``, whose backward has no derivative; None for a form that is left to torch."""
-    if mode == "max" or max_norm is not None or scale_grad_by_freq:
+    if mode == "max" or scale_grad_by_freq:
         return None
     ids = input.flatten()
     if input.dim() == 2:
@@ -47,7 +65,7 @@ def embedding_bag(
     padding = None if padding_idx is None else padding_idx % len(weight)
     kept = torch.ones_like(ids, dtype=weight.dtype) if padding is None else (ids != padding).to(weight.dtype)
     scale = kept if per_sample_weights is None else kept * per_sample_weights.flatten()
-    rows = F.embedding(ids, weight, padding) * scale[:, None]
+    rows = embedding(ids, weight, padding, max_norm, norm_type) * scale[:, None]
     sums = rows.new_zeros(count, weight.shape[1]).index_add(0, bags, rows)
     if mode == "sum":
         return sums

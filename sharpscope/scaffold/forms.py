@@ -101,7 +101,8 @@ def _transformer(seen: Seen, out: Path) -> Form:
     named = seen.config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named else None
     # auto_map: the class is Python code beside the weights, not one of transformers.
-    if not isinstance(architecture, str) or not architecture.isidentifier() or "auto_map" in seen.config:
+    known = isinstance(architecture, str) and architecture.isidentifier() and architecture[0].isupper()
+    if not isinstance(architecture, str) or not known or "auto_map" in seen.config:
         return _own_class()
     assert seen.folder is not None
     loss, data = _task(architecture, seen.config, "FOLDER")
