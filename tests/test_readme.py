@@ -22,22 +22,6 @@ def test_python_examples_run_as_printed(
     assert (tmp_path / "result.json").exists()
 
 
-def test_python_examples_of_the_documentation_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """From "While training" on, the blocks of docs/your-own-checkpoint.md run one after another."""
-    monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parent.parent / "docs" / "your-own-checkpoint.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text[text.index("## While training") :], flags=re.DOTALL)
-    assert len(blocks) == 2
-    exec("\n".join(blocks), {})
-    assert "sharpness/lambda_max" in capsys.readouterr().out
-    from sharpscope.cli import main
-
-    assert main(["plot", "run.json", "--out", "run.png"]) == 0
-    assert (tmp_path / "run.png").stat().st_size > 0
-
-
 def test_commands_name_real_commands_and_options() -> None:
     """Every `sharpscope ...` line parses."""
     from sharpscope.cli import parser

@@ -1,0 +1,84 @@
+"""What the pages of docs/ show is true, and what they point at is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+WITH_LINKS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+NUMBER = re.compile(r"(?<![\w-])\d[\d.,]*(?:e[+-]\d+)?")
+
+
+def blocks(page: Path) -> list[str]:
+    """The Python blocks that are meant to run; others are opened as ``python noexec`` or ``text``."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link to a heading of the page is called, as GitHub and myst-parser make it."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+def test_python_examples_of_a_page_run_as_printed(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Python blocks of a page run one after another in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(blocks(page)), {})
+
+
+def test_the_monitor_of_the_pages_logs_and_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run that docs/your-own-checkpoint.md saves can be plotted."""
+    monkeypatch.chdir(tmp_path)
+    exec(blocks(DOCS / "your-own-checkpoint.md")[0], {})
+    assert "sharpness/lambda_max" in capsys.readouterr().out
+    from sharpscope.cli import main
+
+    assert main(["plot", "run.json", "--out", "run.png"]) == 0
+    assert (tmp_path / "run.png").stat().st_size > 0
+
+
+def test_commands_of_the_pages_name_real_commands_and_options() -> None:
+    """Every `sharpscope ...` line parses."""
+    from sharpscope.cli import parser
+
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    lines = re.findall(r"^    (?:\$ )?sharpscope (.*)$", text, flags=re.MULTILINE)
+    assert len(lines) >= 20
+    for line in lines:
+        parser().parse_args(shlex.split(line))
+
+
+@pytest.mark.parametrize("page", WITH_LINKS, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """A relative link names a file that is there, and a heading in it."""
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if not link.startswith("http"):
+            name, _, anchor = link.partition("#")
+            other = page.parent / name if name else page
+            assert other.is_file(), link
+            assert not anchor or anchor in anchors(other), link
+
+
+def test_figures_that_are_quoted_are_in_the_results() -> None:
+    """Every number of a table of docs/engine.md stands in the file of benchmarks/ that its section names."""
+    checked = 0
+    for section in re.split(r"^## ", (DOCS / "engine.md").read_text(encoding="utf-8"), flags=re.MULTILINE):
+        named = [ROOT / name for name in re.findall(r"`(benchmarks/\w+\.md)`", section)]
+        results = "\n".join(path.read_text(encoding="utf-8") for path in named)
+        known = {number.rstrip(".,") for number in NUMBER.findall(results)}
+        for row in re.findall(r"^\| .*", section, flags=re.MULTILINE) if named else ():
+            for number in NUMBER.findall(row):
+                checked += 1
+                assert number.rstrip(".,") in known, f"{number} in: {row}"
+    assert checked > 100
