@@ -96,5 +96,4 @@ def test_rows_are_shortened_without_being_written(kind: str) -> None:
     assert torch.equal(layer.weight, before)
     wanted = F.cross_entropy(model(ids), labels)  # which does write
     assert found.loss == pytest.approx(wanted.item(), rel=1e-5)
-    after = top_eigenvalues(problem, k=1)
-    assert after.lambda_max == pytest.approx(found.lambda_max, rel=1e-3)
+    assert not torch.equal(layer.weight, before)

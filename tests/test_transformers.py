@@ -15,6 +15,8 @@ from command import Mean, eigenvalues
 from dense import dense_hessian, top
 from language import VOCABULARY, WIDTH, causal_batches, drawn, gpt2, next_tokens, sentences
 from sharpscope import Problem, TokenCrossEntropy
+from sharpscope.checkpoint import load_weights
+from sharpscope.errors import CheckpointError
 
 transformers = pytest.importorskip("transformers")
 
@@ -226,3 +228,15 @@ def test_experts_in_groups_are_those_alone(tmp_path: Path) -> None:
         eigenvalues(tmp_path / "mixtral.pt", problem, "--k", "1", tol="1e-6") for problem in (mixtral, mixtral_eager)
     )
     assert one == pytest.approx(two, rel=1e-9)
+
+
+def test_weights_that_transformers_would_make_up_are_missing() -> None:
+    """What a class of transformers lets its files lack in silence is named, not left at its initial values."""
+
+    class Lenient(transformers.GPT2LMHeadModel):  # type: ignore[misc, name-defined]
+        _keys_to_ignore_on_load_missing = ("ln_f",)
+
+    config = transformers.GPT2Config(vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+    state = transformers.GPT2LMHeadModel(config).state_dict()
+    with pytest.raises(CheckpointError, match=r"misses 2 .*ln_f"):
+        load_weights(Lenient(config), {key: value for key, value in state.items() if "ln_f" not in key})

@@ -23,7 +23,7 @@ def renamed(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Ten
         return None
     kind, hidden = type(model), ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
     # By its own name and module, by which transformers knows the translation; with nothing that goes unmentioned.
-    told = type(kind.__name__, (kind,), {"__module__": kind.__module__, **{name: [] for name in hidden}})
+    told: Any = type(kind.__name__, (kind,), {"__module__": kind.__module__, **{name: [] for name in hidden}})
     with torch.random.fork_rng(devices=[]), _Quiet(library):
         try:
             found, info = told.from_pretrained(

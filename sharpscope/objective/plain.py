@@ -30,11 +30,12 @@ def embedding(
 
 
 def _shortened(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
-    """``rows`` at most ``max_norm`` long, differentiated as torch does: as if they had been so before."""
-    with torch.no_grad():
-        lengths = torch.linalg.vector_norm(rows, norm_type, dim=-1, keepdim=True)
-        missing = torch.where(lengths > max_norm, rows * (max_norm / (lengths + 1e-7)) - rows, torch.zeros_like(rows))
-    return rows + missing
+    """``rows`` at most ``max_norm`` long, as a function of them: beyond, its derivative is that of the shortening."""
+    beyond = torch.linalg.vector_norm(rows.detach(), norm_type, dim=-1, keepdim=True) > max_norm
+    # A length has no second derivative at zero, where it is not asked for.
+    long = torch.where(beyond, rows, torch.ones_like(rows))
+    short = long * (max_norm / (torch.linalg.vector_norm(long, norm_type, dim=-1, keepdim=True) + 1e-7))
+    return torch.where(beyond, short, rows)
 
 
 def embedding_bag(
