@@ -91,7 +91,7 @@ def _of_hugging_face(place: Path) -> bool:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} must be the model's configuration as JSON, but is damaged. Copy it again."
         ) from error
