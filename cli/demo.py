@@ -20,7 +20,6 @@ at the start, the middle and the end of each run. A run that was interrupted is 
 
 EPOCHS = 40
 RHO = 0.1
-STAGES = ("start", "middle", "end")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:

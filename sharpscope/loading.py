@@ -73,8 +73,7 @@ def load(
         seed: decides which examples.
         loss: in place of the file's: a key of ``LOSSES`` or a callable. A file that does not say takes cross-entropy on
             a bundled data set.
-        params, mode, weight_decay: as in ``Problem``; what differs from the default goes before what ``problem()``
-            says.
+        params, mode, weight_decay: as in ``Problem``; what is given goes before what ``problem()`` says.
         trust: import the factory that the *file* names when it is not a bundled one. This runs other people's code.
         weights: the key of the state dict in the file, with dots between nested ones; by default the usual names.
         prefix: of the names in the state dict, as "module."; by default it is found.

@@ -35,7 +35,7 @@ class Pieces:
 
     Attributes:
         tree: nested dicts as they were saved; in place of a tensor one of its shape without memory.
-        files: that hold the pieces.
+        read_from: the index, and the files that hold the pieces.
 
     Raises: CheckpointError for a folder whose index is damaged, or names files elsewhere.
     """
@@ -44,6 +44,7 @@ class Pieces:
         self.folder = folder
         self.tree: dict[str, Any] = {}
         self._names: dict[int, str] = {}
+        self._pieces: dict[str, list[tuple[Any, Any]]] = {}
         try:
             self._index = _Index(io.BytesIO((folder / INDEX).read_bytes())).load()
             self._plan()
@@ -68,17 +69,20 @@ class Pieces:
                 raise CheckpointError(f"{self.folder} has two tensors under {'.'.join(path)}. Copy it again.")
             branch[path[-1]] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
             self._names[id(branch[path[-1]])] = name
-        self.files = sorted({str(info.relative_path) for info in self._index.storage_data.values()})
-        foreign = [file for file in self.files if Path(file).name != file]
+        for index, info in self._index.storage_data.items():
+            self._pieces.setdefault(index.fqn, []).append((index, info))
+        files = sorted({str(info.relative_path) for info in self._index.storage_data.values()})
+        foreign = [file for file in files if Path(file).name != file]
         if foreign:
             raise CheckpointError(f"{self.folder} must name files of its own, got {foreign[0]!r}. Do not trust it.")
+        self.read_from = [self.folder / file for file in (INDEX, *files)]
 
     def read(self, chosen: Mapping[str, Tensor], unpickle: Callable[[Path, io.BytesIO], Any]) -> dict[str, Tensor]:
         """The tensors whose placeholders are ``chosen``, each piece through ``unpickle(file, bytes)``.
 
         Raises: CheckpointError where pieces are missing, or other ones than the index says.
         """
-        held = sum((self.folder / file).stat().st_size for file in self.files if (self.folder / file).is_file())
+        held = sum(file.stat().st_size for file in self.read_from[1:] if file.is_file())
         if sum(t.numel() * t.element_size() for t in chosen.values()) > held:
             raise CheckpointError(
                 f"{self.folder} would unpack to more than its {held:,} bytes: it is damaged, or compressed. Convert it "
@@ -89,9 +93,7 @@ class Pieces:
     def _tensor(self, name: str, like: Tensor, unpickle: Callable[[Path, io.BytesIO], Any]) -> Tensor:
         whole = torch.empty(like.shape, dtype=like.dtype)
         covered = torch.zeros(like.shape, dtype=torch.bool)
-        for index, info in self._index.storage_data.items():
-            if index.fqn != name:
-                continue
+        for index, info in self._pieces.get(name, ()):
             path = self.folder / info.relative_path
             try:
                 with path.open("rb") as stream:

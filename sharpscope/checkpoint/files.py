@@ -98,7 +98,8 @@ def _distributed(place: Path, weights: str | None) -> Checkpoint:
     pieces = Pieces(place)
     chosen, key, others = chosen_weights(place, pieces.tree, weights)
     state_dict = pieces.read(chosen, lambda path, stream: _unpickle(path, stream)[0])
-    return Checkpoint(path=place, sha256=digest_of(place), state_dict=state_dict, weights=key, others=others)
+    digest = _digest_of_all(pieces.read_from)
+    return Checkpoint(path=place, sha256=digest, state_dict=state_dict, weights=key, others=others)
 
 
 def digest_of(path: str | os.PathLike[str]) -> str:
@@ -110,9 +111,13 @@ def digest_of(path: str | os.PathLike[str]) -> str:
     if not place.is_dir():
         files = [place]
     elif (place / INDEX).is_file():
-        files = [place / INDEX, *(place / name for name in Pieces(place).files)]
+        files = Pieces(place).read_from
     else:
         files = list(shards_of(place))
+    return _digest_of_all(files)
+
+
+def _digest_of_all(files: list[Path]) -> str:
     digests = []
     for file in files:
         with open(file, "rb") as stream:

@@ -55,11 +55,9 @@ def state_dicts(contents: Any, depth: int = DEPTH) -> dict[str, dict[str, Tensor
 
     A module counts by its state dict; what optimizers keep does not.
     """
-    if is_state_dict(contents):
-        return {"": dict(contents)}  # an OrderedDict with torch's version notes becomes an ordinary one
-    plain = _tensors_among_plain(contents)
-    if plain:
-        return {"": plain}
+    named = _named_tensors(contents)
+    if named:
+        return {"": named}  # an OrderedDict with torch's version notes becomes an ordinary one
     held = contents.state_dict() if isinstance(contents, nn.Module) else module_weights(contents)
     if held:
         return {"": dict(held)}
@@ -102,8 +100,8 @@ def is_state_dict(value: Any) -> bool:
     )
 
 
-def _tensors_among_plain(value: Any) -> dict[str, Tensor]:
-    """The tensors of a dict that are most of it, the rest being numbers, texts and the like; else none."""
+def _named_tensors(value: Any) -> dict[str, Tensor]:
+    """The tensors of a dict that are all or most of it, the rest being numbers, texts and the like; else none."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         return {}
     tensors = {key: entry for key, entry in value.items() if isinstance(entry, Tensor)}

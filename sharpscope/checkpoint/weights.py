@@ -26,9 +26,9 @@ def load_weights(
     where several prefixes fit.
     """
     own: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    if prefix is None and not partial and not set(own) <= set(state_dict):
-        state_dict = renamed(model, state_dict) or state_dict
     if prefix is None:
+        if not partial and not set(own) <= set(state_dict):
+            state_dict = renamed(model, state_dict) or state_dict
         state_dict = _as_wrapped(state_dict, own)
     taken = _prefix(state_dict, own) if prefix is None else prefix
     chosen = {key.removeprefix(taken): value for key, value in state_dict.items() if key.startswith(taken)}

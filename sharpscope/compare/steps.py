@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -175,6 +175,3 @@ def _statistics(problem: Problem) -> str:
 
 def _num_params(problem: Problem) -> int:
     return sum(weight.numel() for weight in select(problem.model, problem.params).values())
-
-
-PARTS: Sequence[str] = ("performance", "eigen", "density", "sharpness", "line", "surface")

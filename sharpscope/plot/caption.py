@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -11,12 +11,6 @@ from sharpscope.results import SliceResult
 from sharpscope.results.record import names_of
 from sharpscope.results.slice import DIVERGED, PENDING
 from sharpscope.results.slice_table import also_said, described, misleads
-
-if TYPE_CHECKING:
-    pass
-
-# Of a direction's settings, what follows from the network itself.
-OWN = ("length", "eigenvalue", "explained")
 
 
 def caption(
