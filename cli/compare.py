@@ -162,31 +162,14 @@ def _require_free(args: argparse.Namespace, paths: list[str], folder: Path, aske
 
 def _write(folder: Path, comparison: Any, asked: dict[str, Any]) -> None:
     from sharpscope.files import atomic
+    from sharpscope.report import page
+    from sharpscope.results.findings import findings
 
     with atomic(folder / "index.html") as temporary:
-        temporary.write_text(_page(comparison), encoding="utf-8")
+        temporary.write_text(page(comparison, findings(comparison)), encoding="utf-8")
     with atomic(folder / "compare.json") as temporary:
         record = {**comparison.to_dict(), "asked": asked}
         temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _page(comparison: Any) -> str:
-    from sharpscope.results.findings import findings
-
-    try:
-        from sharpscope.report import page
-    except ImportError:
-        said = "".join(f"<p>{line}</p>" for line in map(_escaped, findings(comparison)))
-        head = '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>sharpscope compare</title>'
-        return f"{head}{said}{comparison._repr_html_()}</html>\n"
-    whole: str = page(comparison, findings(comparison))
-    return whole
-
-
-def _escaped(text: str) -> str:
-    import html
-
-    return html.escape(text)
 
 
 def _shown(comparison: Any, folder: Path) -> str:

@@ -15,11 +15,13 @@ from sharpscope.cli import options, terminal
 DESCRIPTION = """\
 Trains the bundled cnn on 1,437 real handwritten digits with SGD, with SAM, and (the fairness rule of Foret et al.
 2021: SAM takes two gradients a step) with SGD for twice the epochs; then measures lambda_max and lambda_max/lambda_5
-at the start, the middle and the end of each run. A run that was interrupted is gone on with.
+at the start, the middle and the end of each run, and the loss along the eigenvector of lambda_max at the end. A run
+that was interrupted is gone on with.
 """
 
 EPOCHS = 40
 RHO = 0.1
+REACH = 0.3  # of the slices: three times rho
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -58,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     flat = [{"run": label, **result.to_dict()} for label, measured in results.items() for result in measured]
     with atomic(folder / "demo.json") as temporary:
         temporary.write_text(json.dumps(flat, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    _draw(results, folder / "demo.png")
+    ends = [_slice(label, paths[-1], results[label][-1]) for label, paths in files.items()]
+    _draw(results, ends, folder / "demo.png")
     terminal.emit(
         f"{_table(results)}\n{_said(results)}\n\n"
         f"Figure {folder / 'demo.png'}, every number {folder / 'demo.json'}, checkpoints {folder}/*.pt\n"
@@ -91,7 +94,18 @@ def _measure(label: str, path: Path, seed: int) -> Any:
 
     source = torch.Generator().manual_seed(seed)
     with terminal.progress_bar(f"measure {label} {path.stem}") as progress:
-        return sharpscope.top_eigenvalues(sharpscope.load(path), generator=source, progress=progress)
+        return sharpscope.top_eigenvalues(sharpscope.load(path), generator=source, vectors=True, progress=progress)
+
+
+def _slice(label: str, path: Path, top: Any) -> Any:
+    """The loss along the eigenvector of lambda_max, under the run's name."""
+    import sharpscope
+    from sharpscope.slices import eigenvector_directions
+
+    problem = sharpscope.load(path)
+    named = replace(problem, provenance={**problem.provenance, "checkpoint": label})
+    with terminal.progress_bar(f"slice {label}") as progress:
+        return sharpscope.loss_slice(named, eigenvector_directions(top, [1]), 31, (-REACH, REACH), progress)
 
 
 def _table(results: dict[str, Any]) -> str:
@@ -130,18 +144,19 @@ def _said(results: dict[str, Any]) -> str:
     )
 
 
-def _draw(results: dict[str, Any], path: Path) -> None:
+def _draw(results: dict[str, Any], ends: list[Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")  # a file, on a machine that may have no screen
     import matplotlib.pyplot as plt
 
     from sharpscope.files import atomic
-    from sharpscope.plot import sharpness_over_training
+    from sharpscope.plot import sharpness_over_training, slice_curves
 
-    axes = sharpness_over_training(results)
-    figure = axes[0].figure
-    figure.suptitle("Sharpness over training: cnn on digits, full training set, eval mode")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
+    sharpness_over_training(results, axes[:2])
+    slice_curves(ends, axes[2], accuracy=False)
+    figure.suptitle("Sharpness over training, and the loss at the end: cnn on digits, full training set, eval mode")
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)

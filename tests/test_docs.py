@@ -69,9 +69,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_figures_that_are_quoted_are_in_the_results() -> None:
-    """Every number of a table of docs/engine.md stands in the file of benchmarks/ that its section names."""
+    """Every number of a table of the README and docs/engine.md stands in the file of benchmarks/ its section names."""
     checked = 0
-    for section in re.split(r"^## ", (DOCS / "engine.md").read_text(encoding="utf-8"), flags=re.MULTILINE):
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", DOCS / "engine.md"))
+    for section in re.split(r"^##+ ", text, flags=re.MULTILINE):
         named = [ROOT / name for name in re.findall(r"`(benchmarks/\w+\.md)`", section)]
         results = "\n".join(path.read_text(encoding="utf-8") for path in named)
         known = {number.rstrip(".,") for number in NUMBER.findall(results)}

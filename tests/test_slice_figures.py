@@ -494,6 +494,15 @@ class Page(HTMLParser):
         self.said += data if len(data) < 10_000 else ""
 
 
+def test_a_legend_stays_in_its_column_of_a_wider_figure() -> None:
+    """Beside other axes, the names of many lines take no width from the curves."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    slice_curves([line(X**2 + i, checkpoint=f"run number {i}.pt") for i in range(4)], axes[2], accuracy=False)
+    figure.draw_without_rendering()
+    assert axes[2].get_legend().get_window_extent().width < figure.bbox.width / 3
+    assert axes[2].get_position().width > 0.2
+
+
 def test_an_interactive_page_fetches_nothing_and_says_what_a_figure_says() -> None:
     """Plotly is inside; surfaces share the colours; a diverged point is a hole with a cross, not a number."""
     pytest.importorskip("plotly")

@@ -36,14 +36,18 @@ def new_figure(width: float | None, height: float, columns: int = 1, **axes: Any
     return figure, found
 
 
+def column_width(axes: Axes) -> float:
+    """The inches that the axes have with all that is around them: the figure's, or its column's."""
+    figure, place = axes.get_figure(root=True), axes.get_subplotspec()
+    assert figure is not None
+    return float(figure.get_figwidth() / (1 if place is None else place.get_gridspec().ncols))
+
+
 def small(axes: Axes, less: float = 0.0) -> float:
     """The size in points of the small type in a figure of this width."""
     import matplotlib.pyplot as plt
 
-    figure, place = axes.get_figure(root=True), axes.get_subplotspec()
-    assert figure is not None
-    columns = 1 if place is None else place.get_gridspec().ncols
-    narrow = figure.get_figwidth() / columns < COLUMN
+    narrow = column_width(axes) < COLUMN
     return float(min(plt.rcParams["font.size"], 8 if narrow else 10)) - (1 if narrow else 1.5) - less
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.plot.alike import require_alike
 from sharpscope.plot.caption import caption, diverged, labels_of, short_name
-from sharpscope.plot.figure import draw_caption, new_figure, small
+from sharpscope.plot.figure import column_width, draw_caption, new_figure, small
 from sharpscope.plot.levels import require_positive
 from sharpscope.plot.marks import is_on
 from sharpscope.plot.training import COLOURS
@@ -226,9 +226,7 @@ def _legend(axes: Axes, entries: Entries) -> None:
 
     handles = [Line2D([], [], label=label, **style) for label, style in entries.items()]
     longest = max(map(len, entries))
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    room = 72 * figure.get_figwidth() / (small(axes) * (0.55 * longest + 4))
+    room = 72 * column_width(axes) / (small(axes) * (0.55 * longest + 4))
     columns = max(1, min(len(handles), int(room)))
     style = {"frameon": False, "borderaxespad": 0.1, "handlelength": 2.2, "columnspacing": 1.2}
     axes.legend(
