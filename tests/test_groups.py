@@ -137,7 +137,7 @@ def checkpoint(name: str, top: float, half: float, *, sampled: bool = False, **m
 @pytest.mark.parametrize(
     ("half", "sampled", "said"),
     [
-        (0.2, False, "numerical bounds do not reach that far."),
+        (0.2, False, "their numerical bounds do not meet."),
         (0.6, False, "their numerical bounds meet: no difference is shown."),
         (0.2, True, "their 95 % intervals over examples do not meet."),
         (0.6, True, "their 95 % intervals over examples meet: no difference is shown."),

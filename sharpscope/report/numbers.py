@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from sharpscope.report.look import Look, swatch
 from sharpscope.report.markup import table, tag, text
 from sharpscope.results.comparison import Comparison
+from sharpscope.results.contrast import contrast
 from sharpscope.results.groups import Difference, Spread
 from sharpscope.results.readings import Reading, Row
 
@@ -53,13 +54,17 @@ class Notes:
 
 
 def every_number(comparison: Comparison, rows: list[Row], looks: dict[str, Look], notes: Notes) -> str:
-    """The table with a column a checkpoint."""
-    head = ["Quantity", *(swatch(looks[s.name]) + text(s.name) for s in comparison.subjects)]
+    """The table with a column a checkpoint, and of two one for how they differ."""
+    names = [s.name for s in comparison.subjects]
+    two = len(names) == 2 and not comparison.groups
+    head = ["Quantity", *(swatch(looks[name]) + text(name) for name in names)]
+    head += [text(f"{names[1]} against {names[0]}")] if two else []
     body = []
     for row in rows:
         cells = [_quantity(row, notes)]
         for subject, reading in zip(comparison.subjects, row.readings, strict=True):
             cells.append(_missing() if reading is None else _cell(row, subject.name, reading, notes))
+        cells += [_contrast(row, names, notes)] if two else []
         body.append(cells)
     return table(head, body, "Every number of every checkpoint", "numbers broad" if len(head) > FEW else "numbers")
 
@@ -115,6 +120,27 @@ def _cell(row: Row, name: str, r: Reading, notes: Notes) -> str:
         + mark
     )
     return tag("td", notes.button(shown, f"{row.label}, {name}", said))
+
+
+def _contrast(row: Row, names: list[str], notes: Notes) -> str:
+    found = contrast(row, 1)
+    if found is None:
+        return _missing()
+    first, second = names
+    bounds = _interval(found.lower, found.upper)
+    kinds = "; ".join(dict.fromkeys(r.interval for r in row.readings if r is not None))
+    what = f"{second} over {first}, a ratio" if found.ratio else f"{second} less {first}, a difference"
+    told = bounds and ("leaves out" if found.sure else "holds")
+    said = {
+        "Value": f"{digits(found.value)}: {what}",
+        "Interval": f"{bounds} (what the ends of both intervals leave possible: {kinds})" if bounds else kinds,
+        "Says": f"the interval {told} {'a ratio of 1' if found.ratio else 'a difference of 0'}" if told else "",
+        "Convergence": "" if found.converged else "not converged: the interval does not meet the tolerance",
+        DEFINED: row.definition,
+    }
+    shown = tag("span", text(str(found).replace("x ", "\u00d7 ")), class_="value")
+    mark = " " + tag("span", "not told apart", class_="unsure") if found.sure is False else ""
+    return tag("td", notes.button(shown + mark, f"{row.label}, {second} against {first}", said))
 
 
 def _mean(row: Row, group: str, found: Spread | None, notes: Notes) -> str:

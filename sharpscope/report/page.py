@@ -45,7 +45,7 @@ def page(comparison: Comparison, findings: Sequence[str] = ()) -> str:
 
     Args:
         comparison: what was measured.
-        findings: sentences that answer the question, for the top of the page.
+        findings: sentences that answer the question, for the top of the page; the first stands out.
     """
     rows, looks = rows_of(comparison), looks_of(comparison)
     drawn, left_out = _figures(comparison, looks, rows)
@@ -93,7 +93,9 @@ def _document(title: str, main: str, packed: str) -> str:
 
 
 def _opening(comparison: Comparison, title: str, findings: Sequence[str]) -> str:
-    answer = tag("p", text(" ".join(findings)), class_="answer") if findings else ""
+    first, *others = findings or [""]
+    answer = tag("p", text(first), class_="answer") if first else ""
+    answer += tag("ul", *(tag("li", text(said)) for said in others), class_="findings") if others else ""
     known = "".join(tag("div", tag("dt", term), tag("dd", text(said))) for term, said in facts(comparison).items())
     return tag("div", tag("h1", text(title)), answer, tag("dl", known, class_="facts"), class_="opening")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sharpscope.results.comparison import Comparison
+from sharpscope.results.contrast import contrast
 from sharpscope.results.groups import Difference, Spread
 from sharpscope.results.readings import Row, rows_of
 from sharpscope.tables import aligned, as_html
@@ -21,11 +22,16 @@ def comparison_html(comparison: Comparison) -> str:
 
 
 def _cells(comparison: Comparison, rows: list[Row]) -> list[list[str]]:
-    """With groups their means and how they differ, since the runs are many; else every checkpoint."""
+    """With groups their means and how they differ, since the runs are many; else every checkpoint, and of two how."""
     groups = list(comparison.groups)
     if not groups:
-        head = ["", *(s.name for s in comparison.subjects)]
-        return [head, *([row.label, *("-" if r is None else str(r) for r in row.readings)] for row in rows)]
+        names = [s.name for s in comparison.subjects]
+        two = len(names) == 2
+        cells = [["", *names, *([f"{names[1]} against {names[0]}"] if two else [])]]
+        for row in rows:
+            told = ["-" if r is None else str(r) for r in row.readings]
+            cells.append([row.label, *told, *([str(contrast(row, 1) or "-")] if two else [])])
+        return cells
     cells = [["", *groups, *(f"{group} against {groups[0]}" for group in groups[1:])]]
     for row in rows:
         means = [_mean(row.spreads.get(group)) for group in groups]
@@ -64,6 +70,11 @@ def _notes(comparison: Comparison, rows: list[Row]) -> list[str]:
         notes += [f"{subject.name}: no {what}. {why}" for what, why in left_out.items()]
     if any(r is not None and not r.converged for row in rows for r in row.readings):
         notes.append("? marks what did not converge to its tolerance.")
+    if len(comparison.subjects) == 2 and not comparison.groups:
+        notes.append(
+            "One against the other: a factor (x) or a difference, with what the ends of both intervals leave possible "
+            "(of a standard error, two of them)."
+        )
     if comparison.groups:
         counted = ", ".join(f"{group} {len(runs)}" for group, runs in comparison.groups.items())
         notes.append(

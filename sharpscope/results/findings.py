@@ -6,19 +6,17 @@ import math
 from collections.abc import Sequence
 
 from sharpscope.results.comparison import Comparison, Subject
+from sharpscope.results.contrast import contrast
 from sharpscope.results.groups import Difference
 from sharpscope.results.readings import BINOMIAL, EXACT, NUMERICAL, PROBED, SAMPLED, SUBSETS, Reading, Row, rows_of
 from sharpscope.results.slice import PENDING, SliceResult
-
-# A standard error reaches so far to each side for about 95 %.
-REACH = 2.0
 
 # Twenty intervals of 95 % leave out what they should hold once in the mean.
 MANY = 20
 
 # What is said where the intervals of two checkpoints do not meet, and where they do.
 _APART = {
-    NUMERICAL: "numerical bounds do not reach that far",
+    NUMERICAL: "their numerical bounds do not meet",
     SAMPLED: "their 95 % intervals over examples do not meet",
     PROBED: "they are more than two standard errors of each apart",
     SUBSETS: "their 95 % intervals over subsets do not meet",
@@ -90,9 +88,11 @@ def _of_checkpoints(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
             if one is None or two is None:
                 continue
             quantity, m = _quantity(row.label)
-            times = row.factor and one.value > 0 and two.value > 0
-            amount = f"{two.value / one.value:.3g}" if times else f"{two.value:.4g} against {one.value:.4g}"
-            told.setdefault((quantity, _shown(one, two, first.name, subject.name), times), {})[m] = amount
+            found = contrast(row, i)
+            times = found is not None and found.ratio
+            amount = f"{found.value:.3g}" if found and times else f"{two.value:.4g} against {one.value:.4g}"
+            sure = None if found is None else found.sure
+            told.setdefault((quantity, _shown(one, two, sure, first.name, subject.name), times), {})[m] = amount
         for (quantity, shown, times), amounts in told.items():
             each = ", ".join(f"{amount} ({m})" if m else amount for m, amount in amounts.items())
             than = f" times that of {first.name}" if times else f" in {first.name}"
@@ -110,33 +110,16 @@ def _quantity(label: str) -> tuple[str, str]:
     return ", ".join([name, *(setting for setting in settings if setting != m)]), m
 
 
-def _shown(one: Reading, two: Reading, first: str, second: str) -> str:
-    """How surely two readings differ."""
+def _shown(one: Reading, two: Reading, apart: bool | None, first: str, second: str) -> str:
+    """How surely two readings differ, whose intervals lie ``apart``, meet, or are not there."""
     if not (math.isfinite(one.value) and math.isfinite(two.value)):
         return "one of them is not finite"
     if not (one.converged and two.converged):
         return f"it has not converged in {second if one.converged else first}, so that nothing is shown"
-    apart = _apart(one, two)
     if apart is None:
         return "exact on these examples" if one.interval == two.interval == EXACT else "one has no interval"
     told = (_APART if apart else _MEET).get(one.interval, f"their intervals ({one.interval}) {'do not ' * apart}meet")
     return told if apart else f"{told}: no difference is shown"
-
-
-def _apart(one: Reading, two: Reading) -> bool | None:
-    """Whether the intervals of two readings leave a gap; None where they have none."""
-    ends = []
-    for reading in (one, two):
-        if reading.lower is None or reading.upper is None:
-            return None
-        reach = REACH if reading.interval == PROBED else 1.0
-        ends.append(
-            (
-                reading.value - reach * (reading.value - reading.lower),
-                reading.value + reach * (reading.upper - reading.value),
-            )
-        )
-    return ends[0][1] < ends[1][0] or ends[1][1] < ends[0][0]
 
 
 def _by_sam(subject: Subject) -> bool:
