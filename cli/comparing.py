@@ -101,7 +101,7 @@ class Parts:
 def _read(path: Path, kind: str) -> tuple[Any, str]:
     """The result at ``path``, and its key."""
     from sharpscope.errors import DataError
-    from sharpscope.results import DensityResult, EigenResult, SharpnessResult, SliceResult
+    from sharpscope.results import DensityResult, EigenResult, SharpnessResult, SliceResult, TraceResult
     from sharpscope.results.comparison import Performance
     from sharpscope.results.record import opened, read
 
@@ -112,7 +112,8 @@ def _read(path: Path, kind: str) -> tuple[Any, str]:
             return {split: Performance(**{**one, "loss": _number(one["loss"])}) for split, one in said.items()}, key
         except (KeyError, TypeError) as error:
             raise DataError(f"{path} must hold losses by split, got: {error}.") from error
-    kinds: dict[str, Any] = {"eigen": EigenResult, "density": DensityResult, "sharpness": SharpnessResult}
+    kinds: dict[str, Any] = {"eigen": EigenResult, "trace": TraceResult, "density": DensityResult}
+    kinds["sharpness"] = SharpnessResult
     result = kinds.get(kind, SliceResult).load(path)
     plain = dict(result.provenance)
     return replace(result, provenance={k: v for k, v in plain.items() if k != "key"}), str(plain.get("key"))

@@ -15,10 +15,12 @@ from sharpscope.linalg.quadrature import lanczos_quadrature, require_probes
 from sharpscope.linalg.trace import TraceEstimate, trace_and_frobenius, trace_from_images
 from sharpscope.linalg.vectors import inner, norms
 from sharpscope.objective import Objective, Progress
+from sharpscope.objective.partwise import Partwise
 from sharpscope.operators import curvature
 from sharpscope.problem import Problem
 from sharpscope.provenance import measured, provenance, seeded
 from sharpscope.results import DensityResult, EigenResult, Estimate, TraceResult
+from sharpscope.sampling import in_units, trace_error
 
 # ||Hv - (v'Hv) v|| of an eigenvector that is taken out, in units of the largest eigenvalue taken out: what it is off
 # by shows in the density at its square.
@@ -104,13 +106,16 @@ def trace(
     progress: Progress | None = None,
     *,
     operator: str = "hessian",
+    population: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     micro_batch: int | str | None = None,
 ) -> TraceResult:
     """``tr H`` and ``||H||_F`` of the Hessian of L(w), each with its standard error, by XTrace.
 
-    The audit runs first. Args: as ``spectral_density``. Cost: ``2 (1 + 2 probes)`` gradients in two passes.
+    The audit runs first. Args: as ``spectral_density``; ``population``: the data are a random sample of more, and the
+    trace has a standard error over examples too (``sharpscope.sampling.trace_error``). Cost: ``2 (1 + 2 probes)``
+    gradients in two passes.
 
     Raises: ArgumentError, ProblemError, DataError, AuditError.
     """
@@ -121,8 +126,20 @@ def trace(
     require_probes(n, probes)
     with objective.measuring():
         audit(objective, torch.Generator().manual_seed(source.initial_seed()))
+        products = _products(objective, progress, 2)
+        parts: list[Partwise] = []
+
+        def matmat(block: Tensor) -> Tensor:
+            if not population or parts:
+                return products(block)
+            # The first block is of the probes.
+            with in_units(objective, progress):
+                images, found = objective.hvp_partwise(block, progress)
+            parts.append(found)
+            return images
+
         sums = trace_and_frobenius(
-            _products(objective, progress, 2),
+            matmat,
             n,
             probes,
             dtype=objective.dtype,
@@ -132,6 +149,7 @@ def trace(
     return TraceResult(
         trace=Estimate(sums.trace, sums.trace_error),
         frobenius=_root(sums),
+        sampling_error=trace_error(parts[0], n) if parts else None,
         **measured(objective),
         provenance=provenance(problem, objective, seed, probes=probes, method="xtrace", operator=matrix.name),
     )

@@ -1,8 +1,10 @@
-"""How far eigenvalues measured on a sample of the data may lie from those of the population it was drawn from."""
+"""How far eigenvalues and trace of a sample of the data may lie from those of the population it was drawn from."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -109,18 +111,8 @@ def sampling_error(
         raise ArgumentError(
             f"vectors must be (n, k) and eigenvalues (k,), got {tuple(block.shape)} and {tuple(values.shape)}."
         )
-    kept = objective.micro_batch
-    try:
-        if not objective.keeps_batches:
-            if objective.num_examples is None:
-                objective.loss_and_gradient(progress)
-            most = objective.settle_micro_batch()
-            assert most is not None
-            kept = objective.micro_batch
-            objective.micro_batch = min(most, max(1, (objective.num_examples or 0) // UNITS))
+    with in_units(objective, progress):
         _, parts = objective.hvp_partwise(block, progress)
-    finally:
-        objective.micro_batch = kept
     found = (parts.forms.sum(0) / parts.weights.sum()).diagonal().cpu().numpy() + objective.problem.weight_decay
     off, largest = float(np.abs(found - values).max(initial=0)), float(np.abs(values).max(initial=0))
     if not off <= KNOWN_TO * largest:
@@ -129,6 +121,45 @@ def sampling_error(
             f"eigenvalue of {largest:.2g}. Measure them at these weights, on these data."
         )
     return sampling_of(parts, confidence, objective.problem.weight_decay, ratio)
+
+
+@contextmanager
+def in_units(objective: Objective, progress: Progress | None = None) -> Iterator[None]:
+    """The data in UNITS micro-batches or more, where they can be cut so; in those of the loader where it keeps them."""
+    if objective.keeps_batches:
+        yield
+        return
+    if objective.num_examples is None:
+        objective.loss_and_gradient(progress)
+    most, kept = objective.settle_micro_batch(), objective.micro_batch
+    assert most is not None
+    objective.micro_batch = min(most, max(1, (objective.num_examples or 0) // UNITS))
+    try:
+        yield
+    finally:
+        objective.micro_batch = kept
+
+
+def trace_error(parts: Partwise, n: int) -> float | None:
+    """One standard error over the examples of ``tr H``, where these were drawn from many more.
+
+    ``n v_k' H_b v_k`` of K random unit vectors stands for ``tr H_b`` of each micro-batch, and the trace is a ratio of
+    sums over micro-batches (Cochran 1977, ch. 6). The vectors' own scatter counts as the examples', so it is somewhat
+    too large: in squares by some 2/K over the number of eigenvalues that make up the trace.
+
+    Args:
+        parts: of ``Objective.hvp_partwise`` with the K vectors, (B, K, K).
+        n: parameters.
+
+    Returns None with fewer than FEWEST micro-batches with loss terms.
+    """
+    weights, forms = (t.double().cpu().numpy() for t in (parts.weights, parts.forms))
+    units = len(weights)
+    if units < FEWEST or not weights.sum() > 0:
+        return None
+    sums = n * forms.diagonal(axis1=1, axis2=2).mean(1)
+    scatter = sums - weights * sums.sum() / weights.sum()
+    return math.sqrt(units / (units - 1) * float(scatter @ scatter)) / float(weights.sum())
 
 
 def sampling_of(

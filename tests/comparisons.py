@@ -6,7 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from sharpscope.results import Cost, DensityResult, EigenResult, Estimate, Measure, SharpnessResult, SliceResult
+from sharpscope.results import (
+    Cost,
+    DensityResult,
+    EigenResult,
+    Estimate,
+    Measure,
+    SharpnessResult,
+    SliceResult,
+    TraceResult,
+)
 from sharpscope.results.comparison import Comparison, Performance, Subject
 from sharpscope.results.slice import DIVERGED, DONE
 
@@ -53,6 +62,10 @@ def density(name: str, scale: float) -> DensityResult:
     weights = np.full((3, 8), 1 / 8)
     trace, norm = Estimate(20 * scale, 1.0), Estimate(10 * scale, 0.5)
     return DensityResult(nodes, weights, 0, trace, norm, 0.1, 0.2, COST, known(name))
+
+
+def trace(name: str, scale: float) -> TraceResult:
+    return TraceResult(Estimate(20 * scale, 1.0), Estimate(10 * scale, 0.5), 0.1, 0.2, COST, known(name))
 
 
 def sharpness(name: str, scale: float) -> SharpnessResult:
@@ -109,6 +122,7 @@ def subject(name: str, scale: float = 1.0, group: str | None = None, pair: str |
     performance = {"train": Performance(0.1 * scale, 0.95, 1437), "test": Performance(0.2 * scale, 0.9, 360)}
     measured: dict[str, Any] = {
         "eigen": eigen(name, scale),
+        "trace": trace(name, scale),
         "density": density(name, scale),
         "sharpness": sharpness(name, scale),
         "line": line(name, scale),

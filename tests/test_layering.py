@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "blocks": {
         *("audit", "linalg", "objective", "operators", "params", "problem", "provenance", "results"),
     },
-    "density": {"audit", "linalg", "objective", "operators", "problem", "provenance", "results"},
+    "density": {"audit", "linalg", "objective", "operators", "problem", "provenance", "results", "sampling"},
     "sharpness": {
         *("audit", "ball", "edges", "linalg", "objective", "params", "perturbation"),
         *("precision", "problem", "provenance", "results"),

@@ -110,6 +110,7 @@ class _Run:
         top = part("eigen", "lambda_max", steps.eigen, how, long=True)
         found = {
             "eigen": top,
+            "trace": part("trace", "trace", steps.trace, how),
             "density": part("density", "density", steps.density, how),
             "sharpness": part("sharpness", "m-sharpness", steps.sharpness, how, top),
             "line": part("line", "lines", steps.line, test, how, long=True),

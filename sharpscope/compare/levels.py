@@ -16,7 +16,8 @@ class Level:
     Attributes:
         performance_examples: for loss and accuracy, of each split.
         eigen_examples, tol, certify: of the K largest eigenvalues, see ``top_eigenvalues``.
-        density_examples, probes, steps: of the spectral density and the trace.
+        density_examples, probes, steps: of the spectral density.
+        trace_probes: of the trace, on as many examples.
         sharpness_examples: for m-sharpness.
         slice_examples: of each split, for lines and for the way between minima.
         seeds, line_points: random lines, and points of each.
@@ -31,6 +32,7 @@ class Level:
     density_examples: int
     probes: int
     steps: int
+    trace_probes: int
     sharpness_examples: int
     slice_examples: int
     seeds: int
@@ -56,8 +58,8 @@ class Level:
 # Fashion-MNIST: 13,000 examples a second, whether for a gradient, a product or a forward pass at a point. In seconds of
 # that core for each checkpoint:
 LEVELS = {
-    # 30 in all. Eigenvalues 9: their sampling error is some 10 to 20 %, beside which a numerical one of 1e-2 does not
-    # show. Density 8, lines 4, surface 4, m-sharpness 3, loss and accuracy 2.
+    # 36 in all. Eigenvalues 9: their sampling error is some 10 to 20 %, beside which a numerical one of 1e-2 does not
+    # show. Density 8, trace 6, lines 4, surface 4, m-sharpness 3, loss and accuracy 2.
     "quick": Level(
         performance_examples=10_000,
         eigen_examples=2000,
@@ -66,6 +68,7 @@ LEVELS = {
         density_examples=1000,
         probes=5,
         steps=8,
+        trace_probes=16,
         sharpness_examples=1024,
         slice_examples=1000,
         seeds=3,
@@ -83,6 +86,7 @@ LEVELS = {
         density_examples=2000,
         probes=7,
         steps=16,
+        trace_probes=24,
         sharpness_examples=4096,
         slice_examples=2000,
         seeds=3,
@@ -100,6 +104,7 @@ LEVELS = {
         density_examples=8000,
         probes=8,
         steps=40,
+        trace_probes=48,
         sharpness_examples=16_384,
         slice_examples=10_000,
         seeds=5,

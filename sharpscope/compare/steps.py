@@ -12,11 +12,12 @@ import torch
 from sharpscope.compare.levels import K, Level
 from sharpscope.compare.samples import sampled
 from sharpscope.density import spectral_density
+from sharpscope.density import trace as trace_of
 from sharpscope.examples import count_examples
 from sharpscope.objective import Progress
 from sharpscope.params import select
 from sharpscope.problem import Problem
-from sharpscope.results import DensityResult, EigenResult, SharpnessResult, SliceResult
+from sharpscope.results import DensityResult, EigenResult, SharpnessResult, SliceResult, TraceResult
 from sharpscope.sharpness import measure_sharpness
 from sharpscope.sharpness.edge import edge_of
 from sharpscope.slices import loss_slice, loss_surface, random_directions, towards
@@ -79,8 +80,15 @@ def eigen(problem: Problem, how: How, journal: Place = None, progress: Progress 
     )
 
 
+def trace(problem: Problem, how: How, progress: Progress | None = None) -> TraceResult:
+    """The trace of the Hessian of the training loss, with its error over examples where it is not on all of them."""
+    drawn, n = sampled(problem, how.level.density_examples, how.seed), _num_params(problem)
+    probes, population = min(how.level.trace_probes, n), drawn is not problem
+    return trace_of(drawn, probes, how.source, progress, population=population, **how.computation)
+
+
 def density(problem: Problem, how: How, progress: Progress | None = None) -> DensityResult:
-    """The spectral density of the training loss, with its trace."""
+    """The spectral density of the training loss."""
     drawn, n = sampled(problem, how.level.density_examples, how.seed), _num_params(problem)
     return spectral_density(drawn, min(how.level.probes, n), how.level.steps, how.source, progress, **how.computation)
 

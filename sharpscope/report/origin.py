@@ -12,7 +12,8 @@ from sharpscope.version import __version__
 
 ANALYSES = {
     "eigen": "Largest eigenvalues",
-    "density": "Spectral density and trace",
+    "trace": "Trace",
+    "density": "Spectral density",
     "sharpness": "m-sharpness and measures",
     "line": "Random lines",
     "surface": "Random planes",

@@ -210,6 +210,6 @@ def _own(axes: Axes, density: DensityResult, subject: Subject, look: Look, alone
 
 def _described(name: str, density: DensityResult) -> str:
     return (
-        f"{name}: trace {density.trace}, Frobenius norm {density.frobenius}, share of negative eigenvalues "
+        f"{name}: Frobenius norm {density.frobenius}, share of negative eigenvalues "
         f"{density.negative_mass}, nodes from {density.nodes.min():.3g} to {density.nodes.max():.3g}"
     )

@@ -12,6 +12,7 @@ from sharpscope.results.density import DensityResult
 from sharpscope.results.eigen import EigenResult
 from sharpscope.results.sharpness import SharpnessResult
 from sharpscope.results.slice import SliceResult
+from sharpscope.results.trace import TraceResult
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Subject:
         pair: what it shares with one run of each other group, as its seed, or None.
         performance: by split, "train" and "test".
         eigen: of the training loss.
-        density: with the trace.
+        trace: of the Hessian of the training loss.
+        density: of its eigenvalues.
         sharpness: m-sharpness for each m, and the edge of stability where the learning rate is known.
         line: along random directions, alike for all.
         surface: over a random plane, alike for all.
@@ -45,6 +47,7 @@ class Subject:
     pair: str | None = None
     performance: Mapping[str, Performance] = field(default_factory=dict)
     eigen: EigenResult | None = None
+    trace: TraceResult | None = None
     density: DensityResult | None = None
     sharpness: SharpnessResult | None = None
     line: SliceResult | None = None
@@ -54,7 +57,7 @@ class Subject:
     @property
     def results(self) -> dict[str, Any]:
         """Each analysis that was made, by its attribute's name."""
-        named = {name: getattr(self, name) for name in ("eigen", "density", "sharpness", "line", "surface")}
+        named = {name: getattr(self, name) for name in ("eigen", "trace", "density", "sharpness", "line", "surface")}
         return {name: result for name, result in named.items() if result is not None}
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sharpscope.results.readings import PROBED, Reading, Row
+from sharpscope.results.readings import PROBED, PROBED_SAMPLED, Reading, Row
 from sharpscope.tables import with_bound
 
 # A standard error reaches so far to each side for about 95 %.
@@ -71,7 +71,7 @@ def _ends(reading: Reading) -> tuple[float, float] | None:
     """The interval of about 95 %, or the bound."""
     if reading.lower is None or reading.upper is None:
         return None
-    reach = REACH if reading.interval == PROBED else 1.0
+    reach = REACH if reading.interval in (PROBED, PROBED_SAMPLED) else 1.0
     return (
         reading.value - reach * (reading.value - reading.lower),
         reading.value + reach * (reading.upper - reading.value),

@@ -8,7 +8,18 @@ from collections.abc import Sequence
 from sharpscope.results.comparison import Comparison, Subject
 from sharpscope.results.contrast import contrast
 from sharpscope.results.groups import Difference
-from sharpscope.results.readings import BINOMIAL, EXACT, NUMERICAL, PROBED, SAMPLED, SUBSETS, Reading, Row, rows_of
+from sharpscope.results.readings import (
+    BINOMIAL,
+    EXACT,
+    NUMERICAL,
+    PROBED,
+    PROBED_SAMPLED,
+    SAMPLED,
+    SUBSETS,
+    Reading,
+    Row,
+    rows_of,
+)
 from sharpscope.results.slice import PENDING, SliceResult
 
 # Twenty intervals of 95 % leave out what they should hold once in the mean.
@@ -19,6 +30,7 @@ _APART = {
     NUMERICAL: "their numerical bounds do not meet",
     SAMPLED: "their 95 % intervals over examples do not meet",
     PROBED: "they are more than two standard errors of each apart",
+    PROBED_SAMPLED: "they are more than two standard errors of each apart",
     SUBSETS: "their 95 % intervals over subsets do not meet",
     BINOMIAL: "their 95 % intervals over examples do not meet",
 }
@@ -26,6 +38,7 @@ _MEET = {
     NUMERICAL: "their numerical bounds meet",
     SAMPLED: "their 95 % intervals over examples meet",
     PROBED: "they are within two standard errors of each",
+    PROBED_SAMPLED: "they are within two standard errors of each",
     SUBSETS: "their 95 % intervals over subsets meet",
     BINOMIAL: "their 95 % intervals over examples meet",
 }

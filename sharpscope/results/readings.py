@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from sharpscope.results.comparison import Comparison, Subject
-from sharpscope.results.density import DensityResult
 from sharpscope.results.eigen import EigenResult
 from sharpscope.results.groups import Difference, Spread, difference, spread
 from sharpscope.results.record import examples_of, origin
 from sharpscope.results.sharpness import Measure, SharpnessResult
+from sharpscope.results.trace import TraceResult
 from sharpscope.tables import with_bound
 
 NUMERICAL = "bound on the numerical error"
 SAMPLED = "95 % over examples, for all the data"
 PROBED = "one standard error over random probes"
+PROBED_SAMPLED = "one standard error over random probes and examples, for all the data"
 SUBSETS = "95 % over subsets"
 BINOMIAL = "95 % over examples (Wilson 1927)"
 EXACT = "exact on these examples"
@@ -204,11 +205,12 @@ def _ratio(k: int) -> Callable[[Subject], Reading | None]:
 
 
 def _trace(subject: Subject) -> Reading | None:
-    result = subject.density
+    result = subject.trace
     if result is None:
         return None
-    value, error = result.trace.value, result.trace.standard_error
-    return Reading(value, value - error, value + error, PROBED, **_source(result))
+    value, error = result.whole.value, result.whole.standard_error
+    kind = PROBED if result.sampling_error is None else PROBED_SAMPLED
+    return Reading(value, value - error, value + error, kind, **_source(result))
 
 
 def _measure(label: str) -> Callable[[Subject], Reading | None]:
@@ -237,7 +239,7 @@ def _measure(label: str) -> Callable[[Subject], Reading | None]:
     return of
 
 
-def _source(result: EigenResult | DensityResult | SharpnessResult) -> dict[str, Any]:
+def _source(result: EigenResult | TraceResult | SharpnessResult) -> dict[str, Any]:
     """On what a number was measured, and what it took."""
     cost = result.cost
     price = f"{cost.passes} passes, {cost.hvps} products, {cost.gradients:.3g} gradients, {cost.seconds:.3g} s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -38,6 +39,7 @@ class TraceResult:
         gradient_norm: ``||grad L(w)||``.
         cost: what it took.
         provenance: as EigenResult's, with ``probes``.
+        sampling_error: one standard error of the trace over the examples, where they are a sample of more; else None.
     """
 
     trace: Estimate
@@ -46,13 +48,20 @@ class TraceResult:
     gradient_norm: float
     cost: Cost
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    sampling_error: float | None = None
 
     def __post_init__(self) -> None:
-        refuse_taken(self.provenance, _MEASURED)
+        refuse_taken(self.provenance, (*_MEASURED, "sampling_error"))
+
+    @property
+    def whole(self) -> Estimate:
+        """The trace for all the data that these examples are a sample of: both standard errors in one."""
+        return Estimate(self.trace.value, math.hypot(self.trace.standard_error, self.sampling_error or 0.0))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
-        return {**head("trace", self.provenance), **{key: _value(getattr(self, key)) for key in _MEASURED}}
+        measured = {key: _value(getattr(self, key)) for key in (*_MEASURED, "sampling_error")}
+        return {**head("trace", self.provenance), **measured}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TraceResult:
@@ -63,6 +72,7 @@ class TraceResult:
         rest = opened(values, "trace")
         try:
             measured = {key: rest.pop(key) for key in _MEASURED}
+            measured["sampling_error"] = rest.pop("sampling_error", None)
             measured |= {key: Estimate(**measured[key]) for key in _ESTIMATES} | {"cost": Cost(**measured["cost"])}
         except (KeyError, TypeError) as error:
             raise DataError(f"A trace result must have the keys of TraceResult.to_dict(), got: {error}.") from error
@@ -108,4 +118,7 @@ def _rows(results: Sequence[TraceResult]) -> list[list[str]]:
 def _notes(results: Sequence[TraceResult]) -> list[str]:
     names = names_of([r.provenance for r in results])
     notes = [said for r, name in zip(results, names, strict=True) for said in origin_notes(name, r.provenance)]
+    for r, name in zip(results, names, strict=True):
+        if r.sampling_error is not None:
+            notes.append(f"{name}: for all the data of which these are a sample, {r.whole} (± one standard error).")
     return [*notes, "± is one standard error, over the random vectors."]
