@@ -62,6 +62,15 @@ def spectral_density(
     Raises: ArgumentError, ProblemError, DataError, AuditError.
     Source: Ghorbani, Krishnan and Xiao 2019, alg. 1 and 2; departures: full reorthogonalisation, the width follows from
     the steps, XTrace.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> model = torch.nn.Linear(3, 1, bias=False)
+    >>> data = torch.tensor([[3.0, 2.0, 1.0]]), torch.zeros(1, 1)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)  # H = 2 x x', of rank one
+    >>> density = sharpscope.spectral_density(problem, probes=2)
+    >>> round(float(density.nodes.max()), 3), round(density.mean.value, 3)  # 2 ||x||^2, and a third of it
+    (28.0, 9.333)
     """
     source, seed = seeded(generator)
     matrix = curvature(operator, source)
@@ -113,6 +122,15 @@ def trace(
     The audit runs first. Args: as ``spectral_density``. Cost: ``2 (1 + 2 probes)`` gradients in two passes.
 
     Raises: ArgumentError, ProblemError, DataError, AuditError.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> model = torch.nn.Linear(3, 1, bias=False)
+    >>> data = torch.tensor([[3.0, 2.0, 1.0]]), torch.zeros(1, 1)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)  # H = 2 x x', of rank one
+    >>> result = sharpscope.trace(problem, probes=2)
+    >>> round(result.trace.value, 3), round(result.frobenius.value, 3)  # exact where the rank is below the probes
+    (28.0, 28.0)
     """
     source, seed = seeded(generator)
     matrix = curvature(operator, source)
