@@ -65,8 +65,8 @@ def block_spectra(
 
     >>> import sharpscope
     >>> import torch
-    >>> inputs, targets = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
-    >>> problem = sharpscope.Problem(model=torch.nn.Linear(3, 1), loss=torch.nn.MSELoss(), data=(inputs, targets))
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> problem = sharpscope.Problem(model=torch.nn.Linear(3, 1), loss=torch.nn.MSELoss(), data=data)
     >>> blocks = sharpscope.block_spectra(problem, by="parameter")  # 2/3 X'X and 2
     >>> dict(zip(blocks.names, blocks.lambda_max.round(2).tolist()))
     {'weight': 6.0, 'bias': 2.0}

@@ -39,7 +39,7 @@ def sam_edge(
     Source: Long and Bartlett 2024, there without momentum.
 
     >>> from sharpscope.edges import sam_edge
-    >>> sam_edge(lr=0.125, rho=0.5, gradient_norm=4.0)  # (4 / 1) (sqrt(1 + 8) - 1), of an edge of 16 without rho
+    >>> sam_edge(lr=0.125, rho=0.5, gradient_norm=4.0)  # 4 (sqrt(1 + 8) - 1)
     8.0
     """
     edge = descent_edge(lr, momentum, dampening=dampening, nesterov=nesterov)

@@ -41,7 +41,7 @@ class Problem:
     >>> import sharpscope
     >>> import torch
     >>> inputs, targets = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
-    >>> batches = [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])]  # unequal, which does not matter
+    >>> batches = [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])]  # unequal
     >>> model = torch.nn.Linear(3, 1, bias=False)
     >>> for data in ((inputs, targets), batches):
     ...     problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)

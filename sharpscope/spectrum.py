@@ -90,8 +90,8 @@ def top_eigenvalues(
     >>> import sharpscope
     >>> import torch
     >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
-    >>> model = torch.nn.Linear(3, 1, bias=False)
-    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)  # H = diag(6, 8/3, 2/3)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
     >>> result = sharpscope.top_eigenvalues(problem, k=2)
     >>> result.eigenvalues.round(2), result.converged
     (array([6.  , 2.67]), array([ True,  True]))

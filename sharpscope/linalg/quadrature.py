@@ -70,7 +70,7 @@ def lanczos_quadrature(
     >>> from sharpscope.linalg import lanczos_quadrature
     >>> diagonal = torch.tensor([5.0, 2.0, 2.0, 2.0], dtype=torch.float64)[:, None]
     >>> rule = lanczos_quadrature(lambda V: diagonal * V, n=4, probes=2, steps=2)
-    >>> rule.nodes.round(decimals=6).tolist()  # two distinct eigenvalues, so two steps find both
+    >>> rule.nodes.round(decimals=6).tolist()  # two steps find two eigenvalues
     [[2.0, 5.0], [2.0, 5.0]]
     >>> [round(total, 6) for total in rule.weights.sum(1).tolist()]
     [1.0, 1.0]

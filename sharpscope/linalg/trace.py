@@ -53,7 +53,7 @@ def trace_and_frobenius(
     >>> from sharpscope.linalg import trace_and_frobenius
     >>> diagonal = torch.tensor([3.0, 4.0] + [0.0] * 98, dtype=torch.float64)[:, None]
     >>> found = trace_and_frobenius(lambda V: diagonal * V, n=100, probes=4)
-    >>> round(found.trace, 6), round(found.squared, 6)  # of rank 2, below the probes, hence exact: 3 + 4 and 9 + 16
+    >>> round(found.trace, 6), round(found.squared, 6)  # exact, since of rank 2 < 4
     (7.0, 25.0)
     """
     require_probes(n, probes)

@@ -94,8 +94,8 @@ class SharpnessMonitor:
     >>> import sharpscope
     >>> import torch
     >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
-    >>> model = torch.nn.Linear(3, 1, bias=False)
-    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)  # H = diag(6, 8/3, 2/3)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> monitor = sharpscope.SharpnessMonitor(problem, optimizer, every=2, tol=1e-3)
     >>> for _ in range(4):

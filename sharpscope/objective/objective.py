@@ -49,8 +49,8 @@ class Objective:
     >>> import sharpscope
     >>> import torch
     >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
-    >>> model = torch.nn.Linear(3, 1, bias=False)
-    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)  # H = diag(6, 8/3, 2/3)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
     >>> objective = sharpscope.Objective(problem)
     >>> objective.hvp(torch.eye(3))
     tensor([[6.0000, 0.0000, 0.0000],

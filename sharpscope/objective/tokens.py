@@ -27,8 +27,8 @@ class TokenCrossEntropy(nn.Module):
 
     >>> import sharpscope
     >>> import torch
-    >>> logits, labels = torch.zeros(1, 3, 4), torch.tensor([[0, 2, -100]])  # 4 words, all as likely
-    >>> sharpscope.TokenCrossEntropy()(logits, labels)  # log 4
+    >>> logits, labels = torch.zeros(1, 3, 4), torch.tensor([[0, 2, -100]])
+    >>> sharpscope.TokenCrossEntropy()(logits, labels)  # log 4: four words, all as likely
     tensor(1.3863)
     """
 

@@ -67,8 +67,8 @@ class GSAM(SAM):
     >>> def closure():
     ...     optimizer.zero_grad()
     ...     (w[0] * w[1]).backward()
-    >>> optimizer.step(closure)  # g = (0, 1), g_e = (1, 1), g_perp = (-1/2, 1/2): minus 0.1 (3/2, 1/2)
-    >>> w.data
+    >>> optimizer.step(closure)  # g = (0, 1), g_e = (1, 1), g_perp = (-1/2, 1/2)
+    >>> w.data  # (1, 0) - 0.1 (3/2, 1/2)
     tensor([ 0.8500, -0.0500])
     """
 
@@ -175,7 +175,7 @@ class FriendlySAM(SAM):
     ...     optimizer.zero_grad()
     ...     (w**2 / 2).backward()
     >>> optimizer.step(closure)  # as SAM: 1 - 0.1 (1 + 0.5)
-    >>> optimizer.step(closure)  # the gradient is below its mean, so e is negative: 0.85 - 0.1 (0.85 - 0.5)
+    >>> optimizer.step(closure)  # g is below its mean: 0.85 - 0.1 (0.85 - 0.5)
     >>> w.data
     tensor(0.8150)
     """

@@ -49,8 +49,8 @@ def density_curve(
     >>> import torch
     >>> from sharpscope.plot import density_curve
     >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
-    >>> model = torch.nn.Linear(3, 1, bias=False)
-    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)  # H = diag(6, 8/3, 2/3)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
     >>> axes = density_curve(sharpscope.spectral_density(problem, probes=3), sharpscope.top_eigenvalues(problem, k=2))
     >>> axes.get_ylabel(), axes.get_yscale()
     ('density', 'log')

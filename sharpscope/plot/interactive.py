@@ -58,8 +58,8 @@ def interactive_surface(
     >>> import torch
     >>> from sharpscope.plot import interactive_surface
     >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
-    >>> model = torch.nn.Linear(3, 1, bias=False)
-    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)  # H = diag(6, 8/3, 2/3)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
     >>> page = interactive_surface(sharpscope.loss_surface(problem, points=5))
     >>> page.startswith("<!DOCTYPE html>")
     True

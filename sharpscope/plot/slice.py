@@ -59,8 +59,8 @@ def slice_curves(
     >>> import torch
     >>> from sharpscope.plot import slice_curves
     >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
-    >>> model = torch.nn.Linear(3, 1, bias=False)
-    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)  # H = diag(6, 8/3, 2/3)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
     >>> axes = slice_curves(sharpscope.loss_slice(problem))
     >>> axes.get_xlabel(), axes.get_ylabel()
     ('t along random directions', 'data loss')

@@ -65,8 +65,8 @@ def surface_contour(
     >>> import torch
     >>> from sharpscope.plot import surface_contour
     >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
-    >>> model = torch.nn.Linear(3, 1, bias=False)
-    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)  # H = diag(6, 8/3, 2/3)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
     >>> axes = surface_contour(sharpscope.loss_surface(problem, points=5))
     >>> axes.get_xlabel(), axes.get_ylabel()
     ('x: random direction 1', 'y: random direction 2')
@@ -107,8 +107,8 @@ def surface_3d(
     >>> import torch
     >>> from sharpscope.plot import surface_3d
     >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
-    >>> model = torch.nn.Linear(3, 1, bias=False)
-    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)  # H = diag(6, 8/3, 2/3)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
     >>> axes = surface_3d(sharpscope.loss_surface(problem, points=5))
     >>> axes.name, axes.get_xlabel()
     ('3d', 'x: random direction 1')

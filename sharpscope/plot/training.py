@@ -108,8 +108,8 @@ def sharpness_over_steps(runs: MonitorResult | Mapping[str, MonitorResult], axes
     >>> import torch
     >>> from sharpscope.plot import sharpness_over_steps
     >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
-    >>> model = torch.nn.Linear(3, 1, bias=False)
-    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)  # H = diag(6, 8/3, 2/3)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
     >>> monitor = sharpscope.SharpnessMonitor(problem, torch.optim.SGD(model.parameters(), lr=0.1))
     >>> records = [monitor.measure(step) for step in (0, 100)]
     >>> axes = sharpness_over_steps(monitor.result())

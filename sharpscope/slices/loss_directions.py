@@ -33,8 +33,8 @@ def eigenvector_directions(result: EigenResult, which: Sequence[int] = (1, 2)) -
     >>> import torch
     >>> from sharpscope.slices import eigenvector_directions
     >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
-    >>> model = torch.nn.Linear(3, 1, bias=False)
-    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)  # H = diag(6, 8/3, 2/3)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
     >>> result = sharpscope.top_eigenvalues(problem, k=1, vectors=True)
     >>> (first,) = eigenvector_directions(result, [1])
     >>> print(sharpscope.loss_slice(problem, first, points=3).curvatures.round(2))  # lambda_1
@@ -70,10 +70,10 @@ def gradient_directions(
     >>> import torch
     >>> from sharpscope.slices import gradient_directions
     >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
-    >>> model = torch.nn.Linear(3, 1, bias=False)
-    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)  # H = diag(6, 8/3, 2/3)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
     >>> _ = torch.nn.init.ones_(model.weight)
-    >>> gradient, sams = gradient_directions(problem, rho=0.05)  # H w = (6, 8/3, 2/3), then H (w + e)
+    >>> gradient, sams = gradient_directions(problem, rho=0.05)  # H w, and H (w + e)
     >>> [round(float(v), 2) for v in gradient.vector], gradient.settings["cosine"] < 1
     ([0.91, 0.4, 0.1], True)
     """

@@ -53,9 +53,9 @@ def random_directions(
     >>> import torch
     >>> from sharpscope.slices import random_directions
     >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
-    >>> model = torch.nn.Linear(3, 1, bias=False)
-    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)  # H = diag(6, 8/3, 2/3)
-    >>> one, two = random_directions(problem, 2)  # of one filter, so each has the length of w
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> one, two = random_directions(problem, 2)  # each as long as w
     >>> abs(one.length / float(model.weight.detach().norm()) - 1) < 1e-6, abs(float(one.vector @ two.vector)) < 1e-9
     (True, True)
     """
