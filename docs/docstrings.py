@@ -49,8 +49,13 @@ def without_substitutions(line: str) -> str:
 def with_names(
     app: Any, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """Sphinx's hook: defaults whose ``repr`` is no Python, as one would write them."""
-    if signature is not None:
-        signature = re.sub(r"Curvature\([^()]*\)", "HESSIAN", signature.replace("<factory>", "{}"))
-        signature = re.sub(r"<function (\w+)[^>]*>", r"\1", signature)
-    return signature, returns
+    """Sphinx's hook: types and defaults whose ``repr`` is long or no Python, as one would write them."""
+    return _written(signature), _written(returns)
+
+
+def _written(text: str | None) -> str | None:
+    if text is None:
+        return None
+    text = re.sub(r"~numpy\.ndarray\[.*?~numpy\.dtype\[([^\]]*)\]\]", r"~numpy.typing.NDArray[\1]", text)
+    text = re.sub(r"Curvature\([^()]*\)", "HESSIAN", text.replace("<factory>", "{}"))
+    return re.sub(r"<function (\w+)[^>]*>", r"\1", text)
