@@ -62,6 +62,16 @@ def block_spectra(
     the work. Memory: about ``20 + 8 probes`` vectors of all parameters.
 
     Raises: ArgumentError, ProblemError, DataError, AuditError.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> problem = sharpscope.Problem(model=torch.nn.Linear(3, 1), loss=torch.nn.MSELoss(), data=data)
+    >>> blocks = sharpscope.block_spectra(problem, by="parameter")  # 2/3 X'X and 2
+    >>> dict(zip(blocks.names, blocks.lambda_max.round(2).tolist()))
+    {'weight': 6.0, 'bias': 2.0}
+    >>> blocks.traces.round(2)  # 2/3 (9 + 4 + 1) and 2
+    array([9.33, 2.  ])
     """
     source, seed = seeded(generator)
     matrix = curvature(operator, source)

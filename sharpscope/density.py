@@ -64,6 +64,15 @@ def spectral_density(
     Raises: ArgumentError, ProblemError, DataError, AuditError.
     Source: Ghorbani, Krishnan and Xiao 2019, alg. 1 and 2; departures: full reorthogonalisation, the width follows from
     the steps, XTrace.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = 2 x x': 28, 0 and 0
+    >>> data = torch.tensor([[3.0, 2.0, 1.0]]), torch.zeros(1, 1)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> density = sharpscope.spectral_density(problem, probes=2)
+    >>> round(float(density.nodes.max()), 3), round(density.mean.value, 3)
+    (28.0, 9.333)
     """
     source, seed = seeded(generator)
     matrix = curvature(operator, source)
@@ -113,11 +122,21 @@ def trace(
 ) -> TraceResult:
     """``tr H`` and ``||H||_F`` of the Hessian of L(w), each with its standard error, by XTrace.
 
-    The audit runs first. Args: as ``spectral_density``; ``population``: the data are a random sample of more, and the
-    trace has a standard error over examples too (``sharpscope.sampling.trace_error``). Cost: ``2 (1 + 2 probes)``
-    gradients in two passes.
+    The audit runs first.
+
+    Args: as ``spectral_density``; ``population``: the data are a random sample of more, and the trace has a standard
+    error over examples too, ``sharpscope.sampling.trace_error``. Cost: ``2 (1 + 2 probes)`` gradients in two passes.
 
     Raises: ArgumentError, ProblemError, DataError, AuditError.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = 2 x x': 28, 0 and 0
+    >>> data = torch.tensor([[3.0, 2.0, 1.0]]), torch.zeros(1, 1)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> result = sharpscope.trace(problem, probes=2)
+    >>> round(result.trace.value, 3), round(result.frobenius.value, 3)
+    (28.0, 28.0)
     """
     source, seed = seeded(generator)
     matrix = curvature(operator, source)

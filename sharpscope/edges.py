@@ -12,6 +12,10 @@ def descent_edge(lr: float, momentum: float = 0.0, *, dampening: float = 0.0, ne
     ``eta (1 - d)``; Nesterov's momentum divides it by ``1 + 2 beta``. Infinite where the rate is zero.
 
     Source: Cohen et al. 2021, section 2 and appendix B.
+
+    >>> from sharpscope.edges import descent_edge
+    >>> descent_edge(lr=0.125), descent_edge(lr=0.125, momentum=0.5)
+    (16.0, 24.0)
     """
     rate = lr * (1 - dampening) * (1 + 2 * momentum if nesterov else 1)
     return 2 * (1 + momentum) / rate if rate else math.inf
@@ -33,6 +37,10 @@ def sam_edge(
     from E for rho far below ``||g|| / E`` to 0 at g = 0, where SAM leaps over the minimum.
 
     Source: Long and Bartlett 2024, there without momentum.
+
+    >>> from sharpscope.edges import sam_edge
+    >>> sam_edge(lr=0.125, rho=0.5, gradient_norm=4.0)  # 4 (sqrt(1 + 8) - 1)
+    8.0
     """
     edge = descent_edge(lr, momentum, dampening=dampening, nesterov=nesterov)
     if not lr or not rho:

@@ -84,6 +84,16 @@ def load(
 
     Raises: CheckpointError for a file that cannot be read, trusted or matched; ArgumentError for an unknown name or
         a wrong argument; DataError when the data are missing.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> torch.save(torch.nn.Linear(3, 1, bias=False).state_dict(), "weights.pt")
+    >>> def factory():
+    ...     return torch.nn.Linear(3, 1, bias=False)
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> problem = sharpscope.load("weights.pt", model=factory, data=data, loss="mse")
+    >>> print(f"{sharpscope.top_eigenvalues(problem, k=1).lambda_max:.2f}")
+    6.00
     """
     checkpoint = read_checkpoint(path, weights, trust_pickle=trust_pickle)
     if problem is not None:

@@ -37,6 +37,17 @@ class Problem:
         provenance: where it came from, copied into results.
 
     Raises: ProblemError when an argument is of the wrong kind.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> inputs, targets = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> batches = [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])]  # unequal
+    >>> model = torch.nn.Linear(3, 1, bias=False)
+    >>> for data in ((inputs, targets), batches):
+    ...     problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    ...     print(f"{sharpscope.top_eigenvalues(problem, k=1).lambda_max:.2f}")
+    6.00
+    6.00
     """
 
     model: nn.Module

@@ -86,6 +86,17 @@ def top_eigenvalues(
     and 3 to 4 for the subset; "lanczos", 1 + 2 (k + 1) gradients a pass, 5 to 12 passes.
 
     Raises: ArgumentError, ProblemError, DataError, AuditError; OutputError where the journal cannot be written.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> result = sharpscope.top_eigenvalues(problem, k=2)
+    >>> result.eigenvalues.round(2), result.converged
+    (array([6.  , 2.67]), array([ True,  True]))
+    >>> bool(result.lower[0] <= 6 <= result.upper[0])
+    True
     """
     source, seed = seeded(generator)
     settings = {"k": k, "tol": tol, "method": method, "which": which, "certify": certify, "max_basis": max_basis}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +15,8 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 WITH_LINKS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+# By the folders of the project that a text may name.
+NAMED = re.compile(r"(?<![\w/.-])(?:docs|benchmarks|tests|cli|sharpscope|\.ci)/[\w./-]*[\w/]")
 NUMBER = re.compile(r"(?<![\w-])\d[\d.,]*(?:e[+-]\d+)?")
 
 
@@ -66,6 +71,63 @@ def test_links_lead_somewhere(page: Path) -> None:
             other = page.parent / name if name else page
             assert other.is_file(), link
             assert not anchor or anchor in anchors(other), link
+
+
+def test_files_that_are_named_are_there() -> None:
+    """A page in backticks, and the source anywhere, names no file of the project that is not in it."""
+    texts = {page: " ".join(re.findall(r"`[^`\n]+`", page.read_text(encoding="utf-8"))) for page in WITH_LINKS}
+    sources = [*(ROOT / "sharpscope").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]
+    texts |= {path: path.read_text(encoding="utf-8") for path in sources}
+    found = [(path, name) for path, text in texts.items() for name in NAMED.findall(text)]
+    assert len(found) > 30
+    assert [(path, name) for path, name in found if not (ROOT / name).exists()] == []
+
+
+def test_the_reference_lists_every_public_name() -> None:
+    """docs/reference.md has a line for each function and class that a public package offers, and none twice."""
+    names = re.findall(r"^- `([\w.]+)`: .*\.$", (DOCS / "reference.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    listed = [offered(*name.rsplit(".", 1)) for name in names]
+    assert len(names) == len(set(listed))
+    for package in ("sharpscope", *(f"sharpscope.{name}" for name in ("linalg", "optim", "plot", "results", "slices"))):
+        everything = [offered(package, name) for name in importlib.import_module(package).__all__]
+        missing = {one for one in everything if inspect.isfunction(one) or inspect.isclass(one)} - set(listed)
+        assert missing == set(), f"docs/reference.md needs a line for each of these, of {package}."
+
+
+def test_sections_of_a_docstring_become_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one line or an entry a line, with nothing lost; the example below stays apart."""
+    monkeypatch.syspath_prepend(str(DOCS))
+    lines = """The cosine |c|, ``|c|`` in code.
+
+    Args:
+        dtype, device: of the vectors,
+            and more.
+    Cost: 2 gradients. Source: a book.
+    Raises: DataError for one thing; ArgumentError for
+        another.
+
+    >>> 1 | 2
+    3"""
+    shown = inspect.cleandoc(lines).splitlines()
+    importlib.import_module("docstrings").as_rst(None, "function", "f", None, None, shown)
+    expected = r"""The cosine \|c\|, ``|c|`` in code.
+
+    :Arguments:
+        * **dtype, device**: of the vectors,
+          and more.
+    :Cost: 2 gradients.
+    :Source: a book.
+    :Raises: :py:exc:`~sharpscope.DataError` for one thing; :py:exc:`~sharpscope.ArgumentError` for
+          another.
+
+    >>> 1 | 2
+    3"""
+    assert [line.rstrip() for line in shown] == inspect.cleandoc(expected).splitlines()
+
+
+def offered(package: str, name: str) -> Any:
+    """What a package offers by that name."""
+    return getattr(importlib.import_module(package), name)
 
 
 def test_figures_that_are_quoted_are_in_the_results() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import re
 import sys
 from pathlib import Path
 
@@ -276,3 +277,12 @@ def test_every_package_is_installed() -> None:
     config.read(ROOT / "setup.cfg")
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
     assert set(config["options"]["packages"].split()) == found | {"sharpscope.cli"}
+
+
+def test_a_newcomer_finds_every_package() -> None:
+    """CONTRIBUTING.md has a row for each package of setup.cfg, and no other."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(sharpscope[\w.]*)` \|", text, flags=re.MULTILINE)
+    assert sorted(rows) == sorted(config["options"]["packages"].split())

@@ -102,6 +102,15 @@ def top_eigenpairs(
         progress: called as ``progress(products, worst)`` with the largest ``bound / |theta|`` so far.
 
     Raises: ArgumentError for arguments out of range, a matmat with a wrong shape, NaN, or that is not symmetric.
+
+    >>> import torch
+    >>> from sharpscope.linalg import top_eigenpairs
+    >>> diagonal = torch.arange(1.0, 101.0, dtype=torch.float64)[:, None]
+    >>> pairs = top_eigenpairs(lambda V: diagonal * V, n=100, k=3, tol=1e-6)
+    >>> [round(value, 3) for value in pairs.eigenvalues.tolist()]
+    [100.0, 99.0, 98.0]
+    >>> bool((pairs.upper - pairs.lower <= 2e-6 * pairs.eigenvalues).all())
+    True
     """
     require_arguments(n, k, tol, method, max_products, which)
     require_dtype(dtype)

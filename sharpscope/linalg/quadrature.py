@@ -65,6 +65,15 @@ def lanczos_quadrature(
     Cost: ``steps`` products with a block; memory, ``probes * steps`` vectors.
 
     Raises: ArgumentError for arguments out of range, a matmat with a wrong shape, NaN, or that is not symmetric.
+
+    >>> import torch
+    >>> from sharpscope.linalg import lanczos_quadrature
+    >>> diagonal = torch.tensor([5.0, 2.0, 2.0, 2.0], dtype=torch.float64)[:, None]
+    >>> rule = lanczos_quadrature(lambda V: diagonal * V, n=4, probes=2, steps=2)
+    >>> rule.nodes.round(decimals=6).tolist()  # two steps find two eigenvalues
+    [[2.0, 5.0], [2.0, 5.0]]
+    >>> [round(total, 6) for total in rule.weights.sum(1).tolist()]
+    [1.0, 1.0]
     """
     require_probes(n, probes, steps)
     require_dtype(dtype)

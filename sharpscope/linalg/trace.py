@@ -48,6 +48,13 @@ def trace_and_frobenius(
     Cost: two products with a block of at most ``probes`` vectors; memory, four such blocks.
 
     Raises: ArgumentError for arguments out of range, a matmat with a wrong shape, or NaN.
+
+    >>> import torch
+    >>> from sharpscope.linalg import trace_and_frobenius
+    >>> diagonal = torch.tensor([3.0, 4.0] + [0.0] * 98, dtype=torch.float64)[:, None]
+    >>> found = trace_and_frobenius(lambda V: diagonal * V, n=100, probes=4)
+    >>> round(found.trace, 6), round(found.squared, 6)  # exact, since of rank 2 < 4
+    (7.0, 25.0)
     """
     require_probes(n, probes)
     require_dtype(dtype)

@@ -90,6 +90,21 @@ class SharpnessMonitor:
     100 from noise. No pass over the data.
 
     Raises: ArgumentError, ProblemError and DataError for what cannot be measured, by a look at the first two examples.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> monitor = sharpscope.SharpnessMonitor(problem, optimizer, every=2, tol=1e-3)
+    >>> for _ in range(4):
+    ...     optimizer.zero_grad()
+    ...     torch.nn.functional.mse_loss(model(data[0]), data[1]).backward()
+    ...     optimizer.step()
+    ...     record = monitor.step()
+    >>> monitor.result().lambda_max.round(2), record.two_over_eta
+    (array([6., 6.]), 20.0)
     """
 
     def __init__(

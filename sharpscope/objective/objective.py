@@ -45,6 +45,19 @@ class Objective:
         curvature: the matrix whose products ``hvp`` gives, see ``sharpscope.operators``.
 
     Raises: ArgumentError, ProblemError, DataError.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> objective = sharpscope.Objective(problem)
+    >>> objective.hvp(torch.eye(3))
+    tensor([[6.0000, 0.0000, 0.0000],
+            [0.0000, 2.6667, 0.0000],
+            [0.0000, 0.0000, 0.6667]])
+    >>> objective.passes, objective.gradients  # 1 + 2K
+    (1, 7.0)
     """
 
     def __init__(

@@ -87,6 +87,14 @@ def frozen_buffers() -> Iterator[None]:
         with frozen_buffers():
             loss_fn(model(x), y).backward()
         optimizer.second_step(zero_grad=True)
+
+    >>> import torch
+    >>> from sharpscope.optim import frozen_buffers
+    >>> norm = torch.nn.BatchNorm1d(1)
+    >>> with frozen_buffers():
+    ...     _ = norm(torch.full((4, 1), 5.0))
+    >>> norm.running_mean
+    tensor([0.])
     """
     seen: set[nn.Module] = set()
     slots: list[tuple[nn.Module, str, Tensor | None]] = []

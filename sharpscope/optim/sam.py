@@ -71,6 +71,18 @@ class SAM(Optimizer):
     Source: Foret et al. 2021, Algorithm 1 and Eq. 2. Departures: the released code has the L2 penalty in the
     loss of both passes; here weight decay is the base optimizer's, at ``w``, as in Eq. 1. The published
     algorithm does not say what to do when ``||g|| = 0``.
+
+    >>> import torch
+    >>> from sharpscope.optim import SAM
+    >>> w = torch.nn.Parameter(torch.tensor(1.0))
+    >>> optimizer = SAM([w], torch.optim.SGD, rho=0.5, lr=0.1)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = w**2 / 2
+    ...     loss.backward()
+    ...     return loss
+    >>> optimizer.step(closure).item(), w.data  # L(w), and 1 - 0.1 (1 + 0.5)
+    (0.5, tensor(0.8500))
     """
 
     base_optimizer: Optimizer

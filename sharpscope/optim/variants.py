@@ -23,6 +23,17 @@ class ASAM(SAM):
     paper's code leaves those at T = 1. Args, cost and the rest: as SAM.
 
     Source: Kwon et al. 2021, Eq. 4 to 6 and Algorithm 1; rho = 0.5 and eta = 0.01 are theirs for CIFAR-10.
+
+    >>> import torch
+    >>> from sharpscope.optim import ASAM
+    >>> w = torch.nn.Parameter(torch.tensor(2.0))
+    >>> optimizer = ASAM([w], torch.optim.SGD, rho=0.5, eta=0.0, lr=0.1)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     (w**2 / 2).backward()
+    >>> optimizer.step(closure)  # e = 0.5 |w|, so w is scaled: 2 - 0.1 (2 + 1)
+    >>> w.data
+    tensor(1.7000)
     """
 
     def __init__(
@@ -48,6 +59,17 @@ class GSAM(SAM):
     Args: as SAM, and ``alpha``, >= 0. Cost: 2 gradients, and one more copy of a gradient.
 
     Source: Zhuang et al. 2022, Algorithm 1.
+
+    >>> import torch
+    >>> from sharpscope.optim import GSAM
+    >>> w = torch.nn.Parameter(torch.tensor([1.0, 0.0]))
+    >>> optimizer = GSAM([w], torch.optim.SGD, rho=1.0, alpha=1.0, lr=0.1)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     (w[0] * w[1]).backward()
+    >>> optimizer.step(closure)  # g = (0, 1), g_e = (1, 1), g_perp = (-1/2, 1/2)
+    >>> w.data  # (1, 0) - 0.1 (3/2, 1/2)
+    tensor([ 0.8500, -0.0500])
     """
 
     _both = True
@@ -78,6 +100,18 @@ class LookSAM(SAM):
     Args: as SAM, and ``k`` and ``alpha``. Cost: ``1 + 1/k`` gradients a step, and one more copy of a gradient.
 
     Source: Liu et al. 2022, Algorithm 1.
+
+    >>> import torch
+    >>> from sharpscope.optim import LookSAM
+    >>> w = torch.nn.Parameter(torch.tensor(1.0))
+    >>> optimizer = LookSAM([w], torch.optim.SGD, rho=0.5, k=5, lr=0.1)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     (w**2 / 2).backward()
+    >>> for _ in range(10):
+    ...     optimizer.step(closure)
+    >>> optimizer.num_gradients  # two of the ten steps look
+    12.0
     """
 
     _both, _two_calls = True, False
@@ -132,6 +166,18 @@ class FriendlySAM(SAM):
 
     Source: Li et al. 2024, Eq. 9 and 10, and their code, which agree for sigma = 1 (there m is taken out before it has
     moved, which changes the length of d alone) but for the first step, where there is no m yet: then d = g.
+
+    >>> import torch
+    >>> from sharpscope.optim import FriendlySAM
+    >>> w = torch.nn.Parameter(torch.tensor(1.0))
+    >>> optimizer = FriendlySAM([w], torch.optim.SGD, rho=0.5, lr=0.1)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     (w**2 / 2).backward()
+    >>> optimizer.step(closure)  # as SAM: 1 - 0.1 (1 + 0.5)
+    >>> optimizer.step(closure)  # g is below its mean: 0.85 - 0.1 (0.85 - 0.5)
+    >>> w.data
+    tensor(0.8150)
     """
 
     _own = (*SAM._own, "sigma", "lmbda")

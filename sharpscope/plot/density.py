@@ -44,6 +44,16 @@ def density_curve(
         width: of the smoothing; by default the result's.
 
     Raises: DataError when the eigenvalues are of other weights or data than the result.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> from sharpscope.plot import density_curve
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> axes = density_curve(sharpscope.spectral_density(problem, probes=3), sharpscope.top_eigenvalues(problem, k=2))
+    >>> axes.get_ylabel(), axes.get_yscale()
+    ('density', 'log')
     """
     import matplotlib.pyplot as plt
 

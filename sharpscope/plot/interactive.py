@@ -53,6 +53,16 @@ def interactive_surface(
         clip: loss at which surfaces are cut flat.
 
     Raises: ArgumentError where plotly is not installed; DataError as ``surfaces_side_by_side``.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> from sharpscope.plot import interactive_surface
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> page = interactive_surface(sharpscope.loss_surface(problem, points=5))
+    >>> page.startswith("<!DOCTYPE html>")
+    True
     """
     try:
         import plotly.graph_objects as go

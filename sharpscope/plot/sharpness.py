@@ -27,6 +27,16 @@ def m_sharpness_curves(
         against: "m" (a line for each rho) or "rho" (a line for each m); by default m where there are several.
 
     Raises: DataError when a result has no m-sharpness, or of another ball or ascent than the others.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> from sharpscope.plot import m_sharpness_curves
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> axes = m_sharpness_curves([sharpscope.measure_sharpness(problem, "m-sharpness", m=[1, 3], rho=0.05)])
+    >>> axes.get_xlabel(), axes.get_ylabel()
+    ('examples m that share a perturbation', 'm-sharpness')
     """
     import matplotlib.pyplot as plt
 

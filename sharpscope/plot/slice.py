@@ -54,6 +54,17 @@ def slice_curves(
         width: of a new figure, in inches.
 
     Raises: DataError when the results are not of lines or not alike; where log is asked for and a loss is not above 0.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> from sharpscope.plot import slice_curves
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> axes = slice_curves(sharpscope.loss_slice(problem))
+    >>> axes.get_xlabel(), axes.get_ylabel()
+    ('t along random directions', 'data loss')
+    >>> axes.figure.savefig("line.png")
     """
     results = [results] if isinstance(results, SliceResult) else list(results)
     require_alike(results, grid=False)

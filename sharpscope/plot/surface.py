@@ -60,6 +60,17 @@ def surface_contour(
 
     Raises: DataError when the result is of lines, or has no values to draw; where log is asked for and a loss is not
     above 0.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> from sharpscope.plot import surface_contour
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> axes = surface_contour(sharpscope.loss_surface(problem, points=5))
+    >>> axes.get_xlabel(), axes.get_ylabel()
+    ('x: random direction 1', 'y: random direction 2')
+    >>> axes.figure.savefig("plane.png")
     """
     shown, at = _checked([result], levels, split, quantity, log, clip)
     own = axes is None
@@ -91,6 +102,16 @@ def surface_3d(
     The height is log10 of the loss with ``log``, labelled with the loss. Diverged points are holes with crosses above.
     Other networks are not drawn.
     Arguments and errors are those of ``surface_contour``; the levels are the marks of the vertical axis.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> from sharpscope.plot import surface_3d
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> axes = surface_3d(sharpscope.loss_surface(problem, points=5))
+    >>> axes.name, axes.get_xlabel()
+    ('3d', 'x: random direction 1')
     """
     shown, at = _checked([result], levels, split, quantity, log, clip)
     own = axes is None
@@ -122,6 +143,16 @@ def surfaces_side_by_side(
 
     Raises: DataError unless grid, split, data, seed, normalisation, mode and statistics agree; and as
     ``surface_contour``.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> from sharpscope.plot import surfaces_side_by_side
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> models = [torch.nn.Linear(3, 1, bias=False) for _ in range(2)]
+    >>> problems = [sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data) for model in models]
+    >>> axes = surfaces_side_by_side([sharpscope.loss_surface(problem, points=5) for problem in problems])
+    >>> len(axes), axes[0].get_ylim() == axes[1].get_ylim()
+    (2, True)
     """
     if kind not in KINDS:
         raise ArgumentError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")

@@ -28,6 +28,18 @@ def sharpness_over_training(
         axes: two Axes to draw on; by default a new figure.
 
     Raises: DataError when a result does not say its epoch.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> from sharpscope.plot import sharpness_over_training
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> def at(epoch):
+    ...     model, said = torch.nn.Linear(3, 1, bias=False), {"epoch": epoch, "metrics": {"lr": 0.1}}
+    ...     return sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data, provenance=said)
+    >>> run = [sharpscope.top_eigenvalues(at(epoch), k=2) for epoch in (0, 10)]
+    >>> left, right = sharpness_over_training({"SGD": run})
+    >>> left.get_xlabel(), right.get_legend_handles_labels()[1]
+    ('epoch', ['SGD'])
     """
     import matplotlib.pyplot as plt
 
@@ -91,6 +103,18 @@ def sharpness_over_steps(runs: MonitorResult | Mapping[str, MonitorResult], axes
         axes: to draw on; by default a new figure.
 
     Raises: DataError when there is no finite number to draw.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> from sharpscope.plot import sharpness_over_steps
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> monitor = sharpscope.SharpnessMonitor(problem, torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> records = [monitor.measure(step) for step in (0, 100)]
+    >>> axes = sharpness_over_steps(monitor.result())
+    >>> axes.get_xlabel(), axes.get_legend_handles_labels()[1][0]
+    ('step', '2/eta')
     """
     import matplotlib.pyplot as plt
 

@@ -24,7 +24,7 @@ INTERVALS = {
     NUMERICAL: "holds the exact value on these examples: from residuals, or from interlacing where that is tighter",
     SAMPLED: "these examples stand for more; the interval is of the whole they were drawn from",
     PROBED: "how far an estimate by random vectors scatters; about two thirds of such intervals hold the exact value",
-    PROBED_SAMPLED: "that scatter, and how far the sample of examples scatters, in squares; of the whole it was drawn from",
+    PROBED_SAMPLED: "that scatter and that of the sample of examples, added in squares; of the whole it was drawn from",
     SUBSETS: "how far the mean over disjoint subsets of the examples scatters",
     BINOMIAL: "examples as independent draws from where the data come from",
     EXACT: "no random choice and no iteration that could stop early; rounding alone",

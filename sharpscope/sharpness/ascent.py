@@ -32,6 +32,18 @@ class Ascent:
         restarts: runs of APGD from random points of the ball beside that from w.
 
     Raises: ArgumentError for numbers out of range.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> _ = torch.nn.init.zeros_(model.weight)  # where the gradient is zero
+    >>> for ascent in (sharpscope.Ascent(), sharpscope.Ascent(20, adaptive=True, restarts=1)):
+    ...     sharp = sharpscope.measure_sharpness(problem, "worst-case", rho=0.1, ascent=ascent)
+    ...     print(f"{ascent}: {sharp.find('worst-case').value:.4f}")
+    1 step: 0.0000
+    APGD, 20 steps, 1 random restart: 0.0300
     """
 
     steps: int = 1

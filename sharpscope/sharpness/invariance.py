@@ -54,6 +54,16 @@ def rescaling_invariance(
 
     Raises: ArgumentError; ProblemError where no pair of layers can be rescaled.
     Source: Dinh et al. 2017, section 3.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=(torch.randn(8, 3), torch.randn(8, 1)))
+    >>> result = sharpscope.rescaling_invariance(problem, m=4, draws=2, probes=2)
+    >>> moved = {measure.name for measure, change in zip(result.before, result.changes) if change > 1e-6}
+    >>> "lambda-max" in moved, "relative-flatness" in moved
+    (True, False)
     """
     if not 0 < factor < float("inf") or factor == 1.0:
         raise ArgumentError(f"factor must be positive, finite and not 1, got {factor!r}.")

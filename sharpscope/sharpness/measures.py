@@ -89,6 +89,16 @@ def measure_sharpness(
 
     Raises: ArgumentError, ProblemError, DataError, AuditError.
     Sources: see ``Measure.definition``.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> _ = torch.nn.init.zeros_(model.weight)  # the minimum
+    >>> sharp = sharpscope.measure_sharpness(problem, "lambda-max, worst-case", rho=0.1)
+    >>> [round(measure.value, 4) for measure in sharp.measures]  # 6, and rho^2/2 of it
+    [6.0, 0.03]
     """
     wanted = tuple(name.strip() for name in measures.split(",")) if isinstance(measures, str) else tuple(measures)
     m, rho, ascent = (m,) if isinstance(m, int) else m, (rho,) if isinstance(rho, int | float) else rho, _ascent(ascent)

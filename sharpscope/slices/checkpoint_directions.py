@@ -37,6 +37,16 @@ def towards(problem: Problem, other: Problem, name: str = "the other") -> Direct
     """``d = w' - w``: t = 0 is ``problem``'s network, t = 1 the other's, as far as its weights are selected.
 
     Raises: ProblemError for another architecture, ArgumentError where both have the same weights.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> from sharpscope.slices import towards
+    >>> here, there = (torch.nn.Linear(3, 1, bias=False) for _ in range(2))
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> one, two = (sharpscope.Problem(model=m, loss=torch.nn.MSELoss(), data=data) for m in (here, there))
+    >>> line = sharpscope.loss_slice(one, towards(one, two), points=9)
+    >>> line.barrier() < 1e-6  # none, since this loss is convex
+    True
     """
     vector = difference(problem, other)
     if not float(vector.abs().max()):
@@ -48,6 +58,17 @@ def plane_through(problem: Problem, others: Mapping[str, Problem]) -> list[Direc
     """Two orthonormal directions whose plane holds w and both others; the first leads straight to the first of them.
 
     Raises: ProblemError for another architecture, ArgumentError unless there are two others and no three in one line.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> from sharpscope.slices import plane_through
+    >>> def at(*weights):
+    ...     model = torch.nn.Linear(2, 1, bias=False)
+    ...     model.weight.data = torch.tensor([weights])
+    ...     return sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=(torch.eye(2), torch.zeros(2, 1)))
+    >>> plane = plane_through(at(0.0, 0.0), {"one": at(3.0, 0.0), "two": at(3.0, 4.0)})
+    >>> [d.vector.tolist() for d in plane]
+    [[1.0, 0.0], [0.0, 1.0]]
     """
     if len(others) != 2:
         raise ArgumentError(f"A plane through checkpoints needs two besides the centre, got {len(others)}.")
@@ -70,6 +91,17 @@ def trajectory_plane(problem: Problem, steps: Sequence[Problem]) -> list[Directi
     of ``sum_t ||w_t - w||^2`` that lies along each.
 
     Raises: ProblemError for another architecture, ArgumentError where the steps lie in one line through w.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> from sharpscope.slices import trajectory_plane
+    >>> def at(*weights):
+    ...     model = torch.nn.Linear(2, 1, bias=False)
+    ...     model.weight.data = torch.tensor([weights])
+    ...     return sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=(torch.eye(2), torch.zeros(2, 1)))
+    >>> plane = trajectory_plane(at(0.0, 0.0), [at(3.0, 0.0), at(0.0, 1.0)])
+    >>> [round(d.settings["explained"], 3) for d in plane]  # 9 and 1, of 10
+    [0.9, 0.1]
     """
     rows = torch.stack([difference(problem, step) for step in steps]) if steps else torch.zeros(0, 1)
     if len(rows) < 2:
@@ -90,7 +122,19 @@ def trajectory_plane(problem: Problem, steps: Sequence[Problem]) -> list[Directi
 def span_of(
     problem: Problem, plane: Sequence[Direction], networks: Sequence[Problem], margin: float = 0.25
 ) -> list[tuple[float, float]]:
-    """The range along each direction of ``plane`` that shows w and all ``networks``, and ``margin`` of it beside."""
+    """The range along each direction of ``plane`` that shows w and all ``networks``, and ``margin`` of it beside.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> from sharpscope.slices import plane_through, span_of
+    >>> def at(*weights):
+    ...     model = torch.nn.Linear(2, 1, bias=False)
+    ...     model.weight.data = torch.tensor([weights])
+    ...     return sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=(torch.eye(2), torch.zeros(2, 1)))
+    >>> one, two = at(4.0, 0.0), at(0.0, 2.0)
+    >>> span_of(at(0.0, 0.0), plane_through(at(0.0, 0.0), {"one": one, "two": two}), [one, two])
+    [(-1.0, 5.0), (-0.5, 2.5)]
+    """
     places = [coordinates(difference(problem, other), plane)[0] for other in networks]
     ends = [(min(0.0, *along), max(0.0, *along)) for along in zip(*places, strict=True)]
     widest = max(high - low for low, high in ends)

@@ -33,6 +33,11 @@ class Direction:
         settings: everything that it depends on beside the weights: kind, normalisation, seed, ...
         statistics: by the name of the buffer, by how much BatchNorm's running statistics change at t = 1; empty where
             the direction leads to no other network.
+
+    >>> import torch
+    >>> from sharpscope.slices import Direction
+    >>> Direction(torch.tensor([3.0, 4.0], dtype=torch.float64), "mine").length
+    5.0
     """
 
     vector: Tensor
@@ -94,6 +99,12 @@ def orthonormalised(directions: Sequence[Direction]) -> list[Direction]:
     A line to a network no longer ends at it at t = 1, and is no longer called so.
 
     Raises: ArgumentError where one lies in the span of those before it.
+
+    >>> import torch
+    >>> from sharpscope.slices import Direction, orthonormalised
+    >>> pair = [Direction(v, "mine") for v in torch.tensor([[2.0, 0.0], [1.0, 3.0]], dtype=torch.float64)]
+    >>> [d.vector.tolist() for d in orthonormalised(pair)]
+    [[1.0, 0.0], [0.0, 1.0]]
     """
     axes = orthonormal([d.vector for d in directions])
     return [
@@ -127,6 +138,12 @@ def write_directions(path: str | os.PathLike[str], directions: Sequence[Directio
     """Keep ``directions`` in the file ``path``, unless another process has kept its own for the same ``asked``.
 
     Raises: OutputError when it cannot be written.
+
+    >>> import torch
+    >>> from sharpscope.slices import Direction, read_directions, write_directions
+    >>> write_directions("kept.npz", [Direction(torch.ones(2, dtype=torch.float64), "mine")], {"seed": 0})
+    >>> [d.label for d in read_directions("kept.npz", {"seed": 0})]
+    ['mine']
     """
     place = Path(path)
     about = [{"label": d.label, "settings": dict(d.settings)} for d in directions]
@@ -145,7 +162,14 @@ def write_directions(path: str | os.PathLike[str], directions: Sequence[Directio
 
 
 def read_directions(path: str | os.PathLike[str], asked: Mapping[str, Any]) -> list[Direction] | None:
-    """What ``write_directions`` kept for ``asked``; None where there is nothing, or of something else."""
+    """What ``write_directions`` kept for ``asked``; None where there is nothing, or of something else.
+
+    >>> import torch
+    >>> from sharpscope.slices import Direction, read_directions, write_directions
+    >>> write_directions("kept.npz", [Direction(torch.ones(2, dtype=torch.float64), "mine")], {"seed": 0})
+    >>> read_directions("kept.npz", {"seed": 1}) is None
+    True
+    """
     try:
         with np.load(path) as arrays:
             kept = json.loads(arrays["arr_0"].tobytes())

@@ -28,6 +28,17 @@ def eigenvector_directions(result: EigenResult, which: Sequence[int] = (1, 2)) -
         which: places from 1 in ``result.eigenvalues``.
 
     Raises: ArgumentError without vectors, or for a place that is not there.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> from sharpscope.slices import eigenvector_directions
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> result = sharpscope.top_eigenvalues(problem, k=1, vectors=True)
+    >>> (first,) = eigenvector_directions(result, [1])
+    >>> print(sharpscope.loss_slice(problem, first, points=3).curvatures.round(2))  # lambda_1
+    [[[6.]]]
     """
     if result.eigenvectors is None:
         raise ArgumentError("Eigenvector directions need a result with vectors. Measure with vectors=True.")
@@ -54,6 +65,17 @@ def gradient_directions(
     They are not orthogonal: ``settings["cosine"]``, and ``orthonormalised`` for a plane. Cost: 2 gradients.
 
     Raises: ArgumentError where the gradient is zero, or rho is not above 0.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> from sharpscope.slices import gradient_directions
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> _ = torch.nn.init.ones_(model.weight)
+    >>> gradient, sams = gradient_directions(problem, rho=0.05)  # H w, and H (w + e)
+    >>> [round(float(v), 2) for v in gradient.vector], gradient.settings["cosine"] < 1
+    ([0.91, 0.4, 0.1], True)
     """
     if not 0 < rho < math.inf:
         raise ArgumentError(f"rho must be a positive number, got {rho}.")

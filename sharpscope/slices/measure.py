@@ -98,6 +98,17 @@ def loss_slice(
             ``loss_surface``.
 
     Cost, Raises: as ``loss_surface``.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> from sharpscope.slices import Direction
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> _ = torch.nn.init.zeros_(model.weight)
+    >>> first = Direction(torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64), "the first weight")
+    >>> sharpscope.loss_slice(problem, first, points=5).loss  # 6 t^2/2, on one split and line
+    array([[[3.  , 0.75, 0.  , 0.75, 3.  ]]])
     """
     if isinstance(directions, Direction):
         directions = [directions]
@@ -190,6 +201,19 @@ def loss_surface(
     Raises: ArgumentError for an argument outside its domain; ProblemError where model, data and directions do not
     fit together; DataError where the loss is not finite at w; AuditError where it is not one function of the weights;
     OutputError where the journal cannot be written.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> from sharpscope.slices import Direction
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> _ = torch.nn.init.zeros_(model.weight)
+    >>> plane = [Direction(axis, "a weight") for axis in torch.eye(3, dtype=torch.float64)[[0, 2]]]
+    >>> sharpscope.loss_surface(problem, plane, points=3).loss[0, 0].round(3)  # 3 x^2 + y^2/3
+    array([[3.333, 0.333, 3.333],
+           [3.   , 0.   , 3.   ],
+           [3.333, 0.333, 3.333]])
     """
     chosen = random_directions(problem, 2) if plane is None else list(plane)
     if len(chosen) != 2:

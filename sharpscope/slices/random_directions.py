@@ -48,6 +48,16 @@ def random_directions(
     Cost: none.
 
     Raises: ArgumentError for an argument outside its domain, or where nothing may move.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> from sharpscope.slices import random_directions
+    >>> data = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = diag(6, 8/3, 2/3)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> one, two = random_directions(problem, 2)  # each as long as w
+    >>> abs(one.length / float(model.weight.detach().norm()) - 1) < 1e-6, abs(float(one.vector @ two.vector)) < 1e-9
+    (True, True)
     """
     if normalisation not in NORMALISATIONS:
         raise ArgumentError(f"normalisation must be one of {', '.join(NORMALISATIONS)}, got {normalisation!r}.")
