@@ -90,12 +90,12 @@ class Parts:
             found, known = _read(path, kind)
         except DataError:
             known = ""
-        if known == now:
-            return found
         journal = path.with_suffix(".partial")
-        _write(path, measure(journal), now)
-        discard(journal)
-        return _read(path, kind)[0]
+        if known != now:
+            _write(path, measure(journal), now)
+            found = _read(path, kind)[0]
+        discard(journal)  # also one that was left by a kill just here
+        return found
 
 
 def _read(path: Path, kind: str) -> tuple[Any, str]:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sharpscope
 from sharpscope.cli import comparing, main
 from sharpscope.compare import LEVELS, levels, sampled
+from sharpscope.results.comparison import Performance
 from sharpscope.results.groups import difference
 from sharpscope.train import Recipe, train
 
@@ -130,6 +131,17 @@ def test_checkpoints_share_lines_planes_and_samples(trained: Path, tmp_path: Pat
         at_w = [centre[0] for centre in subject["line"]["centre"]]
         np.testing.assert_allclose(np.array(way["loss"])[:, 0, at], at_w, rtol=1e-5)
     assert min(way["barrier"].values()) >= 0
+
+
+def test_a_journal_that_outlived_its_part_is_removed(tmp_path: Path) -> None:
+    """Killed between writing a part and removing its journal, the next call removes it and measures nothing again."""
+    parts, found = comparing.Parts(tmp_path), {"train": Performance(0.5, None, 10)}
+    parts.keep("sgd.pt", "performance", lambda: "key", lambda journal: found)
+    journal = tmp_path / "sgd.pt-performance.partial"
+    journal.mkdir()
+    (journal / "loss.points").write_bytes(b"")
+    assert parts.keep("sgd.pt", "performance", lambda: "key", lambda journal: pytest.fail("measured again")) == found
+    assert not journal.exists()
 
 
 def test_groups_are_compared_by_their_runs(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -201,6 +201,16 @@ def test_the_trace_matches_the_dense_hessian() -> None:
     assert "trace" in result._repr_html_()
 
 
+def test_as_many_probes_as_weights_leave_nothing_to_chance() -> None:
+    """With K = n the trace is exact, and its error is rounding's."""
+    model = nn.Linear(5, 1, bias=False).double()
+    inputs = torch.randn(40, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    result = trace(Problem(model=model, loss=nn.MSELoss(), data=(inputs, torch.zeros(40, 1).double())), probes=5)
+    expected = 2 * float(inputs.square().sum(1).mean())
+    assert result.trace.value == pytest.approx(expected, rel=1e-12)
+    assert result.trace.standard_error < 1e-12 * expected
+
+
 def test_another_operator_has_its_own_trace_and_density() -> None:
     """tr of the empirical Fisher matrix is the mean squared gradient norm of an example; the table names the matrix."""
     inputs, labels = digits()

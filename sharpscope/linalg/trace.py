@@ -113,7 +113,10 @@ def trace_from_images(
         lengths=norms(images).square(),
         space=space,
     )
-    estimate, error = _jackknife(small)
+    if len(basis) == space:  # with as many probes as dimensions nothing is left to chance
+        estimate, error = torch.stack([within.trace(), squares.trace()]), torch.zeros(2, dtype=torch.float64)
+    else:
+        estimate, error = _jackknife(small)
     # Exact but for rounding where the rank is below K: nothing scatters then, and what is left is what rounding does.
     scale = float(torch.linalg.matrix_norm(small.within, 2)) if len(basis) else 0.0
     least = rounding(scale, dtype)

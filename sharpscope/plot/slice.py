@@ -63,7 +63,7 @@ def slice_curves(
     >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
     >>> axes = slice_curves(sharpscope.loss_slice(problem))
     >>> axes.get_xlabel(), axes.get_ylabel()
-    ('t along random directions', 'data loss')
+    ('t along a random direction', 'data loss')
     >>> axes.figure.savefig("line.png")
     """
     results = [results] if isinstance(results, SliceResult) else list(results)
@@ -227,7 +227,9 @@ def _along(results: Sequence[SliceResult]) -> str:
     kind, towards = kinds.pop()
     if kind == "checkpoint" and len(results) == 1:
         return f"t, from {labels_of(results)[0]} (0) to {short_name(str(towards))} (1)"
-    names = {"random": "t along random directions", "eigenvector": "t along an eigenvector of length 1"}
+    several = any(len(r.directions) > 1 for r in results)
+    random = "t along random directions" if several else "t along a random direction"
+    names = {"random": random, "eigenvector": "t along an eigenvector of length 1"}
     return names.get(str(kind), f"t along {results[0].directions[0][0]['label']}")
 
 

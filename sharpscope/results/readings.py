@@ -129,7 +129,7 @@ def _quantities(subjects: Sequence[Subject]) -> list[_Quantity]:
         found.append(
             _Quantity(
                 f"lambda_max/lambda_{k}",
-                f"largest eigenvalue over the {k}-th largest: how far the sharpest direction stands out",
+                f"largest eigenvalue over the {_ordinal(k)} largest: how far the sharpest direction stands out",
                 _ratio(k),
             )
         )
@@ -143,6 +143,11 @@ def _quantities(subjects: Sequence[Subject]) -> list[_Quantity]:
         )
         found.append(_Quantity(label, definition, _measure(label)))
     return found
+
+
+def _ordinal(k: int) -> str:
+    last = "th" if 10 < k % 100 < 14 else {1: "st", 2: "nd", 3: "rd"}.get(k % 10, "th")
+    return f"{k}{last}"
 
 
 _PERFORMANCE = {

@@ -109,8 +109,11 @@ def read(path: str | os.PathLike[str]) -> Any:
 
 
 def names_of(provenances: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The checkpoints' file names, or whole paths where names come twice."""
+    """The checkpoints' file names, or whole paths where names come twice; models without a file are numbered."""
     paths = [str(provenance.get("checkpoint") or "model") for provenance in provenances]
+    if paths.count("model") > 1:
+        count = iter(range(1, len(paths) + 1))
+        paths = [f"model {next(count)}" if path == "model" else path for path in paths]
     names = [Path(path).name for path in paths]
     return names if len(set(names)) == len(names) else paths
 

@@ -56,7 +56,8 @@ def measure_sharpness(
     - "worst-case": the same of all the data at once, by APGD unless ``ascent`` says otherwise; predicted for p = 2 and
       small rho ``rho^2/2 lambda_max(DHD)``, which at a critical point it is, and bounded, as far as L is quadratic, by
       that plus ``rho ||D g||_2``.
-    - "average-case": ``E L(w + e) - L(w)``, ``e ~ N(0, sigma^2 D^2)``; predicted ``sigma^2/2 tr(DHD)``.
+    - "average-case": ``E L(w + e) - L(w)``, ``e ~ N(0, sigma^2 D^2)``; predicted ``sigma^2/2 tr(DHD)``,
+      estimated from the same draws.
     - "pac-bayes": ``1/sigma^2`` for the largest sigma whose mean drop of accuracy under ``N(0, sigma^2 I)`` is <= 0.1.
     - "lambda-max" and "trace": of ``DHD``.
     - "relative-flatness": ``sum <w_s, w_s'> tr(H_ss')`` of each weight matrix.
