@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         SharpnessResult,
         SliceResult,
         TraceResult,
+        side_by_side,
     )
     from sharpscope.sharpness import Ascent, measure_sharpness, rescaling_invariance
     from sharpscope.slices import loss_slice, loss_surface
@@ -80,6 +81,7 @@ __all__ = [
     "measure_sharpness",
     "progress_bar",
     "rescaling_invariance",
+    "side_by_side",
     "spectral_density",
     "top_eigenvalues",
     "trace",
@@ -100,7 +102,7 @@ _HOMES |= dict.fromkeys(("Ascent", "measure_sharpness", "rescaling_invariance"),
 _HOMES |= dict.fromkeys(
     (
         *("BlockResult", "Cost", "DensityResult", "EigenResult", "Estimate", "InvarianceResult", "Mark", "Measure"),
-        *("MonitorRecord", "MonitorResult", "Ratio", "SharpnessResult", "SliceResult", "TraceResult"),
+        *("MonitorRecord", "MonitorResult", "Ratio", "SharpnessResult", "SliceResult", "TraceResult", "side_by_side"),
     ),
     "results",
 )
