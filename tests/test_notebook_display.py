@@ -81,6 +81,14 @@ def test_side_by_side_of_one_is_its_own_display(kind: type) -> None:
     assert (str(shown), shown._repr_html_()) == (str(result), result._repr_html_())
 
 
+def test_a_saved_notebook_holds_the_table_as_text() -> None:
+    """IPython's text of a result is its table, in a list too: of a comparison, dataclasses' own is 100 kB of arrays."""
+    pretty = pytest.importorskip("IPython.lib.pretty").pretty
+    assert pretty(eigen(2.0)) == str(eigen(2.0))
+    assert str(eigen(2.0)) in pretty([eigen(2.0)])
+    assert pretty(side_by_side([eigen(2.0)])) == str(eigen(2.0))
+
+
 class Kernel:
     """What IPython's shell is in a kernel, as far as a bar uses it: the outputs beneath a cell, by their place."""
 

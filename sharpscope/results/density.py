@@ -196,6 +196,9 @@ class DensityResult:
     def __str__(self) -> str:
         return self.summary()
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(self.summary())
+
     def _repr_html_(self) -> str:
         return density_html([self])
 

@@ -218,5 +218,8 @@ class EigenResult:
     def __str__(self) -> str:
         return self.summary()
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(self.summary())
+
     def _repr_html_(self) -> str:
         return eigen_html([self])

@@ -37,6 +37,9 @@ class Table:
     def __str__(self) -> str:
         return self.text
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(self.text)
+
     def _repr_html_(self) -> str:
         return self.html
 

@@ -90,6 +90,9 @@ class TraceResult:
     def __str__(self) -> str:
         return self.summary()
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(self.summary())
+
     def _repr_html_(self) -> str:
         return trace_html([self])
 
