@@ -35,8 +35,8 @@ def new_figure(width: float | None, height: float, columns: int = 1, **axes: Any
         for each in np.ravel(found):
             each.tick_params(labelsize="medium")  # ticks are made late, with the size of then
         drawing = plt.isinteractive()
-    # A session's first figure loads its backend, and a notebook's turns on that figures show beneath their cell; leaving
-    # the context turns it off again.
+    # A session's first figure loads its backend, and a notebook's turns on that figures show beneath their cell, which
+    # leaving the context turns off again.
     matplotlib.interactive(drawing)
     return figure, found
 
