@@ -22,7 +22,7 @@ nitpicky = True
 html_theme = "furo"
 html_title = f"sharpscope {__version__}"
 
-PAGES = ("your-own-checkpoint", "definitions", "trust", "engine", "coming-from", "commands")
+PAGES = ("your-own-checkpoint", "notebooks", "definitions", "trust", "engine", "coming-from", "commands")
 
 
 def _added(app: Any, name: str, source: list[str]) -> None:
