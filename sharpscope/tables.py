@@ -55,7 +55,7 @@ def as_html(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
     head, *body = rows
     heading = _row("th", head)
     cells = "".join(_row("td", row) for row in body)
-    said = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    said = f"<p>{'<br>'.join(map(html.escape, notes))}</p>" if notes else ""
     return f"<table><thead>{heading}</thead><tbody>{cells}</tbody></table>{said}"
 
 
