@@ -51,7 +51,7 @@ def progress_bar(what: str = "") -> Iterator[Progress]:
 def _look(place: _Place | None) -> dict[str, Any]:
     """The options of a bar in a notebook or at a terminal."""
     if place is not None:
-        return {"file": place, "ncols": 100, "ascii": False}
+        return {"file": place, "ncols": 80, "ascii": False}
     # disable=None: silent where stderr is no terminal. A terminal that reports no size would show nothing.
     sized = bool(shutil.get_terminal_size((0, 0)).columns)
     return {"disable": None, **({"dynamic_ncols": True} if sized else {"ncols": 80, "nrows": 20})}
