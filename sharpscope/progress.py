@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 Progress = Callable[[str, int, int | None], None]
 
 
-@contextmanager
+@contextlib.contextmanager
 def progress_bar(what: str = "") -> Iterator[Progress]:
     """A bar with the time left for one measurement after another: pass what it yields as ``progress=``.
 
@@ -52,9 +52,15 @@ def _look(place: _Place | None) -> dict[str, Any]:
     """The options of a bar in a notebook or at a terminal."""
     if place is not None:
         return {"file": place, "ncols": 80, "ascii": False}
-    # disable=None: silent where stderr is no terminal. A terminal that reports no size would show nothing.
-    sized = bool(shutil.get_terminal_size((0, 0)).columns)
-    return {"disable": None, **({"dynamic_ncols": True} if sized else {"ncols": 80, "nrows": 20})}
+    # disable=None: silent where stderr is no terminal. At a terminal that reports no size tqdm would show nothing.
+    return {"disable": None, **({"dynamic_ncols": True} if _columns() else {"ncols": 80, "nrows": 20})}
+
+
+def _columns() -> int:
+    """Of stderr's terminal; 0 where it does not say, or there is none."""
+    with contextlib.suppress(OSError):
+        return os.get_terminal_size(2).columns
+    return 0
 
 
 class _Place:

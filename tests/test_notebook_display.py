@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -129,6 +131,28 @@ def test_a_bar_that_was_not_used_shows_nothing(monkeypatch: pytest.MonkeyPatch) 
     with progress_bar():
         pass
     assert kernel.outputs == {}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX's")
+def test_a_bar_at_a_terminal_is_one_line_that_is_taken_away() -> None:
+    """Stages share a line on stderr, which is blank in the end; nothing of it is on stdout."""
+    master, slave = os.openpty()
+    code = (
+        "import sharpscope\n"
+        "with sharpscope.progress_bar('SGD') as progress:\n"
+        "    progress('one', 1, 10)\n"
+        "    progress('two', 1, None)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=slave, check=True)
+    os.set_blocking(master, False)
+    shown = os.read(master, 100_000).decode()
+    os.close(slave)
+    os.close(master)
+    assert done.stdout == b""
+    assert "SGD: one" in shown
+    assert "SGD: two" in shown
+    assert "\n" not in shown
+    assert [line for line in shown.split("\r") if line][-1].isspace()
 
 
 def test_a_bar_outside_of_notebooks_is_on_a_terminal_alone(capsys: pytest.CaptureFixture[str]) -> None:
