@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from sharpscope.progress import progress_bar
 
-# disable=None: silent where stderr is no terminal.
+# Of bars that count steps. disable=None: silent where stderr is no terminal.
 TQDM: dict[str, Any] = {"disable": None, "dynamic_ncols": True, "leave": False}
 
 
@@ -89,29 +87,6 @@ def say_written(path: Path) -> None:
     """Name a file on stderr, to whoever sits at a terminal."""
     if sys.stderr.isatty():
         print(f"{path} written", file=sys.stderr)
-
-
-@contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[str, int, int | None], None]]:
-    """A bar on stderr with the time left, one line that is reused for every stage; silent where that is no terminal."""
-    stage, bar = "", tqdm(disable=True)
-
-    def show(now: str, done: int, total: int | None) -> None:
-        nonlocal stage, bar
-        if now != stage:
-            bar.close()
-            stage = now
-            # A terminal that reports no size would show nothing.
-            width = (
-                {} if shutil.get_terminal_size((0, 0)).columns else {"ncols": 80, "nrows": 20, "dynamic_ncols": False}
-            )
-            bar = tqdm(total=total, desc=f"{what}: {now}", unit=" examples", **{**TQDM, **width})
-        bar.update(done - bar.n)
-
-    try:
-        yield show
-    finally:
-        bar.close()
 
 
 def advance(bar: Any, done: int, total: int, metrics: dict[str, float]) -> None:

@@ -39,8 +39,8 @@ toc_object_entries_show_parents = "hide"
 html_theme = "furo"
 html_title = f"sharpscope {__version__}"
 
-PAGES = ("tour", "your-own-checkpoint", "definitions", "trust", "engine", "coming-from", "commands", "reference")
-PAGES += ("contributing",)
+PAGES = ("tour", "your-own-checkpoint", "notebooks", "definitions", "trust", "engine", "coming-from", "commands")
+PAGES += ("reference", "contributing")
 
 
 def _added(app: Any, name: str, source: list[str]) -> None:

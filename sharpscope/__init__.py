@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sharpscope.monitor import SharpnessMonitor
     from sharpscope.objective import Objective, TokenCrossEntropy
     from sharpscope.problem import Problem
+    from sharpscope.progress import progress_bar
     from sharpscope.results import (
         BlockResult,
         Cost,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         SharpnessResult,
         SliceResult,
         TraceResult,
+        side_by_side,
     )
     from sharpscope.sharpness import Ascent, measure_sharpness, rescaling_invariance
     from sharpscope.slices import loss_slice, loss_surface
@@ -77,7 +79,9 @@ __all__ = [
     "loss_slice",
     "loss_surface",
     "measure_sharpness",
+    "progress_bar",
     "rescaling_invariance",
+    "side_by_side",
     "spectral_density",
     "top_eigenvalues",
     "trace",
@@ -91,13 +95,14 @@ if (_beside / "setup.cfg").is_file() and (_beside / "cli" / "__init__.py").is_fi
 # Public names are imported when first used: torch takes 1.5 s, which `sharpscope --help` need not wait for.
 _HOMES = {"load": "loading", "Objective": "objective", "Problem": "problem", "top_eigenvalues": "spectrum"}
 _HOMES |= {"block_spectra": "blocks", "SharpnessMonitor": "monitor", "TokenCrossEntropy": "objective"}
+_HOMES |= {"progress_bar": "progress"}
 _HOMES |= dict.fromkeys(("spectral_density", "trace"), "density")
 _HOMES |= dict.fromkeys(("loss_slice", "loss_surface"), "slices")
 _HOMES |= dict.fromkeys(("Ascent", "measure_sharpness", "rescaling_invariance"), "sharpness")
 _HOMES |= dict.fromkeys(
     (
         *("BlockResult", "Cost", "DensityResult", "EigenResult", "Estimate", "InvarianceResult", "Mark", "Measure"),
-        *("MonitorRecord", "MonitorResult", "Ratio", "SharpnessResult", "SliceResult", "TraceResult"),
+        *("MonitorRecord", "MonitorResult", "Ratio", "SharpnessResult", "SliceResult", "TraceResult", "side_by_side"),
     ),
     "results",
 )

@@ -32,9 +32,14 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def narrower(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """``rows``, or with rows for columns where that takes less width as text: few results of many numbers fit so."""
+    return min((list(zip(*rows, strict=True)), list(rows)), key=lambda each: _width(aligned(each)))
+
+
 def narrowest(rows: Sequence[Sequence[str]]) -> str:
-    """``aligned``, or with rows for columns where that takes less width: few results of many numbers fit so."""
-    return min((aligned(list(zip(*rows, strict=True))), aligned(rows)), key=_width)
+    """``aligned`` of what is ``narrower``."""
+    return aligned(narrower(rows))
 
 
 def _width(text: str) -> int:
@@ -42,9 +47,20 @@ def _width(text: str) -> int:
 
 
 def as_html(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    """Rows of cells, the first the heading, as an HTML table with notes below, for notebooks."""
+    """Rows of cells, the first the heading, as an HTML table with notes below, for notebooks.
+
+    The first column is to the left and the others to the right, digits of one width beneath each other; colours are the
+    notebook's, light or dark. Styles are the cells' own, since each frontend aligns cells by a rule of its own.
+    """
     head, *body = rows
-    heading = "".join(f"<th>{html.escape(c)}</th>" for c in head)
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in body)
-    said = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    return f"<table><thead><tr>{heading}</tr></thead><tbody>{cells}</tbody></table>{said}"
+    heading = _row("th", head)
+    cells = "".join(_row("td", row) for row in body)
+    said = f"<p>{'<br>'.join(map(html.escape, notes))}</p>" if notes else ""
+    return f"<table><thead>{heading}</thead><tbody>{cells}</tbody></table>{said}"
+
+
+def _row(tag: str, cells: Sequence[str]) -> str:
+    first, *others = (html.escape(cell) for cell in cells)
+    right = "text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums"
+    shown = "".join(f'<{tag} style="{right}">{cell}</{tag}>' for cell in others)
+    return f'<tr><{tag} style="text-align: left">{first}</{tag}>{shown}</tr>'

@@ -286,7 +286,7 @@ def test_the_table_has_a_row_a_block() -> None:
     assert lines[1].split() == ["a", "1,200", "2.0000", "±0.0010", "30.0", "±0.3", "75.0", "%"]
     assert lines[3].split() == ["all", "1,230", "40.0", "±0.5"]
     assert "tied" in lines[7]
-    assert "<td>b</td>" in by_hand()._repr_html_()
+    assert ">b</td>" in by_hand()._repr_html_()
     several = block_table([by_hand(), by_hand(provenance={"by": "parameter", "checkpoint": "x/two.pt"})])
     assert "net.pt: " in several
     assert "two.pt: " in several

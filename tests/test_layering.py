@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "problem": set(),
     "params": set(),
     "tables": set(),
+    "progress": set(),
     "edges": set(),
     "ball": {"precision"},
     "perturbation": {"ball", "precision"},
@@ -86,6 +87,7 @@ ALLOWED: dict[str, set[str]] = {
         "monitor",
         "objective",
         "problem",
+        "progress",
         "results",
         "sharpness",
         "slices",
@@ -190,6 +192,7 @@ INSIDE: dict[str, set[str]] = {
 MAY_IMPORT: dict[str, set[str]] = {
     "results": {"numpy", "h5py"},
     "tables": {"numpy"},
+    "progress": {"tqdm"},
     "errors": set(),
     "files": set(),
     "plot": {"numpy", "matplotlib", "plotly"},

@@ -19,6 +19,7 @@ def new_figure(width: float | None, height: float, columns: int = 1, **axes: Any
 
     ``height``: of a column over its width, without the caption.
     """
+    import matplotlib
     import matplotlib.pyplot as plt
 
     wide = plt.rcParams["figure.figsize"][0] * (1.6 if columns > 1 else 1) if width is None else width
@@ -33,6 +34,10 @@ def new_figure(width: float | None, height: float, columns: int = 1, **axes: Any
             layout.set(w_pad=0.06, h_pad=0.06)
         for each in np.ravel(found):
             each.tick_params(labelsize="medium")  # ticks are made late, with the size of then
+        drawing = plt.isinteractive()
+    # A session's first figure loads its backend, and a notebook's turns on that figures show beneath their cell, which
+    # leaving the context turns off again.
+    matplotlib.interactive(drawing)
     return figure, found
 
 

@@ -12,6 +12,7 @@ from sharpscope.results.loss_landscape import read_loss_landscape
 from sharpscope.results.monitor import MonitorRecord, MonitorResult
 from sharpscope.results.sharpness import Measure, SharpnessResult
 from sharpscope.results.sharpness_table import sharpness_table
+from sharpscope.results.side_by_side import Table, side_by_side
 from sharpscope.results.slice import Mark, SliceResult
 from sharpscope.results.slice_export import to_csv, to_vtk
 from sharpscope.results.slice_table import slice_table
@@ -32,12 +33,14 @@ __all__ = [
     "Ratio",
     "SharpnessResult",
     "SliceResult",
+    "Table",
     "TraceResult",
     "block_table",
     "density_table",
     "invariance_table",
     "read_loss_landscape",
     "sharpness_table",
+    "side_by_side",
     "slice_table",
     "table",
     "to_csv",

@@ -118,6 +118,9 @@ class Comparison:
     def __str__(self) -> str:
         return self.summary()
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(self.summary())
+
     def _repr_html_(self) -> str:
         from sharpscope.results.comparison_table import comparison_html
 

@@ -25,7 +25,7 @@ from sharpscope.results.record import (
     refuse_taken,
     write,
 )
-from sharpscope.tables import as_html, narrowest
+from sharpscope.tables import as_html, narrower, narrowest
 
 Array = NDArray[np.float64]
 
@@ -196,13 +196,21 @@ class DensityResult:
     def __str__(self) -> str:
         return self.summary()
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(self.summary())
+
     def _repr_html_(self) -> str:
-        return as_html(_rows([self]), _notes([self]))
+        return density_html([self])
 
 
 def density_table(results: Sequence[DensityResult]) -> str:
     """Results row by row as aligned text, with the notes below."""
     return "\n".join([narrowest(_rows(results)), "", *_notes(results)])
+
+
+def density_html(results: Sequence[DensityResult]) -> str:
+    """The same as HTML, for notebooks."""
+    return as_html(narrower(_rows(results)), _notes(results))
 
 
 def _rows(results: Sequence[DensityResult]) -> list[list[str]]:

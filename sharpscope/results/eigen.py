@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
 from sharpscope.results.cost import Cost
-from sharpscope.results.eigen_table import notes_of, rows_of, table
+from sharpscope.results.eigen_table import eigen_html, table
 from sharpscope.results.record import (
     CERTAIN,
     UNREADABLE,
@@ -25,7 +25,6 @@ from sharpscope.results.record import (
     refuse_taken,
     write,
 )
-from sharpscope.tables import as_html
 
 Array = NDArray[np.float64]
 
@@ -219,5 +218,8 @@ class EigenResult:
     def __str__(self) -> str:
         return self.summary()
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(self.summary())
+
     def _repr_html_(self) -> str:
-        return as_html(rows_of([self]), notes_of([self]))
+        return eigen_html([self])

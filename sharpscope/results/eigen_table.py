@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sharpscope.results.record import CERTAIN, POINT_AND_PRICE, names_of, origin_notes, point_and_price
-from sharpscope.tables import narrowest, with_bound
+from sharpscope.tables import as_html, narrower, narrowest, with_bound
 
 if TYPE_CHECKING:
     from sharpscope.results.eigen import EigenResult
@@ -117,3 +117,8 @@ def _remedy(result: EigenResult) -> str:
 def table(results: Sequence[EigenResult]) -> str:
     """Results row by row as aligned text, with the notes below."""
     return "\n".join([narrowest(rows_of(results)), "", *notes_of(results)])
+
+
+def eigen_html(results: Sequence[EigenResult]) -> str:
+    """The same as HTML, for notebooks."""
+    return as_html(narrower(rows_of(results)), notes_of(results))

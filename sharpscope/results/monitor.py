@@ -148,6 +148,9 @@ class MonitorResult:
     def __str__(self) -> str:
         return self.summary()
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(self.summary())
+
     def _repr_html_(self) -> str:
         return as_html(_rows(self), _notes(self))
 

@@ -185,6 +185,9 @@ class SharpnessResult:
     def __str__(self) -> str:
         return self.summary()
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(self.summary())
+
     def _repr_html_(self) -> str:
         from sharpscope.results.sharpness_table import sharpness_html
 

@@ -241,6 +241,9 @@ class SliceResult:
     def __str__(self) -> str:
         return self.summary()
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(self.summary())
+
     def _repr_html_(self) -> str:
         from sharpscope.results.slice_table import slice_html
 

@@ -22,7 +22,7 @@ from sharpscope.results.record import (
     refuse_taken,
     write,
 )
-from sharpscope.tables import as_html, narrowest
+from sharpscope.tables import as_html, narrower, narrowest
 
 _ESTIMATES = ("trace", "frobenius")
 _MEASURED = (*_ESTIMATES, "loss", "gradient_norm", "cost")
@@ -95,13 +95,26 @@ class TraceResult:
 
     def summary(self) -> str:
         """The result as a table of text."""
-        return "\n".join([narrowest(_rows([self])), "", *_notes([self])])
+        return trace_table([self])
 
     def __str__(self) -> str:
         return self.summary()
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(self.summary())
+
     def _repr_html_(self) -> str:
-        return as_html(_rows([self]), _notes([self]))
+        return trace_html([self])
+
+
+def trace_table(results: Sequence[TraceResult]) -> str:
+    """Results row by row as aligned text, with the notes below."""
+    return "\n".join([narrowest(_rows(results)), "", *_notes(results)])
+
+
+def trace_html(results: Sequence[TraceResult]) -> str:
+    """The same as HTML, for notebooks."""
+    return as_html(narrower(_rows(results)), _notes(results))
 
 
 def _value(entry: Any) -> Any:

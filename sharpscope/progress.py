@@ -1,0 +1,100 @@
+"""A bar for whatever takes ``progress=``, at a terminal and in a notebook."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Progress = Callable[[str, int, int | None], None]
+
+
+@contextlib.contextmanager
+def progress_bar(what: str = "") -> Iterator[Progress]:
+    """A bar with the time left for one measurement after another: pass what it yields as ``progress=``.
+
+    One line, which each stage takes over from the last and which is gone at the end: on stderr where that is a
+    terminal, beneath the cell in Jupyter (no widgets are needed, and a saved notebook holds nothing of it); silent
+    elsewhere.
+
+        with sharpscope.progress_bar("SGD") as progress:
+            sharpscope.top_eigenvalues(problem, progress=progress)
+
+    Args:
+        what: said before each stage.
+    """
+    from tqdm import tqdm  # late: whoever measures without a bar need not wait for it
+
+    place = _place()
+    stage, bar = "", tqdm(disable=True)
+
+    def show(now: str, done: int, total: int | None) -> None:
+        nonlocal stage, bar
+        if now != stage:
+            bar.close()
+            stage = now
+            described = f"{what}: {now}" if what else now
+            bar = tqdm(total=total, desc=described, unit=" examples", leave=False, **_look(place))
+        bar.update(done - bar.n)
+
+    try:
+        yield show
+    finally:
+        bar.close()
+        if place is not None:
+            place.clear()
+
+
+def _look(place: _Place | None) -> dict[str, Any]:
+    """The options of a bar in a notebook or at a terminal."""
+    if place is not None:
+        return {"file": place, "ncols": 80, "ascii": False}
+    # disable=None: silent where stderr is no terminal. At a terminal that reports no size tqdm would show nothing.
+    return {"disable": None, **({"dynamic_ncols": True} if _columns() else {"ncols": 80, "nrows": 20})}
+
+
+def _columns() -> int:
+    """Of stderr's terminal; 0 where it does not say, or there is none."""
+    with contextlib.suppress(OSError):
+        return os.get_terminal_size(2).columns
+    return 0
+
+
+class _Place:
+    """A line beneath a notebook's cell, as the file that tqdm writes to.
+
+    Not tqdm's own widget: it needs ipywidgets, warns without them, and leaves a dead one in the saved notebook.
+    """
+
+    encoding = "utf-8"
+
+    def __init__(self, publish: Callable[..., None]) -> None:
+        self._publish, self._name, self._shown = publish, uuid.uuid4().hex, False
+
+    def write(self, text: str) -> None:
+        """Show the line ``text`` in place of the last."""
+        line = text.strip()
+        if line:
+            self._put({"text/plain": line})
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._shown:
+            self._put({})
+
+    def _put(self, data: dict[str, str]) -> None:
+        self._publish(data, transient={"display_id": self._name}, update=self._shown)
+        self._shown = True
+
+
+def _place() -> _Place | None:
+    """Where Jupyter runs this code, else None."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    # As tqdm tells a kernel from IPython at a terminal.
+    return _Place(shell.display_pub.publish) if shell is not None and "IPKernelApp" in shell.config else None

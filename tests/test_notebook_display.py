@@ -1,0 +1,162 @@
+"""What results and bars show in a notebook."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sharpscope
+from sharpscope import Cost, DataError, EigenResult, Problem, progress_bar, side_by_side
+from sharpscope.tables import as_html
+
+
+def eigen(value: float) -> EigenResult:
+    """One eigenvalue."""
+    values, off = np.array([value]), np.array([0.01])
+    found = {"eigenvalues": values, "residuals": off, "lower": values - off, "upper": values + off}
+    return EigenResult(**found, converged=values > 0, loss=1, gradient_norm=0, cost=Cost(1, 1, 3.0, 0.1))
+
+
+def test_numbers_are_to_the_right_and_names_to_the_left_in_no_colour() -> None:
+    """Every cell but a row's first is aligned to the right, and nothing says a colour, so that dark themes do."""
+    html = as_html([["a", "b", "c"], ["one", "2", "3"]], ["note"])
+    first = re.findall(r'<tr><t[hd] style="([^"]*)">', html)
+    assert first == ["text-align: left"] * 2
+    others = re.findall(r'</t[hd]><t[hd] style="([^"]*)">', html)
+    assert len(others) == 4
+    assert all("text-align: right" in style for style in others)
+    assert "color" not in html
+    assert "background" not in html
+
+
+def test_few_results_of_many_numbers_are_columns() -> None:
+    """A notebook's table of eigenvalues has the shape of the text, whichever is narrower."""
+    shown = eigen(2.0)._repr_html_()
+    assert shown.count("<tr>") == str(eigen(2.0)).split("\n\n")[0].count("\n") + 1 > 3
+
+
+def test_results_in_memory_stand_side_by_side_under_their_names() -> None:
+    """A mapping names its results, in text and HTML, and leaves them as they are."""
+    one, two = eigen(2.0), eigen(1.0)
+    shown = side_by_side({"SGD": one, "SAM": two})
+    for text in (str(shown), shown._repr_html_()):
+        assert text.index("SGD") < text.index("SAM")
+        assert "2.00 ±0.01" in text
+        assert "1.00 ±0.01" in text
+    assert "checkpoint" not in one.provenance
+    assert str(side_by_side([one])) == str(one)
+
+
+@pytest.mark.parametrize("results", [[], [eigen(1.0), 2.0], [3.0]])
+def test_only_results_of_one_kind_stand_side_by_side(results: list[Any]) -> None:
+    """Nothing, a number, and a mixture are refused in a sentence that names what is possible."""
+    with pytest.raises(DataError, match=r"must be of one kind .*EigenResult.* got"):
+        side_by_side(results)
+
+
+@pytest.mark.parametrize("kind", sharpscope.results.side_by_side.__globals__["SHOWN"])
+def test_side_by_side_of_one_is_its_own_display(kind: type) -> None:
+    """Of a single result of each kind, the table is what the result shows by itself."""
+    problem = Problem(
+        model=torch.nn.Linear(3, 2),
+        loss=torch.nn.CrossEntropyLoss(),
+        data=(torch.randn(8, 3), torch.arange(8) % 2),
+    )
+    measured = {
+        "EigenResult": lambda: sharpscope.top_eigenvalues(problem, 2),
+        "DensityResult": lambda: sharpscope.spectral_density(problem, 2, 4),
+        "TraceResult": lambda: sharpscope.trace(problem, 2),
+        "SharpnessResult": lambda: sharpscope.measure_sharpness(problem, m=2),
+        "SliceResult": lambda: sharpscope.loss_slice(problem, points=3),
+    }
+    result = measured[kind.__name__]()
+    assert isinstance(result, kind)
+    shown = side_by_side([result])
+    assert (str(shown), shown._repr_html_()) == (str(result), result._repr_html_())
+
+
+def test_a_saved_notebook_holds_the_table_as_text() -> None:
+    """IPython's text of a result is its table, in a list too: of a comparison, dataclasses' own is 100 kB of arrays."""
+    pretty = pytest.importorskip("IPython.lib.pretty").pretty
+    assert pretty(eigen(2.0)) == str(eigen(2.0))
+    assert str(eigen(2.0)) in pretty([eigen(2.0)])
+    assert pretty(side_by_side([eigen(2.0)])) == str(eigen(2.0))
+
+
+class Kernel:
+    """What IPython's shell is in a kernel, as far as a bar uses it: the outputs beneath a cell, by their place."""
+
+    def __init__(self) -> None:
+        self.config = {"IPKernelApp": {}}
+        self.display_pub = self
+        self.outputs: dict[str, dict[str, str]] = {}
+        self.lines: list[str] = []
+
+    def publish(self, data: dict[str, str], *, transient: dict[str, str], update: bool) -> None:
+        """A display_data message, or an update_display_data message for a place that is there."""
+        assert update == (transient["display_id"] in self.outputs)
+        self.outputs[transient["display_id"]] = data
+        self.lines += data.values()
+
+
+def test_a_bar_in_a_notebook_is_one_line_that_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stages share one output of plain text, which holds nothing in the end, also after an exception."""
+    for fails in (False, True):
+        kernel = Kernel()
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda kernel=kernel: kernel))
+        try:
+            with progress_bar("SGD") as progress:
+                progress("one", 5, 10)
+                progress("two", 1, None)
+                assert not fails
+        except AssertionError:
+            assert fails
+        assert list(kernel.outputs.values()) == [{}]
+        assert any(line.startswith("SGD: one") for line in kernel.lines)
+        assert any(line.startswith("SGD: two") for line in kernel.lines)
+
+
+def test_a_bar_that_was_not_used_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measurement that reports no progress leaves no output in the notebook."""
+    kernel = Kernel()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: kernel))
+    with progress_bar():
+        pass
+    assert kernel.outputs == {}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX's")
+def test_a_bar_at_a_terminal_is_one_line_that_is_taken_away() -> None:
+    """Stages share a line on stderr, which is blank in the end; nothing of it is on stdout."""
+    master, slave = os.openpty()
+    code = (
+        "import sharpscope\n"
+        "with sharpscope.progress_bar('SGD') as progress:\n"
+        "    progress('one', 1, 10)\n"
+        "    progress('two', 1, None)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=slave, check=True)
+    os.set_blocking(master, False)
+    shown = os.read(master, 100_000).decode()
+    os.close(slave)
+    os.close(master)
+    assert done.stdout == b""
+    assert "SGD: one" in shown
+    assert "SGD: two" in shown
+    assert "\n" not in shown
+    assert [line for line in shown.split("\r") if line][-1].isspace()
+
+
+def test_a_bar_outside_of_notebooks_is_on_a_terminal_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where stderr is no terminal, and IPython is not there or no kernel, nothing is shown."""
+    with progress_bar("SGD") as progress:
+        progress("one", 5, 10)
+    assert capsys.readouterr() == ("", "")
