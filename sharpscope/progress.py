@@ -20,11 +20,18 @@ def progress_bar(what: str = "") -> Iterator[Progress]:
     terminal, beneath the cell in Jupyter (no widgets are needed, and a saved notebook holds nothing of it); silent
     elsewhere.
 
-        with sharpscope.progress_bar("SGD") as progress:
-            sharpscope.top_eigenvalues(problem, progress=progress)
-
     Args:
         what: said before each stage.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 1, bias=False)  # H = 2 x x': 10 and 0
+    >>> data = torch.tensor([[2.0, 1.0]]), torch.zeros(1, 1)
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> with sharpscope.progress_bar("one example") as progress:
+    ...     result = sharpscope.top_eigenvalues(problem, k=1, progress=progress)
+    >>> round(result.lambda_max, 3)
+    10.0
     """
     from tqdm import tqdm  # late: whoever measures without a bar need not wait for it
 

@@ -52,6 +52,15 @@ def side_by_side(results: Sequence[Any] | Mapping[str, Any]) -> Table:
             mapping, else by their checkpoints' names.
 
     Raises: DataError where there is none, or they are not of one such kind.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> data = torch.tensor([[3.0, 2.0, 1.0]]), torch.zeros(1, 1)
+    >>> model = torch.nn.Linear(3, 1, bias=False)  # H = 2 x x', of trace 28
+    >>> problem = sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=data)
+    >>> one, two = (sharpscope.trace(problem, probes=probes) for probes in (2, 3))
+    >>> print(str(sharpscope.side_by_side({"first": one, "again": two})).splitlines()[0].split())
+    ['checkpoint', 'first', 'again']
     """
     if isinstance(results, Mapping):
         results = [replace(r, provenance={**r.provenance, "checkpoint": name}) for name, r in results.items()]
