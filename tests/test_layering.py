@@ -289,3 +289,9 @@ def test_a_newcomer_finds_every_package() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(sharpscope[\w.]*)` \|", text, flags=re.MULTILINE)
     assert sorted(rows) == sorted(config["options"]["packages"].split())
+
+
+def test_every_test_file_holds_tests() -> None:
+    """A file that was emptied by mistake is not passed by in silence."""
+    for path in (ROOT / "tests").glob("test_*.py"):
+        assert "def test_" in path.read_text(encoding="utf-8"), path.name
