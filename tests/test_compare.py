@@ -154,7 +154,7 @@ def test_groups_are_compared_by_their_runs(trained: Path, tmp_path: Path, capsys
     expected = difference(tops["sgd"], tops["sam"], paired=True, ratio=True)
     row = next(row for row in found["rows"] if row["label"] == "lambda_max")
     assert row["differences"]["sam"] == pytest.approx(vars(expected))
-    assert row["differences"]["sam"]["paired"]
+    assert row["differences"]["sam"]["by"] == "pairs"
     told = f"lambda_max: sam/sgd = {expected.value:.3g}, 95 % interval {expected.lower:.3g} to {expected.upper:.3g}"
     assert f"{told} over 3 pairs of seeds" in out
     assert not judges(found)

@@ -6,16 +6,14 @@ import math
 
 import pytest
 
-from sharpscope.results.contrast import Contrast, contrast
-from sharpscope.results.readings import EXACT, PROBED, SUBSETS, Reading, Row
+from sharpscope.results.contrast import contrast
+from sharpscope.results.difference import Difference
+from sharpscope.results.intervals import EXACT, PROBED, SUBSETS
+from sharpscope.results.reading import Reading
 
 
-def row(*readings: Reading | None, factor: bool = True) -> Row:
-    return Row("a number", "what it is", readings, factor, {}, {})
-
-
-def of(*readings: Reading | None, factor: bool = True) -> Contrast:
-    found = contrast(row(*readings, factor=factor), 1)
+def of(one: Reading, two: Reading, factor: bool = True) -> Difference:
+    found = contrast(one, two, factor)
     assert found is not None
     return found
 
@@ -68,13 +66,13 @@ def test_without_intervals_nothing_is_said_of_how_surely() -> None:
 @pytest.mark.parametrize("other", [None, Reading(math.nan), Reading(math.inf)])
 def test_what_is_missing_or_not_finite_is_not_compared(other: Reading | None) -> None:
     """There is no contrast, and no number made up."""
-    assert contrast(row(Reading(1.0), other), 1) is None
-    assert contrast(row(other, Reading(1.0)), 1) is None
+    assert contrast(Reading(1.0), other, True) is None
+    assert contrast(other, Reading(1.0), True) is None
 
 
 def test_it_is_written_to_the_digits_that_it_supports() -> None:
-    """Narrow factors and differences with a half-width, wide factors with both ends, what did not converge with a ?."""
-    assert str(Contrast(0.305861, 0.305858, 0.305864, True, True)) == "x 0.305861 ±0.000003"
-    assert str(Contrast(0.5, 0.2, 1.3, True, True)) == "x 0.5 [0.2, 1.3]"
-    assert str(Contrast(0.0123, -0.02, 0.04, False, True)) == "+0.01 ±0.04"
-    assert str(Contrast(-3.0, None, None, False, False)) == "-3?"
+    """Narrow factors with a half-width, others and differences with both ends, what did not converge with a ?."""
+    assert str(Difference(0.305861, 0.305858, 0.305864, True)) == "x 0.305861 ±0.000003"
+    assert str(Difference(0.5, 0.2, 1.3, True)) == "x 0.5 [0.2, 1.3]"
+    assert str(Difference(0.0123, -0.02, 0.04, False)) == "+0.0123 [-0.02, 0.04]"
+    assert str(Difference(-3.0, None, None, False, converged=False)) == "-3?"

@@ -9,11 +9,12 @@ import pytest
 from scipy import stats
 
 from sharpscope.errors import DataError
-from sharpscope.results import Cost, EigenResult
+from sharpscope.results import Cost, EigenResult, Measure, SharpnessResult
 from sharpscope.results.comparison import Comparison, Performance, Subject
+from sharpscope.results.estimate import wilson
 from sharpscope.results.findings import findings
 from sharpscope.results.groups import difference, spread
-from sharpscope.results.readings import wilson
+from sharpscope.results.readings import rows_of
 
 DRAW = np.random.default_rng(0)
 
@@ -86,7 +87,7 @@ def test_one_run_says_nothing_of_the_scatter() -> None:
     """A mean and a difference without an interval, and a difference without one shows nothing."""
     assert (spread([2.0]).lower, spread([2.0]).upper) == (None, None)
     for found in (difference([2.0], [1.0], paired=True, ratio=True), difference([2.0], [1.0, 3.0], ratio=True)):
-        assert (found.lower, found.upper, found.freedom, found.sure) == (None, None, 0, False)
+        assert (found.lower, found.upper, found.freedom, found.sure) == (None, None, 0, None)
     assert difference([2.0], [1.0], ratio=True).value == 0.5
 
 
@@ -171,3 +172,17 @@ def test_groups_differ_only_where_the_interval_leaves_one_out(scatter: float, sh
     (said,) = findings(Comparison(subjects=tuple(subjects)))
     assert said.startswith("lambda_max: sam/sgd = ")
     assert said.endswith(f"over 4 pairs of seeds{'' if shown else ': no difference is shown'}.")
+
+
+def test_a_single_subset_is_not_called_exact() -> None:
+    """m-sharpness of one subset has no interval, says why, and shows no difference."""
+    subjects = []
+    for name, value in (("sgd.pt", 0.2), ("sam.pt", 0.1)):
+        measure = Measure("m-sharpness", value, settings={"m": 256, "rho": 0.05})
+        found = SharpnessResult((measure,), 0.1, 0.1, Cost(1, 0, 1.0, 1.0), {"num_examples": 300})
+        subjects.append(Subject(name=name, sharpness=found))
+    compared = Comparison(subjects=tuple(subjects))
+    (row,) = rows_of(compared)
+    assert {reading.interval for reading in row.readings} == {"none: one subset"}
+    said = "m-sharpness, rho=0.05 of sam.pt is 0.5 (m=256) times that of sgd.pt; no interval (one subset)"
+    assert findings(compared)[0].startswith(said)

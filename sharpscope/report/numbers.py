@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from sharpscope.report.look import Look, swatch
 from sharpscope.report.markup import table, tag, text
 from sharpscope.results.comparison import Comparison
-from sharpscope.results.contrast import contrast
-from sharpscope.results.groups import Difference, Spread
-from sharpscope.results.readings import Reading, Row
+from sharpscope.results.difference import ENDS, PAIRS, Difference
+from sharpscope.results.groups import Spread
+from sharpscope.results.reading import Reading
+from sharpscope.results.readings import Row, contrasted
 
 # Columns that fit side by side on paper, interval beside value.
 FEW = 6
@@ -55,16 +56,16 @@ class Notes:
 
 def every_number(comparison: Comparison, rows: list[Row], looks: dict[str, Look], notes: Notes) -> str:
     """The table with a column a checkpoint, and of two one for how they differ."""
-    names = [s.name for s in comparison.subjects]
-    two = len(names) == 2 and not comparison.groups
-    head = ["Quantity", *(swatch(looks[name]) + text(name) for name in names)]
-    head += [text(f"{names[1]} against {names[0]}")] if two else []
+    first, others = contrasted(comparison)
+    others = [] if comparison.groups else others  # of groups the other table tells
+    head = ["Quantity", *(swatch(looks[s.name]) + text(s.name) for s in comparison.subjects)]
+    head += [text(f"{name} against {first}") for name in others]
     body = []
     for row in rows:
         cells = [_quantity(row, notes)]
         for subject, reading in zip(comparison.subjects, row.readings, strict=True):
             cells.append(_missing() if reading is None else _cell(row, subject.name, reading, notes))
-        cells += [_contrast(row, names, notes)] if two else []
+        cells += [_difference(row, first, name, row.differences.get(name), notes) for name in others]
         body.append(cells)
     return table(head, body, "Every number of every checkpoint", "numbers broad" if len(head) > FEW else "numbers")
 
@@ -74,7 +75,7 @@ def groups_table(comparison: Comparison, rows: list[Row], looks: dict[str, Look]
     groups = comparison.groups
     if not groups:
         return ""
-    first, *others = groups
+    first, others = contrasted(comparison)
     head = ["Quantity", *(swatch(looks[members[0].name]) + text(group) for group, members in groups.items())]
     head += [text(f"{group} against {first}") for group in others]
     body = []
@@ -122,27 +123,6 @@ def _cell(row: Row, name: str, r: Reading, notes: Notes) -> str:
     return tag("td", notes.button(shown, f"{row.label}, {name}", said))
 
 
-def _contrast(row: Row, names: list[str], notes: Notes) -> str:
-    found = contrast(row, 1)
-    if found is None:
-        return _missing()
-    first, second = names
-    bounds = _interval(found.lower, found.upper)
-    kinds = "; ".join(dict.fromkeys(r.interval for r in row.readings if r is not None))
-    what = f"{second} over {first}, a ratio" if found.ratio else f"{second} less {first}, a difference"
-    told = bounds and ("leaves out" if found.sure else "holds")
-    said = {
-        "Value": f"{digits(found.value)}: {what}",
-        "Interval": f"{bounds} (what the ends of both intervals leave possible: {kinds})" if bounds else kinds,
-        "Says": f"the interval {told} {'a ratio of 1' if found.ratio else 'a difference of 0'}" if told else "",
-        "Convergence": "" if found.converged else "not converged: the interval does not meet the tolerance",
-        DEFINED: row.definition,
-    }
-    shown = tag("span", text(str(found).replace("x ", "\u00d7 ")), class_="value")
-    mark = " " + tag("span", "not told apart", class_="unsure") if found.sure is False else ""
-    return tag("td", notes.button(shown + mark, f"{row.label}, {second} against {first}", said))
-
-
 def _mean(row: Row, group: str, found: Spread | None, notes: Notes) -> str:
     if found is None:
         return _missing()
@@ -155,41 +135,45 @@ def _mean(row: Row, group: str, found: Spread | None, notes: Notes) -> str:
     }
     return tag(
         "td",
-        notes.button(tag("span", f"{found.value:.4g}", class_="value") + _half(found), f"{row.label}, {group}", said),
+        notes.button(
+            tag("span", f"{found.value:.4g}", class_="value") + _half(found.ends), f"{row.label}, {group}", said
+        ),
     )
 
 
 ONE_RUN = "none: one run says nothing of how runs scatter"
 
 
-def _difference(row: Row, first: str, group: str, d: Difference | None, notes: Notes) -> str:
+def _difference(row: Row, first: str, second: str, d: Difference | None, notes: Notes) -> str:
     if d is None:
         return _missing()
     bounds = _interval(d.lower, d.upper)
-    how = f"{d.runs} pairs of one seed each" if d.paired else f"{d.runs} runs of both groups, not paired (Welch 1947)"
-    what = f"{group} over {first}, a ratio" if d.ratio else f"{group} less {first}, a difference"
+    kinds = "; ".join(dict.fromkeys(r.interval for r in row.readings if r is not None))
+    if d.by == ENDS:
+        of, how, runs = "", f"what the ends of both intervals leave possible: {kinds}", ""
+        none, mark = kinds, "not told apart" if d.sure is False else ""
+    else:
+        of, how, none = " of means", f"95 %, Student's t, {d.freedom} degrees of freedom", ONE_RUN
+        pairs = f"{d.runs} pairs of one seed each"
+        runs = pairs if d.by == PAIRS else f"{d.runs} runs of both groups, not paired (Welch 1947)"
+        mark = {None: "one run", False: "not told apart", True: ""}[d.sure]
+    what = f"{second} over {first}, a ratio" if d.ratio else f"{second} less {first}, a difference"
     told = bounds and ("leaves out" if d.sure else "holds")
     said = {
-        "Value": f"{digits(d.value)}: {what} of means",
-        "Interval": f"{bounds} (95 %, Student's t, {d.freedom} degrees of freedom)" if bounds else ONE_RUN,
+        "Value": f"{digits(d.value)}: {what}{of}",
+        "Interval": f"{bounds} ({how})" if bounds else none,
         "Says": f"the interval {told} {'a ratio of 1' if d.ratio else 'a difference of 0'}" if told else "",
-        "Runs": how,
+        "Convergence": "" if d.converged else "not converged: an interval does not meet the tolerance",
+        "Runs": runs,
         DEFINED: row.definition,
     }
-    shown = f"&times; {d.value:.3g}" if d.ratio else f"{d.value:+.3g}"
-    mark = "" if d.sure else " " + tag("span", "not told apart" if bounds else "one run", class_="unsure")
-    return tag(
-        "td",
-        notes.button(
-            tag("span", shown, class_="value") + _half(d) + mark, f"{row.label}, {group} against {first}", said
-        ),
-    )
+    shown = tag("span", text(d.head.replace("x ", "\u00d7 ")), class_="value") + _half(d.ends)
+    shown += " " + tag("span", mark, class_="unsure") if mark else ""
+    return tag("td", notes.button(shown, f"{row.label}, {second} against {first}", said))
 
 
-def _half(found: Spread | Difference) -> str:
-    if found.lower is None or found.upper is None:
-        return ""
-    return " " + tag("span", f"[{found.lower:.4g}, {found.upper:.4g}]", class_="half")
+def _half(ends: str) -> str:
+    return " " + tag("span", text(ends.strip()), class_="half") if ends else ""
 
 
 def _interval(lower: float | None, upper: float | None) -> str:

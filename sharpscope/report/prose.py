@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from sharpscope.report.markup import tag, text
 from sharpscope.results.comparison import Comparison
-from sharpscope.results.readings import BINOMIAL, EXACT, NUMERICAL, PROBED, PROBED_SAMPLED, SAMPLED, SUBSETS, Row
+from sharpscope.results.intervals import KINDS
+from sharpscope.results.readings import Row
 
 TERMS = {
     "Hessian": "the matrix of second derivatives of the mean loss by the weights; its eigenvalues are the curvatures "
@@ -19,15 +20,6 @@ TERMS = {
     "gradient, as a unit of cost": "one forward and backward pass over all the examples of an analysis; a "
     "Hessian-vector product costs about two more",
     "pass": "one walk over all the examples of an analysis",
-}
-INTERVALS = {
-    NUMERICAL: "holds the exact value on these examples: from residuals, or from interlacing where that is tighter",
-    SAMPLED: "these examples stand for more; the interval is of the whole they were drawn from",
-    PROBED: "how far an estimate by random vectors scatters; about two thirds of such intervals hold the exact value",
-    PROBED_SAMPLED: "that scatter and that of the sample of examples, added in squares; of the whole it was drawn from",
-    SUBSETS: "how far the mean over disjoint subsets of the examples scatters",
-    BINOMIAL: "examples as independent draws from where the data come from",
-    EXACT: "no random choice and no iteration that could stop early; rounding alone",
 }
 
 
@@ -53,7 +45,7 @@ def glossary(rows: list[Row]) -> str:
     kinds = dict.fromkeys(r.interval for row in rows for r in row.readings if r is not None)
     entries = [_entry(labels, definition) for definition, labels in meant.items()]
     entries += [_entry([term], said) for term, said in TERMS.items()]
-    entries += [_entry([f"Interval: {kind}"], INTERVALS[kind]) for kind in kinds if kind in INTERVALS]
+    entries += [_entry([f"Interval: {kind}"], KINDS[kind].meaning) for kind in kinds if kind in KINDS]
     return tag("dl", *entries, class_="glossary")
 
 
@@ -68,13 +60,13 @@ def _capital(said: str) -> str:
 
 def limits(comparison: Comparison, rows: list[Row]) -> str:
     """What the numbers of this comparison do not say."""
-    said = [_runs(comparison, rows), _better(), *_sampled(comparison, rows)]
+    said = [_runs(comparison), _better(), *_sampled(comparison, rows)]
     return tag(
         "ul", *(tag("li", tag("strong", text(head)), " ", text(rest)) for head, rest in said if rest), class_="limits"
     )
 
 
-def _runs(comparison: Comparison, rows: list[Row]) -> tuple[str, str]:
+def _runs(comparison: Comparison) -> tuple[str, str]:
     groups = comparison.groups
     fewest = min(map(len, groups.values()), default=1)
     if fewest < 2:
@@ -83,16 +75,10 @@ def _runs(comparison: Comparison, rows: list[Row]) -> tuple[str, str]:
             "These are single runs. Another seed of the same recipe may differ by as much as two of them do; several "
             "runs of each recipe, compared as groups, tell the recipe from chance.",
         )
-    numbers = sum(len(row.differences) for row in rows)
-    chance = (
-        f" Of {numbers} intervals of 95 % about {numbers / 20:.0f} would leave out no difference by chance alone."
-        if numbers >= 20
-        else ""
-    )
     return (
         f"{fewest} runs of a group are few.",
         "The intervals are of these recipes with other seeds, on this model and these data, and take the scatter over "
-        f"runs for normal. They say nothing of another architecture, data set or learning rate.{chance}",
+        "runs for normal. They say nothing of another architecture, data set or learning rate.",
     )
 
 

@@ -12,7 +12,8 @@ from sharpscope.report.drawing import PAIR, QUIET, THIRD, Drawn, Panel, panel, p
 from sharpscope.report.look import Look, key, together
 from sharpscope.results.comparison import Comparison, Subject
 from sharpscope.results.density import DensityResult
-from sharpscope.results.readings import Reading, Row
+from sharpscope.results.reading import Reading
+from sharpscope.results.readings import Row
 from sharpscope.tables import with_bound
 
 if TYPE_CHECKING:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from sharpscope.results.comparison import Comparison
-from sharpscope.results.contrast import contrast
-from sharpscope.results.groups import Difference, Spread
-from sharpscope.results.readings import Row, rows_of
+from sharpscope.results.readings import Row, contrasted, rows_of
 from sharpscope.tables import aligned, as_html
 
 
@@ -22,36 +20,17 @@ def comparison_html(comparison: Comparison) -> str:
 
 
 def _cells(comparison: Comparison, rows: list[Row]) -> list[list[str]]:
-    """With groups their means and how they differ, since the runs are many; else every checkpoint, and of two how."""
-    groups = list(comparison.groups)
-    if not groups:
-        names = [s.name for s in comparison.subjects]
-        two = len(names) == 2
-        cells = [["", *names, *([f"{names[1]} against {names[0]}"] if two else [])]]
-        for row in rows:
-            told = ["-" if r is None else str(r) for r in row.readings]
-            cells.append([row.label, *told, *([str(contrast(row, 1) or "-")] if two else [])])
-        return cells
-    cells = [["", *groups, *(f"{group} against {groups[0]}" for group in groups[1:])]]
+    """With groups their means, since the runs are many, else every checkpoint; and how others differ from the first."""
+    groups, (first, others) = list(comparison.groups), contrasted(comparison)
+    cells = [["", *(groups or [s.name for s in comparison.subjects]), *(f"{name} against {first}" for name in others)]]
     for row in rows:
-        means = [_mean(row.spreads.get(group)) for group in groups]
-        cells.append([row.label, *means, *(_difference(row.differences.get(group)) for group in groups[1:])])
+        numbers = [row.spreads.get(group) for group in groups] if groups else row.readings
+        cells.append([row.label, *map(_shown, numbers), *(_shown(row.differences.get(name)) for name in others)])
     return cells
 
 
-def _mean(found: Spread | None) -> str:
-    return "-" if found is None else f"{found.value:.4g}{_interval(found.lower, found.upper)}"
-
-
-def _difference(found: Difference | None) -> str:
-    if found is None:
-        return "-"
-    value = f"x {found.value:.3g}" if found.ratio else f"{found.value:+.3g}"
-    return f"{value}{_interval(found.lower, found.upper)}"
-
-
-def _interval(lower: float | None, upper: float | None) -> str:
-    return "" if lower is None or upper is None else f" [{lower:.3g}, {upper:.3g}]"
+def _shown(number: object) -> str:
+    return "-" if number is None else str(number)
 
 
 def _notes(comparison: Comparison, rows: list[Row]) -> list[str]:
@@ -70,7 +49,7 @@ def _notes(comparison: Comparison, rows: list[Row]) -> list[str]:
         notes += [f"{subject.name}: no {what}. {why}" for what, why in left_out.items()]
     if any(r is not None and not r.converged for row in rows for r in row.readings):
         notes.append("? marks what did not converge to its tolerance.")
-    if len(comparison.subjects) == 2 and not comparison.groups:
+    if contrasted(comparison)[1] and not comparison.groups:
         notes.append(
             "One against the other: a factor (x) or a difference, with what the ends of both intervals leave possible "
             "(of a standard error, two of them)."

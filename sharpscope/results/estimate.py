@@ -27,6 +27,15 @@ class Estimate:
         return with_bound(self.value, self.value - self.standard_error, self.value + self.standard_error)
 
 
+def wilson(share: float, examples: int) -> tuple[float, float]:
+    """The 95 % interval of a share of ``examples`` independent ones (Wilson 1927)."""
+    z = 1.959964
+    middle = (share + z * z / (2 * examples)) / (1 + z * z / examples)
+    half = z / (1 + z * z / examples) * math.sqrt(share * (1 - share) / examples + z * z / (4 * examples**2))
+    # A share of 1 lies at the interval's end, which rounding must not pull under it.
+    return max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share))
+
+
 def student(confidence: float, freedom: int) -> float:
     """The t with ``P(|T| <= t) = confidence`` for Student's T with ``freedom`` degrees of freedom.
 

@@ -6,42 +6,14 @@ import math
 from collections.abc import Sequence
 
 from sharpscope.results.comparison import Comparison, Subject
-from sharpscope.results.contrast import contrast
-from sharpscope.results.groups import Difference
-from sharpscope.results.readings import (
-    BINOMIAL,
-    EXACT,
-    NUMERICAL,
-    PROBED,
-    PROBED_SAMPLED,
-    SAMPLED,
-    SUBSETS,
-    Reading,
-    Row,
-    rows_of,
-)
+from sharpscope.results.difference import PAIRS, Difference
+from sharpscope.results.intervals import EXACT, KINDS, NONE
+from sharpscope.results.reading import Reading
+from sharpscope.results.readings import Row, rows_of
 from sharpscope.results.slice import PENDING, SliceResult
 
 # Twenty intervals of 95 % leave out what they should hold once in the mean.
 MANY = 20
-
-# What is said where the intervals of two checkpoints do not meet, and where they do.
-_APART = {
-    NUMERICAL: "their numerical bounds do not meet",
-    SAMPLED: "their 95 % intervals over examples do not meet",
-    PROBED: "they are more than two standard errors of each apart",
-    PROBED_SAMPLED: "they are more than two standard errors of each apart",
-    SUBSETS: "their 95 % intervals over subsets do not meet",
-    BINOMIAL: "their 95 % intervals over examples do not meet",
-}
-_MEET = {
-    NUMERICAL: "their numerical bounds meet",
-    SAMPLED: "their 95 % intervals over examples meet",
-    PROBED: "they are within two standard errors of each",
-    PROBED_SAMPLED: "they are within two standard errors of each",
-    SUBSETS: "their 95 % intervals over subsets meet",
-    BINOMIAL: "their 95 % intervals over examples meet",
-}
 
 # What is asked for first; "" is all else.
 _ORDER = ("lambda_max", "trace", "m-sharpness", "")
@@ -81,7 +53,7 @@ def _difference(row: Row, first: str, group: str, found: Difference) -> str:
     if found.lower is None or found.upper is None:
         runs = "one run each says" if counts == [1, 1] else "a group of one run says"
         return f"{head}; {runs} nothing of the scatter over runs."
-    over = f"{found.runs} pairs of seeds" if found.paired else f"{counts[0]} and {counts[1]} runs, not paired"
+    over = f"{found.runs} pairs of seeds" if found.by == PAIRS else f"{counts[0]} and {counts[1]} runs, not paired"
     ends = f"{_number(found.lower, found.ratio)} to {_number(found.upper, found.ratio)}"
     return f"{head}, 95 % interval {ends} over {over}{'' if found.sure else ': no difference is shown'}."
 
@@ -100,12 +72,12 @@ def _of_checkpoints(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
             one, two = row.readings[0], row.readings[i]
             if one is None or two is None:
                 continue
-            quantity, m = _quantity(row.label)
-            found = contrast(row, i)
+            found = row.differences.get(subject.name)
             times = found is not None and found.ratio
             amount = f"{found.value:.3g}" if found and times else f"{two.value:.4g} against {one.value:.4g}"
             sure = None if found is None else found.sure
-            told.setdefault((quantity, _shown(one, two, sure, first.name, subject.name), times), {})[m] = amount
+            m = "" if row.m is None else f"m={row.m}"
+            told.setdefault((row.quantity, _shown(one, two, sure, first.name, subject.name), times), {})[m] = amount
         for (quantity, shown, times), amounts in told.items():
             each = ", ".join(f"{amount} ({m})" if m else amount for m, amount in amounts.items())
             than = f" times that of {first.name}" if times else f" in {first.name}"
@@ -116,13 +88,6 @@ def _of_checkpoints(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
     return said
 
 
-def _quantity(label: str) -> tuple[str, str]:
-    """A label without its m, and the m: "m-sharpness, rho=0.05" and "m=16"."""
-    name, *settings = label.split(", ")
-    m = next((setting for setting in settings if setting.startswith("m=")), "")
-    return ", ".join([name, *(setting for setting in settings if setting != m)]), m
-
-
 def _shown(one: Reading, two: Reading, apart: bool | None, first: str, second: str) -> str:
     """How surely two readings differ, whose intervals lie ``apart``, meet, or are not there."""
     if not (math.isfinite(one.value) and math.isfinite(two.value)):
@@ -130,8 +95,11 @@ def _shown(one: Reading, two: Reading, apart: bool | None, first: str, second: s
     if not (one.converged and two.converged):
         return f"it has not converged in {second if one.converged else first}, so that nothing is shown"
     if apart is None:
-        return "exact on these examples" if one.interval == two.interval == EXACT else "one has no interval"
-    told = (_APART if apart else _MEET).get(one.interval, f"their intervals ({one.interval}) {'do not ' * apart}meet")
+        if one.interval == two.interval == EXACT:
+            return "exact on these examples"
+        reason = next((r.interval.removeprefix(NONE) for r in (one, two) if r.interval.startswith(NONE)), "")
+        return f"no interval ({reason}), so that nothing is shown" if reason else "one has no interval"
+    told = KINDS[one.interval].told(apart)
     return told if apart else f"{told}: no difference is shown"
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
+from sharpscope.results.difference import PAIRS, WELCH, Difference, bracket
 from sharpscope.results.estimate import student
 
 CONFIDENCE = 0.95
@@ -29,33 +30,13 @@ class Spread:
     upper: float | None
     runs: int
 
-
-@dataclass(frozen=True)
-class Difference:
-    """By how much a second group differs from a first, with a 95 % interval.
-
-    Attributes:
-        value: the mean difference; with ``ratio`` the factor between the geometric means.
-        lower, upper: its interval; None where there are too few runs.
-        ratio: whether it is a factor, 1 for no difference, and not a difference, 0 for none.
-        paired: whether runs of one seed were held against each other.
-        runs: pairs, or runs of both groups.
-        freedom: degrees of freedom of the interval.
-    """
-
-    value: float
-    lower: float | None
-    upper: float | None
-    ratio: bool
-    paired: bool
-    runs: int
-    freedom: int
-
     @property
-    def sure(self) -> bool:
-        """Whether the interval leaves out no difference."""
-        none = 1.0 if self.ratio else 0.0
-        return self.lower is not None and self.upper is not None and not self.lower <= none <= self.upper
+    def ends(self) -> str:
+        """Its interval: " [4.43, 9.92]", nothing where there is none."""
+        return bracket(self.lower, self.upper)
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g}{self.ends}"
 
 
 def spread(values: Sequence[float], *, log: bool = False) -> Spread:
@@ -101,7 +82,8 @@ def difference(
     half = student(CONFIDENCE, freedom) * error if freedom else None
     back = math.exp if ratio else float
     lower, upper = (None, None) if half is None else (back(mean - half), back(mean + half))
-    return Difference(back(mean), lower, upper, ratio, paired, len(a) if paired else len(a) + len(b), freedom)
+    runs, by = (len(a), PAIRS) if paired else (len(a) + len(b), WELCH)
+    return Difference(back(mean), lower, upper, ratio, by, runs, freedom)
 
 
 def _logarithms(values: Sequence[float]) -> NDArray[np.float64]:

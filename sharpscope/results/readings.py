@@ -3,56 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sharpscope.results.comparison import Comparison, Subject
+from sharpscope.results.contrast import contrast
+from sharpscope.results.difference import Difference
 from sharpscope.results.eigen import EigenResult
-from sharpscope.results.groups import Difference, Spread, difference, spread
+from sharpscope.results.estimate import wilson
+from sharpscope.results.groups import Spread, difference, spread
+from sharpscope.results.intervals import BINOMIAL, NONE, NUMERICAL, ONE_SUBSET, PROBED, PROBED_SAMPLED, SAMPLED, SUBSETS
+from sharpscope.results.reading import Reading
 from sharpscope.results.record import examples_of, origin
 from sharpscope.results.sharpness import Measure, SharpnessResult
 from sharpscope.results.trace import TraceResult
-from sharpscope.tables import with_bound
-
-NUMERICAL = "bound on the numerical error"
-SAMPLED = "95 % over examples, for all the data"
-PROBED = "one standard error over random probes"
-PROBED_SAMPLED = "one standard error over random probes and examples, for all the data"
-SUBSETS = "95 % over subsets"
-BINOMIAL = "95 % over examples (Wilson 1927)"
-EXACT = "exact on these examples"
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One number of one checkpoint.
-
-    Attributes:
-        value: the number.
-        lower, upper: its interval, or None.
-        interval: what the interval is, a phrase.
-        converged: False where the interval does not meet the tolerance.
-        origin: data, examples, precision; and ``price``: what it took.
-        more: further things to know of it.
-        data: the examples alone, alike for all that were measured on the same.
-    """
-
-    value: float
-    lower: float | None = None
-    upper: float | None = None
-    interval: str = EXACT
-    converged: bool = True
-    origin: str = ""
-    price: str = ""
-    more: str = ""
-    data: str = ""
-
-    def __str__(self) -> str:
-        mark = "" if self.converged else "?"
-        if self.lower is None or self.upper is None:
-            return f"{self.value:.4g}{mark}"
-        return f"{with_bound(self.value, self.lower, self.upper)}{mark}"
 
 
 @dataclass(frozen=True)
@@ -60,12 +25,13 @@ class Row:
     """One quantity over all checkpoints.
 
     Attributes:
-        label: the quantity's name.
+        label: the quantity, with all settings that tell it from others.
         definition: what it is, in a sentence.
         readings: one for each subject, None where it was not measured.
-        factor: whether groups are compared by ratios, as quantities are that range over factors.
+        factor: whether numbers are compared by ratios, as quantities are that range over factors.
         spreads: of each group, by name.
-        differences: of each later group from the first, by name.
+        differences: by name, of each later group from the first; without groups of each later checkpoint.
+        quantity: the label without m; and ``m``, where there is one.
     """
 
     label: str
@@ -74,6 +40,8 @@ class Row:
     factor: bool
     spreads: dict[str, Spread]
     differences: dict[str, Difference]
+    quantity: str = ""
+    m: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,10 +50,12 @@ class _Quantity:
     definition: str
     of: Callable[[Subject], Reading | None]
     factor: bool = True
+    quantity: str = ""
+    m: int | None = None
 
 
 def rows_of(comparison: Comparison) -> list[Row]:
-    """Every quantity that was measured of any checkpoint, with groups' means and differences where there are groups."""
+    """Every quantity that was measured of any checkpoint, means of groups, and how others differ from the first."""
     found = []
     for quantity in _quantities(comparison.subjects):
         readings = tuple(quantity.of(subject) for subject in comparison.subjects)
@@ -94,27 +64,62 @@ def rows_of(comparison: Comparison) -> list[Row]:
     return found
 
 
+def contrasted(comparison: Comparison) -> tuple[str, list[str]]:
+    """The first group or checkpoint, and those whose differences from it a table has room for."""
+    first, *others = list(comparison.groups) or [subject.name for subject in comparison.subjects]
+    return first, others if comparison.groups or len(others) == 1 else []
+
+
 def _row(comparison: Comparison, quantity: _Quantity, readings: tuple[Reading | None, ...]) -> Row:
+    spreads, factor = _spreads(comparison, quantity, readings)
     values = {s.name: r.value for s, r in zip(comparison.subjects, readings, strict=True) if r is not None}
-    whole = {group: [s.name for s in members] for group, members in comparison.groups.items()}
+    if comparison.groups:
+        differences = _differences(comparison, values, spreads, factor)
+    else:
+        found = {
+            subject.name: contrast(readings[0], reading, factor)
+            for subject, reading in zip(comparison.subjects[1:], readings[1:], strict=True)
+        }
+        differences = {name: one for name, one in found.items() if one is not None}
+    return Row(
+        quantity.label,
+        quantity.definition,
+        readings,
+        factor,
+        spreads,
+        differences,
+        quantity.quantity or quantity.label,
+        quantity.m,
+    )
+
+
+def _spreads(
+    comparison: Comparison, quantity: _Quantity, readings: tuple[Reading | None, ...]
+) -> tuple[dict[str, Spread], bool]:
+    """The mean of each group all of whose runs have a number, and whether they are compared by ratios."""
+    values = {s.name: r.value for s, r in zip(comparison.subjects, readings, strict=True) if r is not None}
     kept = {
-        group: [values[name] for name in names]
-        for group, names in whole.items()
-        if all(name in values and math.isfinite(values[name]) for name in names)
+        group: [values[run.name] for run in runs]
+        for group, runs in comparison.groups.items()
+        if all(run.name in values and math.isfinite(values[run.name]) for run in runs)
     }
     factor = quantity.factor and all(value > 0 for column in kept.values() for value in column)
-    spreads = {group: spread(column, log=factor) for group, column in kept.items()}
-    differences: dict[str, Difference] = {}
-    first = next(iter(whole), None)
-    for group in kept:
-        if first is not None and group != first and first in kept:
+    return {group: spread(column, log=factor) for group, column in kept.items()}, factor
+
+
+def _differences(
+    comparison: Comparison, values: Mapping[str, float], spreads: Mapping[str, Spread], factor: bool
+) -> dict[str, Difference]:
+    """Of each later group that has a mean from the first, over pairs where all runs have a partner."""
+    first, *others = comparison.groups
+    found: dict[str, Difference] = {}
+    for group in others:
+        if first in spreads and group in spreads:
             pairs = comparison.paired(first, group)
-            if pairs is None:
-                differences[group] = difference(kept[first], kept[group], ratio=factor)
-            else:
-                one, two = ([values[pair[i].name] for pair in pairs] for i in (0, 1))
-                differences[group] = difference(one, two, paired=True, ratio=factor)
-    return Row(quantity.label, quantity.definition, readings, factor, spreads, differences)
+            runs = zip(*pairs, strict=True) if pairs else (comparison.groups[name] for name in (first, group))
+            one, two = ([values[run.name] for run in column] for column in runs)
+            found[group] = difference(one, two, paired=bool(pairs), ratio=factor)
+    return found
 
 
 def _quantities(subjects: Sequence[Subject]) -> list[_Quantity]:
@@ -136,12 +141,12 @@ def _quantities(subjects: Sequence[Subject]) -> list[_Quantity]:
     found.append(
         _Quantity("trace", "trace of the Hessian: the sum of its eigenvalues, by random probes (XTrace)", _trace)
     )
-    labels = dict.fromkeys(m.label for s in subjects if s.sharpness is not None for m in s.sharpness.measures)
-    for label in labels:
-        definition = next(
-            m.definition for s in subjects if s.sharpness for m in s.sharpness.measures if m.label == label
-        )
-        found.append(_Quantity(label, definition, _measure(label)))
+    measures = {m.label: m for s in reversed(subjects) if s.sharpness for m in s.sharpness.measures}
+    order = dict.fromkeys(m.label for s in subjects if s.sharpness for m in s.sharpness.measures)
+    for label in order:
+        one = measures[label]
+        without = replace(one, settings={key: value for key, value in one.settings.items() if key != "m"})
+        found.append(_Quantity(label, one.definition, _measure(label), True, without.label, one.settings.get("m")))
     return found
 
 
@@ -172,15 +177,6 @@ def _performance(split: str, what: str) -> Callable[[Subject], Reading | None]:
     return of
 
 
-def wilson(share: float, examples: int) -> tuple[float, float]:
-    """The 95 % interval of a share of ``examples`` independent ones (Wilson 1927)."""
-    z = 1.959964
-    middle = (share + z * z / (2 * examples)) / (1 + z * z / examples)
-    half = z / (1 + z * z / examples) * math.sqrt(share * (1 - share) / examples + z * z / (4 * examples**2))
-    # A share of 1 lies at the interval's end, which rounding must not pull under it.
-    return max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share))
-
-
 def _lambda_max(subject: Subject) -> Reading | None:
     result = subject.eigen
     if result is None:
@@ -203,7 +199,7 @@ def _ratio(k: int) -> Callable[[Subject], Reading | None]:
         if sampled is not None:
             ends = (float(sampled["lower"]), float(sampled["upper"]), SAMPLED)
         elif result.sampling is not None:
-            ends = (None, None, f"none: {result.sampling.get('reason')}")
+            ends = (None, None, f"{NONE}{result.sampling.get('reason')}")
         return Reading(float(ratio.value or math.nan), *ends, bool(result.converged.all()), **_source(result))
 
     return of
@@ -226,7 +222,7 @@ def _measure(label: str) -> Callable[[Subject], Reading | None]:
             return None
         one = found[0]
         told = ", ".join(f"{key} {value:.4g}" for key, value in one.prediction.items())
-        what = EXACT if one.lower is None else SUBSETS if one.standard_error is not None else NUMERICAL
+        what = ONE_SUBSET if one.lower is None else SUBSETS if one.standard_error is not None else NUMERICAL
         if one.name == "edge":
             what = SAMPLED if one.settings.get("sampled") else NUMERICAL
         # The edge comes from eigenvalues that may be of more examples than the other measures.
