@@ -170,7 +170,15 @@ def trace(
         frobenius=_root(sums),
         sampling_error=trace_error(parts[0], n) if parts else None,
         **measured(objective),
-        provenance=provenance(problem, objective, seed, probes=probes, method="xtrace", operator=matrix.name),
+        provenance=provenance(
+            problem,
+            objective,
+            seed,
+            probes=probes,
+            method="xtrace",
+            operator=matrix.name,
+            population=population,
+        ),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sharpscope.audit import audit
+from sharpscope.audit import audit, rounding_of
 from sharpscope.certify import Certified, certified
 from sharpscope.errors import ArgumentError, ConvergenceWarning
 from sharpscope.guide.subset import FEWEST, Subset, sample, usual_size, worthwhile
@@ -27,6 +27,9 @@ from sharpscope.results import EigenResult
 from sharpscope.results.record import CERTAIN
 from sharpscope.resume import open_journal, resumable
 from sharpscope.sampling import sampling_error
+
+# Intervals are longer by so many times the rounding in float32 that some examples show, since others may show more.
+ROUNDED = 4.0
 
 
 def top_eigenvalues(
@@ -154,7 +157,8 @@ def top_eigenvalues(
             proof = certified(matmat, pairs, solve, certify, remaining=remaining, generator=source)
             pairs = proof.pairs
         if objective.dtype == torch.float32:
-            pairs = pairs.widened(objective.curvature.single * float(pairs.eigenvalues.abs().max()), tol)
+            rounded = ROUNDED * rounding_of(objective, pairs.eigenvectors) if objective.curvature.exact else 0.0
+            pairs = pairs.widened(objective.curvature.single * float(pairs.eigenvalues.abs().max()) + rounded, tol)
         sampling = None
         if population:
             ratio = k if which in ("largest", "both") else 0

@@ -9,17 +9,29 @@ import numpy as np
 
 
 def with_bound(value: float, lower: float, upper: float) -> str:
-    """``value`` to the digits that its interval supports, with the half-width rounded up: "1.2345 ±0.0002"."""
+    """``value`` to the digits that its interval supports, and a half-width that holds all of it: "1.2345 ±0.0002"."""
     half = max(upper - value, value - lower)
     if not np.isfinite(half) or half <= 0:
         return f"{value:.6g}"
-    last = int(np.floor(np.log10(half)))
-    # Less a little, or the difference of two floats that stands for 0.01 would be rounded up to 0.02.
-    half = float(np.ceil(half / 10.0**last * (1 - 1e-6)) * 10.0**last)
-    first = int(np.floor(np.log10(abs(value)))) if value else last
-    if -4 <= max(first, last) < 6:
-        return f"{value:.{max(-last, 0)}f} ±{half:.{max(-last, 0)}f}"
-    return f"{value:.{max(first - last, 0)}e} ±{half:.0e}"
+    # One digit of the half-width, or two that begin with 1: rounded up it is then at most half as long again.
+    last = int(np.floor(np.log10(half / 2)))
+    tried = [_rounded(value, lower, upper, last + i) for i in range(3)]
+    most, written = next((reach, text) for reach, digits, text in tried if digits < 20)
+    coarser = [text for reach, digits, text in tried[1:] if digits < 10 and reach <= most * (1 + 1e-9)]
+    return coarser[0] if coarser else written
+
+
+def _rounded(value: float, lower: float, upper: float, last: int) -> tuple[float, int, str]:
+    """A half-width in units of ``10^last``, how many there are, and both numbers as text."""
+    first, unit = int(np.floor(np.log10(abs(value)))) if value else last, 10.0**last
+    plain = -4 <= max(first, last) < 6
+    shown = f"{value:.{max(-last, 0)}f}" if plain else f"{value:.{max(first - last, 0)}e}"
+    # From the digits shown, not from the value. Less a little, or the difference of two floats that stands for 0.01
+    # would be rounded up to 0.02.
+    units = int(np.ceil(max(upper - float(shown), float(shown) - lower) / unit * (1 - 1e-6)))
+    half = units * unit
+    reach = f"{half:.{max(-last, 0)}f}" if plain else f"{half:.{int(units >= 10)}e}"
+    return half, units, f"{shown} ±{reach}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -45,10 +45,11 @@ def test_a_standard_error_counts_twice() -> None:
     assert (of(*pair, factor=False).lower, of(*pair, factor=False).upper) == (-1.0, 7.0)
 
 
-def test_a_factor_over_an_interval_that_reaches_zero_has_no_upper_end() -> None:
-    """8 in [6, 12] over 4 in [-1, 5] is at least 6/5."""
-    found = of(Reading(4.0, -1.0, 5.0, SUBSETS), Reading(8.0, 6.0, 12.0, SUBSETS))
-    assert (found.lower, found.upper, found.sure) == (6 / 5, math.inf, True)
+@pytest.mark.parametrize(("one", "two"), [((-1.0, 5.0), (6.0, 12.0)), ((2.0, 5.0), (-1.0, 12.0))])
+def test_a_number_that_may_be_zero_has_no_factor(one: tuple[float, float], two: tuple[float, float]) -> None:
+    """8 against 4 is 4 where either interval reaches zero, for a quotient could then be anything."""
+    found = of(Reading(4.0, *one, SUBSETS), Reading(8.0, *two, SUBSETS))
+    assert (found.value, found.lower, found.upper, found.ratio) == (4.0, two[0] - one[1], two[1] - one[0], False)
 
 
 def test_numbers_of_no_factor_are_subtracted() -> None:

@@ -186,3 +186,10 @@ def test_a_single_subset_is_not_called_exact() -> None:
     assert {reading.interval for reading in row.readings} == {"none: one subset"}
     said = "m-sharpness, rho=0.05 of sam.pt is 0.5 (m=256) times that of sgd.pt; no interval (one subset)"
     assert findings(compared)[0].startswith(said)
+
+
+def test_equal_numbers_say_nothing_of_the_scatter() -> None:
+    """Accuracies that are equal in all runs, as of few examples, have no interval and show no difference."""
+    assert (spread([0.995, 0.995, 0.995]).lower, spread([0.995] * 3).upper) == (None, None)
+    found = difference([0.9, 0.8], [0.9 - 1 / 64, 0.8 - 1 / 64], paired=True)
+    assert (found.value, found.lower, found.sure) == (pytest.approx(-1 / 64), None, None)

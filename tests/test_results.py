@@ -137,18 +137,33 @@ def test_other_files_are_no_results(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "half", "shown"),
     [
-        (1.23456, 0.0002, "1.2346 ±0.0002"),
-        (1.23456, 0.00021, "1.2346 ±0.0003"),
-        (123.4, 7.0, "123 ±7"),
-        (123.4, 70.0, "123 ±70"),
+        (1.2346, 0.0002, "1.2346 ±0.0002"),
+        (1.23456, 0.0002, "1.2346 ±0.0003"),
+        (1.23456, 0.00011, "1.23456 ±0.00011"),
+        (123.4, 7.0, "123 ±8"),
+        (123.0, 70.0, "123 ±70"),
+        (28.0, 11.48, "28 ±12"),
         (1.5e-6, 1e-9, "1.500e-06 ±1e-09"),
         (2.5e7, 3e3, "2.5000e+07 ±3e+03"),
         (2.0, 0.0, "2"),
     ],
 )
 def test_a_number_is_shown_to_the_digits_it_has(value: float, half: float, shown: str) -> None:
-    """The half-width is rounded up, and the value to its last digit."""
+    """The value to the last digit of the half-width, which is rounded up from there."""
     assert with_bound(value, value - half, value + half) == shown
+
+
+def test_a_printed_interval_holds_the_interval_and_is_not_much_longer() -> None:
+    """Over 2,000 numbers of all sizes its ends are outside, and it is at most 1.6 times as long as the wider side."""
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        value = rng.normal() * 10 ** rng.uniform(-6, 8)
+        half = abs(value) * 10 ** rng.uniform(-6, 1)
+        lower, upper = value - half * rng.uniform(0.3, 1), value + half
+        shown, reach = map(float, with_bound(value, lower, upper).split(" ±"))
+        assert shown - reach <= lower + 1e-5 * half
+        assert shown + reach >= upper - 1e-5 * half
+        assert reach <= 1.6 * half
 
 
 def test_the_table_marks_what_has_not_converged() -> None:

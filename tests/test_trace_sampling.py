@@ -82,6 +82,17 @@ def test_few_examples_say_nothing_of_the_rest() -> None:
     assert trace(problem(POPULATION[: FEWEST - 1]), 2, population=True).sampling_error is None
 
 
+def test_micro_batches_without_loss_terms_are_no_units() -> None:
+    """Of 60 examples with 5 labels nothing is stated; zeros change nothing where there are enough others."""
+    rng = np.random.default_rng(0)
+    forms, weights = rng.exponential(1, 60), np.zeros(60)
+    weights[:5] = 1
+    assert trace_error(parts(forms * weights, weights), 1) is None
+    weights[:30] = 1
+    some = trace_error(parts((forms * weights)[:30], weights[:30]), 1)
+    assert trace_error(parts(forms * weights, weights), 1) == pytest.approx(some)
+
+
 def test_it_is_saved_and_said() -> None:
     """It comes back from JSON, and the table's note has both errors in one."""
     found = trace(problem(POPULATION[:500]), 6, population=True)

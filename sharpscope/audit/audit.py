@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.audit.agreement import require_additive, require_repeatable, require_same
-from sharpscope.audit.twin import audit_in_float64, reads
+from sharpscope.audit.twin import audit_in_float64, products_in_float64, reads
 from sharpscope.errors import AuditError, ProblemError
 from sharpscope.objective import Objective, sizes
 from sharpscope.objective.batches import MicroBatch, leaves, map_tensors, micro_batches
@@ -45,7 +45,7 @@ def audit(objective: Objective, generator: torch.Generator | None = None) -> Sum
         first = objective.fitting(first)
         require_repeatable(objective, one, two, 1e3 * eps)
         # What differences leave of the digits is about the square root of what products have.
-        _require_symmetric(objective, probes, one, 10 * eps**0.5 if objective.curvature.exact else 10 * eps**0.4)
+        _require_symmetric(objective, first, probes, one, 10 * eps**0.5 if objective.curvature.exact else 10 * eps**0.4)
         originals = [p for p in objective.problem.model.parameters() if p.requires_grad]
         if objective.terms.model is not objective.problem.model and reads(objective, first, originals):
             raise ProblemError(
@@ -63,11 +63,18 @@ def audit(objective: Objective, generator: torch.Generator | None = None) -> Sum
         return one
 
 
-def _require_symmetric(objective: Objective, probes: Tensor, sums: Sums, tolerance: float) -> None:
-    (u, v), (hu, hv) = probes.cpu().double(), sums.products.cpu().double()
-    apart = abs(float(u @ hv - v @ hu))
-    size = float(u.norm() * hv.norm() + v.norm() * hu.norm())
+def _require_symmetric(objective: Objective, first: MicroBatch, probes: Tensor, sums: Sums, tolerance: float) -> None:
+    apart, size = _asymmetry(probes, sums.products)
     if apart > tolerance * size:
+        exact = None if objective.dtype == torch.float64 else products_in_float64(objective, first, probes)
+        if exact is not None:
+            also, whole = _asymmetry(probes, exact)
+            if also <= tolerance * whole:
+                raise AuditError(
+                    f"The curvature must not be rounding, but u'Hv and v'Hu differ by {apart:.2g} at |u||Hv| = "
+                    f"{size:.2g} in float32 and agree in float64: the loss is so near its least that float32 does not "
+                    "resolve it. Pass dtype=torch.float64 (--dtype float64)."
+                )
         remedy = (
             "operator='finite-difference' (--operator finite-difference)"
             if objective.curvature.exact
@@ -78,6 +85,12 @@ def _require_symmetric(objective: Objective, probes: Tensor, sums: Sums, toleran
             f"{size:.2g}: an operation has a wrong derivative. Look for custom autograd functions, detach and "
             f"weight_norm, or pass {remedy}."
         )
+
+
+def _asymmetry(probes: Tensor, products: Tensor) -> tuple[float, float]:
+    """``|u'Hv - v'Hu|``, and the size that it is small beside."""
+    (u, v), (hu, hv) = probes.cpu().double(), products.cpu().double()
+    return abs(float(u @ hv - v @ hu)), float(u.norm() * hv.norm() + v.norm() * hu.norm())
 
 
 def _require_no_sum(objective: Objective, first: MicroBatch) -> None:

@@ -20,6 +20,9 @@ from sharpscope.precision import placed
 EXAMPLES = 32
 LARGEST = 100_000_000
 
+# How many show what float32 does to eigenvalues: of fewer its scatter would be taken for a shift of all.
+ROUNDED = 256
+
 # Sums that agree in exact arithmetic agree to this in float64, relative to the sizes that were added.
 TOLERANCE = 1e-9
 
@@ -27,6 +30,57 @@ TOLERANCE = 1e-9
 # does, the differences to the left and to the right disagree, and another direction is drawn.
 STEP = 1e-8
 TRIES = 3
+
+# A softmax has 1 - p to an absolute eps, so that differences of a loss that changes by less a term are its rounding.
+RESOLVED = 1e-8
+
+
+def twin_of(objective: Objective) -> Objective | None:
+    """The same objective in float64, on a copy of the model; None where there cannot be one, or it would be large."""
+    if objective.num_params > LARGEST or objective.device.type == "mps":  # MPS has no float64
+        return None
+    try:
+        model, loss = placed(
+            objective.terms.model, objective.terms.loss_function, torch.float64, objective.device, copied=True
+        )
+    except ProblemError:
+        return None
+    problem = dataclasses.replace(objective.problem, model=model, loss=loss)
+    return Objective(problem, dtype=torch.float64, micro_batch=objective.micro_batch, curvature=objective.curvature)
+
+
+def products_in_float64(objective: Objective, part: MicroBatch, block: Tensor) -> Tensor | None:
+    """What ``accumulate`` gives of the products with ``block`` (K, n), in float64; None where that cannot be had."""
+    twin = twin_of(objective)
+    if twin is None:
+        return None
+    with twin.measuring():
+        try:
+            if reads(twin, part, [p for p in objective.terms.params if p.requires_grad]):
+                return None
+            found = twin.accumulate([part], block.double()).products
+        except (ProblemError, RuntimeError, TypeError):  # a model that keeps float32 tensors of its own, say
+            return None
+    objective.charge(twin.meter.example_gradients)
+    return found
+
+
+def rounding_of(objective: Objective, vectors: Tensor) -> float:
+    """``max |v'(H - H64)v|`` over unit vectors (n, k), H of the mean loss of some examples: what float32 does to it.
+
+    A well-fitted network's softmax has ``1 - p`` to an absolute 6e-8 only, and its curvature no better, however small
+    that is; the rounding of products, which is relative, says nothing of it. The first ROUNDED examples stand for all.
+
+    Cost: ``1 + 2k`` gradients of ROUNDED examples, twice. 0 where the model cannot run in float64.
+    """
+    part = objective.first_examples(ROUNDED)
+    block = vectors.T.to(objective.device, objective.dtype)
+    exact = products_in_float64(objective, part, block)
+    if exact is None:
+        return 0.0
+    sums = objective.accumulate([part], block)
+    apart = (block.double() * (sums.products.double() - exact)).sum(1) / sums.weight.double()
+    return float(apart.abs().max())
 
 
 def audit_in_float64(objective: Objective, first: MicroBatch, generator: torch.Generator | None) -> None:
@@ -40,16 +94,9 @@ def audit_in_float64(objective: Objective, first: MicroBatch, generator: torch.G
 
     Raises: AuditError, ProblemError, naming what to look for.
     """
-    if objective.num_params > LARGEST or objective.device.type == "mps":  # MPS has no float64
+    twin = twin_of(objective)
+    if twin is None:
         return
-    try:
-        model, loss = placed(
-            objective.terms.model, objective.terms.loss_function, torch.float64, objective.device, copied=True
-        )
-    except ProblemError:
-        return
-    problem = dataclasses.replace(objective.problem, model=model, loss=loss)
-    twin = Objective(problem, dtype=torch.float64, micro_batch=objective.micro_batch, curvature=objective.curvature)
     whole = objective.micro_batch == "loader" or not first.splittable
     few = first if whole else first.part(0, min(first.size, EXAMPLES))
     originals = [p for p in (*objective.terms.params, *objective.problem.model.parameters()) if p.requires_grad]
@@ -98,6 +145,8 @@ def _require_derivatives(twin: Objective, few: MicroBatch, generator: torch.Gene
         base, u = weights + 0.01 * direction(), direction()
         here = sums(base, u[None] if twin.curvature.twice else u.new_empty(0, len(u)))
         before, after = (sums(base + sign * STEP * u, u.new_empty(0, len(u))) for sign in (-1, 1))
+        if float(here.spread) * float(u.norm()) <= RESOLVED * float(here.weight):
+            return
         left, right = (here.gradient - before.gradient) / STEP, (after.gradient - here.gradient) / STEP
         rounding = 100 * torch.finfo(torch.float64).eps / STEP
         noise = rounding * float(here.spread)

@@ -69,6 +69,13 @@ def limits(comparison: Comparison, rows: list[Row]) -> str:
 def _runs(comparison: Comparison) -> tuple[str, str]:
     groups = comparison.groups
     fewest = min(map(len, groups.values()), default=1)
+    if fewest < 2 and max(map(len, groups.values()), default=1) > 1:
+        alone = ", ".join(group for group, runs in groups.items() if len(runs) == 1)
+        return (
+            "One run says nothing of the scatter.",
+            f"There is a single run of {alone}, which has no interval over runs: another seed of it may differ by as "
+            "much as two runs of the other group do.",
+        )
     if fewest < 2:
         return (
             "One seed says nothing in general.",

@@ -10,7 +10,6 @@ from sharpscope.report.drawing import QUIET, SMALL, Drawn, Panel, panel, powers
 from sharpscope.report.look import Look, key
 from sharpscope.results.comparison import Comparison
 from sharpscope.results.readings import Row
-from sharpscope.tables import with_bound
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,9 +27,8 @@ def runs(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> Dra
     if not chosen:
         return None
     panels = tuple(_panel(f"runs-{i}", comparison, row, looks) for i, row in enumerate(chosen, start=1))
-    first, *others = groups
-    paired = [group for group in others if comparison.paired(first, group) is not None]
-    tied = " Grey lines tie runs of one seed." if paired else ""
+    paired = [pair for pair in pairwise(groups) if comparison.paired(*pair) is not None]
+    tied = " Grey lines tie runs of one seed in neighbouring groups." if paired else ""
     said = (
         "Each point is a run; beside them the mean (geometric, where groups are compared by ratios) and Student's 95 % "
         f"interval of it.{tied} Scales are each panel's own and need not start at zero."
@@ -44,8 +42,7 @@ def _panel(name: str, comparison: Comparison, row: Row, looks: dict[str, Look]) 
         sure = "" if spread.lower is None or spread.upper is None else f" ({spread.lower:.4g} to {spread.upper:.4g})"
         means.append(f"{group} mean {spread.value:.4g}{sure} of {spread.runs} runs")
     for group, d in row.differences.items():
-        shown = f"{d.value:.4g}" if d.lower is None or d.upper is None else with_bound(d.value, d.lower, d.upper)
-        means.append(f"{group} against the first group: {'factor' if d.ratio else 'difference'} {shown}")
+        means.append(f"{group} against the first group: {d}")
     title = f"{row.label} of every run"
     return panel(
         name, title, "; ".join(means) + ".", lambda axes: _strip(axes, comparison, row, looks), SMALL, row.label

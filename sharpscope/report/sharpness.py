@@ -35,9 +35,9 @@ def m_sharpness(comparison: Comparison, looks: dict[str, Look], rows: list[Row])
     shown = {s.name for points in balls.values() for s, _ in points}
     several = any(len(runs) > 1 for runs in comparison.groups.values())
     whiskers = (
-        "Thin: runs; thick: their geometric mean with its 95 % interval."
+        "Thin: runs; thick: their mean (geometric, where all runs are above 0) with its 95 % interval."
         if several
-        else "Whiskers: 95 % over the disjoint subsets; a point without them is one subset, all the examples."
+        else "Whiskers: 95 % over the disjoint subsets; a point without them is one subset."
     )
     caption = (
         "Mean over disjoint subsets of m examples of how much the loss of a subset rises in the worst direction that "
@@ -70,6 +70,7 @@ def _ball(name: str, ball: tuple[Any, ...], points: Points, looks: dict[str, Loo
 def _curves(axes: Axes, points: Points, looks: dict[str, Look]) -> None:
     measured = {s.name: ms for s, ms in points}
     parts = together(s for s, _ in points)
+    positive = all(m.value > 0 for _, found in points for m in found)
     # Apart by a fraction of the step to the next m, so that whiskers of several checkpoints are seen.
     apart = 2 ** (0.36 / len(parts))
     for i, (_, members) in enumerate(parts):
@@ -85,25 +86,25 @@ def _curves(axes: Axes, points: Points, looks: dict[str, Look]) -> None:
             else:
                 axes.errorbar(x, y, yerr=[below, above], capsize=3, **look.line)
         if many:
-            _mean(axes, [measured[s.name] for s in members], look, aside)
+            _mean(axes, [measured[s.name] for s in members], look, aside, positive)
     ms = [m for _, found in points for m in found]
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({m.settings["m"] for m in ms}))
     powers(axes.xaxis, ticks=False)
     axes.set(xlabel="m, the examples that share a perturbation", ylabel="m-sharpness")
-    if all(m.value > 0 for m in ms):
+    if positive:
         axes.set_yscale("log")
         powers(axes.yaxis)
 
 
-def _mean(axes: Axes, runs: list[list[Measure]], look: Look, aside: float) -> None:
+def _mean(axes: Axes, runs: list[list[Measure]], look: Look, aside: float, geometric: bool) -> None:
     """The mean over runs at each m that all of them have."""
     by_m: dict[int, list[float]] = {}
     for ms in runs:
         for m in ms:
             by_m.setdefault(int(m.settings["m"]), []).append(m.value)
     whole = {m: values for m, values in by_m.items() if len(values) == len(runs) and all(map(math.isfinite, values))}
-    means = [spread(values, log=min(values) > 0) for values in whole.values()]
+    means = [spread(values, log=geometric) for values in whole.values()]
     below = [0.0 if s.lower is None else s.value - s.lower for s in means]
     above = [0.0 if s.upper is None else s.upper - s.value for s in means]
     axes.errorbar(

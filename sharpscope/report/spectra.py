@@ -62,10 +62,13 @@ def eigenvalues(comparison: Comparison, looks: dict[str, Look], rows: list[Row])
             )
         )
     kinds = dict.fromkeys(r.interval for _, r in found)
+    widths = [(r.upper - r.lower) / abs(r.value) for _, r in found if r.upper is not None and r.lower is not None]
+    narrow = max(widths, default=1.0) < 0.02
+    thin = "; most are narrower than the line that draws them" if narrow else ""
     unsure = "; ? marks what did not converge to its tolerance" if any(not r.converged for _, r in found) else ""
     caption = (
-        f"Largest eigenvalues of the Hessian of the mean training loss. Whiskers: {', '.join(kinds)}; most are "
-        f"narrower than the line that draws them{unsure}. A larger lambda_max is a sharper direction, no worse network."
+        f"Largest eigenvalues of the Hessian of the mean training loss. Whiskers: {', '.join(kinds)}{thin}"
+        f"{unsure}. A larger lambda_max is a sharper direction, no worse network."
     )
     return Drawn("eigenvalues", "Largest eigenvalues", tuple(panels), caption, key=key(comparison, looks))
 
@@ -93,7 +96,8 @@ def _bars(axes: Axes, found: list[tuple[str, Look, Reading]]) -> None:
     values = [reading.value for _, _, reading in found]
     scale = bars_scale(values)
     axes.set_xscale(scale)
-    ends = []
+    ends: list[float] = []
+    starts: list[float] = []
     for y, (_, look, r) in enumerate(found):
         low, high = (r.value if end is None else end for end in (r.lower, r.upper))
         if scale == "linear":
@@ -101,6 +105,7 @@ def _bars(axes: Axes, found: list[tuple[str, Look, Reading]]) -> None:
         error: Any = [[max(r.value - low, 0)], [max(high - r.value, 0)]]
         axes.errorbar(r.value, y, xerr=error, color=look.colour, marker=look.marker, capsize=3)
         ends.append(max(high, r.value))
+        starts.append(min(low, r.value))
         axes.annotate(
             str(r),
             (ends[-1], y),
@@ -113,19 +118,20 @@ def _bars(axes: Axes, found: list[tuple[str, Look, Reading]]) -> None:
     name_rows(axes, [name for name, _, _ in found])
     axes.set_xlabel("lambda_max")
     if scale == "log":
-        axes.set_xlim(min(values) / 2, max(ends) * (max(ends) / min(values)) ** 0.5)
+        lowest = min((start for start in starts if start > 0), default=min(values))
+        axes.set_xlim(lowest / 2, max(ends) * (max(ends) / min(values)) ** 0.5)
         powers(axes.xaxis)
     else:
-        low = min(0.0, *values)
+        low = 1.05 * min(0.0, *starts)
         axes.set_xlim(low, low + 1.42 * (max(max(ends), 0.0) - low or 1.0))
 
 
 def _top(axes: Axes, subjects: list[Subject], looks: dict[str, Look]) -> None:
-    positive = all(s.eigen is not None and (s.eigen.lower > 0).all() for s in subjects)
+    positive = all((_ends(s)[0] > 0).all() for s in subjects)
     for s in subjects:
         if s.eigen is not None:
-            values = s.eigen.eigenvalues
-            error = np.stack([values - s.eigen.lower, s.eigen.upper - values]).clip(0)
+            values, (lower, upper) = s.eigen.eigenvalues, _ends(s)
+            error = np.stack([values - lower, upper - values]).clip(0)
             axes.errorbar(np.arange(1, len(values) + 1), values, yerr=error, capsize=2, **looks[s.name].line)
     if positive:
         axes.set_yscale("log")
@@ -137,7 +143,17 @@ def _top(axes: Axes, subjects: list[Subject], looks: dict[str, Look]) -> None:
 def _listed(subject: Subject) -> str:
     eigen = subject.eigen
     assert eigen is not None
-    return ", ".join(map(with_bound, eigen.eigenvalues, eigen.lower, eigen.upper))
+    return ", ".join(map(with_bound, eigen.eigenvalues, *_ends(subject)))
+
+
+def _ends(subject: Subject) -> tuple[Any, Any]:
+    """The intervals that the table has: over examples where the eigenvalues are those of a sample."""
+    eigen = subject.eigen
+    assert eigen is not None
+    sampling = eigen.sampling or {}
+    if sampling.get("lower") is None:
+        return eigen.lower, eigen.upper
+    return np.array(sampling["lower"]), np.array(sampling["upper"])
 
 
 def densities(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> Drawn | None:

@@ -98,7 +98,7 @@ def _shown(one: Reading, two: Reading, apart: bool | None, first: str, second: s
         if one.interval == two.interval == EXACT:
             return "exact on these examples"
         reason = next((r.interval.removeprefix(NONE) for r in (one, two) if r.interval.startswith(NONE)), "")
-        return f"no interval ({reason}), so that nothing is shown" if reason else "one has no interval"
+        return f"no interval ({reason}), so that nothing is shown" if reason else "not both have an interval"
     told = KINDS[one.interval].told(apart)
     return told if apart else f"{told}: no difference is shown"
 

@@ -50,7 +50,7 @@ def spread(values: Sequence[float], *, log: bool = False) -> Spread:
     if len(found) == 0:
         raise DataError("A mean needs at least one run, got none.")
     mean, half = float(found.mean()), None
-    if len(found) > 1:
+    if _scatters(found):
         half = student(CONFIDENCE, len(found) - 1) * float(found.std(ddof=1)) / math.sqrt(len(found))
     back = math.exp if log else float
     lower, upper = (None, None) if half is None else (back(mean - half), back(mean + half))
@@ -72,18 +72,23 @@ def difference(
     if min(len(a), len(b)) == 0:
         raise DataError("A difference needs at least one run in each group.")
     mean, freedom, error = float(b.mean() - a.mean()), 0, 0.0
-    if paired and len(a) > 1:
+    if paired and _scatters(b - a):
         freedom, error = len(a) - 1, float((b - a).std(ddof=1)) / math.sqrt(len(a))
     elif not paired and min(len(a), len(b)) > 1:
         parts = [float(x.var(ddof=1)) / len(x) for x in (a, b)]
         error = math.sqrt(sum(parts))
         weights = sum(part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True))
         freedom = max(1, int(sum(parts) ** 2 / weights)) if weights else min(len(a), len(b)) - 1
-    half = student(CONFIDENCE, freedom) * error if freedom else None
+    half = student(CONFIDENCE, freedom) * error if freedom and _scatters(np.concatenate([a, b])) else None
     back = math.exp if ratio else float
     lower, upper = (None, None) if half is None else (back(mean - half), back(mean + half))
     runs, by = (len(a), PAIRS) if paired else (len(a) + len(b), WELCH)
     return Difference(back(mean), lower, upper, ratio, by, runs, freedom)
+
+
+def _scatters(values: NDArray[np.float64]) -> bool:
+    """Whether there is a scatter to speak of: equal accuracies, as few examples give them, say nothing of it."""
+    return len(values) > 1 and float(np.ptp(values)) > 1e-12 * float(np.abs(values).max())
 
 
 def _logarithms(values: Sequence[float]) -> NDArray[np.float64]:

@@ -183,9 +183,11 @@ def _lambda_max(subject: Subject) -> Reading | None:
         return None
     sampling, missed = result.sampling, result.missed_probability
     more = "" if missed is None else f"a larger one was missed with probability at most {float(missed[0]):.1g}"
-    ends = (float(result.lower[0]), float(result.upper[0]), NUMERICAL)
-    if sampling is not None and sampling.get("lower") is not None:
-        ends = (float(sampling["lower"][0]), float(sampling["upper"][0]), SAMPLED)
+    ends: tuple[float | None, float | None, str] = (float(result.lower[0]), float(result.upper[0]), NUMERICAL)
+    if sampling is not None:
+        known = sampling.get("lower") is not None
+        ends = (None, None, f"{NONE}{sampling.get('reason')}")
+        ends = (float(sampling["lower"][0]), float(sampling["upper"][0]), SAMPLED) if known else ends
     return Reading(result.lambda_max, *ends, bool(result.converged[0]), **_source(result), more=more)
 
 
@@ -210,6 +212,8 @@ def _trace(subject: Subject) -> Reading | None:
     if result is None:
         return None
     value, error = result.whole.value, result.whole.standard_error
+    if result.provenance.get("population") and result.sampling_error is None:
+        return Reading(value, interval=f"{NONE}too few micro-batches with loss terms", **_source(result))
     kind = PROBED if result.sampling_error is None else PROBED_SAMPLED
     return Reading(value, value - error, value + error, kind, **_source(result))
 
