@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         return blocks.run(args)
     if args.probes is not None:
         raise sharpscope.ArgumentError("--probes goes with --per-layer. Leave it out, or pass --per-layer.")
-    from sharpscope.results import EigenResult, table
+    from sharpscope.results import EigenResult
     from sharpscope.resume import discard
 
     if args.vectors and args.out is None:
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
             journal=None if out is None else options.state(out),
         )
 
-    terminal.measure_each(args, outputs, results, measure, table, vectors=args.vectors)
+    terminal.measure_each(args, outputs, results, measure, vectors=args.vectors)
     done = all(result.converged.all() and result.certified for result in results)
     # Not before all are safe, and sure: given again, the command must find those that are done, and may go on.
     for out in outputs:

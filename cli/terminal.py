@@ -41,7 +41,6 @@ def measure_each(
     outputs: Sequence[Path | None],
     results: list[Any],
     measure: Callable[[str, Path | None, Any], Any],
-    table: Callable[[list[Any]], str],
     after: Callable[[Any, Path], None] = lambda result, out: None,
     unless: Callable[[Any], bool] = lambda result: False,
     **saved: Any,
@@ -64,7 +63,9 @@ def measure_each(
         if args.json:
             emit_json([result.to_dict() for result in results], len(args.checkpoints))
         elif results:
-            emit(table(results))
+            from sharpscope.results import side_by_side
+
+            emit(str(side_by_side(results)))
 
 
 def save_figure(draw: Callable[[], Any], path: Path) -> None:
