@@ -20,7 +20,7 @@ from sharpscope.edges import descent_edge, sam_edge
 from sharpscope.errors import ArgumentError, DataError, ProblemError
 from sharpscope.plot import m_sharpness_curves
 from sharpscope.results import InvarianceResult, SharpnessResult
-from sharpscope.sharpness import curvature, side_by_side, worst
+from sharpscope.sharpness import curvature, vectorised, worst
 
 INF = math.inf
 N, RHO = 24, 0.3
@@ -618,7 +618,7 @@ def test_subsets_side_by_side_are_those_one_after_another(
     found = []
     for quick in (True, False):
         monkeypatch.setattr(worst, "BUSY", 128 if quick else 0)
-        monkeypatch.setattr(side_by_side.time, "perf_counter", itertools.count(0.0, 1.0).__next__)
+        monkeypatch.setattr(vectorised.time, "perf_counter", itertools.count(0.0, 1.0).__next__)
         found.append(
             measure_sharpness(
                 problem, m=(1, 2), rho=(0.05, 0.5), p=p, adaptive=adaptive, eta=0.01, ascent=Ascent(steps)
