@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sharpscope
 from sharpscope import Cost, DataError, EigenResult, OutputError, Ratio
 from sharpscope.files import atomic, require_writable
 from sharpscope.plot import sharpness_over_training
@@ -109,6 +110,17 @@ def test_a_table_is_turned_where_that_is_narrower() -> None:
     assert "lambda_max" in many.splitlines()[0]
     for text in (few, many):
         assert max(map(len, text.partition("\n\n")[0].splitlines())) <= 80
+
+
+def test_every_result_is_shown_saved_and_put_beside_others() -> None:
+    """Each class of results has what docs/reference.md says of them, and a place in side_by_side."""
+    kinds = {getattr(sharpscope, name) for name in sharpscope.__all__ if name.endswith("Result")}
+    assert len(kinds) == 8
+    for kind in kinds:
+        assert all(callable(getattr(kind, name)) for name in ("summary", "table", "save", "load")), kind
+    with pytest.raises(DataError) as refused:
+        side_by_side([])
+    assert all(kind.__name__ in str(refused.value) for kind in kinds)
 
 
 def test_vectors_of_another_run_are_not_taken_for_this_ones(tmp_path: Path) -> None:

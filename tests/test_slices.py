@@ -19,7 +19,6 @@ from sharpscope.errors import ArgumentError, AuditError, DataError, ProblemError
 from sharpscope.results.slice import DIVERGED, DONE
 from sharpscope.slices import (
     Direction,
-    axis,
     eigenvector_directions,
     gradient_directions,
     orthonormalised,
@@ -29,7 +28,7 @@ from sharpscope.slices import (
     towards,
     trajectory_plane,
 )
-from sharpscope.slices.axes import coarse_to_fine, refined
+from sharpscope.slices.axes import axis, coarse_to_fine, refined
 from sharpscope.slices.direction import coordinates, cosine
 from sharpscope.slices.evaluation import Evaluation
 
