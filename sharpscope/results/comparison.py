@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sharpscope.errors import DataError
-from sharpscope.results.cost import Cost
+from sharpscope.results.cost import Cost, total
 from sharpscope.results.density import DensityResult
 from sharpscope.results.eigen import EigenResult
 from sharpscope.results.sharpness import SharpnessResult
@@ -118,14 +118,3 @@ class Comparison:
 
     summary = __str__ = as_text
     _repr_pretty_, _repr_html_ = as_pretty, as_html
-
-
-def total(costs: Any) -> Cost:
-    """The sum of costs."""
-    kept = list(costs)
-    return Cost(
-        passes=sum(c.passes for c in kept),
-        hvps=sum(c.hvps for c in kept),
-        gradients=sum(c.gradients for c in kept),
-        seconds=sum(c.seconds for c in kept),
-    )
