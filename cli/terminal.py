@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sharpscope.progress import progress_bar
-
-# Of bars that count steps. disable=None: silent where stderr is no terminal.
-TQDM: dict[str, Any] = {"disable": None, "dynamic_ncols": True, "leave": False}
+from sharpscope.progress import at_a_terminal, progress_bar
 
 
 def emit(text: str) -> None:
@@ -90,8 +88,16 @@ def say_written(path: Path) -> None:
         print(f"{path} written", file=sys.stderr)
 
 
-def advance(bar: Any, done: int, total: int, metrics: dict[str, float]) -> None:
-    """Show ``done`` of ``total`` steps with the epoch's mean loss and accuracy so far."""
-    bar.total = total
-    bar.set_postfix_str(f"loss {metrics['loss']:.4f} accuracy {metrics['accuracy']:.2%}", refresh=False)
-    bar.update(done - bar.n)
+@contextlib.contextmanager
+def steps_bar(what: str | None = None) -> Iterator[Callable[[int, int, dict[str, float]], None]]:
+    """A bar of training steps with the epoch's mean loss and accuracy so far, for the ``progress`` of ``train``."""
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit=" steps", **at_a_terminal()) as bar:
+
+        def show(done: int, total: int, metrics: dict[str, float]) -> None:
+            bar.total = total
+            bar.set_postfix_str(f"loss {metrics['loss']:.4f} accuracy {metrics['accuracy']:.2%}", refresh=False)
+            bar.update(done - bar.n)
+
+        yield show

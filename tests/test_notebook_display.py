@@ -159,16 +159,25 @@ def test_a_bar_that_was_not_used_shows_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert kernel.outputs == {}
 
 
+STAGES = """
+import sharpscope
+with sharpscope.progress_bar("SGD") as progress:
+    progress("one", 1, 10)
+    progress("two", 1, None)
+"""
+STEPS = """
+from sharpscope.cli import terminal
+with terminal.steps_bar("SGD: one, SGD: two") as progress:
+    progress(1, 10, {"loss": 1.0, "accuracy": 0.5})
+"""
+
+
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX's")
-def test_a_bar_at_a_terminal_is_one_line_that_is_taken_away() -> None:
-    """Stages share a line on stderr, which is blank in the end; nothing of it is on stdout."""
+@pytest.mark.parametrize("code", [STAGES, STEPS])
+def test_a_bar_at_a_terminal_is_one_line_that_is_taken_away(code: str) -> None:
+    """Stages, or steps, share a line on stderr, which is blank in the end, also where the terminal says no size."""
     master, slave = os.openpty()
-    code = (
-        "import sharpscope\n"
-        "with sharpscope.progress_bar('SGD') as progress:\n"
-        "    progress('one', 1, 10)\n"
-        "    progress('two', 1, None)\n"
-    )
+    assert os.get_terminal_size(slave).columns == 0
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=slave, check=True)
     os.set_blocking(master, False)
     shown = os.read(master, 100_000).decode()
