@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     import sharpscope
-    from sharpscope.results import BlockResult, block_table
+    from sharpscope.results import BlockResult
 
     outputs = options.outputs(args)
     options.load_all(args)
@@ -55,5 +55,5 @@ def run(args: argparse.Namespace) -> int:
             max_passes=args.max_passes,
         )
 
-    terminal.measure_each(args, outputs, results, measure, block_table)
+    terminal.measure_each(args, outputs, results, measure)
     return 0 if all(result.converged.all() for result in results) else 3

@@ -82,7 +82,7 @@ class Parts:
     def keep(self, name: str, part: str, key: Callable[[], str], measure: Callable[[Path | None], Any]) -> Any:
         """``measure(journal)``, or what it returned under this key; always as it is read back from disk."""
         from sharpscope.errors import DataError
-        from sharpscope.resume import discard
+        from sharpscope.resume.journal import discard
 
         now, path = key(), self._folder / f"{_plain(name)}-{_plain(part)}.json"
         kind = part.partition("-")[0]

@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from sharpscope.cli import options, terminal
 
 DESCRIPTION = """\
@@ -75,14 +73,14 @@ def _train(label: str, recipe: Any, out: Path, overwrite: bool) -> list[Path]:
     from sharpscope.train import parse_epochs, snapshot_path, train
 
     epochs = sorted(parse_epochs("0,50%,last", recipe.epochs))
-    with tqdm(desc=f"train {label}", unit=" steps", **terminal.TQDM) as bar:
+    with terminal.steps_bar(f"train {label}") as progress:
         train(
             recipe,
             out,
             resume=not overwrite,
             overwrite=overwrite,
             save_epochs=epochs,
-            progress=lambda done, total, metrics: terminal.advance(bar, done, total, metrics),
+            progress=progress,
         )
     return [snapshot_path(out, epoch) for epoch in epochs]
 
@@ -145,18 +143,15 @@ def _said(results: dict[str, Any]) -> str:
 
 
 def _draw(results: dict[str, Any], ends: list[Any], path: Path) -> None:
-    import matplotlib
+    def panels() -> Any:
+        import matplotlib.pyplot as plt
 
-    matplotlib.use("Agg")  # a file, on a machine that may have no screen
-    import matplotlib.pyplot as plt
+        from sharpscope.plot import sharpness_over_training, slice_curves
 
-    from sharpscope.files import atomic
-    from sharpscope.plot import sharpness_over_training, slice_curves
+        figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
+        sharpness_over_training(results, axes[:2])
+        slice_curves(ends, axes[2], accuracy=False)
+        figure.suptitle("Sharpness over training, and the loss at the end: cnn on digits, full training set, eval mode")
+        return axes[0]
 
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
-    sharpness_over_training(results, axes[:2])
-    slice_curves(ends, axes[2], accuracy=False)
-    figure.suptitle("Sharpness over training, and the loss at the end: cnn on digits, full training set, eval mode")
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-    plt.close(figure)
+    terminal.save_figure(panels, path)

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     import sharpscope
-    from sharpscope.results import DensityResult, density_table
+    from sharpscope.results import DensityResult
 
     outputs = options.outputs(args)
     figure = None if args.figure is None else options.figure(args)
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         )
 
     try:
-        terminal.measure_each(args, outputs, results, measure, density_table)
+        terminal.measure_each(args, outputs, results, measure)
     finally:
         if figure is not None and results:
             _draw(results, eigen, figure)

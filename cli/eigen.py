@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
         return blocks.run(args)
     if args.probes is not None:
         raise sharpscope.ArgumentError("--probes goes with --per-layer. Leave it out, or pass --per-layer.")
-    from sharpscope.results import EigenResult, table
-    from sharpscope.resume import discard
+    from sharpscope.results import EigenResult
+    from sharpscope.resume.journal import discard
 
     if args.vectors and args.out is None:
         raise sharpscope.ArgumentError("--vectors must come with --out, which says where to. Pass --out PATH.")
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
             journal=None if out is None else options.state(out),
         )
 
-    terminal.measure_each(args, outputs, results, measure, table, vectors=args.vectors)
+    terminal.measure_each(args, outputs, results, measure, vectors=args.vectors)
     done = all(result.converged.all() and result.certified for result in results)
     # Not before all are safe, and sure: given again, the command must find those that are done, and may go on.
     for out in outputs:

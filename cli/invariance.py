@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     import sharpscope
-    from sharpscope.results import InvarianceResult, invariance_table
+    from sharpscope.results import InvarianceResult
 
     outputs = options.outputs(args)
     options.load_all(args)
@@ -61,5 +61,5 @@ def run(args: argparse.Namespace) -> int:
             device=options.device(args.device),
         )
 
-    terminal.measure_each(args, outputs, results, measure, invariance_table)
+    terminal.measure_each(args, outputs, results, measure)
     return 0 if all(result.converged for result in results) else 3

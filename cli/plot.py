@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     """Read, draw, write."""
     from sharpscope.errors import ArgumentError, OutputError, nearest
     from sharpscope.files import atomic
-    from sharpscope.results import slice_table
+    from sharpscope.results import side_by_side
     from sharpscope.results.slice_export import to_csv, to_vtk
 
     out = Path(args.out)
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
             raise ArgumentError(nearest("style", args.style, matplotlib.style.available))
         with matplotlib.style.context(args.style or []):
             terminal.save_figure(lambda: _drawn(args, results), out)
-    terminal.emit(slice_table(results))
+    terminal.emit(str(side_by_side(results)))
     return 0
 
 

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     import sharpscope
-    from sharpscope.results import SharpnessResult, sharpness_table
+    from sharpscope.results import SharpnessResult
 
     outputs = options.outputs(args)
     figure = None if args.figure is None else options.figure(args)
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         )
 
     try:
-        terminal.measure_each(args, outputs, results, measure, sharpness_table)
+        terminal.measure_each(args, outputs, results, measure)
     finally:
         if figure is not None and results:
             from sharpscope.plot import m_sharpness_curves

@@ -71,8 +71,8 @@ def run(
     """Measure one checkpoint after another by ``measure(problem, out, progress, **options)``, and draw them all."""
     from sharpscope import ArgumentError
     from sharpscope.files import atomic
-    from sharpscope.results import SliceResult, slice_table
-    from sharpscope.resume import discard
+    from sharpscope.results import SliceResult
+    from sharpscope.resume.journal import discard
 
     if args.shard is not None and args.out is None:
         raise ArgumentError("--shard needs --out, where the processes meet. Pass the same --out to each.")
@@ -121,7 +121,7 @@ def run(
 
     try:
         # A shard that ends before the others writes nothing, lest it write over what the last one wrote.
-        terminal.measure_each(args, outputs, results, one, slice_table, after, lambda result: not result.complete)
+        terminal.measure_each(args, outputs, results, one, after, lambda result: not result.complete)
     finally:
         if figure is not None and results and all(result.complete for result in results):
             terminal.save_figure(lambda: draw(results), figure)

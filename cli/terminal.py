@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sharpscope.progress import progress_bar
-
-# Of bars that count steps. disable=None: silent where stderr is no terminal.
-TQDM: dict[str, Any] = {"disable": None, "dynamic_ncols": True, "leave": False}
+from sharpscope.progress import at_a_terminal, progress_bar
 
 
 def emit(text: str) -> None:
@@ -41,7 +39,6 @@ def measure_each(
     outputs: Sequence[Path | None],
     results: list[Any],
     measure: Callable[[str, Path | None, Any], Any],
-    table: Callable[[list[Any]], str],
     after: Callable[[Any, Path], None] = lambda result, out: None,
     unless: Callable[[Any], bool] = lambda result: False,
     **saved: Any,
@@ -64,7 +61,9 @@ def measure_each(
         if args.json:
             emit_json([result.to_dict() for result in results], len(args.checkpoints))
         elif results:
-            emit(table(results))
+            from sharpscope.results import side_by_side
+
+            emit(str(side_by_side(results)))
 
 
 def save_figure(draw: Callable[[], Any], path: Path) -> None:
@@ -89,8 +88,16 @@ def say_written(path: Path) -> None:
         print(f"{path} written", file=sys.stderr)
 
 
-def advance(bar: Any, done: int, total: int, metrics: dict[str, float]) -> None:
-    """Show ``done`` of ``total`` steps with the epoch's mean loss and accuracy so far."""
-    bar.total = total
-    bar.set_postfix_str(f"loss {metrics['loss']:.4f} accuracy {metrics['accuracy']:.2%}", refresh=False)
-    bar.update(done - bar.n)
+@contextlib.contextmanager
+def steps_bar(what: str | None = None) -> Iterator[Callable[[int, int, dict[str, float]], None]]:
+    """A bar of training steps with the epoch's mean loss and accuracy so far, for the ``progress`` of ``train``."""
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit=" steps", **at_a_terminal()) as bar:
+
+        def show(done: int, total: int, metrics: dict[str, float]) -> None:
+            bar.total = total
+            bar.set_postfix_str(f"loss {metrics['loss']:.4f} accuracy {metrics['accuracy']:.2%}", refresh=False)
+            bar.update(done - bar.n)
+
+        yield show

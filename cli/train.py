@@ -6,8 +6,6 @@ import argparse
 import math
 from typing import Any
 
-from tqdm import tqdm
-
 from sharpscope.cli import options, terminal
 
 
@@ -96,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         noise_seed=args.noise_seed,
         seed=args.seed,
     )
-    with tqdm(unit=" steps", **terminal.TQDM) as bar:
+    with terminal.steps_bar() as progress:
         checkpoint = train(
             recipe,
             args.out,
@@ -105,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
             save_epochs=args.save_epochs.split(",") if args.save_epochs else (),
             data_root=args.data_root,
             device=options.device(args.device),
-            progress=lambda done, total, metrics: terminal.advance(bar, done, total, metrics),
+            progress=progress,
             monitor=args.monitor,
             monitor_examples=args.monitor_examples,
         )

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+# What the ``progress=`` of a measurement takes: the stage, how much of it is done, and of how much where it is known.
 Progress = Callable[[str, int, int | None], None]
 
 
@@ -44,7 +45,7 @@ def progress_bar(what: str = "") -> Iterator[Progress]:
             bar.close()
             stage = now
             described = f"{what}: {now}" if what else now
-            bar = tqdm(total=total, desc=described, unit=" examples", leave=False, **_look(place))
+            bar = tqdm(total=total, desc=described, unit=" examples", **(place.look if place else at_a_terminal()))
         bar.update(done - bar.n)
 
     try:
@@ -55,12 +56,11 @@ def progress_bar(what: str = "") -> Iterator[Progress]:
             place.clear()
 
 
-def _look(place: _Place | None) -> dict[str, Any]:
-    """The options of a bar in a notebook or at a terminal."""
-    if place is not None:
-        return {"file": place, "ncols": 80, "ascii": False}
+def at_a_terminal() -> dict[str, Any]:
+    """The options of a tqdm bar on stderr."""
     # disable=None: silent where stderr is no terminal. At a terminal that reports no size tqdm would show nothing.
-    return {"disable": None, **({"dynamic_ncols": True} if _columns() else {"ncols": 80, "nrows": 20})}
+    size = {"dynamic_ncols": True} if _columns() else {"ncols": 80, "nrows": 20}
+    return {"disable": None, "leave": False, **size}
 
 
 def _columns() -> int:
@@ -80,6 +80,11 @@ class _Place:
 
     def __init__(self, publish: Callable[..., None]) -> None:
         self._publish, self._name, self._shown = publish, uuid.uuid4().hex, False
+
+    @property
+    def look(self) -> dict[str, Any]:
+        """The options of a tqdm bar here."""
+        return {"file": self, "ncols": 80, "ascii": False, "leave": False}
 
     def write(self, text: str) -> None:
         """Show the line ``text`` in place of the last."""

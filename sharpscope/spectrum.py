@@ -15,8 +15,9 @@ from sharpscope.audit import audit, rounding_of
 from sharpscope.certify import Certified, certified
 from sharpscope.errors import ArgumentError, ConvergenceWarning
 from sharpscope.guide.subset import FEWEST, Subset, sample, usual_size, worthwhile
-from sharpscope.linalg import Eigenpairs, guidable, require_arguments, top_eigenpairs
+from sharpscope.linalg import Eigenpairs, top_eigenpairs
 from sharpscope.linalg.certificate import STEPS, kuczynski_wozniakowski
+from sharpscope.linalg.eigenpairs import guidable, require_arguments
 from sharpscope.objective import Objective, Progress
 from sharpscope.objective.kept import KEPT
 from sharpscope.operators import curvature
@@ -82,8 +83,7 @@ def top_eigenvalues(
         max_passes: products with all the data after which the solver gives up.
         vectors: keep the eigenvectors in the result.
         journal: a folder for the state of a long run: the same call after a kill goes on with the passes in it. It is
-            the caller's to remove (``sharpscope.resume.discard``) once the result is safe. More ``max_passes`` than
-            before go on with them too.
+            the caller's to delete once the result is safe. More ``max_passes`` than before go on with them too.
 
     Cost: "guided", at k = 5 and tol 1e-3 typically 2 passes of 11 to 13 gradients, 0.45 for a forward pass
     and 3 to 4 for the subset; "lanczos", 1 + 2 (k + 1) gradients a pass, 5 to 12 passes.

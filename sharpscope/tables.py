@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,30 +48,5 @@ def narrower(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
     return min((list(zip(*rows, strict=True)), list(rows)), key=lambda each: _width(aligned(each)))
 
 
-def narrowest(rows: Sequence[Sequence[str]]) -> str:
-    """``aligned`` of what is ``narrower``."""
-    return aligned(narrower(rows))
-
-
 def _width(text: str) -> int:
     return max(map(len, text.splitlines()))
-
-
-def as_html(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    """Rows of cells, the first the heading, as an HTML table with notes below, for notebooks.
-
-    The first column is to the left and the others to the right, digits of one width beneath each other; colours are the
-    notebook's, light or dark. Styles are the cells' own, since each frontend aligns cells by a rule of its own.
-    """
-    head, *body = rows
-    heading = _row("th", head)
-    cells = "".join(_row("td", row) for row in body)
-    said = f"<p>{'<br>'.join(map(html.escape, notes))}</p>" if notes else ""
-    return f"<table><thead>{heading}</thead><tbody>{cells}</tbody></table>{said}"
-
-
-def _row(tag: str, cells: Sequence[str]) -> str:
-    first, *others = (html.escape(cell) for cell in cells)
-    right = "text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums"
-    shown = "".join(f'<{tag} style="{right}">{cell}</{tag}>' for cell in others)
-    return f'<tr><{tag} style="text-align: left">{first}</{tag}>{shown}</tr>'

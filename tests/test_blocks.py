@@ -30,7 +30,7 @@ from sharpscope.cli import blocks, eigen
 from sharpscope.operators import curvature
 from sharpscope.operators.blockwise import blocks_of, blockwise
 from sharpscope.params import select
-from sharpscope.results import block_table
+from sharpscope.results import side_by_side
 from sharpscope.train import Recipe, train
 from sharpscope.zoo import load_data, make_model
 
@@ -287,7 +287,7 @@ def test_the_table_has_a_row_a_block() -> None:
     assert lines[3].split() == ["all", "1,230", "40.0", "±0.5"]
     assert "tied" in lines[7]
     assert ">b</td>" in by_hand()._repr_html_()
-    several = block_table([by_hand(), by_hand(provenance={"by": "parameter", "checkpoint": "x/two.pt"})])
+    several = str(side_by_side([by_hand(), by_hand(provenance={"by": "parameter", "checkpoint": "x/two.pt"})]))
     assert "net.pt: " in several
     assert "two.pt: " in several
 

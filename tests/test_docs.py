@@ -1,9 +1,10 @@
-"""What the pages of docs/ show is true, and what they point at is there."""
+"""What the README and the pages of docs/ show is true, and what they point at is there."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
-WITH_LINKS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+README = ROOT / "README.md"
+PAGES = [README, *sorted(DOCS.glob("*.md"))]
+WITH_LINKS = [*PAGES, ROOT / "CONTRIBUTING.md"]
 # By the folders of the project that a text may name.
 NAMED = re.compile(r"(?<![\w/.-])(?:docs|benchmarks|tests|cli|sharpscope|\.ci)/[\w./-]*[\w/]")
+COMMAND = r"^    (?:\$ )?sharpscope (.*)$"
 NUMBER = re.compile(r"(?<![\w-])\d[\d.,]*(?:e[+-]\d+)?")
 
 
@@ -31,11 +34,16 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
-def test_python_examples_of_a_page_run_as_printed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Python blocks of a page run one after another in an empty folder."""
+@pytest.mark.parametrize("page", [page for page in PAGES if page == README or blocks(page)], ids=lambda page: page.stem)
+def test_python_examples_of_a_page_run_as_printed(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Python blocks of a page run one after another in an empty folder; the README's print a table and save it."""
     monkeypatch.chdir(tmp_path)
     exec("\n".join(blocks(page)), {})
+    if page == README:
+        assert "lambda_max/lambda_5" in capsys.readouterr().out
+        assert (tmp_path / "result.json").exists()
 
 
 def test_the_monitor_of_the_pages_logs_and_is_drawn(
@@ -52,13 +60,13 @@ def test_the_monitor_of_the_pages_logs_and_is_drawn(
 
 
 def test_commands_of_the_pages_name_real_commands_and_options() -> None:
-    """Every `sharpscope ...` line parses."""
+    """Every `sharpscope ...` line parses, and the README has some."""
     from sharpscope.cli import parser
 
-    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    lines = re.findall(r"^    (?:\$ )?sharpscope (.*)$", text, flags=re.MULTILINE)
-    assert len(lines) >= 20
-    for line in lines:
+    lines = {page: re.findall(COMMAND, page.read_text(encoding="utf-8"), flags=re.MULTILINE) for page in PAGES}
+    assert len(lines[README]) >= 3
+    assert sum(map(len, lines.values())) >= 23
+    for line in itertools.chain(*lines.values()):
         parser().parse_args(shlex.split(line))
 
 
@@ -133,7 +141,7 @@ def offered(package: str, name: str) -> Any:
 def test_figures_that_are_quoted_are_in_the_results() -> None:
     """Every number of a table of the README and docs/engine.md stands in the file of benchmarks/ its section names."""
     checked = 0
-    text = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", DOCS / "engine.md"))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (README, DOCS / "engine.md"))
     for section in re.split(r"^##+ ", text, flags=re.MULTILINE):
         named = [ROOT / name for name in re.findall(r"`(benchmarks/\w+\.md)`", section)]
         results = "\n".join(path.read_text(encoding="utf-8") for path in named)

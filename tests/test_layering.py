@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "perturbation": {"ball", "precision"},
     "linalg": {"precision"},
     "results": {"files", "tables"},
-    "objective": {"params", "precision", "preserve", "problem"},
+    "objective": {"params", "precision", "preserve", "problem", "progress"},
     "operators": {"objective", "params", "perturbation", "precision"},
     "audit": {"objective", "params", "precision"},
     "guide": {"objective"},

@@ -14,8 +14,18 @@ import pytest
 import torch
 
 import sharpscope
-from sharpscope import Cost, DataError, EigenResult, Problem, progress_bar, side_by_side
-from sharpscope.tables import as_html
+from sharpscope import (
+    Cost,
+    DataError,
+    EigenResult,
+    InvarianceResult,
+    MonitorRecord,
+    MonitorResult,
+    Problem,
+    progress_bar,
+    side_by_side,
+)
+from sharpscope.results import Table
 
 
 def eigen(value: float) -> EigenResult:
@@ -27,7 +37,7 @@ def eigen(value: float) -> EigenResult:
 
 def test_numbers_are_to_the_right_and_names_to_the_left_in_no_colour() -> None:
     """Every cell but a row's first is aligned to the right, and nothing says a colour, so that dark themes do."""
-    html = as_html([["a", "b", "c"], ["one", "2", "3"]], ["note"])
+    html = Table([["a", "b", "c"], ["one", "2", "3"]], ["note"])._repr_html_()
     first = re.findall(r'<tr><t[hd] style="([^"]*)">', html)
     assert first == ["text-align: left"] * 2
     others = re.findall(r'</t[hd]><t[hd] style="([^"]*)">', html)
@@ -55,8 +65,8 @@ def test_results_in_memory_stand_side_by_side_under_their_names() -> None:
     assert str(side_by_side([one])) == str(one)
 
 
-@pytest.mark.parametrize("results", [[], [eigen(1.0), 2.0], [3.0]])
-def test_only_results_of_one_kind_stand_side_by_side(results: list[Any]) -> None:
+@pytest.mark.parametrize("results", [[], [eigen(1.0), 2.0], [3.0], {"number": 3.0}])
+def test_only_results_of_one_kind_stand_side_by_side(results: Any) -> None:
     """Nothing, a number, and a mixture are refused in a sentence that names what is possible."""
     with pytest.raises(DataError, match=r"must be of one kind .*EigenResult.* got"):
         side_by_side(results)
@@ -74,6 +84,9 @@ def test_side_by_side_of_one_is_its_own_display(kind: type) -> None:
         "EigenResult": lambda: sharpscope.top_eigenvalues(problem, 2),
         "DensityResult": lambda: sharpscope.spectral_density(problem, 2, 4),
         "TraceResult": lambda: sharpscope.trace(problem, 2),
+        "BlockResult": lambda: sharpscope.block_spectra(problem, tol=0.1),
+        "InvarianceResult": lambda: InvarianceResult((), (), 4.0, (), 1.0, Cost(1, 1, 1.0, 0.1)),
+        "MonitorResult": lambda: MonitorResult((MonitorRecord(step=0),)),
         "SharpnessResult": lambda: sharpscope.measure_sharpness(problem, m=2),
         "SliceResult": lambda: sharpscope.loss_slice(problem, points=3),
     }
@@ -81,6 +94,19 @@ def test_side_by_side_of_one_is_its_own_display(kind: type) -> None:
     assert isinstance(result, kind)
     shown = side_by_side([result])
     assert (str(shown), shown._repr_html_()) == (str(result), result._repr_html_())
+
+
+def test_what_does_not_fit_one_table_stands_below() -> None:
+    """Two rescalings are a table each under its name, two runs each above its notes; of one HTML needs no name."""
+    rescaled = InvarianceResult((), (), 4.0, (), 1.0, Cost(1, 1, 1.0, 0.1))
+    shown = side_by_side({"SGD": rescaled, "SAM": rescaled})
+    assert re.match(r"SGD\nmeasure .*\n\nSAM\nmeasure .*\n\nSGD: .*", str(shown))
+    assert re.match("<p>SGD</p><table>.*<p>SAM</p><table>.*<p>SGD: ", shown._repr_html_())
+    assert "<p>SGD</p>" not in side_by_side({"SGD": rescaled})._repr_html_()
+    run = MonitorResult((MonitorRecord(step=7),))
+    shown = side_by_side({"SGD": run, "SAM": run})
+    assert [text.split()[0] for text in str(shown).split("\n\n")] == ["step", "SGD:", "step", "SAM:"]
+    assert re.match("<table>.*7.*</table><p>SGD: .*<table>.*7.*</table><p>SAM: ", shown._repr_html_())
 
 
 def test_a_saved_notebook_holds_the_table_as_text() -> None:
@@ -133,16 +159,25 @@ def test_a_bar_that_was_not_used_shows_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert kernel.outputs == {}
 
 
+STAGES = """
+import sharpscope
+with sharpscope.progress_bar("SGD") as progress:
+    progress("one", 1, 10)
+    progress("two", 1, None)
+"""
+STEPS = """
+from sharpscope.cli import terminal
+with terminal.steps_bar("SGD: one, SGD: two") as progress:
+    progress(1, 10, {"loss": 1.0, "accuracy": 0.5})
+"""
+
+
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX's")
-def test_a_bar_at_a_terminal_is_one_line_that_is_taken_away() -> None:
-    """Stages share a line on stderr, which is blank in the end; nothing of it is on stdout."""
+@pytest.mark.parametrize("code", [STAGES, STEPS])
+def test_a_bar_at_a_terminal_is_one_line_that_is_taken_away(code: str) -> None:
+    """Stages, or steps, share a line on stderr, which is blank in the end, also where the terminal says no size."""
     master, slave = os.openpty()
-    code = (
-        "import sharpscope\n"
-        "with sharpscope.progress_bar('SGD') as progress:\n"
-        "    progress('one', 1, 10)\n"
-        "    progress('two', 1, None)\n"
-    )
+    assert os.get_terminal_size(slave).columns == 0
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=slave, check=True)
     os.set_blocking(master, False)
     shown = os.read(master, 100_000).decode()

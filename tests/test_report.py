@@ -249,9 +249,9 @@ def test_surfaces_turn_where_plotly_is_and_stand_where_it_is_not(monkeypatch: py
     assert {e["id"] for e in Tree(plain).all("figure")} == {e["id"] for e in tree.all("figure")}
 
 
-def test_ten_checkpoints_are_a_small_page(made: tuple[Comparison, str, Tree]) -> None:
+def test_ten_checkpoints_are_a_small_page() -> None:
     """Under 6 MB with plotly's code, of which the drawings are under 2."""
-    _, text, _ = made
+    _, text, _ = page_of("ten")
     assert len(text.encode()) < 6_000_000
     assert sum(map(len, re.findall(r'<svg class="plot".*?</svg>', text, flags=re.DOTALL))) < 2_000_000
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sharpscope
 from sharpscope import Cost, DataError, EigenResult, OutputError, Ratio
 from sharpscope.files import atomic, require_writable
 from sharpscope.plot import sharpness_over_training
-from sharpscope.results import table
+from sharpscope.results import side_by_side
 from sharpscope.tables import with_bound
 
 
@@ -81,11 +82,11 @@ def test_provenance_is_kept_as_json_can_hold_it(tmp_path: Path) -> None:
 
 def test_ratios_of_different_k_are_told_apart() -> None:
     """In a table of results with different k each ratio names its own; with k = 1 there is no such column."""
-    text = table([result([4.0, 2.0]), result([4.0, 2.0, 1.0])])
+    text = str(side_by_side([result([4.0, 2.0]), result([4.0, 2.0, 1.0])]))
     assert "lambda_max/lambda_k" in text
     assert "(k=2)" in text
     assert "(k=3)" in text
-    alone = table([result([4.0])])
+    alone = str(side_by_side([result([4.0])]))
     assert "/" not in alone.partition("\n\n")[0]
     assert "ratio" not in alone
 
@@ -94,7 +95,7 @@ def test_the_notes_say_what_was_measured_on_what() -> None:
     """Wrong labels, SAM, the epoch, and which of two files of one name, stand below the table."""
     recipe = {"optimizer": "sgd", "rho": 0.1}
     given = {"data": "digits", "split": "train", "label_noise": 0.2, "recipe": recipe, "epoch": 3, "num_examples": 9}
-    text = table([result([2.0, 1.0], checkpoint=f"{folder}/last.pt", **given) for folder in ("sgd", "sam")])
+    text = str(side_by_side([result([2.0, 1.0], checkpoint=f"{f}/last.pt", **given) for f in ("sgd", "sam")]))
     assert "9 examples of digits (train, 20% wrong labels)" in text
     assert "SAM around sgd, rho 0.1, epoch 3" in text
     assert text.splitlines()[0].split() == ["checkpoint", "sgd/last.pt", "sam/last.pt"]
@@ -102,12 +103,24 @@ def test_the_notes_say_what_was_measured_on_what() -> None:
 
 def test_a_table_is_turned_where_that_is_narrower() -> None:
     """Two results of five eigenvalues are columns, twenty of one are rows; both ways say the same."""
-    few, many = table([result([5.0, 4.0, 3.0, 2.0, 1.0])] * 2), table([result([2.0])] * 20)
+    several = [result([5.0, 4.0, 3.0, 2.0, 1.0])] * 2, [result([2.0])] * 20
+    few, many = (str(side_by_side(results)) for results in several)
     assert few.splitlines()[0].split()[0] == many.splitlines()[0].split()[0] == "checkpoint"
     assert few.splitlines()[1].startswith("lambda_max")
     assert "lambda_max" in many.splitlines()[0]
     for text in (few, many):
         assert max(map(len, text.partition("\n\n")[0].splitlines())) <= 80
+
+
+def test_every_result_is_shown_saved_and_put_beside_others() -> None:
+    """Each class of results has what docs/reference.md says of them, and a place in side_by_side."""
+    kinds = {getattr(sharpscope, name) for name in sharpscope.__all__ if name.endswith("Result")}
+    assert len(kinds) == 8
+    for kind in kinds:
+        assert all(callable(getattr(kind, name)) for name in ("summary", "table", "save", "load")), kind
+    with pytest.raises(DataError) as refused:
+        side_by_side([])
+    assert all(kind.__name__ in str(refused.value) for kind in kinds)
 
 
 def test_vectors_of_another_run_are_not_taken_for_this_ones(tmp_path: Path) -> None:
@@ -168,7 +181,8 @@ def test_a_printed_interval_holds_the_interval_and_is_not_much_longer() -> None:
 
 def test_the_table_marks_what_has_not_converged() -> None:
     """Each unsure value carries a question mark, and a note says so."""
-    text = table([result([2.0, 1.0], converged=False, checkpoint="x/a.pt", tol=1e-3), result([3.0, 1.0, 0.5])])
+    unsure = result([2.0, 1.0], converged=False, checkpoint="x/a.pt", tol=1e-3)
+    text = str(side_by_side([unsure, result([3.0, 1.0, 0.5])]))
     assert text.count("±0.01 ?") == 2
     assert "a.pt: NOT CONVERGED to the tolerance 0.001 (marked ?): lambda_max, lambda_2." in text
     assert "lambda_max/lambda_k" in text

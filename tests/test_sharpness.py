@@ -20,8 +20,7 @@ from sharpscope.edges import descent_edge, sam_edge
 from sharpscope.errors import ArgumentError, DataError, ProblemError
 from sharpscope.plot import m_sharpness_curves
 from sharpscope.results import InvarianceResult, SharpnessResult
-from sharpscope.results.sharpness_table import sharpness_table
-from sharpscope.sharpness import curvature, side_by_side, worst
+from sharpscope.sharpness import curvature, vectorised, worst
 
 INF = math.inf
 N, RHO = 24, 0.3
@@ -536,7 +535,7 @@ def test_batches_that_cannot_be_cut_are_said() -> None:
 def test_unlike_settings_do_not_share_a_row() -> None:
     """Two results of other norms, steps or balls are rows of their own, and no one figure."""
     one, two = (measure_sharpness(quadratic(), m=(4,), ascent=Ascent(steps)) for steps in (1, 2))
-    rows = [line.split("  ")[0] for line in sharpness_table([one, two]).splitlines()]
+    rows = [line.split("  ")[0] for line in str(sharpscope.side_by_side([one, two])).splitlines()]
     assert rows[1:3] == [f"m-sharpness, m=4, rho=0.05, ascent {how}" for how in ("1 step", "2 steps")]
     with pytest.raises(DataError, match="must share p, ascent and scaling"):
         m_sharpness_curves([one, two])
@@ -619,7 +618,7 @@ def test_subsets_side_by_side_are_those_one_after_another(
     found = []
     for quick in (True, False):
         monkeypatch.setattr(worst, "BUSY", 128 if quick else 0)
-        monkeypatch.setattr(side_by_side.time, "perf_counter", itertools.count(0.0, 1.0).__next__)
+        monkeypatch.setattr(vectorised.time, "perf_counter", itertools.count(0.0, 1.0).__next__)
         found.append(
             measure_sharpness(
                 problem, m=(1, 2), rho=(0.05, 0.5), p=p, adaptive=adaptive, eta=0.01, ascent=Ascent(steps)

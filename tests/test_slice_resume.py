@@ -20,7 +20,8 @@ from sharpscope import Problem, SliceResult, loss_slice, loss_surface
 from sharpscope.cli import main
 from sharpscope.errors import ArgumentError
 from sharpscope.objective import sizes
-from sharpscope.resume import PointLog, discard
+from sharpscope.resume import PointLog
+from sharpscope.resume.journal import discard
 from sharpscope.slices import Direction, random_directions
 from sharpscope.slices.walk import Walk
 

@@ -17,10 +17,8 @@ import sharpscope
 from sharpscope import Problem, SliceResult, loss_slice, loss_surface
 from sharpscope.errors import ArgumentError, AuditError, DataError, ProblemError
 from sharpscope.results.slice import DIVERGED, DONE
-from sharpscope.results.slice_table import slice_table
 from sharpscope.slices import (
     Direction,
-    axis,
     eigenvector_directions,
     gradient_directions,
     orthonormalised,
@@ -30,7 +28,7 @@ from sharpscope.slices import (
     towards,
     trajectory_plane,
 )
-from sharpscope.slices.axes import coarse_to_fine, refined
+from sharpscope.slices.axes import axis, coarse_to_fine, refined
 from sharpscope.slices.direction import coordinates, cosine
 from sharpscope.slices.evaluation import Evaluation
 
@@ -759,7 +757,7 @@ def test_frozen_statistics_stay_those_of_the_centre() -> None:
         buffer.copy_(dict(one.model.named_buffers())[name])
     assert result.loss[0, 0, 1] == pytest.approx(oracle(there, one.data)[0], rel=1e-12)
     assert result.provenance["statistics"] == "frozen"
-    assert "nobody would use" in slice_table([result])
+    assert "nobody would use" in result.summary()
 
 
 def test_interpolated_statistics_end_at_the_other_network() -> None:
@@ -773,7 +771,7 @@ def test_interpolated_statistics_end_at_the_other_network() -> None:
             buffer.add_(dict(two.model.named_buffers())[name]).div_(2)
     assert result.loss[0, 0, 1] == pytest.approx(oracle(middle, one.data)[0], rel=1e-12)
     assert (result.status == DONE).all()
-    assert "nobody would use" not in slice_table([result])
+    assert "nobody would use" not in result.summary()
 
 
 def test_recalibrated_statistics_are_those_of_the_data_at_the_point() -> None:

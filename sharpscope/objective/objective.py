@@ -24,8 +24,7 @@ from sharpscope.objective.sums import Sums, accumulate
 from sharpscope.objective.terms import LossTerms
 from sharpscope.preserve import preserved
 from sharpscope.problem import Problem
-
-Progress = Callable[[str, int, int | None], None]
+from sharpscope.progress import Progress
 
 
 class Objective:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sharpscope.report.markup import table, tag, text
-from sharpscope.results.comparison import Comparison, Subject, total
-from sharpscope.results.cost import Cost
+from sharpscope.results.comparison import Comparison, Subject
+from sharpscope.results.cost import Cost, total
 from sharpscope.version import __version__
 
 ANALYSES = {

@@ -14,7 +14,8 @@ from sharpscope.errors import DataError
 from sharpscope.results.cost import Cost
 from sharpscope.results.estimate import Estimate
 from sharpscope.results.record import head, names_of, opened, origin, read, refuse_taken, write
-from sharpscope.tables import aligned, as_html, with_bound
+from sharpscope.results.table import Table, as_html, as_pretty, as_text, stacked
+from sharpscope.tables import with_bound
 
 Array = NDArray[np.float64]
 
@@ -147,25 +148,18 @@ class BlockResult:
         """
         return cls.from_dict(read(path))
 
-    def summary(self) -> str:
-        """The result as a table of text."""
+    def table(self) -> Table:
+        """The result as rows and notes."""
         return block_table([self])
 
-    def __str__(self) -> str:
-        return self.summary()
-
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(self.summary())
-
-    def _repr_html_(self) -> str:
-        return as_html(_rows(self), _notes(self, names_of([self.provenance])[0]))
+    summary = __str__ = as_text
+    _repr_pretty_, _repr_html_ = as_pretty, as_html
 
 
-def block_table(results: Sequence[BlockResult]) -> str:
-    """A table a result, one row a block, each with its notes below; an empty line between them."""
+def block_table(results: Sequence[BlockResult]) -> Table:
+    """A table a result, one row a block, each with its notes below."""
     names = names_of([r.provenance for r in results])
-    tables = ["\n".join([aligned(_rows(r)), "", *_notes(r, name)]) for r, name in zip(results, names, strict=True)]
-    return "\n\n".join(tables)
+    return stacked([Table(_rows(r), _notes(r, name)) for r, name in zip(results, names, strict=True)])
 
 
 def _rows(r: BlockResult) -> list[list[str]]:

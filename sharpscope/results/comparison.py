@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sharpscope.errors import DataError
-from sharpscope.results.cost import Cost
+from sharpscope.results.cost import Cost, total
 from sharpscope.results.density import DensityResult
 from sharpscope.results.eigen import EigenResult
 from sharpscope.results.sharpness import SharpnessResult
 from sharpscope.results.slice import SliceResult
+from sharpscope.results.table import Table, as_html, as_pretty, as_text
 from sharpscope.results.trace import TraceResult
 
 
@@ -109,30 +110,11 @@ class Comparison:
 
         return record_of(self)
 
-    def summary(self) -> str:
-        """The numbers as a table of text."""
+    def table(self) -> Table:
+        """The numbers as rows and notes."""
         from sharpscope.results.comparison_table import comparison_table
 
         return comparison_table(self)
 
-    def __str__(self) -> str:
-        return self.summary()
-
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(self.summary())
-
-    def _repr_html_(self) -> str:
-        from sharpscope.results.comparison_table import comparison_html
-
-        return comparison_html(self)
-
-
-def total(costs: Any) -> Cost:
-    """The sum of costs."""
-    kept = list(costs)
-    return Cost(
-        passes=sum(c.passes for c in kept),
-        hvps=sum(c.hvps for c in kept),
-        gradients=sum(c.gradients for c in kept),
-        seconds=sum(c.seconds for c in kept),
-    )
+    summary = __str__ = as_text
+    _repr_pretty_, _repr_html_ = as_pretty, as_html

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from sharpscope.results.comparison import Comparison
 from sharpscope.results.readings import Row, contrasted, rows_of
-from sharpscope.tables import aligned, as_html
+from sharpscope.results.table import Table
 
 
-def comparison_table(comparison: Comparison) -> str:
+def comparison_table(comparison: Comparison) -> Table:
     """A row a quantity, a column a checkpoint or a group, then what the quantities are."""
     rows = rows_of(comparison)
-    return "\n".join([aligned(_cells(comparison, rows)), "", *_notes(comparison, rows)])
-
-
-def comparison_html(comparison: Comparison) -> str:
-    """The same for notebooks."""
-    rows = rows_of(comparison)
-    return as_html(_cells(comparison, rows), _notes(comparison, rows))
+    return Table(_cells(comparison, rows), _notes(comparison, rows))
 
 
 def _cells(comparison: Comparison, rows: list[Row]) -> list[list[str]]:

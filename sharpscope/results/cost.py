@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -20,3 +21,14 @@ class Cost:
     hvps: int
     gradients: float
     seconds: float
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """The sum of costs."""
+    kept = list(costs)
+    return Cost(
+        passes=sum(c.passes for c in kept),
+        hvps=sum(c.hvps for c in kept),
+        gradients=sum(c.gradients for c in kept),
+        seconds=sum(c.seconds for c in kept),
+    )

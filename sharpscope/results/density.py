@@ -25,7 +25,8 @@ from sharpscope.results.record import (
     refuse_taken,
     write,
 )
-from sharpscope.tables import as_html, narrower, narrowest
+from sharpscope.results.table import Table, as_html, as_pretty, as_text
+from sharpscope.tables import narrower
 
 Array = NDArray[np.float64]
 
@@ -189,28 +190,17 @@ class DensityResult:
         """
         return cls.from_dict(read(path))
 
-    def summary(self) -> str:
-        """The result as a table of text."""
+    def table(self) -> Table:
+        """The result as rows and notes."""
         return density_table([self])
 
-    def __str__(self) -> str:
-        return self.summary()
-
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(self.summary())
-
-    def _repr_html_(self) -> str:
-        return density_html([self])
+    summary = __str__ = as_text
+    _repr_pretty_, _repr_html_ = as_pretty, as_html
 
 
-def density_table(results: Sequence[DensityResult]) -> str:
-    """Results row by row as aligned text, with the notes below."""
-    return "\n".join([narrowest(_rows(results)), "", *_notes(results)])
-
-
-def density_html(results: Sequence[DensityResult]) -> str:
-    """The same as HTML, for notebooks."""
-    return as_html(narrower(_rows(results)), _notes(results))
+def density_table(results: Sequence[DensityResult]) -> Table:
+    """A row a result, or a column where that is narrower."""
+    return Table(narrower(_rows(results)), _notes(results))
 
 
 def _rows(results: Sequence[DensityResult]) -> list[list[str]]:

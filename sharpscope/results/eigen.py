@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
 from sharpscope.results.cost import Cost
-from sharpscope.results.eigen_table import eigen_html, table
+from sharpscope.results.eigen_table import eigen_table
 from sharpscope.results.record import (
     CERTAIN,
     UNREADABLE,
@@ -25,6 +25,7 @@ from sharpscope.results.record import (
     refuse_taken,
     write,
 )
+from sharpscope.results.table import Table, as_html, as_pretty, as_text
 
 Array = NDArray[np.float64]
 
@@ -211,15 +212,9 @@ class EigenResult:
                     return replace(result, eigenvectors=arrays["eigenvectors"])
         return result
 
-    def summary(self) -> str:
-        """The result as a table of text."""
-        return table([self])
+    def table(self) -> Table:
+        """The result as rows and notes."""
+        return eigen_table([self])
 
-    def __str__(self) -> str:
-        return self.summary()
-
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(self.summary())
-
-    def _repr_html_(self) -> str:
-        return eigen_html([self])
+    summary = __str__ = as_text
+    _repr_pretty_, _repr_html_ = as_pretty, as_html

@@ -1,4 +1,4 @@
-"""Eigenvalues row by row as a table of text, with the notes that a reader must have."""
+"""The table of eigenvalues, with the notes that a reader must have."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sharpscope.results.record import CERTAIN, POINT_AND_PRICE, names_of, origin_notes, point_and_price
-from sharpscope.tables import as_html, narrower, narrowest, with_bound
+from sharpscope.results.table import Table
+from sharpscope.tables import narrower, with_bound
 
 if TYPE_CHECKING:
     from sharpscope.results.eigen import EigenResult
 
 
-def rows_of(results: Sequence[EigenResult]) -> list[list[str]]:
+def _rows(results: Sequence[EigenResult]) -> list[list[str]]:
     """A heading and one row a result: checkpoint, lambda_1..lambda_k, ratio (for k > 1), loss, gradient norm, cost."""
     ks = {result.ratio.k for result in results}
     widest = max(results, key=lambda result: len(result.eigenvalues))
@@ -35,7 +36,7 @@ def rows_of(results: Sequence[EigenResult]) -> list[list[str]]:
     return rows
 
 
-def notes_of(results: Sequence[EigenResult]) -> list[str]:
+def _notes(results: Sequence[EigenResult]) -> list[str]:
     """What a reader of the table must know: the data, the mode, what has not converged, ratios that mean nothing."""
     notes = []
     for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
@@ -114,11 +115,6 @@ def _remedy(result: EigenResult) -> str:
     return "Allow more passes (--max-passes), or a larger tolerance (--tol)."
 
 
-def table(results: Sequence[EigenResult]) -> str:
-    """Results row by row as aligned text, with the notes below."""
-    return "\n".join([narrowest(rows_of(results)), "", *notes_of(results)])
-
-
-def eigen_html(results: Sequence[EigenResult]) -> str:
-    """The same as HTML, for notebooks."""
-    return as_html(narrower(rows_of(results)), notes_of(results))
+def eigen_table(results: Sequence[EigenResult]) -> Table:
+    """A row a result, or a column where that is narrower."""
+    return Table(narrower(_rows(results)), _notes(results))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sharpscope.errors import DataError
@@ -20,7 +20,7 @@ from sharpscope.results.record import (
     write,
 )
 from sharpscope.results.sharpness import Measure, measure_from
-from sharpscope.tables import aligned, as_html
+from sharpscope.results.table import Table, as_html, as_pretty, as_text, stacked
 
 _MEASURED = ("before", "after", "factor", "layers", "loss", "cost")
 
@@ -104,25 +104,19 @@ class InvarianceResult:
         """
         return cls.from_dict(read(path))
 
-    def summary(self) -> str:
-        """The result as a table of text."""
+    def table(self) -> Table:
+        """The result as rows and notes."""
         return invariance_table([self])
 
-    def __str__(self) -> str:
-        return self.summary()
-
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(self.summary())
-
-    def _repr_html_(self) -> str:
-        return as_html(_rows(self), _notes([self]))
+    summary = __str__ = as_text
+    _repr_pretty_, _repr_html_ = as_pretty, as_html
 
 
-def invariance_table(results: Sequence[InvarianceResult]) -> str:
-    """A table for each result, with the notes below."""
+def invariance_table(results: Sequence[InvarianceResult]) -> Table:
+    """A table a result under its name, and the notes of all at the end."""
     names = names_of([r.provenance for r in results])
-    tables = [f"{name}\n{aligned(_rows(r))}" for name, r in zip(names, results, strict=True)]
-    return "\n\n".join([*tables, "\n".join(_notes(results))])
+    *others, last = (Table(_rows(r), title=name) for name, r in zip(names, results, strict=True))
+    return stacked([*others, replace(last, notes=_notes(results))])
 
 
 def _rows(result: InvarianceResult) -> list[list[str]]:

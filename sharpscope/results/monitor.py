@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError
 from sharpscope.results.cost import Cost
 from sharpscope.results.record import head, names_of, opened, origin_notes, plain, read, refuse_taken, write
-from sharpscope.tables import aligned, as_html, with_bound
+from sharpscope.results.table import Table, as_html, as_pretty, as_text, stacked
+from sharpscope.tables import with_bound
 
 _MEASURED = ("records", "cost")
 
@@ -141,18 +142,18 @@ class MonitorResult:
         """
         return cls.from_dict(read(path))
 
-    def summary(self) -> str:
-        """The result as a table of text, of ROWS rows where there are more records."""
-        return "\n".join([aligned(_rows(self)), "", *_notes(self)])
+    def table(self) -> Table:
+        """The result as rows and notes, of ROWS rows where there are more records."""
+        return monitor_table([self])
 
-    def __str__(self) -> str:
-        return self.summary()
+    summary = __str__ = as_text
+    _repr_pretty_, _repr_html_ = as_pretty, as_html
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(self.summary())
 
-    def _repr_html_(self) -> str:
-        return as_html(_rows(self), _notes(self))
+def monitor_table(results: Sequence[MonitorResult]) -> Table:
+    """A table a run, one row a record, each with its notes below."""
+    names = names_of([r.provenance for r in results])
+    return stacked([Table(_rows(r), _notes(r, name)) for r, name in zip(results, names, strict=True)])
 
 
 def _record(entry: Mapping[str, Any]) -> MonitorRecord:
@@ -181,9 +182,8 @@ def _shown(records: Sequence[MonitorRecord]) -> list[MonitorRecord]:
     return [records[round(i * (len(records) - 1) / (ROWS - 1))] for i in range(ROWS)]
 
 
-def _notes(result: MonitorResult) -> list[str]:
+def _notes(result: MonitorResult, name: str) -> list[str]:
     p, cost = result.provenance, result.cost
-    name = names_of([p])[0]
     notes = origin_notes(name, p)
     drawn, total = p.get("num_examples"), p.get("split_examples")
     if drawn and total and drawn < total:

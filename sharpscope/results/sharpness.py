@@ -1,4 +1,4 @@
-"""Measures of sharpness, what each means, and the table that shows several checkpoints side by side."""
+"""Measures of sharpness and what each means."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from sharpscope.results.record import (
     refuse_taken,
     write,
 )
+from sharpscope.results.table import Table, as_html, as_pretty, as_text
 from sharpscope.tables import with_bound
 
 _MEASURED = ("measures", "loss", "gradient_norm", "cost")
@@ -176,22 +177,14 @@ class SharpnessResult:
         """
         return cls.from_dict(read(path))
 
-    def summary(self) -> str:
-        """The result as a table of text."""
+    def table(self) -> Table:
+        """The result as rows and notes."""
         from sharpscope.results.sharpness_table import sharpness_table
 
         return sharpness_table([self])
 
-    def __str__(self) -> str:
-        return self.summary()
-
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(self.summary())
-
-    def _repr_html_(self) -> str:
-        from sharpscope.results.sharpness_table import sharpness_html
-
-        return sharpness_html([self])
+    summary = __str__ = as_text
+    _repr_pretty_, _repr_html_ = as_pretty, as_html
 
 
 def measure_from(entry: Mapping[str, Any]) -> Measure:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sharpscope.results.record import names_of, origin_notes
 from sharpscope.results.sharpness import SharpnessResult, short
-from sharpscope.tables import aligned, as_html
+from sharpscope.results.table import Table
 
 # Settings that are said once below the table, unless results differ in them.
 _COMPARED = ("p", "ascent", "eta", "drop", "tol", "order")
@@ -16,14 +16,9 @@ _COMPARED = ("p", "ascent", "eta", "drop", "tol", "order")
 _D = {None: "1", "elementwise": "|w| + eta", "filter": "the filter's norm + eta"}
 
 
-def sharpness_table(results: Sequence[SharpnessResult]) -> str:
-    """A row for each measure and a column for each result, with the notes below."""
-    return "\n".join([aligned(_rows(results)), "", *_notes(results)])
-
-
-def sharpness_html(results: Sequence[SharpnessResult]) -> str:
-    """The same as HTML, for notebooks."""
-    return as_html(_rows(results), _notes(results))
+def sharpness_table(results: Sequence[SharpnessResult]) -> Table:
+    """A row for each measure and a column for each result."""
+    return Table(_rows(results), _notes(results))
 
 
 def _labels(results: Sequence[SharpnessResult]) -> list[list[str]]:

@@ -23,6 +23,7 @@ from sharpscope.results.record import (
     refuse_taken,
     write,
 )
+from sharpscope.results.table import Table, as_html, as_pretty, as_text
 
 Array = NDArray[np.float64]
 
@@ -232,22 +233,14 @@ class SliceResult:
             digest.update(f"{name} {array.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
-    def summary(self) -> str:
-        """The result as a table of text."""
+    def table(self) -> Table:
+        """The result as rows and notes."""
         from sharpscope.results.slice_table import slice_table
 
         return slice_table([self])
 
-    def __str__(self) -> str:
-        return self.summary()
-
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(self.summary())
-
-    def _repr_html_(self) -> str:
-        from sharpscope.results.slice_table import slice_html
-
-        return slice_html([self])
+    summary = __str__ = as_text
+    _repr_pretty_, _repr_html_ = as_pretty, as_html
 
 
 def _mark(entry: Mapping[str, Any]) -> Mark:

@@ -1,4 +1,4 @@
-"""Slices as tables of text and HTML."""
+"""The table of slices, and their directions in words."""
 
 from __future__ import annotations
 
@@ -9,20 +9,13 @@ import numpy as np
 
 from sharpscope.results.record import names_of, origin_notes
 from sharpscope.results.slice import DIVERGED, PENDING, SliceResult
-from sharpscope.tables import aligned, as_html
+from sharpscope.results.table import Table
 
 
-def slice_table(results: Sequence[SliceResult]) -> str:
-    """A row a line or plane and split, then the networks beside them, then notes."""
+def slice_table(results: Sequence[SliceResult]) -> Table:
+    """A row a line or plane and split, and beside them the networks on or near it."""
     marks = [row for r in results for row in _marks(r)]
-    tables = [aligned(_rows(results))] + ([aligned([_MARKS, *marks])] if marks else [])
-    return "\n\n".join([*tables, "\n".join(_notes(results))])
-
-
-def slice_html(results: Sequence[SliceResult]) -> str:
-    """The same for notebooks."""
-    marks = [row for r in results for row in _marks(r)]
-    return as_html(_rows(results), _notes(results)) + (as_html([_MARKS, *marks], []) if marks else "")
+    return Table(_rows(results), _notes(results), beside=[_MARKS, *marks] if marks else [])
 
 
 def described(result: SliceResult, line: int = 0) -> str:

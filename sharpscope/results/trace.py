@@ -22,7 +22,8 @@ from sharpscope.results.record import (
     refuse_taken,
     write,
 )
-from sharpscope.tables import as_html, narrower, narrowest
+from sharpscope.results.table import Table, as_html, as_pretty, as_text
+from sharpscope.tables import narrower
 
 _ESTIMATES = ("trace", "frobenius")
 _MEASURED = (*_ESTIMATES, "loss", "gradient_norm", "cost")
@@ -93,28 +94,17 @@ class TraceResult:
         """
         return cls.from_dict(read(path))
 
-    def summary(self) -> str:
-        """The result as a table of text."""
+    def table(self) -> Table:
+        """The result as rows and notes."""
         return trace_table([self])
 
-    def __str__(self) -> str:
-        return self.summary()
-
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(self.summary())
-
-    def _repr_html_(self) -> str:
-        return trace_html([self])
+    summary = __str__ = as_text
+    _repr_pretty_, _repr_html_ = as_pretty, as_html
 
 
-def trace_table(results: Sequence[TraceResult]) -> str:
-    """Results row by row as aligned text, with the notes below."""
-    return "\n".join([narrowest(_rows(results)), "", *_notes(results)])
-
-
-def trace_html(results: Sequence[TraceResult]) -> str:
-    """The same as HTML, for notebooks."""
-    return as_html(narrower(_rows(results)), _notes(results))
+def trace_table(results: Sequence[TraceResult]) -> Table:
+    """A row a result, or a column where that is narrower."""
+    return Table(narrower(_rows(results)), _notes(results))
 
 
 def _value(entry: Any) -> Any:

@@ -16,7 +16,8 @@ from sharpscope.objective import Objective, Progress
 from sharpscope.objective.batches import leaves
 from sharpscope.precision import placed
 from sharpscope.problem import Problem
-from sharpscope.results import Cost, InvarianceResult, SharpnessResult
+from sharpscope.results import InvarianceResult, SharpnessResult
+from sharpscope.results.cost import total
 from sharpscope.sharpness.ascent import Ascent
 from sharpscope.sharpness.measures import measure_sharpness
 
@@ -111,17 +112,8 @@ def rescaling_invariance(
         factor=factor,
         layers=tuple(chosen),
         loss=one.loss,
-        cost=_total([side.cost for pair in sides for side in pair]),
+        cost=total(side.cost for pair in sides for side in pair),
         provenance={key: value for key, value in one.provenance.items() if key != "left_out"},
-    )
-
-
-def _total(costs: Sequence[Cost]) -> Cost:
-    return Cost(
-        sum(c.passes for c in costs),
-        sum(c.hvps for c in costs),
-        sum(c.gradients for c in costs),
-        sum(c.seconds for c in costs),
     )
 
 

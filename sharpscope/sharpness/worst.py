@@ -14,7 +14,7 @@ from sharpscope.objective import Objective, Progress
 from sharpscope.perturbation import Perturbation
 from sharpscope.sharpness.ascent import Ascent, highest
 from sharpscope.sharpness.losses import LossOn, piece_size, subsets
-from sharpscope.sharpness.side_by_side import BUSY, SideBySide, faster
+from sharpscope.sharpness.vectorised import BUSY, Vectorised, faster
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def worst_rises(
 
         together = None
         if m is not None and m <= min(BUSY, piece_size(objective)) and not ascent.adaptive:
-            together = SideBySide(objective, ball, radii, ascent.steps, max(1, piece_size(objective) // m))
+            together = Vectorised(objective, ball, radii, ascent.steps, max(1, piece_size(objective) // m))
         untried = True
         for group in _grouped(subsets(objective, m, generator), 1 if together is None else together.group):
             parts = [part for loss in group if (part := loss.part) is not None] if together is not None else []

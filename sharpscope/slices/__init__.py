@@ -1,6 +1,5 @@
 """Slices through the loss along lines and over planes of weight space."""
 
-from sharpscope.slices.axes import axis
 from sharpscope.slices.checkpoint_directions import plane_through, span_of, towards, trajectory_plane
 from sharpscope.slices.direction import Direction, orthonormalised, read_directions, write_directions
 from sharpscope.slices.loss_directions import eigenvector_directions, gradient_directions
@@ -9,7 +8,6 @@ from sharpscope.slices.random_directions import random_directions
 
 __all__ = [
     "Direction",
-    "axis",
     "eigenvector_directions",
     "gradient_directions",
     "loss_slice",

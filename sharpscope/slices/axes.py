@@ -30,10 +30,6 @@ def axis(points: int = 21, span: Span = (-1.0, 1.0), spacing: str = "linear") ->
     one point that is known to be a minimum.
 
     Raises: ArgumentError for fewer than 2 points or a span that is empty or not finite.
-
-    >>> from sharpscope.slices import axis
-    >>> axis(4, (-3.0, 3.0))  # and 0, which an even number of points about it lacks
-    array([-3., -1.,  0.,  1.,  3.])
     """
     if len(span) != 2:
         raise ArgumentError(f"The range of an axis must be two numbers, got {span!r}.")

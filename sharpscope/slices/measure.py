@@ -176,7 +176,7 @@ def loss_surface(
         span: of both axes, or of x and of y.
         progress: called as ``progress(stage, done, total)`` in examples.
         coordinates: of x and of y themselves, in place of points, span and spacing.
-        spacing: "linear" or "log", see ``axis``.
+        spacing: "linear", or "log": in geometric progression away from 0, from 1/1000 of an end to that end.
         also: by name further data to take loss and accuracy of at each point, as of the test set.
         batchnorm: "frozen", "interpolate" or "recalibrate", see ``Statistics``.
         refine: so many coordinates more on each axis, where the loss bends most.
@@ -188,7 +188,7 @@ def loss_surface(
         micro_batch: examples a forward pass, by default from the size of the model's activations; the last bits of a
             loss depend on it.
         journal: a folder for the finished points: the same call after a kill goes on with them. It is the caller's to
-            remove (``sharpscope.resume.discard``) once the result is safe.
+            delete once the result is safe.
         shard: ``(i, n)``: only every n-th point from the i-th on, and what others have left in the same ``journal``;
             the result may then be unfinished. Directions must be the same bits in every process.
         preview: called after each point with a function that returns the unfinished result.

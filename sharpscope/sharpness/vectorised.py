@@ -32,7 +32,7 @@ SAME, ROUNDING = 1e-3, 1e3
 Found = tuple[Tensor, Tensor, Tensor]
 
 
-class SideBySide:
+class Vectorised:
     """The rises of G subsets of equal size in one sweep of ``torch.func.vmap``.
 
     Not for APGD, for dropout, or for operations that vmap does not know, which ``faster`` finds out.
@@ -137,7 +137,7 @@ class _Sums(nn.Module):
 
 
 def faster(
-    together: SideBySide, alone: Callable[[MicroBatch], tuple[float, list[float]]], parts: Sequence[MicroBatch]
+    together: Vectorised, alone: Callable[[MicroBatch], tuple[float, list[float]]], parts: Sequence[MicroBatch]
 ) -> bool:
     """Whether a first group of subsets gives, side by side, what they give one after another, in less time a subset.
 
