@@ -79,7 +79,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what is not done yet, then show and write all of it."""
-    from sharpscope.compare import How, compare, field_of, level_of
+    from sharpscope.comparing import How, compare, field_of, level_of
 
     options.import_from_here(args)
     groups = comparing.groups(args)
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _entrants(args: argparse.Namespace, paths: list[str], groups: list[str]) -> list[Any]:
-    from sharpscope.compare import Entrant
+    from sharpscope.comparing import Entrant
     from sharpscope.errors import ArgumentError
 
     if not paths:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sharpscope
 from sharpscope.cli import comparing, main
-from sharpscope.compare import LEVELS, levels, sampled
+from sharpscope.comparing import LEVELS, levels, sampled
 from sharpscope.results.comparison import Performance
 from sharpscope.results.groups import difference
 from sharpscope.train import Recipe, train
@@ -205,7 +205,7 @@ def test_interrupted_it_goes_on_with_the_parts_that_are_done(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ctrl-C exits 130 and says that the same command goes on; it then measures no finished part anew."""
-    from sharpscope.compare import steps
+    from sharpscope.comparing import steps
 
     calls: list[str] = []
 

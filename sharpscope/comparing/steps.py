@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from sharpscope.compare.levels import K, Level
-from sharpscope.compare.samples import sampled
+from sharpscope.comparing.levels import K, Level
+from sharpscope.comparing.samples import sampled
 from sharpscope.density import spectral_density
 from sharpscope.density import trace as trace_of
 from sharpscope.examples import count_examples

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from sharpscope.compare import steps
-from sharpscope.compare.entrants import Entrant, Field
-from sharpscope.compare.performance import performance
-from sharpscope.compare.samples import sampled
-from sharpscope.compare.steps import How, Place
+from sharpscope.comparing import steps
+from sharpscope.comparing.entrants import Entrant, Field
+from sharpscope.comparing.performance import performance
+from sharpscope.comparing.samples import sampled
+from sharpscope.comparing.steps import How, Place
 from sharpscope.errors import ArgumentError, DataError, ProblemError
 from sharpscope.objective import Objective, Progress
 from sharpscope.problem import Problem
