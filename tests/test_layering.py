@@ -81,6 +81,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "__init__": {
         "blocks",
+        "comparing",
         "density",
         "errors",
         "loading",
@@ -102,7 +103,8 @@ INSIDE: dict[str, set[str]] = {
     "comparing.performance": set(),
     "comparing.entrants": set(),
     "comparing.steps": {"levels", "samples"},
-    "comparing.assembling": {"entrants", "performance", "samples", "steps"},
+    "comparing.parts": set(),
+    "comparing.assembling": {"entrants", "levels", "parts", "performance", "samples", "steps"},
     "objective.batches": set(),
     "objective.likelihoods": set(),
     "objective.outputs": set(),

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.objective import Objective
 from sharpscope.problem import Problem
 from sharpscope.resume.fingerprint import fingerprint
 
-SPLITS = ("train", "test")
+Given = Problem | Callable[[], Problem]
+Checkpoints = Mapping[str, Given | Sequence[Given] | Mapping[str, Given]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,61 +27,148 @@ class Entrant:
 
     Attributes:
         name: by which it is called, unique.
-        load: its Problem by split, "train" or "test"; None where there are no such data.
+        load: its Problem on the training data; another function for each.
         group: "sgd", "sam", ..., or None where checkpoints stand for themselves.
+        numbered: whether the name is its place in the group, for want of a better one.
     """
 
     name: str
-    load: Callable[[str], Problem | None]
+    load: Callable[[], Problem]
     group: str | None = None
+    numbered: bool = False
 
 
-@dataclass(frozen=True, eq=False)
 class Field:
-    """All that take part, known to be measured alike.
+    """All that take part, after a look at each: weights that are finite and no other's, one loss, the same data.
+
+    The Problems of the first and of the last that was asked for are held; of many not all may fit into memory.
 
     Attributes:
-        entrants: in order.
-        data: by split, those of all of them; held once, however many checkpoints there are.
-    """
+        entrants: in order; the runs of a sequence by the names of their files, where all have one of their own.
+        ends: the first of each group, or all where there are no groups.
 
-    entrants: tuple[Entrant, ...]
-    data: Mapping[str, Any]
-
-    def problem(self, entrant: Entrant, split: str = "train") -> Problem:
-        """The Problem of an entrant on the data that all share."""
-        found = entrant.load(split)
-        assert found is not None
-        return replace(found, data=self.data[split])
-
-
-def field_of(entrants: Sequence[Entrant]) -> Field:
-    """The entrants, after a look at each: weights that are finite and no other's, one loss, the same data.
-
-    Cost: each checkpoint is read, and the data are walked once a checkpoint, without a model.
+    Cost: each checkpoint is built once, and the data are walked once a checkpoint, without a model.
 
     Raises: ArgumentError for fewer than one, a checkpoint or a run that comes twice, or other losses; DataError for
         other data, or weights that are not finite.
     """
-    if not entrants:
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        given = _entrants(checkpoints)
+        self._first = given[0].load, given[0].load()
+        self._last = self._first
+        self._shared = SharedData("train")
+        weights: dict[str, str] = {}
+        runs: dict[tuple[str, str], str] = {}
+        files = []
+        for entrant in given:
+            problem = self._held(entrant)
+            _require_finite(entrant.name, problem)
+            _require_own(entrant.name, fingerprint(dict(problem.model.state_dict())), weights)
+            _require_own_run(entrant, problem, runs)
+            if entrant is not given[0]:
+                _require_alike(given[0].name, self._first[1], entrant.name, problem)
+            self._shared.add(entrant.name, problem)
+            file = problem.provenance.get("checkpoint")
+            files.append(Path(str(file)).name if file and entrant.numbered else None)
+        self.entrants = _renamed(given, files)
+        firsts: dict[str, Entrant] = {}
+        for entrant in self.entrants:
+            firsts.setdefault(entrant.name if entrant.group is None else entrant.group, entrant)
+        self.ends = tuple(firsts.values())
+
+    def problem(self, entrant: Entrant) -> Problem:
+        """The Problem of an entrant on the data that all share."""
+        found = self._held(entrant)
+        said = {**found.provenance, "split": found.provenance.get("split") or "train"}
+        return replace(found, data=self._shared.data, provenance=said)
+
+    def _held(self, entrant: Entrant) -> Problem:
+        if entrant.load is self._first[0]:
+            return self._first[1]
+        if entrant.load is not self._last[0]:
+            self._last = self._first  # what was held is let go before the next is built
+            self._last = entrant.load, entrant.load()
+        return self._last[1]
+
+
+class SharedData:
+    """The data of a split, which all checkpoints must have in common: those of the first that is added.
+
+    Attributes:
+        data: of the first; held once, however many checkpoints there are. None before.
+    """
+
+    def __init__(self, split: str) -> None:
+        self.data: Any = None
+        self._split, self._first, self._print = split, "", ""
+
+    def add(self, name: str, problem: Problem) -> None:
+        """Raise DataError where the data of ``problem`` are not those of the first. Cost: a walk over both."""
+        if not self._first:
+            self.data, self._first = problem.data, f"{name} ({_data(problem)})"
+        if problem.data is self.data:
+            return
+        self._print = self._print or fingerprint(self.data)
+        if fingerprint(problem.data) != self._print:
+            raise DataError(
+                f"Checkpoints must be compared on the same data, but the {self._split} data of {self._first} and "
+                f"{name} ({_data(problem)}) differ. Name those for all (--data), and let a problem() of your own "
+                "return the same examples at every call."
+            )
+
+
+def _entrants(checkpoints: Checkpoints) -> list[Entrant]:
+    """Those given, in order; the runs of a sequence by their numbers."""
+    found: list[Entrant] = []
+    for name, given in checkpoints.items():
+        if isinstance(given, str | bytes) or not isinstance(given, Mapping | Sequence):
+            found.append(Entrant(str(name), _loader(str(name), given)))
+            continue
+        numbered = not isinstance(given, Mapping)
+        runs = given if isinstance(given, Mapping) else {f"{name} {i}": run for i, run in enumerate(given, start=1)}
+        if not runs:
+            raise ArgumentError(f"A group must hold at least one run, but {name!r} is empty.")
+        found += [Entrant(str(run), _loader(str(run), one), str(name), numbered) for run, one in runs.items()]
+    if not found:
         raise ArgumentError("A comparison needs at least one checkpoint, got none.")
-    data: dict[str, Any] = {}
-    first: tuple[Entrant, Problem, dict[str, str]] | None = None
-    weights: dict[str, str] = {}
-    runs: dict[tuple[str, str], str] = {}
-    for entrant in entrants:
-        problems = {split: problem for split in SPLITS if (problem := entrant.load(split)) is not None}
-        train = problems["train"]
-        _require_finite(entrant.name, train)
-        _require_own(entrant.name, fingerprint(dict(train.model.state_dict())), weights)
-        _require_own_run(entrant, train, runs)
-        prints = {split: fingerprint(problem.data) for split, problem in problems.items()}
-        if first is None:
-            first = entrant, train, prints
-            data = {split: problem.data for split, problem in problems.items()}
-        else:
-            _require_alike(first, (entrant, train, prints))
-    return Field(tuple(entrants), data)
+    groups = {entrant.group for entrant in found}
+    if len(groups) > 1 and None in groups:
+        raise ArgumentError("Checkpoints stand for themselves or in groups, got both. Name all in groups, or none.")
+    if len(groups) == 1 and None not in groups:
+        raise ArgumentError(f"A group needs another to be compared with, got {groups.pop()!r} alone.")
+    twice = next((name for name, count in Counter(entrant.name for entrant in found).items() if count > 1), None)
+    if twice is not None:
+        raise ArgumentError(f"Each checkpoint needs a name of its own, got {twice!r} twice. Name them otherwise.")
+    return found
+
+
+def _loader(name: str, given: Any) -> Callable[[], Problem]:
+    """A function of its own that returns the Problem."""
+    if not isinstance(given, Problem) and (isinstance(given, nn.Module) or not callable(given)):
+        raise ArgumentError(
+            f"A checkpoint must be a Problem, a function that returns one, or a list of these as a group, but {name} "
+            f"is a {type(given).__name__}. sharpscope.load makes a Problem of a file."
+        )
+    return partial(_loaded, name, given)
+
+
+def _loaded(name: str, given: Given) -> Problem:
+    found = given if isinstance(given, Problem) else given()
+    if not isinstance(found, Problem):
+        raise ArgumentError(f"The function of {name} must return a Problem, got {type(found).__name__}.")
+    return found
+
+
+def _renamed(entrants: Sequence[Entrant], files: Sequence[str | None]) -> tuple[Entrant, ...]:
+    """The runs of a group by their files' names, where each has one and nothing else is called so."""
+    counts = Counter([*(entrant.name for entrant in entrants), *files])
+    found = []
+    for entrant, file in zip(entrants, files, strict=True):
+        group = [f for e, f in zip(entrants, files, strict=True) if e.group == entrant.group]
+        clear = file is not None and all(f is not None and counts[f] == 1 for f in group)
+        found.append(replace(entrant, name=file) if clear and file is not None else entrant)
+    return tuple(found)
 
 
 def _require_finite(name: str, problem: Problem) -> None:
@@ -109,23 +200,18 @@ def _require_own_run(entrant: Entrant, problem: Problem, seen: dict[tuple[str, s
     seen[run] = entrant.name
 
 
-def _require_alike(
-    first: tuple[Entrant, Problem, dict[str, str]], other: tuple[Entrant, Problem, dict[str, str]]
-) -> None:
-    (one, ours, known), (two, theirs, found) = first, other
+def _require_alike(one: str, ours: Problem, two: str, theirs: Problem) -> None:
     losses = [Objective(problem).loss_name for problem in (ours, theirs)]
     if losses[0] != losses[1]:
         raise ArgumentError(
-            f"Checkpoints must be compared on one loss, but {one.name} has {losses[0]} and {two.name} {losses[1]}. "
+            f"Checkpoints must be compared on one loss, but {one} has {losses[0]} and {two} {losses[1]}. "
             "Name one for all (--loss)."
         )
-    for split in SPLITS:
-        if known.get(split) != found.get(split):
-            raise DataError(
-                f"Checkpoints must be compared on the same data, but the {split} data of {one.name} "
-                f"({_data(ours)}) and {two.name} ({_data(theirs)}) differ. Name those for all (--data), and let a "
-                "problem() of your own return the same examples at every call."
-            )
+    if theirs.model is ours.model:
+        raise ArgumentError(
+            f"Each checkpoint needs a model of its own, but {one} and {two} share one, which holds the weights that "
+            "came last. Build it inside the function."
+        )
 
 
 def _data(problem: Problem) -> str:

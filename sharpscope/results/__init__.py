@@ -1,6 +1,7 @@
 """Results: what was measured, how surely, at what cost, and where it came from. NumPy only."""
 
 from sharpscope.results.blocks import BlockResult, block_table
+from sharpscope.results.comparison import Comparison
 from sharpscope.results.cost import Cost
 from sharpscope.results.curve import Curve
 from sharpscope.results.density import DensityResult, density_table
@@ -20,6 +21,7 @@ from sharpscope.results.trace import TraceResult
 
 __all__ = [
     "BlockResult",
+    "Comparison",
     "Cost",
     "Curve",
     "DensityResult",
