@@ -58,24 +58,25 @@ class Field:
         self._first = given[0].load, given[0].load()
         self._last = self._first
         self._shared = SharedData("train")
-        weights: dict[str, str] = {}
-        runs: dict[tuple[str, str], str] = {}
-        files = []
-        for entrant in given:
-            problem = self._held(entrant)
-            _require_finite(entrant.name, problem)
-            _require_own(entrant.name, fingerprint(dict(problem.model.state_dict())), weights)
-            _require_own_run(entrant, problem, runs)
-            if entrant is not given[0]:
-                _require_alike(given[0].name, self._first[1], entrant.name, problem)
-            self._shared.add(entrant.name, problem)
-            file = problem.provenance.get("checkpoint")
-            files.append(Path(str(file)).name if file and entrant.numbered else None)
-        self.entrants = _renamed(given, files)
+        self._weights: dict[str, str] = {}
+        self._runs: dict[tuple[str, str], str] = {}
+        self.entrants = _renamed(given, [self._looked_at(entrant, given[0]) for entrant in given])
         firsts: dict[str, Entrant] = {}
         for entrant in self.entrants:
             firsts.setdefault(entrant.name if entrant.group is None else entrant.group, entrant)
         self.ends = tuple(firsts.values())
+
+    def _looked_at(self, entrant: Entrant, first: Entrant) -> str | None:
+        """The name of the file of a run that has no other name, after all checks."""
+        problem = self._held(entrant)
+        _require_finite(entrant.name, problem)
+        _require_own(entrant.name, fingerprint(dict(problem.model.state_dict())), self._weights)
+        _require_own_run(entrant, problem, self._runs)
+        if entrant is not first:
+            _require_alike(first.name, self._first[1], entrant.name, problem)
+        self._shared.add(entrant.name, problem)
+        file = problem.provenance.get("checkpoint")
+        return Path(str(file)).name if file and entrant.numbered else None
 
     def problem(self, entrant: Entrant) -> Problem:
         """The Problem of an entrant on the data that all share."""
