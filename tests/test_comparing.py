@@ -237,6 +237,8 @@ def test_the_same_call_goes_on_in_its_folder(tmp_path: Path, monkeypatch: pytest
     other = compare({**given, "b": problem(2)}, test=TEST, level=FEW, folder=tmp_path)
     assert len(calls) == 3 * len(ANALYSES) + 3
     assert other.subjects[1].results["eigen"].lambda_max != found.subjects[1].results["eigen"].lambda_max
+    fewer = compare({"a": given["a"]}, test=tuple(part[:12] for part in TEST), level=FEW, folder=tmp_path)
+    assert fewer.subjects[0].performance["test"].examples == 12
 
 
 def test_a_journal_that_outlived_its_part_is_removed(tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def compare(
             or settings give way.
         progress: called as ``progress(stage, done, total)``, the stage with the checkpoint's name before it.
 
-    Cost: a minute or so each of the zoo's cnn at "quick", some minutes at "default", half an hour at "thorough".
+    Cost: of the zoo's cnn on Fashion-MNIST 36 s a checkpoint at "quick", 200 s at "default" and some 1,500 s at
+        "thorough", on one core.
 
     Raises: ArgumentError for checkpoints that cannot be compared, DataError for other data, or weights or a loss that
         are not finite; what the analyses raise.
