@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. An exception that nobody foresaw keeps its traceback."""
-    args = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(words)
+    args.argv = words
     with warnings.catch_warnings():
         # The table and the exit status say so already.
         warnings.simplefilter("ignore", ConvergenceWarning)

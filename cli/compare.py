@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     level.add_argument(
         "--thorough", dest="level", action="store_const", const="thorough", help="tighter, larger, finer"
     )
-    parser.set_defaults(level="default")
+    # What options.load asks for: the training data, and the bare loss.
+    parser.set_defaults(level="default", split="train", weight_decay=0.0)
     parser.add_argument("--examples", type=int, metavar="N", help="measure nothing on more than N examples of a split")
     parser.add_argument(
         "--params", action="append", metavar="PATTERN", help="only parameters of such names; may be given again"
@@ -79,62 +82,47 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what is not done yet, then show and write all of it."""
-    from sharpscope.compare import How, compare, field_of, level_of
+    from sharpscope import compare
+    from sharpscope.comparing.levels import level_of
+    from sharpscope.errors import ArgumentError
 
     options.import_from_here(args)
     groups = comparing.groups(args)
     paths = [path for members in groups.values() for path in members] or args.checkpoints
-    folder, command = Path(args.out), _command(args)
-    level = level_of(args.level).within(args.examples)
-    entrants = _entrants(args, paths, [group for group, members in groups.items() for _ in members])
+    folder, level = Path(args.out), level_of(args.level).within(args.examples)
+    if not paths:
+        raise ArgumentError("A comparison needs checkpoints. Name some, or groups by --sgd and --sam.")
+    named = dict(zip(comparing.names(paths), paths, strict=True))
     asked = _asked(args, paths)
     _require_free(args, paths, folder, asked)
-    parts = comparing.Parts(folder / "parts")
-    computation = options.computation(argparse.Namespace(**{**vars(args), "micro_batch": None}))
-    how = How(level=level, seed=args.seed, rho=args.rho, dtype=computation["dtype"], device=computation["device"])
+    # Samples are drawn part by part.
+    loaders = iter([(name, partial(options.load, args, path, examples=None)) for name, path in named.items()])
     with terminal.progress_bar("compare") as progress:
-        comparison = compare(field_of(entrants), how, parts.keep, progress, level=args.level, command=command)
-    _write(folder, comparison, asked)
+        comparison = compare(
+            {group: dict(islice(loaders, len(members))) for group, members in groups.items()} or dict(loaders),
+            test=comparing.test_data(args, named),
+            level=level,
+            seed=args.seed,
+            rho=args.rho,
+            folder=folder / "parts",
+            progress=progress,
+            **options.precision(args),
+        )
+    comparison = replace(comparison, command=comparing.command(args))
+    _write(folder, replace(comparison, provenance={"asked": asked}))
     if args.json:
         terminal.emit(json.dumps(comparison.to_dict(), indent=2, allow_nan=False))
     else:
         terminal.emit(_shown(comparison, folder))
-    results = [subject.eigen for subject in comparison.subjects]
+    results = [subject.eigen for subject in comparison.subjects if subject.eigen is not None]
     return 0 if all(r.converged.all() and r.certified for r in results) else 3
-
-
-def _entrants(args: argparse.Namespace, paths: list[str], groups: list[str]) -> list[Any]:
-    from sharpscope.compare import Entrant
-    from sharpscope.errors import ArgumentError
-
-    if not paths:
-        raise ArgumentError("A comparison needs checkpoints. Name some, or groups by --sgd and --sam.")
-    tested = comparing.has_test(args)
-
-    def loader(path: str) -> Any:
-        def load(split: str) -> Any:
-            if split == "test" and not tested:
-                return None
-            return options.load(argparse.Namespace(**{**vars(args), "split": split, **_WHOLE}), path)
-
-        return load
-
-    names = comparing.names(paths)
-    return [
-        Entrant(name, loader(path), group)
-        for name, path, group in zip(names, paths, groups or [None] * len(paths), strict=True)
-    ]
-
-
-# Samples are drawn part by part, and the quantities are of the bare loss.
-_WHOLE = {"examples": None, "weight_decay": 0.0}
 
 
 def _asked(args: argparse.Namespace, paths: list[str]) -> dict[str, Any]:
     """What a report is of, as far as it decides its numbers."""
     from sharpscope.checkpoint import read_checkpoint
 
-    left = ("run", "command", "out", "overwrite", "json", "checkpoints", "sgd", "sam", "group")
+    left = ("run", "argv", "command", "out", "overwrite", "json", "checkpoints", "sgd", "sam", "group")
     groups = comparing.groups(args)
     given = {key: str(value) for key, value in vars(args).items() if key not in left and value is not None}
     hashes = [read_checkpoint(path, args.weights, trust_pickle=args.trust_pickle).sha256 for path in paths]
@@ -157,47 +145,18 @@ def _require_free(args: argparse.Namespace, paths: list[str], folder: Path, aske
         )
     if folder.is_file():
         raise OutputError(f"--out must be a folder, but {folder} is a file. Name another place.")
-    options.require_new(argparse.Namespace(checkpoints=paths, overwrite=True), report, folder / "index.html")
+    options.require_apart(paths, report, folder / "index.html")
 
 
-def _write(folder: Path, comparison: Any, asked: dict[str, Any]) -> None:
+def _write(folder: Path, comparison: Any) -> None:
     from sharpscope.files import atomic
     from sharpscope.report import page
-    from sharpscope.results.findings import findings
 
     with atomic(folder / "index.html") as temporary:
-        temporary.write_text(page(comparison, findings(comparison)), encoding="utf-8")
-    with atomic(folder / "compare.json") as temporary:
-        record = {**comparison.to_dict(), "asked": asked}
-        temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(page(comparison), encoding="utf-8")
+    comparison.save(folder / "compare.json")
 
 
 def _shown(comparison: Any, folder: Path) -> str:
-    from sharpscope.results.findings import findings
-
-    said = "\n".join(findings(comparison))
+    said = "\n".join(comparison.findings)
     return f"{comparison.summary()}\n\n{said}\n\nPage {folder / 'index.html'}, every number {folder / 'compare.json'}"
-
-
-# What the command line need not say.
-_DEFAULTS = {"rho": 0.05, "seed": 0, "device": "auto"}
-_VALUES = ("examples", "rho", "dtype", "seed", "device", "model", "problem", "weights", "prefix", "data", "loss")
-
-
-def _command(args: argparse.Namespace) -> str:
-    """A command that gives the same again."""
-    words = ["sharpscope", "compare", *args.checkpoints]
-    for name in ("sgd", "sam"):
-        words += [f"--{name}", *getattr(args, name)] if getattr(args, name) else []
-    for group in args.group or ():
-        words += ["--group", *group]
-    words += [f"--{args.level}"] if args.level != "default" else []
-    for name in (*_VALUES, "data_root"):
-        value = getattr(args, name)
-        if value is not None and value != _DEFAULTS.get(name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    for pattern in args.params or ():
-        words += ["--params", pattern]
-    words += ["--model-args", *args.model_args] if args.model_args else []
-    words += [f"--{name.replace('_', '-')}" for name in ("trust", "partial", "trust_pickle") if getattr(args, name)]
-    return shlex.join([*words, "--out", args.out])

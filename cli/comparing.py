@@ -1,15 +1,16 @@
-"""What ``sharpscope compare`` is given and keeps: checkpoints by name and group, and the parts that are done."""
+"""What ``sharpscope compare`` is given: checkpoints by name and group, their test data, and the command itself."""
 
 from __future__ import annotations
 
 import argparse
 import glob
-import hashlib
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from sharpscope.cli import options
 
 
 def groups(args: argparse.Namespace) -> dict[str, list[str]]:
@@ -70,67 +71,40 @@ def has_test(args: argparse.Namespace) -> bool:
     return True
 
 
-class Parts:
-    """The finished parts of a comparison in a folder, each with the key of what it is of.
+def test_data(args: argparse.Namespace, named: Mapping[str, str]) -> Any:
+    """The test data, which all checkpoints, by name, must have in common; None where there are none.
 
-    A part is used again only under its own key; a killed one goes on in its journal.
+    Raises: DataError where they differ.
     """
+    from sharpscope.comparing.entrants import SharedData
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def keep(self, name: str, part: str, key: Callable[[], str], measure: Callable[[Path | None], Any]) -> Any:
-        """``measure(journal)``, or what it returned under this key; always as it is read back from disk."""
-        from sharpscope.errors import DataError
-        from sharpscope.resume.journal import discard
-
-        now, path = key(), self._folder / f"{_plain(name)}-{_plain(part)}.json"
-        kind = part.partition("-")[0]
-        try:
-            found, known = _read(path, kind)
-        except DataError:
-            known = ""
-        journal = path.with_suffix(".partial")
-        if known != now:
-            _write(path, measure(journal), now)
-            found = _read(path, kind)[0]
-        discard(journal)  # also one that was left by a kill just here
-        return found
+    shared = SharedData("test")
+    if has_test(args):
+        for name, path in named.items():
+            shared.add(name, options.load(args, path, split="test", examples=None))
+    return shared.data
 
 
-def _read(path: Path, kind: str) -> tuple[Any, str]:
-    """The result at ``path``, and its key."""
-    from sharpscope.errors import DataError
-    from sharpscope.results import DensityResult, EigenResult, SharpnessResult, SliceResult, TraceResult
-    from sharpscope.results.comparison import Performance
-    from sharpscope.results.record import opened, read
+def command(args: argparse.Namespace) -> str:
+    """A command that gives the same again: as it was given, without --json and --overwrite.
 
-    if kind == "performance":
-        said = opened(read(path), "performance")
-        try:
-            key = str(said.pop("key"))
-            return {split: Performance(**{**one, "loss": _number(one["loss"])}) for split, one in said.items()}, key
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{path} must hold losses by split, got: {error}.") from error
-    kinds: dict[str, Any] = {"eigen": EigenResult, "trace": TraceResult, "density": DensityResult}
-    kinds["sharpness"] = SharpnessResult
-    result = kinds.get(kind, SliceResult).load(path)
-    plain = dict(result.provenance)
-    return replace(result, provenance={k: v for k, v in plain.items() if k != "key"}), str(plain.get("key"))
+    These stay where they part a list from the checkpoints after it, as in ``--model-args depth=4 --json a.pt``.
+    """
+    from sharpscope.cli import parser
+
+    end = args.argv.index("--") if "--" in args.argv else len(args.argv)
+    less = [word for word in args.argv[:end] if not _is_left_out(word)] + args.argv[end:]
+    again = vars(parser().parse_args(less))
+    same = all(again[name] == value for name, value in vars(args).items() if name not in ("argv", *_LEFT_OUT))
+    return shlex.join(["sharpscope", *(less if same else args.argv)])
 
 
-def _write(path: Path, result: Any, key: str) -> None:
-    from sharpscope.results.record import head, plain, write
-
-    if isinstance(result, dict):
-        write(path, {**head("performance", {"key": key}), **{s: plain(asdict(one)) for s, one in result.items()}})
-    else:
-        replace(result, provenance={**result.provenance, "key": key}).save(path)
+_LEFT_OUT = ("json", "overwrite")
 
 
-def _number(value: float | None) -> float:
-    """JSON has null for what is not finite."""
-    return float("nan") if value is None else value
+def _is_left_out(word: str) -> bool:
+    """Whether it is one of these options, which may be abbreviated."""
+    return len(word) > 2 and any(f"--{name}".startswith(word) for name in _LEFT_OUT)
 
 
 def _matching(pattern: str) -> list[str]:
@@ -141,9 +115,3 @@ def _matching(pattern: str) -> list[str]:
     if not found:
         raise ArgumentError(f"No checkpoint matches {pattern!r}. Check the pattern, and the folder you are in.")
     return sorted(found, key=lambda path: [(len(p), p) if p.isdigit() else (0, p) for p in re.split(r"(\d+)", path)])
-
-
-def _plain(name: str) -> str:
-    """A name as part of a file name, another for each: what had to be replaced is told apart by a hash."""
-    plain = re.sub(r"[^\w.+-]", "-", name)
-    return plain if plain == name else f"{plain}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"

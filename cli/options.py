@@ -7,7 +7,7 @@ import ast
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +129,16 @@ def device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def computation(args: argparse.Namespace) -> dict[str, Any]:
-    """In which precision, where and in which micro-batches everything is computed."""
+def precision(args: argparse.Namespace) -> dict[str, Any]:
+    """In which precision, and where, everything is computed."""
     import torch
 
-    return {
-        "dtype": getattr(torch, args.dtype) if args.dtype else None,
-        "device": device(args.device),
-        "micro_batch": args.micro_batch,
-    }
+    return {"dtype": getattr(torch, args.dtype) if args.dtype else None, "device": device(args.device)}
+
+
+def computation(args: argparse.Namespace) -> dict[str, Any]:
+    """In which precision, where and in which micro-batches everything is computed."""
+    return {**precision(args), "micro_batch": args.micro_batch}
 
 
 def key_values(pairs: list[str] | None) -> dict[str, Any]:
@@ -159,29 +160,32 @@ def key_values(pairs: list[str] | None) -> dict[str, Any]:
     return values
 
 
-def load(args: argparse.Namespace, path: str) -> Any:
-    """The Problem of the checkpoint at ``path``, of its training data where both splits are asked for."""
+def load(args: argparse.Namespace, path: str, **instead: Any) -> Any:
+    """The Problem of the checkpoint at ``path``, of its training data where both splits are asked for.
+
+    ``instead``: arguments of ``sharpscope.load`` in place of what the options say.
+    """
     import sharpscope
 
-    return sharpscope.load(
-        path,
-        model=args.model,
-        model_args=key_values(args.model_args),
-        data=args.data,
-        data_root=args.data_root,
-        split="train" if args.split == "both" else args.split,
-        examples=args.examples,
-        seed=args.seed,
-        params=args.params,
-        weight_decay=args.weight_decay,
-        loss=args.loss,
-        trust=args.trust,
-        weights=args.weights,
-        prefix=args.prefix,
-        problem=args.problem,
-        partial=args.partial,
-        trust_pickle=args.trust_pickle,
-    )
+    given = {
+        "model": args.model,
+        "model_args": key_values(args.model_args),
+        "data": args.data,
+        "data_root": args.data_root,
+        "split": "train" if args.split == "both" else args.split,
+        "examples": args.examples,
+        "seed": args.seed,
+        "params": args.params,
+        "weight_decay": args.weight_decay,
+        "loss": args.loss,
+        "trust": args.trust,
+        "weights": args.weights,
+        "prefix": args.prefix,
+        "problem": args.problem,
+        "partial": args.partial,
+        "trust_pickle": args.trust_pickle,
+    }
+    return sharpscope.load(path, **{**given, **instead})
 
 
 def load_all(args: argparse.Namespace) -> None:
@@ -263,11 +267,19 @@ def require_new(args: argparse.Namespace, *files: Path, own: bool = False) -> No
     ``own``: it may exist.
     """
     from sharpscope.errors import OutputError
+
+    for file in files:
+        require_apart(args.checkpoints, file)
+        if file.exists() and not args.overwrite and not own:
+            raise OutputError(f"{file} exists already. Name another place, or pass --overwrite.")
+
+
+def require_apart(checkpoints: Sequence[str], *files: Path) -> None:
+    """Raise OutputError where a file that is to be written is a checkpoint, or cannot be written."""
+    from sharpscope.errors import OutputError
     from sharpscope.files import require_writable
 
     for file in files:
-        if file.resolve() in {Path(path).resolve() for path in args.checkpoints}:
+        if file.resolve() in {Path(path).resolve() for path in checkpoints}:
             raise OutputError(f"{file} is one of the files to be read. Name another place for the result.")
         require_writable(file)
-        if file.exists() and not args.overwrite and not own:
-            raise OutputError(f"{file} exists already. Name another place, or pass --overwrite.")

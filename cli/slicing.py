@@ -191,7 +191,8 @@ def others(args: argparse.Namespace, paths: Sequence[str]) -> dict[str, Any]:
 
 def _asked(args: argparse.Namespace) -> str:
     """What a run was asked for, as far as it decides its results."""
-    given = {k: v for k, v in vars(args).items() if k not in ("run", "overwrite", "figure", "json", "out", "shard")}
+    left = ("run", "argv", "overwrite", "figure", "json", "out", "shard")
+    given = {k: v for k, v in vars(args).items() if k not in left}
     return json.dumps(given, sort_keys=True, default=str)
 
 
@@ -223,14 +224,10 @@ def _loaded(args: argparse.Namespace, path: str) -> tuple[Any, dict[str, Any]]:
     problem = options.load(args, path)
     if args.split != "both":
         return problem, {}
-    test = options.load(_with(args, split="test", examples=None), path)
+    test = options.load(args, path, split="test", examples=None)
     if args.examples is not None and args.examples < test.provenance["split_examples"]:
-        test = options.load(_with(args, split="test"), path)
+        test = options.load(args, path, split="test")
     return problem, {"test": test.data}
-
-
-def _with(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{**vars(args), **changes})
 
 
 # What an eigen result must share with a problem, and what it is called.

@@ -8,6 +8,7 @@ from sharpscope.version import __version__
 
 if TYPE_CHECKING:
     from sharpscope.blocks import block_spectra
+    from sharpscope.comparing import compare
     from sharpscope.density import spectral_density, trace
     from sharpscope.errors import (
         ArgumentError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sharpscope.progress import progress_bar
     from sharpscope.results import (
         BlockResult,
+        Comparison,
         Cost,
         DensityResult,
         EigenResult,
@@ -51,6 +53,7 @@ __all__ = [
     "AuditError",
     "BlockResult",
     "CheckpointError",
+    "Comparison",
     "ConvergenceWarning",
     "Cost",
     "DataError",
@@ -75,6 +78,7 @@ __all__ = [
     "TraceResult",
     "__version__",
     "block_spectra",
+    "compare",
     "load",
     "loss_slice",
     "loss_surface",
@@ -95,14 +99,24 @@ if (_beside / "setup.cfg").is_file() and (_beside / "cli" / "__init__.py").is_fi
 # Public names are imported when first used: torch takes 1.5 s, which `sharpscope --help` need not wait for.
 _HOMES = {"load": "loading", "Objective": "objective", "Problem": "problem", "top_eigenvalues": "spectrum"}
 _HOMES |= {"block_spectra": "blocks", "SharpnessMonitor": "monitor", "TokenCrossEntropy": "objective"}
-_HOMES |= {"progress_bar": "progress"}
+_HOMES |= {"compare": "comparing", "progress_bar": "progress"}
 _HOMES |= dict.fromkeys(("spectral_density", "trace"), "density")
 _HOMES |= dict.fromkeys(("loss_slice", "loss_surface"), "slices")
 _HOMES |= dict.fromkeys(("Ascent", "measure_sharpness", "rescaling_invariance"), "sharpness")
 _HOMES |= dict.fromkeys(
     (
-        *("BlockResult", "Cost", "DensityResult", "EigenResult", "Estimate", "InvarianceResult", "Mark", "Measure"),
-        *("MonitorRecord", "MonitorResult", "Ratio", "SharpnessResult", "SliceResult", "TraceResult", "side_by_side"),
+        *("BlockResult", "Comparison", "Cost", "DensityResult", "EigenResult", "Estimate", "InvarianceResult"),
+        *(
+            "Mark",
+            "Measure",
+            "MonitorRecord",
+            "MonitorResult",
+            "Ratio",
+            "SharpnessResult",
+            "SliceResult",
+            "TraceResult",
+            "side_by_side",
+        ),
     ),
     "results",
 )

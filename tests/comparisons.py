@@ -139,6 +139,7 @@ def two(first: str = "sgd", second: str = "sam") -> Comparison:
     return Comparison(
         subjects=(subject(first, 2.5), subject(second, 0.7)),
         between=((first, second, way),),
+        level="default",
         command=f"sharpscope compare {first}.pt {second}.pt --out report",
     )
 
@@ -150,4 +151,4 @@ def groups(runs: int = 3) -> Comparison:
         for group, scale in (("sgd", 1.2), ("sam", 0.6))
         for i in range(runs)
     ]
-    return Comparison(subjects=tuple(found), command="sharpscope compare")
+    return Comparison(subjects=tuple(found), level="default", command="sharpscope compare")

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sharpscope
 from sharpscope.cli import comparing, main
-from sharpscope.compare import LEVELS, levels, sampled
-from sharpscope.results.comparison import Performance
+from sharpscope.comparing import LEVELS, levels
+from sharpscope.comparing.samples import sampled
 from sharpscope.results.groups import difference
 from sharpscope.train import Recipe, train
 
@@ -133,17 +133,6 @@ def test_checkpoints_share_lines_planes_and_samples(trained: Path, tmp_path: Pat
     assert min(way["barrier"].values()) >= 0
 
 
-def test_a_journal_that_outlived_its_part_is_removed(tmp_path: Path) -> None:
-    """Killed between writing a part and removing its journal, the next call removes it and measures nothing again."""
-    parts, found = comparing.Parts(tmp_path), {"train": Performance(0.5, None, 10)}
-    parts.keep("sgd.pt", "performance", lambda: "key", lambda journal: found)
-    journal = tmp_path / "sgd.pt-performance.partial"
-    journal.mkdir()
-    (journal / "loss.points").write_bytes(b"")
-    assert parts.keep("sgd.pt", "performance", lambda: "key", lambda journal: pytest.fail("measured again")) == found
-    assert not journal.exists()
-
-
 def test_groups_are_compared_by_their_runs(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Equal seeds are paired, others not; the table has means and the ratio, findings its interval and the number."""
     sgd, sam = f"{trained}/sgd-*.pt", f"{trained}/sam-*.pt"
@@ -205,7 +194,7 @@ def test_interrupted_it_goes_on_with_the_parts_that_are_done(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ctrl-C exits 130 and says that the same command goes on; it then measures no finished part anew."""
-    from sharpscope.compare import steps
+    from sharpscope.comparing import steps
 
     calls: list[str] = []
 
@@ -429,7 +418,7 @@ def test_levels_ascend(less: levels.Level, more: levels.Level) -> None:
     assert more.tol <= less.tol
     for name, value in vars(less).items():
         other = getattr(more, name)
-        assert name in ("tol", "certify") or other is None or (value is not None and value <= other)
+        assert name in ("name", "tol", "certify") or other is None or (value is not None and value <= other)
 
 
 def test_findings_of_one_checkpoint_are_none(trained: Path, tmp_path: Path) -> None:

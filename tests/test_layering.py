@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         *("ball", "files", "objective", "params", "perturbation", "precision", "problem", "provenance", "results"),
         "resume",
     },
-    "compare": {
+    "comparing": {
         *("density", "examples", "objective", "params", "problem", "results", "resume", "sharpness", "slices"),
         "spectrum",
     },
@@ -81,6 +81,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "__init__": {
         "blocks",
+        "comparing",
         "density",
         "errors",
         "loading",
@@ -97,12 +98,13 @@ ALLOWED: dict[str, set[str]] = {
 }
 # What each module of these packages may import of its own package.
 INSIDE: dict[str, set[str]] = {
-    "compare.levels": set(),
-    "compare.samples": set(),
-    "compare.performance": set(),
-    "compare.entrants": set(),
-    "compare.steps": {"levels", "samples"},
-    "compare.assembling": {"entrants", "performance", "samples", "steps"},
+    "comparing.levels": set(),
+    "comparing.samples": set(),
+    "comparing.performance": set(),
+    "comparing.entrants": set(),
+    "comparing.steps": {"levels", "samples"},
+    "comparing.parts": set(),
+    "comparing.assembling": {"entrants", "levels", "parts", "performance", "samples", "steps"},
     "objective.batches": set(),
     "objective.likelihoods": set(),
     "objective.outputs": set(),

@@ -144,7 +144,7 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     for name, comparison in (("two", two()), ("groups", groups())):
-        (folder / f"{name}.html").write_text(page(comparison, ("It is flatter.",)), encoding="utf-8")
+        (folder / f"{name}.html").write_text(page(comparison), encoding="utf-8")
     return {name: folder / f"{name}.html" for name in ("two", "groups")}
 
 

@@ -6,18 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from sharpscope.report.markup import table, tag, text
-from sharpscope.results.comparison import Comparison, Subject
+from sharpscope.results.comparison import ANALYSES, Comparison, Subject
 from sharpscope.results.cost import Cost, total
 from sharpscope.version import __version__
 
-ANALYSES = {
-    "eigen": "Largest eigenvalues",
-    "trace": "Trace",
-    "density": "Spectral density",
-    "sharpness": "m-sharpness and measures",
-    "line": "Random lines",
-    "surface": "Random planes",
-}
 UNIT = (
     "A gradient is one forward and backward pass over the examples of a part, which differ between parts; a product is "
     "one of the Hessian with a vector."
@@ -29,11 +21,11 @@ def costs(comparison: Comparison) -> str:
     """Passes, products, gradients and seconds of every part, and of every checkpoint."""
     body = []
     everything: list[Cost] = []
-    for name, label in ANALYSES.items():
+    for name, analysis in ANALYSES.items():
         found = [s.results[name].cost for s in comparison.subjects if name in s.results]
         if found:
             everything += found
-            body.append([label, *_cells(str(len(found)), total(found))])
+            body.append([analysis.title, *_cells(str(len(found)), total(found))])
     ways = [r.cost for _, _, r in comparison.between]
     if ways:
         everything += ways
@@ -41,7 +33,7 @@ def costs(comparison: Comparison) -> str:
     body.append([tag("strong", "All"), *_cells("", total(everything))])
     parts = table(["Part", *_COLUMNS], body, "What each part took", "costs")
     each = [
-        [f"{text(s.name)}: {ANALYSES[name].lower()}", *_cells("", r.cost)[1:]]
+        [f"{text(s.name)}: {ANALYSES[name].title.lower()}", *_cells("", r.cost)[1:]]
         for s in comparison.subjects
         for name, r in s.results.items()
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from sharpscope.errors import SharpscopeError
@@ -38,14 +38,11 @@ FIGURES: dict[str, Maker] = {
 }
 
 
-def page(comparison: Comparison, findings: Sequence[str] = ()) -> str:
+def page(comparison: Comparison) -> str:
     """The comparison as one HTML page that fetches nothing; equal comparisons give equal bytes.
 
-    Numbers with their intervals, figures, definitions, costs and origin; surfaces to turn where plotly is installed.
-
-    Args:
-        comparison: what was measured.
-        findings: sentences that answer the question, for the top of the page; the first stands out.
+    Its findings, the first of which stands out; numbers with their intervals, figures, definitions, costs and origin;
+    surfaces to turn where plotly is installed.
     """
     rows, looks = rows_of(comparison), looks_of(comparison)
     drawn, left_out = _figures(comparison, looks, rows)
@@ -68,7 +65,7 @@ def page(comparison: Comparison, findings: Sequence[str] = ()) -> str:
     )
     links = "".join(tag("li", tag("a", heading, href=f"#{name}")) for name, (heading, _) in sections.items())
     contents = tag("nav", tag("ul", links), aria_label="Contents")
-    main = tag("main", _opening(comparison, title, findings), contents, body, notes.html(), id="main")
+    main = tag("main", _opening(comparison, title), contents, body, notes.html(), id="main")
     packed = _packed(planes.plotly_script()) if 'data-scenes="scenes"' in main else ""
     return _document(title, main, packed)
 
@@ -92,8 +89,8 @@ def _document(title: str, main: str, packed: str) -> str:
     )
 
 
-def _opening(comparison: Comparison, title: str, findings: Sequence[str]) -> str:
-    first, *others = findings or [""]
+def _opening(comparison: Comparison, title: str) -> str:
+    first, *others = comparison.findings or [""]
     answer = tag("p", text(first), class_="answer") if first else ""
     answer += tag("ul", *(tag("li", text(said)) for said in others), class_="findings") if others else ""
     known = "".join(tag("div", tag("dt", term), tag("dd", text(said))) for term, said in facts(comparison).items())

@@ -1,6 +1,7 @@
 """Results: what was measured, how surely, at what cost, and where it came from. NumPy only."""
 
 from sharpscope.results.blocks import BlockResult
+from sharpscope.results.comparison import Comparison
 from sharpscope.results.cost import Cost
 from sharpscope.results.curve import Curve
 from sharpscope.results.density import DensityResult
@@ -18,6 +19,7 @@ from sharpscope.results.trace import TraceResult
 
 __all__ = [
     "BlockResult",
+    "Comparison",
     "Cost",
     "Curve",
     "DensityResult",

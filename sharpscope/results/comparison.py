@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +11,32 @@ from sharpscope.errors import DataError
 from sharpscope.results.cost import Cost, total
 from sharpscope.results.density import DensityResult
 from sharpscope.results.eigen import EigenResult
+from sharpscope.results.record import read, refuse_taken, write
 from sharpscope.results.sharpness import SharpnessResult
 from sharpscope.results.slice import SliceResult
 from sharpscope.results.table import Table, as_html, as_pretty, as_text
 from sharpscope.results.trace import TraceResult
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What is measured of each checkpoint: its heading in reports, and what holds it, with ``from_dict``."""
+
+    title: str
+    result: Any
+
+
+# By the attribute of Subject; the order is that of measurement and of reports.
+ANALYSES = {
+    "eigen": Analysis("Largest eigenvalues", EigenResult),
+    "trace": Analysis("Trace", TraceResult),
+    "density": Analysis("Spectral density", DensityResult),
+    "sharpness": Analysis("m-sharpness and measures", SharpnessResult),
+    "line": Analysis("Random lines", SliceResult),
+    "surface": Analysis("Random planes", SliceResult),
+}
+
+_RECORD = ("level", "command", "findings", "rows", "subjects", "between")
 
 
 @dataclass(frozen=True)
@@ -58,8 +81,7 @@ class Subject:
     @property
     def results(self) -> dict[str, Any]:
         """Each analysis that was made, by its attribute's name."""
-        named = {name: getattr(self, name) for name in ("eigen", "trace", "density", "sharpness", "line", "surface")}
-        return {name: result for name, result in named.items() if result is not None}
+        return {name: getattr(self, name) for name in ANALYSES if getattr(self, name) is not None}
 
     @property
     def cost(self) -> Cost:
@@ -74,19 +96,29 @@ class Comparison:
     Attributes:
         subjects: in the order given.
         between: the loss on the straight line from one subject to another, with the names of both.
-        level: "quick", "default" or "thorough".
-        command: how to get the same again.
+        level: "quick", "default" or "thorough", or what else was paid for.
+        command: how to get the same again on the command line; empty where it was measured from Python.
+        provenance: what else is to be kept with it.
     """
 
     subjects: tuple[Subject, ...]
     between: tuple[tuple[str, str, SliceResult], ...] = ()
-    level: str = "default"
+    level: str = ""
     command: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        refuse_taken(self.provenance, _RECORD)
         names = [subject.name for subject in self.subjects]
         if not names or len(set(names)) < len(names):
             raise DataError(f"A comparison needs subjects with names of their own, got {', '.join(names) or 'none'}.")
+
+    @property
+    def findings(self) -> list[str]:
+        """What differs, by how much and how surely, in sentences, the first of lambda_max; of one checkpoint none."""
+        from sharpscope.results.findings import findings
+
+        return findings(self)
 
     @property
     def groups(self) -> dict[str, list[Subject]]:
@@ -109,6 +141,31 @@ class Comparison:
         from sharpscope.results.comparison_record import record_of
 
         return record_of(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Comparison:
+        """The inverse of ``to_dict``; findings and table follow from the results.
+
+        Raises: DataError when a key is missing or it is another analysis.
+        """
+        from sharpscope.results.comparison_record import comparison_of
+
+        return comparison_of(values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all of it to ``path`` as one JSON object, atomically; ``compare.json`` of the command line is one.
+
+        Raises: OutputError when it cannot be written.
+        """
+        write(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Comparison:
+        """Read what ``save`` or ``sharpscope compare`` wrote.
+
+        Raises: DataError when ``path`` holds something else.
+        """
+        return cls.from_dict(read(path))
 
     def table(self) -> Table:
         """The numbers as rows and notes."""

@@ -31,7 +31,9 @@ PENDING, DONE, DIVERGED = 0, 1, 2
 STATUSES = ("pending", "done", "diverged")
 
 _ARRAYS = ("loss", "accuracy", "status", "centre", "slopes", "curvatures")
+_GRID = ("loss", "accuracy", "status")
 _PLAIN = ("splits", "directions", "marks", "cost")
+_TOLD = ("axes", "dimensions", "points", "digest", "infinite")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class SliceResult:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        refuse_taken(self.provenance, (*_ARRAYS, *_PLAIN, "axes", "dimensions", "points", "digest"))
+        refuse_taken(self.provenance, (*_ARRAYS, *_PLAIN, *_TOLD))
         if any(len(line) != self.dimensions for line in self.directions) or not self.directions:
             raise DataError(f"A slice of {self.dimensions} axes needs as many directions for each line or plane.")
         shape = (len(self.directions), *(len(a) for a in reversed(self.axes)))
@@ -171,8 +173,11 @@ class SliceResult:
             status=self.status[where],
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the arrays over the grid, as plain JSON values; a number that is not finite is null."""
+    def to_dict(self, *, grid: bool = False) -> dict[str, Any]:
+        """Everything but the arrays over the grid, as plain JSON values; a number that is not finite is null.
+
+        ``grid``: those arrays as well, as ``from_dict`` needs them, and which losses are infinite.
+        """
         return {
             **head("slice", self.provenance),
             "dimensions": self.dimensions,
@@ -183,10 +188,28 @@ class SliceResult:
             "slopes": plain(self.slopes.tolist()),
             "curvatures": plain(self.curvatures.tolist()),
             "marks": [plain(asdict(mark)) for mark in self.marks],
-            "digest": self._digest(),
+            **(self._grid() if grid else {"digest": self._digest()}),
             "points": {name: int((self.status == i).sum()) for i, name in enumerate(STATUSES)},
             "cost": asdict(self.cost),
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SliceResult:
+        """The inverse of ``to_dict`` with its grid.
+
+        Raises: DataError when a key is missing, as the arrays over the grid, or it is another analysis.
+        """
+        rest = opened(values, "slice")
+        try:
+            arrays: dict[str, Any] = {
+                name: np.array(rest.pop(name), np.int8 if name == "status" else float) for name in _ARRAYS
+            }
+            arrays["loss"].flat[rest.pop("infinite", [])] = np.inf
+            axes = tuple(np.array(axis, float) for axis in rest.pop("axes"))
+            told = _taken(rest)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"A slice must have the keys of to_dict(grid=True), got: {first_line(error)}.") from error
+        return cls(axes=axes, **arrays, **told, provenance=rest)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON to ``path`` and the arrays beside it as ``.npz``, each atomically.
@@ -207,17 +230,12 @@ class SliceResult:
             with np.load(beside) as arrays:
                 kept: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
                 kept["axes"] = tuple(arrays[f"axis{i}"] for i in range(rest.pop("dimensions")))
-            kept["splits"] = tuple(rest.pop("splits"))
-            kept["directions"] = tuple(map(tuple, rest.pop("directions")))
-            kept["marks"] = tuple(_mark(entry) for entry in rest.pop("marks"))
-            kept["cost"] = Cost(**rest.pop("cost"))
             digest = rest.pop("digest")
+            kept |= _taken(rest)
         except (*UNREADABLE, TypeError) as error:
             raise DataError(
                 f"{path} must be a slice with its arrays in {beside.name}; problem: {first_line(error)}."
             ) from error
-        for derived in ("axes", "centre", "slopes", "curvatures", "points"):
-            rest.pop(derived, None)
         result = cls(**kept, provenance=rest)
         if result._digest() != digest:
             raise DataError(f"{beside} must hold the arrays of {path}, but they are of another run. Measure it again.")
@@ -225,6 +243,10 @@ class SliceResult:
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return {f"axis{i}": a for i, a in enumerate(self.axes)} | {name: getattr(self, name) for name in _ARRAYS}
+
+    def _grid(self) -> dict[str, Any]:
+        infinite = np.flatnonzero(np.isposinf(self.loss)).tolist()
+        return {name: plain(getattr(self, name).tolist()) for name in _GRID} | {"infinite": infinite}
 
     def _digest(self) -> str:
         """A hash of the arrays, by which their file is known."""
@@ -241,6 +263,16 @@ class SliceResult:
 
     summary = __str__ = as_text
     _repr_pretty_, _repr_html_ = as_pretty, as_html
+
+
+def _taken(rest: dict[str, Any]) -> dict[str, Any]:
+    """What of a record is plain, taken out of it with what it holds beside: the rest is provenance."""
+    found: dict[str, Any] = {"splits": tuple(rest.pop("splits")), "cost": Cost(**rest.pop("cost"))}
+    found["directions"] = tuple(map(tuple, rest.pop("directions")))
+    found["marks"] = tuple(map(_mark, rest.pop("marks")))
+    for derived in (*_ARRAYS, *_TOLD):
+        rest.pop(derived, None)
+    return found
 
 
 def _mark(entry: Mapping[str, Any]) -> Mark:

@@ -1,16 +1,16 @@
-"""Each part of a comparison: a function of a Problem that returns a result."""
+"""Each analysis of a comparison: a function of a Problem that returns a result."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from sharpscope.compare.levels import K, Level
-from sharpscope.compare.samples import sampled
+from sharpscope.comparing.levels import K, Level
+from sharpscope.comparing.samples import sampled
 from sharpscope.density import spectral_density
 from sharpscope.density import trace as trace_of
 from sharpscope.examples import count_examples
@@ -19,7 +19,6 @@ from sharpscope.params import select
 from sharpscope.problem import Problem
 from sharpscope.results import DensityResult, EigenResult, SharpnessResult, SliceResult, TraceResult
 from sharpscope.sharpness import measure_sharpness
-from sharpscope.sharpness.edge import edge_of
 from sharpscope.slices import loss_slice, loss_surface, random_directions, towards
 from sharpscope.slices.running_statistics import running_norms
 from sharpscope.spectrum import top_eigenvalues
@@ -40,12 +39,14 @@ class How:
 
     Attributes:
         level: how much is paid for.
+        test: data of the test split, or None.
         seed: of samples, starts, probes and directions, so that all checkpoints get the same.
         rho: the radius of m-sharpness.
         dtype, device: as for ``top_eigenvalues``.
     """
 
     level: Level
+    test: Any = None
     seed: int = 0
     rho: float = 0.05
     dtype: torch.dtype | None = None
@@ -62,7 +63,7 @@ class How:
         return {"dtype": self.dtype, "device": self.device}
 
 
-def eigen(problem: Problem, how: How, journal: Place = None, progress: Progress | None = None) -> EigenResult:
+def eigen(problem: Problem, how: How, journal: Place, progress: Progress) -> EigenResult:
     """lambda_1 >= ... >= lambda_K of the training loss, with sampling intervals where it is not on all the data."""
     drawn = sampled(problem, how.level.eigen_examples, how.seed)
     few = drawn is problem or (how.level.eigen_examples or 0) < GUIDED or problem.mode != "eval"
@@ -80,38 +81,28 @@ def eigen(problem: Problem, how: How, journal: Place = None, progress: Progress 
     )
 
 
-def trace(problem: Problem, how: How, progress: Progress | None = None) -> TraceResult:
+def trace(problem: Problem, how: How, journal: Place, progress: Progress) -> TraceResult:
     """The trace of the Hessian of the training loss, with its error over examples where it is not on all of them."""
     drawn, n = sampled(problem, how.level.density_examples, how.seed), _num_params(problem)
     probes, population = min(how.level.trace_probes, n), drawn is not problem
     return trace_of(drawn, probes, how.source, progress, population=population, **how.computation)
 
 
-def density(problem: Problem, how: How, progress: Progress | None = None) -> DensityResult:
+def density(problem: Problem, how: How, journal: Place, progress: Progress) -> DensityResult:
     """The spectral density of the training loss."""
     drawn, n = sampled(problem, how.level.density_examples, how.seed), _num_params(problem)
     return spectral_density(drawn, min(how.level.probes, n), how.level.steps, how.source, progress, **how.computation)
 
 
-def sharpness(
-    problem: Problem, how: How, top: EigenResult | None = None, progress: Progress | None = None
-) -> SharpnessResult:
-    """m-sharpness against m, and ``top``'s lambda_max against the edge of stability where the recipe has one."""
+def sharpness(problem: Problem, how: How, journal: Place, progress: Progress) -> SharpnessResult:
+    """m-sharpness against m."""
     drawn = sampled(problem, how.level.sharpness_examples, how.seed)
     count = count_examples(drawn.data)
     sizes = [m for m in M if count is None or m <= count]
-    found = measure_sharpness(drawn, ("m-sharpness",), how.source, progress, m=sizes, rho=how.rho, **how.computation)
-    edge = None if top is None else edge_of(top)
-    return found if edge is None else replace(found, measures=(*found.measures, edge))
+    return measure_sharpness(drawn, ("m-sharpness",), how.source, progress, m=sizes, rho=how.rho, **how.computation)
 
 
-def line(
-    problem: Problem,
-    test: Any,
-    how: How,
-    journal: Place = None,
-    progress: Progress | None = None,
-) -> SliceResult:
+def line(problem: Problem, how: How, journal: Place, progress: Progress) -> SliceResult:
     """Loss and accuracy along random, filter-normalised lines, on train and test."""
     level = how.level
     directions = [
@@ -122,14 +113,14 @@ def line(
         directions,
         level.line_points,
         progress=progress,
-        also=_beside(problem, test, how),
+        also=_beside(problem, how),
         batchnorm=_statistics(problem),
         journal=journal,
         **how.computation,
     )
 
 
-def surface(problem: Problem, how: How, journal: Place = None, progress: Progress | None = None) -> SliceResult:
+def surface(problem: Problem, how: How, journal: Place, progress: Progress) -> SliceResult:
     """The training loss over a random, filter-normalised plane, from -1 to 1 for all."""
     return loss_surface(
         sampled(problem, how.level.surface_examples, how.seed),
@@ -142,38 +133,48 @@ def surface(problem: Problem, how: How, journal: Place = None, progress: Progres
     )
 
 
-def between(
-    problem: Problem,
-    others: Mapping[str, Problem],
-    test: Any,
-    how: How,
-    journal: Place = None,
-    progress: Progress | None = None,
-) -> SliceResult:
-    """Loss and accuracy on the straight line to the one of ``others``, on train and test.
+Step = Callable[[Problem, How, Place, Progress], Any]
+
+# By the keys of ANALYSES: what the analysis is called while it is at work, and the function that makes it, which may
+# keep a journal.
+STEPS: dict[str, tuple[str, Step]] = {
+    "eigen": ("lambda_max", eigen),
+    "trace": ("trace", trace),
+    "density": ("density", density),
+    "sharpness": ("m-sharpness", sharpness),
+    "line": ("lines", line),
+    "surface": ("surface", surface),
+}
+
+
+def between(name: str, other: Problem) -> Step:
+    """The step that measures loss and accuracy on the straight line to ``other``, on train and test.
 
     Raises: ProblemError where the architectures differ.
     """
-    ((name, other),) = others.items()
-    return loss_slice(
-        sampled(problem, how.level.slice_examples, how.seed),
-        [towards(problem, other, name)],
-        how.level.between_points,
-        BETWEEN,
-        progress,
-        also=_beside(problem, test, how),
-        batchnorm=_statistics(problem),
-        marks=others,
-        journal=journal,
-        **how.computation,
-    )
+
+    def measure(problem: Problem, how: How, journal: Place, progress: Progress) -> SliceResult:
+        return loss_slice(
+            sampled(problem, how.level.slice_examples, how.seed),
+            [towards(problem, other, name)],
+            how.level.between_points,
+            BETWEEN,
+            progress,
+            also=_beside(problem, how),
+            batchnorm=_statistics(problem),
+            marks={name: other},
+            journal=journal,
+            **how.computation,
+        )
+
+    return measure
 
 
-def _beside(problem: Problem, test: Any, how: How) -> dict[str, Any]:
+def _beside(problem: Problem, how: How) -> dict[str, Any]:
     """As many test examples as training ones, where there are any."""
-    return (
-        {} if test is None else {"test": sampled(replace(problem, data=test), how.level.slice_examples, how.seed).data}
-    )
+    if how.test is None:
+        return {}
+    return {"test": sampled(replace(problem, data=how.test), how.level.slice_examples, how.seed).data}
 
 
 def _statistics(problem: Problem) -> str:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from sharpscope.errors import ArgumentError, nearest
 
 K = 5
+CHANGED = ", changed"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
     """Examples, points and probes of every part; None examples are all there are.
 
+    ``dataclasses.replace(sharpscope.comparing.LEVELS["quick"], seeds=1)`` is "quick, changed".
+
     Attributes:
+        name: by which a comparison says what was paid for; that of one of LEVELS only where it is just that.
         performance_examples: for loss and accuracy, of each split.
         eigen_examples, tol, certify: of the K largest eigenvalues, see ``top_eigenvalues``.
         density_examples, probes, steps: of the spectral density.
@@ -25,6 +30,7 @@ class Level:
         surface_examples, surface_points: of the training data, and of each axis.
     """
 
+    name: str
     performance_examples: int | None
     eigen_examples: int | None
     tol: float
@@ -41,6 +47,12 @@ class Level:
     surface_examples: int
     surface_points: int
 
+    def __post_init__(self) -> None:
+        known = self.name.removesuffix(CHANGED)
+        if known in LEVELS:
+            own = {**vars(self), "name": ""} == {**vars(LEVELS[known]), "name": ""}
+            object.__setattr__(self, "name", known if own else known + CHANGED)
+
     def within(self, examples: int | None) -> Level:
         """The same on at most so many examples; all where that is None.
 
@@ -51,16 +63,20 @@ class Level:
         if examples < 1:
             raise ArgumentError(f"examples must be at least 1, got {examples}.")
         counts = [field.name for field in fields(self) if field.name.endswith("_examples")]
-        return replace(self, **{name: min(examples, getattr(self, name) or examples) for name in counts})
+        fewer: dict[str, Any] = {name: min(examples, getattr(self, name) or examples) for name in counts}
+        return replace(self, **fewer)
 
+
+LEVELS: dict[str, Level] = {}  # each is held to what the name already stands for
 
 # Measured on one core of a machine with three times as much to do as it has cores, on the cnn of 52,138 parameters and
 # Fashion-MNIST: 13,000 examples a second, whether for a gradient, a product or a forward pass at a point. In seconds of
 # that core for each checkpoint:
-LEVELS = {
+LEVELS |= {
     # 36 in all. Eigenvalues 9: their sampling error is some 10 to 20 %, beside which a numerical one of 1e-2 does not
     # show. Density 8, trace 6, lines 4, surface 4, m-sharpness 3, loss and accuracy 2.
     "quick": Level(
+        name="quick",
         performance_examples=10_000,
         eigen_examples=2000,
         tol=1e-2,
@@ -79,6 +95,7 @@ LEVELS = {
     ),
     # 200 in all, two thirds of them for the eigenvalues of all 60,000 images, a fifth for the density.
     "default": Level(
+        name="default",
         performance_examples=None,
         eigen_examples=None,
         tol=1e-3,
@@ -97,6 +114,7 @@ LEVELS = {
     ),
     # 1,500 by count, not measured: eigenvalues with their certificate 400, density 450, surface 300, lines 250.
     "thorough": Level(
+        name="thorough",
         performance_examples=None,
         eigen_examples=None,
         tol=1e-4,
@@ -116,11 +134,13 @@ LEVELS = {
 }
 
 
-def level_of(name: str) -> Level:
-    """The level of that name.
+def level_of(level: str | Level) -> Level:
+    """The level of that name, or the one given.
 
     Raises: ArgumentError when there is none.
     """
-    if name not in LEVELS:
-        raise ArgumentError(nearest("level", name, LEVELS))
-    return LEVELS[name]
+    if isinstance(level, Level):
+        return level
+    if level not in LEVELS:
+        raise ArgumentError(nearest("level", level, LEVELS))
+    return LEVELS[level]
