@@ -25,6 +25,8 @@ from sharpscope.errors import ArgumentError, DataError, SharpscopeError
 from sharpscope.report import page
 from sharpscope.results import SliceResult
 from sharpscope.results.comparison import ANALYSES, Performance, Subject
+from sharpscope.results.estimate import wilson
+from sharpscope.results.readings import rows_of
 from sharpscope.results.slice import DIVERGED
 
 FEW = replace(
@@ -404,3 +406,48 @@ def test_the_command_line_s_record_is_that_of_the_call(tmp_path: Path, monkeypat
     for one, two_ in zip(called.subjects, loaded.subjects, strict=True):
         np.testing.assert_array_equal(one.results["line"].loss, two_.results["line"].loss)
         assert one.performance == two_.performance
+
+
+SCALE = {"loss": 1.0}
+
+
+def scaled(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A loss that depends on a number of its module, which no hash of its code shows."""
+    return SCALE["loss"] * torch.nn.functional.cross_entropy(output, target)
+
+
+def test_a_part_of_other_code_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a change of a number that the loss reads, or of a forward pass, the folder's parts are not used."""
+
+    def tops() -> list[float]:
+        given = {str(seed): replace(problem(seed), loss=scaled) for seed in (0, 1)}
+        return [s.eigen.lambda_max for s in compare(given, level=FEW, folder=tmp_path).subjects if s.eigen is not None]
+
+    first = tops()
+    monkeypatch.setitem(SCALE, "loss", 10.0)
+    assert tops() == pytest.approx([10 * top for top in first], rel=1e-4)
+    monkeypatch.setitem(SCALE, "loss", 1.0)
+    monkeypatch.setattr(torch.nn.Tanh, "forward", lambda self, x: 0 * x)
+    assert tops() != pytest.approx(first, rel=1e-2)
+
+
+def test_a_line_leads_to_another_checkpoint_only_where_all_that_differs_moves() -> None:
+    """With some of the weights chosen, networks that differ in others have no line between them."""
+    one, other = problem(0), problem(1)
+    bare = compare({"a": replace(one, params="2.*"), "b": replace(other, params="2.*")}, level=FEW)
+    assert bare.between == ()
+    other.model[0].load_state_dict(one.model[0].state_dict())  # type: ignore[index]
+    ((_, _, way),) = compare({"a": replace(one, params="2.*"), "b": replace(other, params="2.*")}, level=FEW).between
+    at = int(np.flatnonzero(way.axes[0] == 1.0)[0])
+    assert way.loss[0, 0, at] == pytest.approx(way.marks[0].loss[way.splits[0]], rel=1e-5)
+
+
+def test_an_accuracy_is_of_the_examples_that_have_a_label() -> None:
+    """Of 40 examples with 10 labels the interval is Wilson's for 10."""
+    labels = DATA[1].clone()
+    labels[10:] = -100
+    comparison = compare({"a": problem(0, (DATA[0], labels)), "b": problem(1, (DATA[0], labels))}, level=FEW)
+    row = next(row for row in rows_of(comparison) if row.label == "train accuracy")
+    reading = row.readings[0]
+    assert reading is not None
+    assert (reading.lower, reading.upper) == pytest.approx(wilson(reading.value, 10))

@@ -16,14 +16,18 @@ from sharpscope.comparing.parts import Parts
 from sharpscope.comparing.performance import performance
 from sharpscope.comparing.samples import sampled
 from sharpscope.comparing.steps import STEPS, How, Place, Step, between
-from sharpscope.errors import ArgumentError, DataError, ProblemError
+from sharpscope.errors import ArgumentError, DataError, ProblemError, SharpscopeError
 from sharpscope.objective import Objective, Progress
+from sharpscope.params import select
 from sharpscope.problem import Problem
 from sharpscope.results import Comparison, SliceResult
 from sharpscope.results.comparison import Performance, Subject
 from sharpscope.resume import key_of
 from sharpscope.resume.fingerprint import fingerprint
 from sharpscope.sharpness.edge import edge_of
+
+# Examples by which a part's key knows the code of model and loss.
+SEEN = 32
 
 
 def compare(
@@ -179,8 +183,10 @@ class _Run:
             # Where the file lies is no part of what is in it.
             said = {k: str(v) for k, v in problem.provenance.items() if k != "checkpoint"}
             h = self._how
+            objective = Objective(problem, **h.computation)
             self._keys[entrant.name] = key_of(
-                Objective(problem, **h.computation),
+                objective,
+                seen=_seen(objective),
                 name=entrant.name,
                 level={**asdict(h.level), "name": ""},
                 seed=h.seed,
@@ -198,7 +204,25 @@ class _Run:
         return report
 
 
+def _seen(objective: Objective) -> list[Any]:
+    """Loss, gradient and a product on a few examples, bit for bit: what the code of model and loss computes.
+
+    No hash of them would see a changed forward pass, or a number in a module of the user's.
+    """
+    with objective.measuring():
+        try:
+            part = objective.first_examples(SEEN)
+            vector = torch.randn(1, objective.num_params, generator=torch.Generator().manual_seed(0))
+            sums = objective.accumulate([part], vector.to(objective.device, objective.dtype))
+        except SharpscopeError:
+            return []  # the first analysis says what is wrong
+    return [sums.loss, sums.weight, sums.gradient, sums.products]
+
+
 def _alike(one: Problem, two: Problem) -> bool:
-    """Whether a straight line leads from one network to the other: weights of the same names and shapes."""
-    shapes = [{name: tuple(w.shape) for name, w in p.model.named_parameters()} for p in (one, two)]
-    return shapes[0] == shapes[1]
+    """Whether a straight line leads from one network to the other: the same weights, and those that stay are equal."""
+    ours, theirs = (dict(problem.model.named_parameters()) for problem in (one, two))
+    if {name: w.shape for name, w in ours.items()} != {name: w.shape for name, w in theirs.items()}:
+        return False
+    moving = {id(weight) for weight in select(one.model, one.params).values()}
+    return all(id(w) in moving or torch.equal(w.cpu(), theirs[name].cpu()) for name, w in ours.items())

@@ -25,4 +25,4 @@ def performance(
     with objective.measuring(products=False):
         evaluation = Evaluation(objective, usual_micro_batch(objective))
         loss, accuracy = evaluation()
-    return Performance(loss, None if math.isnan(accuracy) else accuracy, evaluation.examples)
+    return Performance(loss, None if math.isnan(accuracy) else accuracy, evaluation.examples, evaluation.answers)

@@ -41,11 +41,15 @@ _RECORD = ("level", "command", "findings", "rows", "subjects", "between")
 
 @dataclass(frozen=True)
 class Performance:
-    """Loss (mean over ``examples``) and accuracy (a share, None without labels) on one split."""
+    """Loss (mean over ``examples``) and accuracy (a share of ``answers``, None without labels) on one split.
+
+    ``answers``: the labels that count, of which examples may have none, one or, as tokens, many; None for the examples.
+    """
 
     loss: float
     accuracy: float | None
     examples: int
+    answers: int | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -171,7 +171,9 @@ def _performance(split: str, what: str) -> Callable[[Subject], Reading | None]:
         said = {**subject.provenance, "split": split, "label_noise": noise, "num_examples": found.examples}
         where = examples_of(said) if said.get("data") else f"{found.examples} examples of the {split} split"
         if what == "accuracy":
-            return Reading(value, *wilson(value, found.examples), BINOMIAL, origin=where, data=where)
+            # Tokens of one text are not independent, so that many of them count as its examples.
+            independent = min(found.examples, found.examples if found.answers is None else found.answers)
+            return Reading(value, *wilson(value, independent), BINOMIAL, origin=where, data=where)
         return Reading(value, origin=where, data=where)
 
     return of

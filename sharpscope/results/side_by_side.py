@@ -55,6 +55,12 @@ def side_by_side(results: Sequence[Any] | Mapping[str, Any]) -> Table:
         came = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
         named = ", ".join(kind.__name__ for kind in SHOWN)
         raise DataError(f"Results side by side must be of one kind ({named}), got {came}. Show each by itself.")
+    which = {r.which for r in (results.values() if isinstance(results, Mapping) else results) if hasattr(r, "which")}
+    if len(which) > 1:
+        raise DataError(
+            f"Eigenvalues side by side must be of the same end of the spectrum, got {', '.join(sorted(which))}. Show "
+            "each by itself."
+        )
     if isinstance(results, Mapping):
         results = [replace(r, provenance={**r.provenance, "checkpoint": name}) for name, r in results.items()]
     return SHOWN[kinds.pop()](results)

@@ -76,7 +76,7 @@ class Evaluation:
         self._mode: Callable[[], AbstractContextManager[Any]] = torch.enable_grad
         self._writes = False
         self._watching = True
-        self.examples = 0
+        self.examples = self.answers = 0
         self._settle()
 
     def __call__(self) -> tuple[float, float]:
@@ -92,6 +92,7 @@ class Evaluation:
         self._watching = False
         loss, weight, correct, counted = (_total(column) for column in columns)
         mean = (loss / weight if weight else math.nan) + self._terms.decay()
+        self.answers = int(counted)
         # Where outputs are NaN the largest of them is none.
         return mean, correct / counted if counted and math.isfinite(mean) else math.nan
 
