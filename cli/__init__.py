@@ -85,8 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.command == "eigen" and not args.per_layer
             )
             again = resumed and args.out
+            trained = args.command in ("train", "demo")
+            kept = "; what was finished is kept" if again or trained else ""
             then = " The same command goes on from there." if again else ""
-            print(f"sharpscope: interrupted; what was finished is kept.{then}", file=sys.stderr)
+            print(f"sharpscope: interrupted{kept}.{then}", file=sys.stderr)
             return 130
 
 

@@ -23,7 +23,8 @@ of what differs and how surely, DIR/index.html with all figures, and DIR/compare
   --thorough   eigenvalues to 1e-4 with a certificate, finer grids, more probes: most of an hour
 
 Several runs of each kind as groups tell SAM's effect from chance: means, differences and ratios come with 95 %
-intervals over runs, paired where both groups have the same seeds. Interrupted or killed, the same command goes on.
+intervals over runs, paired where both groups have the same seeds, or without recipes the same numbers in their file
+names. Interrupted or killed, the same command goes on.
 """
 
 EPILOG = """\
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     asked = _asked(args, paths)
     _require_free(args, paths, folder, asked)
     # Samples are drawn part by part.
-    loaders = iter([(name, partial(options.load, args, path, examples=None)) for name, path in named.items()])
+    loaders = iter([(name, partial(comparing.loaded, args, path, name)) for name, path in named.items()])
     with terminal.progress_bar("compare") as progress:
         comparison = compare(
             {group: dict(islice(loaders, len(members))) for group, members in groups.items()} or dict(loaders),

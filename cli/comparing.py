@@ -7,6 +7,7 @@ import glob
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,14 @@ def has_test(args: argparse.Namespace) -> bool:
     except ArgumentError:
         return False  # what is wrong with the file itself shows when it is loaded
     return True
+
+
+def loaded(args: argparse.Namespace, path: str, name: str) -> Any:
+    """The Problem of a checkpoint, which is paired by the numbers in its ``name`` where no recipe tells its seed."""
+    problem = options.load(args, path, examples=None)
+    numbers = "-".join(re.findall(r"\d+", name))
+    known = (problem.provenance.get("recipe") or {}).get("seed") is not None
+    return problem if known or not numbers else replace(problem, provenance={**problem.provenance, "pair": numbers})
 
 
 def test_data(args: argparse.Namespace, named: Mapping[str, str]) -> Any:

@@ -189,10 +189,26 @@ def load(args: argparse.Namespace, path: str, **instead: Any) -> Any:
 
 
 def load_all(args: argparse.Namespace) -> None:
-    """Read every checkpoint once, before the first long measurement."""
+    """Read every checkpoint once, before the first long measurement.
+
+    Raises: DataError where a problem() gives other data for one checkpoint than for another.
+    """
+    from sharpscope.errors import DataError
+    from sharpscope.resume.fingerprint import fingerprint
+
     import_from_here(args)
+    first, known = "", ""
     for path in dict.fromkeys(args.checkpoints):
-        load(args, path)
+        problem = load(args, path)
+        if args.problem is None or len(args.checkpoints) < 2:
+            continue
+        found = fingerprint(problem.data)
+        first, known = first or path, known or found
+        if found != known:
+            raise DataError(
+                f"Checkpoints must be measured on the same data, but {args.problem} gives others for {path} than for "
+                f"{first}. Let problem() return the same examples at every call: seed what draws or splits them."
+            )
 
 
 def import_from_here(args: argparse.Namespace) -> None:

@@ -122,7 +122,13 @@ _HOMES |= dict.fromkeys(
 )
 
 
+# Subpackages that the reference names in full are imported when first used too.
+_SUBPACKAGES = ("comparing", "edges", "linalg", "operators", "optim", "plot", "report", "results", "slices")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"sharpscope.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"sharpscope.{_HOMES.get(name, 'errors')}"), name)

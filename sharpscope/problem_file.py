@@ -63,7 +63,9 @@ def _function(source: str) -> Any:
 
 
 def _executed(path: Path) -> Any:
-    if not path.is_file() or path.suffix != ".py":
+    if not path.is_file():
+        raise ArgumentError(f"A problem is a Python file or package.module:function, but there is no file {path}.")
+    if path.suffix != ".py":
         raise ArgumentError(f"A problem is a Python file or package.module:function, got {path}. Check the path.")
     spec = importlib.util.spec_from_file_location(f"sharpscope_problem_{path.stem}", path)
     assert spec is not None

@@ -389,7 +389,7 @@ def test_python_dash_m_and_a_real_interrupt(trained: Path) -> None:
         out, err = child.communicate(timeout=60)
     assert child.returncode == 130
     assert out == ""
-    assert err.replace("at work\n", "").strip() == "sharpscope: interrupted; what was finished is kept."
+    assert err.replace("at work\n", "").strip() == "sharpscope: interrupted."
 
 
 def test_values_on_the_command_line_become_python_values() -> None:

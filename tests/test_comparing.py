@@ -383,6 +383,38 @@ def test_the_test_data_of_all_checkpoints_must_agree(tmp_path: Path, capsys: pyt
     assert not (tmp_path / "out" / "parts").exists()
 
 
+@pytest.mark.parametrize("command", ["eigen", "density", "sharpness", "slice"])
+def test_checkpoints_of_one_table_are_of_the_same_data(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A problem() that draws anew at each call is refused by every command that takes several checkpoints."""
+    (tmp_path / "own.py").write_text(OWN.replace("{seed}", "torch.seed()"))
+    for i in range(2):
+        torch.save(torch.nn.Linear(4, 3).state_dict(), tmp_path / f"{i}.pt")
+    paths = [str(tmp_path / f"{i}.pt") for i in range(2)]
+    assert main([command, *paths, "--problem", str(tmp_path / "own.py")]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "must be measured on the same data" in said.err
+    assert "seed what draws or splits them" in said.err
+
+
+def test_runs_without_a_recipe_are_paired_by_the_numbers_in_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """sgd-1.pt belongs to sam-1.pt; other numbers have no partner."""
+    (tmp_path / "own.py").write_text(OWN.replace("{seed}", "0 if split == 'train' else 1"))
+    for name in ("sgd-1", "sgd-2", "sam-1", "sam-2", "sam-3"):
+        torch.save(torch.nn.Linear(4, 3).state_dict(), tmp_path / f"{name}.pt")
+    monkeypatch.setitem(LEVELS, "quick", FEW)
+    own = ["--problem", str(tmp_path / "own.py"), "--quick", "--out", str(tmp_path / "out"), "--overwrite"]
+    sgd = ["--sgd", f"{tmp_path}/sgd-*.pt"]
+    assert main(["compare", *sgd, "--sam", f"{tmp_path}/sam-[12].pt", *own]) == 0
+    assert "over 2 pairs of seeds" in capsys.readouterr().out
+    assert main(["compare", *sgd, "--sam", f"{tmp_path}/sam-[23].pt", *own]) == 0
+    assert "over 2 and 2 runs, not paired" in capsys.readouterr().out
+
+
 def test_the_command_line_s_record_is_that_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """compare.json loads to the table, findings and page that the command wrote, and to the numbers of the call."""
     (tmp_path / "own.py").write_text(OWN.replace("{seed}", "0 if split == 'train' else 1"))

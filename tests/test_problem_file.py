@@ -117,7 +117,7 @@ def test_a_problem_stands_in_place_of_model_data_and_loss(folder: Path) -> None:
     """Said twice, or a file that is not there, or a split that it does not have."""
     with pytest.raises(ArgumentError, match="leave data out"):
         load(folder / "w.pt", problem=folder / "problem.py", data="digits")
-    with pytest.raises(ArgumentError, match="Check the path"):
+    with pytest.raises(ArgumentError, match="there is no file"):
         load(folder / "w.pt", problem=folder / "none.py")
     (folder / "problem.py").write_text(SOURCE.replace('split="train"', "").replace("split ==", "'train' =="))
     with pytest.raises(ArgumentError, match="takes no split"):

@@ -30,7 +30,7 @@ def require_repeatable(objective: Objective, one: Sums, two: Sums, tolerance: fl
     dropout = nn.modules.dropout._DropoutNd
     dropping = [name for name, m in objective.terms.model.named_modules() if isinstance(m, dropout) and m.training]
     cause = (
-        f"dropout is on in {dropping[0]} ({len(dropping)} in all). Measure in mode 'eval'"
+        f"dropout is on in {dropping[0]} ({len(dropping)} in all). Measure in mode 'eval', or set its p to 0"
         if dropping
         else "the model draws random numbers, as F.dropout without training=self.training does, or changes its "
         "own buffers. Turn that off"

@@ -47,7 +47,7 @@ def compare(
     All are measured alike: on the same samples, from the same random numbers. Loss and accuracy of all come first: they
     are cheap, and show what has diverged. What one checkpoint cannot have (a line without a weight that may move,
     subsets of batches that cannot be cut) is left out, and its provenance's ``left_out`` says why. Groups are compared
-    by their runs, which are paired where both have the same seeds in their ``provenance["recipe"]``.
+    by their runs, which are paired where both have the same ``provenance["recipe"]["seed"]``.
 
     Args:
         checkpoints: by name, each a ``Problem`` on the training data, or a function of no argument that returns one,
@@ -143,7 +143,7 @@ class _Run:
         edge = edge_of(found["eigen"])
         if edge is not None and "sharpness" in found:
             found["sharpness"] = replace(found["sharpness"], measures=(*found["sharpness"].measures, edge))
-        seed = (problem.provenance.get("recipe") or {}).get("seed")
+        seed = (problem.provenance.get("recipe") or {}).get("seed", problem.provenance.get("pair"))
         return Subject(
             name=entrant.name,
             group=entrant.group,

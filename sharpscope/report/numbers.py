@@ -85,7 +85,7 @@ def groups_table(comparison: Comparison, rows: list[Row], looks: dict[str, Look]
             means = [_mean(row, group, row.spreads.get(group), notes) for group in groups]
             against = [_difference(row, first, group, row.differences.get(group), notes) for group in others]
             body.append([quantity, *means, *against])
-    return table(head, body, "Groups: mean, 95 % interval of the mean, difference", "numbers")
+    return table(head, body, "Groups: mean, 95 % interval of the mean, difference", "numbers groups")
 
 
 def _quantity(row: Row, notes: Notes) -> str:

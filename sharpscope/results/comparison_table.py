@@ -31,7 +31,9 @@ def _notes(comparison: Comparison, rows: list[Row]) -> list[str]:
     meant: dict[str, list[str]] = {}
     for row in rows:
         kinds = dict.fromkeys(r.interval for r in row.readings if r is not None)
-        meant.setdefault(f"{row.definition}. Intervals: {', '.join(kinds)}", []).append(row.label)
+        # Of groups the columns have intervals over runs.
+        of = "" if comparison.groups else f". Intervals: {', '.join(kinds)}"
+        meant.setdefault(f"{row.definition}{of}", []).append(row.label)
     notes = [f"{_together(labels)}: {said}." for said, labels in meant.items()]
     measured: dict[str, list[str]] = {}
     for row in rows:

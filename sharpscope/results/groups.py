@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,12 @@ class Spread:
     lower: float | None
     upper: float | None
     runs: int
+
+    def within(self, least: float, most: float) -> Spread:
+        """The same with its interval cut off there, as that of a share at 0 and 1."""
+        if self.lower is None or self.upper is None:
+            return self
+        return replace(self, lower=max(self.lower, least), upper=min(self.upper, most))
 
     @property
     def ends(self) -> str:

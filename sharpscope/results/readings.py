@@ -52,6 +52,7 @@ class _Quantity:
     factor: bool = True
     quantity: str = ""
     m: int | None = None
+    share: bool = False
 
 
 def rows_of(comparison: Comparison) -> list[Row]:
@@ -73,7 +74,9 @@ def contrasted(comparison: Comparison) -> tuple[str, list[str]]:
 def _row(comparison: Comparison, quantity: _Quantity, readings: tuple[Reading | None, ...]) -> Row:
     spreads, factor = _spreads(comparison, quantity, readings)
     values = {s.name: r.value for s, r in zip(comparison.subjects, readings, strict=True) if r is not None}
-    if comparison.groups:
+    if quantity.label == "edge":  # it follows the learning rate at the end, which says nothing of the minimum
+        differences: dict[str, Difference] = {}
+    elif comparison.groups:
         differences = _differences(comparison, values, spreads, factor)
     else:
         found = {
@@ -104,7 +107,10 @@ def _spreads(
         if all(run.name in values and math.isfinite(values[run.name]) for run in runs)
     }
     factor = quantity.factor and all(value > 0 for column in kept.values() for value in column)
-    return {group: spread(column, log=factor) for group, column in kept.items()}, factor
+    found = {group: spread(column, log=factor) for group, column in kept.items()}
+    if quantity.share:
+        found = {group: one.within(0.0, 1.0) for group, one in found.items()}
+    return found, factor
 
 
 def _differences(
@@ -124,7 +130,13 @@ def _differences(
 
 def _quantities(subjects: Sequence[Subject]) -> list[_Quantity]:
     found = [
-        _Quantity(f"{split} {what}", _PERFORMANCE[what].format(split=split), _performance(split, what), what == "loss")
+        _Quantity(
+            f"{split} {what}",
+            _PERFORMANCE[what].format(split=split),
+            _performance(split, what),
+            what == "loss",
+            share=what == "accuracy",
+        )
         for what in ("loss", "accuracy")
         for split in ("train", "test")
     ]
