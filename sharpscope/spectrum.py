@@ -157,8 +157,11 @@ def top_eigenvalues(
             proof = certified(matmat, pairs, solve, certify, remaining=remaining, generator=source)
             pairs = proof.pairs
         if objective.dtype == torch.float32:
-            rounded = ROUNDED * rounding_of(objective, pairs.eigenvectors) if objective.curvature.exact else 0.0
-            pairs = pairs.widened(objective.curvature.single * float(pairs.eigenvalues.abs().max()) + rounded, tol)
+            off = objective.curvature.single * float(pairs.eigenvalues.abs().max())
+            if objective.curvature.exact:
+                vs = pairs.eigenvectors
+                off += ROUNDED * state.once("rounding", lambda: {"of": rounding_of(objective, vs)})["of"]
+            pairs = pairs.widened(off, tol)
         sampling = None
         if population:
             ratio = k if which in ("largest", "both") else 0

@@ -147,8 +147,8 @@ def two(first: str = "sgd", second: str = "sam") -> Comparison:
 def groups(runs: int = 3) -> Comparison:
     """Runs of two recipes, paired by seed."""
     found = [
-        subject(f"{group}-{i}", scale * (1 + 0.1 * i), group, str(i))
-        for group, scale in (("sgd", 1.2), ("sam", 0.6))
+        subject(f"{group}-{i}", scale * (1 + apart * i), group, str(i))
+        for group, scale, apart in (("sgd", 1.2, 0.1), ("sam", 0.6, 0.12))
         for i in range(runs)
     ]
     return Comparison(subjects=tuple(found), level="default", command="sharpscope compare")

@@ -283,7 +283,7 @@ def test_shares_of_a_trace_that_may_be_zero_are_not_told() -> None:
 def test_the_table_has_a_row_a_block() -> None:
     """Name, parameters, lambda_max with its half-width, trace with its error, share; all of them last; then notes."""
     lines = by_hand().summary().splitlines()
-    assert lines[1].split() == ["a", "1,200", "2.0000", "±0.0010", "30.0", "±0.3", "75.0", "%"]
+    assert lines[1].split() == ["a", "1,200", "2.000", "±0.001", "30.0", "±0.3", "75.0", "%"]
     assert lines[3].split() == ["all", "1,230", "40.0", "±0.5"]
     assert "tied" in lines[7]
     assert ">b</td>" in by_hand()._repr_html_()

@@ -560,7 +560,9 @@ def test_single_values_may_stand_for_lists() -> None:
         quadratic(), ("m-sharpness", "trace"), m=(4,), rho=(0.1,), adaptive="elementwise", ascent=Ascent(2)
     )
     found = measure_sharpness(quadratic(), "m-sharpness, trace", m=4, rho=0.1, adaptive=True, ascent=2)
-    assert [m.value for m in found.measures] == [m.value for m in wanted.measures]
+    values = [m.value for m in wanted.measures]
+    # Which subsets are taken side by side is a matter of timing, and so are the last bits.
+    assert [m.value for m in found.measures] == pytest.approx(values, rel=1e-9)
     assert "APGD" in measure_sharpness(quadratic(), "worst-case", ascent="apgd").measures[0].settings["ascent"]
 
 

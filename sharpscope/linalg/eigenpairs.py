@@ -54,11 +54,15 @@ class Eigenpairs:
     start: RandomStart | None = None
 
     def widened(self, by: float, tol: float) -> Eigenpairs:
-        """Each interval longer by ``by`` at both ends, for products that are off by as much, and held to ``tol``."""
+        """Each interval longer by ``by`` at both ends, for products that are off by as much, and held to ``tol``.
+
+        What is within ``by`` of zero is zero to rounding, and has converged.
+        """
         if not by:
             return self
         lower, upper = self.lower - by, self.upper + by
-        met = (upper - lower) / 2 <= tol * self.eigenvalues.abs()
+        size = self.eigenvalues.abs()
+        met = ((upper - lower) / 2 <= tol * size) | (size <= by)
         return replace(self, lower=lower, upper=upper, converged=self.converged & met)
 
 

@@ -127,10 +127,11 @@ def _mean(row: Row, group: str, found: Spread | None, notes: Notes) -> str:
     if found is None:
         return _missing()
     kind = "geometric mean" if row.factor else "mean"
+    none = ONE_RUN if found.runs < 2 else ALIKE
     bounds = _interval(found.lower, found.upper)
     said = {
         "Value": f"{digits(found.value)}, the {kind} of {found.runs} run{'s' * (found.runs > 1)}",
-        "Interval": f"{bounds} (95 % for the mean over runs, Student 1908)" if bounds else ONE_RUN,
+        "Interval": f"{bounds} (95 % for the mean over runs, Student 1908)" if bounds else none,
         DEFINED: row.definition,
     }
     return tag(
@@ -142,6 +143,7 @@ def _mean(row: Row, group: str, found: Spread | None, notes: Notes) -> str:
 
 
 ONE_RUN = "none: one run says nothing of how runs scatter"
+ALIKE = "none: alike in all runs, which says nothing of how they scatter"
 
 
 def _difference(row: Row, first: str, second: str, d: Difference | None, notes: Notes) -> str:
@@ -153,10 +155,12 @@ def _difference(row: Row, first: str, second: str, d: Difference | None, notes: 
         of, how, runs = "", f"what the ends of both intervals leave possible: {kinds}", ""
         none, mark = kinds, "not told apart" if d.sure is False else ""
     else:
-        of, how, none = " of means", f"95 %, Student's t, {d.freedom} degrees of freedom", ONE_RUN
+        alone = min(row.spreads[name].runs for name in (first, second)) < 2
+        of, how = " of means", f"95 %, Student's t, {d.freedom} degrees of freedom"
+        none = ONE_RUN if alone else ALIKE
         pairs = f"{d.runs} pairs of one seed each"
         runs = pairs if d.by == PAIRS else f"{d.runs} runs of both groups, not paired (Welch 1947)"
-        mark = {None: "one run", False: "not told apart", True: ""}[d.sure]
+        mark = "one run" if alone else "" if d.sure else "not told apart"
     what = f"{second} over {first}, a ratio" if d.ratio else f"{second} less {first}, a difference"
     told = bounds and ("leaves out" if d.sure else "holds")
     said = {

@@ -50,6 +50,8 @@ def _difference(row: Row, first: str, group: str, found: Difference) -> str:
     what = f"{group}/{first}" if found.ratio else f"{group} - {first}"
     head = f"{row.label}: {what} = {_number(found.value, found.ratio)}"
     counts = [row.spreads[name].runs for name in (first, group)]
+    if (found.lower is None or found.upper is None) and min(counts) > 1:
+        return f"{head}, alike in all runs, which says nothing of their scatter: no difference is shown."
     if found.lower is None or found.upper is None:
         runs = "one run each says" if counts == [1, 1] else "a group of one run says"
         return f"{head}; {runs} nothing of the scatter over runs."
