@@ -41,8 +41,10 @@ def _notes(results: Sequence[EigenResult]) -> list[str]:
     notes = []
     for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
         p = r.provenance
+        # Of a sample what it leaves open is more than the bounds in the table, and comes first.
+        notes += [f"{name}: {said}" for said in (_sampled(r),) if said]
         notes += origin_notes(name, p)
-        notes += [f"{name}: {said}" for said in (_missed(r), _certified(r), _sampled(r)) if said]
+        notes += [f"{name}: {said}" for said in (_missed(r), _certified(r)) if said]
         if r.ratio.value is None and r.ratio.k > 1 and r.which in ("largest", "both"):
             notes.append(f"{name}: no ratio, since {r.ratio.reason}.")
         if not r.converged.all():
