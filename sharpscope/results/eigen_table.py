@@ -42,7 +42,8 @@ def _notes(results: Sequence[EigenResult]) -> list[str]:
     for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
         p = r.provenance
         # Of a sample what it leaves open is more than the bounds in the table, and comes first.
-        notes += [f"{name}: {said}" for said in (_sampled(r),) if said]
+        if sampled := _sampled(r):
+            notes.append(f"{name}: {sampled}")
         notes += origin_notes(name, p)
         notes += [f"{name}: {said}" for said in (_missed(r), _certified(r)) if said]
         if r.ratio.value is None and r.ratio.k > 1 and r.which in ("largest", "both"):

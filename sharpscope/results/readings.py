@@ -72,8 +72,8 @@ def contrasted(comparison: Comparison) -> tuple[str, list[str]]:
 
 
 def _row(comparison: Comparison, quantity: _Quantity, readings: tuple[Reading | None, ...]) -> Row:
-    spreads, factor = _spreads(comparison, quantity, readings)
     values = {s.name: r.value for s, r in zip(comparison.subjects, readings, strict=True) if r is not None}
+    spreads, factor = _spreads(comparison, quantity, values)
     if quantity.label == "edge":  # it follows the learning rate at the end, which says nothing of the minimum
         differences: dict[str, Difference] = {}
     elif comparison.groups:
@@ -97,10 +97,9 @@ def _row(comparison: Comparison, quantity: _Quantity, readings: tuple[Reading | 
 
 
 def _spreads(
-    comparison: Comparison, quantity: _Quantity, readings: tuple[Reading | None, ...]
+    comparison: Comparison, quantity: _Quantity, values: Mapping[str, float]
 ) -> tuple[dict[str, Spread], bool]:
     """The mean of each group all of whose runs have a number, and whether they are compared by ratios."""
-    values = {s.name: r.value for s, r in zip(comparison.subjects, readings, strict=True) if r is not None}
     kept = {
         group: [values[run.name] for run in runs]
         for group, runs in comparison.groups.items()
@@ -184,7 +183,7 @@ def _performance(split: str, what: str) -> Callable[[Subject], Reading | None]:
         where = examples_of(said) if said.get("data") else f"{found.examples} examples of the {split} split"
         if what == "accuracy":
             # Tokens of one text are not independent, so that many of them count as its examples.
-            independent = min(found.examples, found.examples if found.answers is None else found.answers)
+            independent = found.examples if found.answers is None else min(found.examples, found.answers)
             return Reading(value, *wilson(value, independent), BINOMIAL, origin=where, data=where)
         return Reading(value, origin=where, data=where)
 
