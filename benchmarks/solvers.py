@@ -83,7 +83,7 @@ def _sharpscope(case: Case, method: str, accuracy: float) -> Work:
             warnings.simplefilter("ignore")  # what has not converged is in the answer
             result = top_eigenvalues(case.problem(), k=K, tol=accuracy, method=method)
         cost = result.cost
-        used = "micro-batch {micro_batch}, lanes {lanes}".format_map(result.provenance)
+        used = "micro-batch {micro_batch}".format_map(result.provenance)
         return Answer(result.eigenvalues.tolist(), cost.passes, cost.gradients, bool(result.converged.all()), used)
 
     return work

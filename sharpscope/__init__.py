@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sharpscope.version import __version__
 
 if TYPE_CHECKING:
-    from sharpscope.blocks import block_spectra
     from sharpscope.comparing import compare
-    from sharpscope.density import spectral_density, trace
     from sharpscope.errors import (
         ArgumentError,
         AuditError,
@@ -45,7 +43,7 @@ if TYPE_CHECKING:
     )
     from sharpscope.sharpness import Ascent, measure_sharpness, rescaling_invariance
     from sharpscope.slices import loss_slice, loss_surface
-    from sharpscope.spectrum import top_eigenvalues
+    from sharpscope.spectrum import block_spectra, spectral_density, top_eigenvalues, trace
 
 __all__ = [
     "ArgumentError",
@@ -97,10 +95,10 @@ if (_beside / "setup.cfg").is_file() and (_beside / "cli" / "__init__.py").is_fi
     __path__.append(str(_beside))
 
 # Public names are imported when first used: torch takes 1.5 s, which `sharpscope --help` need not wait for.
-_HOMES = {"load": "loading", "Objective": "objective", "Problem": "problem", "top_eigenvalues": "spectrum"}
-_HOMES |= {"block_spectra": "blocks", "SharpnessMonitor": "monitor", "TokenCrossEntropy": "objective"}
+_HOMES = {"load": "loading", "Objective": "objective", "Problem": "problem"}
+_HOMES |= {"SharpnessMonitor": "monitor", "TokenCrossEntropy": "objective"}
 _HOMES |= {"compare": "comparing", "progress_bar": "progress"}
-_HOMES |= dict.fromkeys(("spectral_density", "trace"), "density")
+_HOMES |= dict.fromkeys(("block_spectra", "spectral_density", "top_eigenvalues", "trace"), "spectrum")
 _HOMES |= dict.fromkeys(("loss_slice", "loss_surface"), "slices")
 _HOMES |= dict.fromkeys(("Ascent", "measure_sharpness", "rescaling_invariance"), "sharpness")
 _HOMES |= dict.fromkeys(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError
 from sharpscope.objective import Objective, Progress
-from sharpscope.objective.partwise import Partwise
+from sharpscope.objective.accumulate import PerBatch
 from sharpscope.results.estimate import student
 
 Array = NDArray[np.float64]
@@ -140,7 +140,7 @@ def in_units(objective: Objective, progress: Progress | None = None) -> Iterator
         objective.micro_batch = kept
 
 
-def trace_error(parts: Partwise, n: int) -> float | None:
+def trace_error(parts: PerBatch, n: int) -> float | None:
     """One standard error over the examples of ``tr H``, where these were drawn from many more.
 
     ``n v_k' H_b v_k`` of K random unit vectors stands for ``tr H_b`` of each micro-batch, and the trace is a ratio of
@@ -165,7 +165,7 @@ def trace_error(parts: Partwise, n: int) -> float | None:
 
 
 def sampling_of(
-    parts: Partwise, confidence: float = 0.95, weight_decay: float = 0.0, ratio_of: int | None = None
+    parts: PerBatch, confidence: float = 0.95, weight_decay: float = 0.0, ratio_of: int | None = None
 ) -> Sampling:
     """Confidence intervals from what each of B micro-batches says of the eigenvectors ``v_i`` of their sum.
 

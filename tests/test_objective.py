@@ -21,7 +21,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Tensor
 
 from dense import dense_hessian
 from sharpscope import ArgumentError, AuditError, DataError, Objective, Problem, ProblemError, top_eigenvalues
-from sharpscope.objective.batches import num_examples_hint
+from sharpscope.objective.data import num_examples_hint
 from sharpscope.objective.kernels import differentiable_kernels
 from sharpscope.zoo import load_data, make_model
 

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from sharpscope import ArgumentError, Objective, Problem, top_eigenvalues
-from sharpscope.objective.partwise import Partwise
+from sharpscope.objective.accumulate import PerBatch
 from sharpscope.sampling import FEWEST, Sampling, _bias, sampling_error, sampling_of
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -62,15 +62,15 @@ def measured(of: Problem, confidence: float = 0.95, k: int = 2, **options: int |
     return sampling_error(Objective(of, **options), vectors, values, confidence), values.numpy()
 
 
-def parts_of(units: np.ndarray, vectors: np.ndarray, weights: np.ndarray | None = None) -> Partwise:
+def parts_of(units: np.ndarray, vectors: np.ndarray, weights: np.ndarray | None = None) -> PerBatch:
     """What units with Hessians (B, n, n) say of ``vectors`` (n, k)."""
     pushed = units @ vectors
     given = np.ones(len(units)) if weights is None else weights
     forms, squares = torch.from_numpy(vectors.T @ pushed), torch.from_numpy((pushed**2).sum(1))
-    return Partwise(torch.from_numpy(given), forms, squares, (1,) * len(units))
+    return PerBatch(torch.from_numpy(given), forms, squares, (1,) * len(units))
 
 
-def sample_of(rows: np.ndarray, chosen: np.ndarray, units: int, k: int) -> tuple[Partwise, np.ndarray]:
+def sample_of(rows: np.ndarray, chosen: np.ndarray, units: int, k: int) -> tuple[PerBatch, np.ndarray]:
     """Of H = mean of x x' over the ``chosen`` rows: the top k eigenvalues, and what ``units`` parts say of them."""
     x = rows[chosen]
     values, vectors = np.linalg.eigh(x.T @ x / len(x))

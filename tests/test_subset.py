@@ -20,7 +20,7 @@ from dense import dense_hessian
 from sharpscope import DataError, Objective, Problem
 from sharpscope.guide import subset as module
 from sharpscope.guide.subset import Subset, sample, worthwhile
-from sharpscope.objective.batches import MicroBatch
+from sharpscope.objective.data import MicroBatch
 
 N = 60
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpscope import Problem, TraceResult, trace
-from sharpscope.objective.partwise import Partwise
+from sharpscope.objective.accumulate import PerBatch
 from sharpscope.sampling import FEWEST, trace_error
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -36,10 +36,10 @@ def problem(curvatures: Tensor, weight_decay: float = 0.0) -> Problem:
     )
 
 
-def parts(forms: np.ndarray, weights: np.ndarray) -> Partwise:
+def parts(forms: np.ndarray, weights: np.ndarray) -> PerBatch:
     """Micro-batches whose Hessians are (B,) multiples of the identity in one dimension."""
     found = torch.from_numpy(forms)[:, None, None]
-    return Partwise(torch.from_numpy(weights), found, found[:, 0].square(), (1,) * len(forms))
+    return PerBatch(torch.from_numpy(weights), found, found[:, 0].square(), (1,) * len(forms))
 
 
 def test_of_one_weight_it_is_the_standard_error_of_a_ratio_of_sums() -> None:

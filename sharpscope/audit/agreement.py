@@ -7,8 +7,8 @@ from torch import nn
 
 from sharpscope.errors import AuditError, ProblemError
 from sharpscope.objective import Objective
-from sharpscope.objective.batches import MicroBatch
-from sharpscope.objective.sums import Sums
+from sharpscope.objective.accumulate import Sums
+from sharpscope.objective.data import MicroBatch
 
 
 def require_repeatable(objective: Objective, one: Sums, two: Sums, tolerance: float) -> None:

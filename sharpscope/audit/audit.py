@@ -10,9 +10,9 @@ from torch import Tensor
 from sharpscope.audit.agreement import require_additive, require_repeatable, require_same
 from sharpscope.audit.twin import audit_in_float64, products_in_float64, reads
 from sharpscope.errors import AuditError, ProblemError
-from sharpscope.objective import Objective, sizes
-from sharpscope.objective.batches import MicroBatch, leaves, map_tensors, micro_batches
-from sharpscope.objective.sums import Sums
+from sharpscope.objective import Objective, microbatch
+from sharpscope.objective.accumulate import Sums
+from sharpscope.objective.data import MicroBatch, leaves, map_tensors, micro_batches
 
 EXAMPLES = 256
 
@@ -40,7 +40,7 @@ def audit(objective: Objective, generator: torch.Generator | None = None) -> Sum
         probes = torch.randn(2, objective.num_params, generator=generator).to(objective.device, objective.dtype)
         one, two = (objective.accumulate([first], block) for block in (probes, probes[:0]))
         if not one.finite:
-            objective.blame()
+            objective.locate_nonfinite()
         eps = torch.finfo(objective.dtype).eps
         first = objective.fitting(first)
         require_repeatable(objective, one, two, 1e3 * eps)
@@ -111,7 +111,7 @@ def _require_no_sum(objective: Objective, first: MicroBatch) -> None:
 
 def _require_same_mean(objective: Objective) -> None:
     """The mean over the whole data set, cut into micro-batches of two sizes that share few boundaries."""
-    size = objective.micro_batch if isinstance(objective.micro_batch, int) else sizes.DEFAULT
+    size = objective.micro_batch if isinstance(objective.micro_batch, int) else microbatch.DEFAULT
     nothing = objective.no_vectors()
     one, two = (
         objective.accumulate(micro_batches(objective.data, cut), nothing) for cut in (size, max(1, 2 * size // 5))

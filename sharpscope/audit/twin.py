@@ -12,8 +12,8 @@ from sharpscope import params
 from sharpscope.audit.agreement import require_additive, require_repeatable
 from sharpscope.errors import ProblemError
 from sharpscope.objective import Objective
-from sharpscope.objective.batches import MicroBatch
-from sharpscope.objective.sums import Sums
+from sharpscope.objective.accumulate import Sums
+from sharpscope.objective.data import MicroBatch
 from sharpscope.precision import placed
 
 # How many examples the copy sees, and the largest it may be (0.8 GB).

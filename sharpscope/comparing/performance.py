@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from sharpscope.objective import Objective
+from sharpscope.measurement import Measurement
 from sharpscope.problem import Problem
 from sharpscope.results.comparison import Performance
 from sharpscope.slices.evaluation import Evaluation, usual_micro_batch
@@ -21,8 +21,8 @@ def performance(
 
     Raises: ProblemError, DataError, AuditError.
     """
-    objective = Objective(problem, dtype=dtype, device=device)
-    with objective.measuring(products=False):
-        evaluation = Evaluation(objective, usual_micro_batch(objective))
+    m = Measurement(problem, dtype=dtype, device=device, audited=False, products=False)
+    with m:
+        evaluation = Evaluation(m.objective, usual_micro_batch(m.objective))
         loss, accuracy = evaluation()
     return Performance(loss, None if math.isnan(accuracy) else accuracy, evaluation.examples, evaluation.answers)

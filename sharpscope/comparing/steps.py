@@ -11,8 +11,6 @@ import torch
 
 from sharpscope.comparing.levels import K, Level
 from sharpscope.comparing.samples import sampled
-from sharpscope.density import spectral_density
-from sharpscope.density import trace as trace_of
 from sharpscope.examples import count_examples
 from sharpscope.objective import Progress
 from sharpscope.params import select
@@ -21,7 +19,8 @@ from sharpscope.results import DensityResult, EigenResult, SharpnessResult, Slic
 from sharpscope.sharpness import measure_sharpness
 from sharpscope.slices import loss_slice, loss_surface, random_directions, towards
 from sharpscope.slices.running_statistics import running_norms
-from sharpscope.spectrum import top_eigenvalues
+from sharpscope.spectrum import spectral_density, top_eigenvalues
+from sharpscope.spectrum import trace as trace_of
 
 M = (1, 4, 16, 64, 256)
 BETWEEN = (-0.2, 1.2)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharpscope.objective.batches import MicroBatch
-from sharpscope.objective.outputs import output_tensor
-from sharpscope.objective.terms import LossTerms
+from sharpscope.objective.data import MicroBatch
+from sharpscope.objective.forward import LossTerms
+from sharpscope.objective.logits import output_tensor
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from sharpscope.guide.importance import Look, look
 from sharpscope.objective import Objective, Progress
-from sharpscope.objective.batches import MicroBatch, micro_batches, rows
-from sharpscope.objective.kept import KEPT, KeptGraphs
-from sharpscope.objective.memory import Room
+from sharpscope.objective.accumulate import KEPT, CachedGraphs
+from sharpscope.objective.data import MicroBatch, micro_batches, rows
+from sharpscope.objective.oom import OOMHalving
 
 # A forward pass with the loss's slope and curvature, in gradients: 0.43 to 0.46 as measured on a small CNN, whose first
 # layer needs no input's gradient, and 0.33 on a WRN.
@@ -49,18 +49,19 @@ class Subset:
         self.num_examples = sum(part.size for part in parts)
         self._objective = objective
         self._weight = weight
-        self._graphs = KeptGraphs(objective.graph, parts, objective.no_vectors(), Room(device=objective.device), most)
+        self._graphs = CachedGraphs(
+            objective.graph, parts, objective.no_vectors(), OOMHalving(device=objective.device), most
+        )
 
-    def __call__(self, block: Tensor) -> Tensor:
-        """``G V`` (n, K) for ``V`` (n, K), within ``measuring()``.
+    def __call__(self, rows: Tensor) -> Tensor:
+        """``G`` times each row of ``rows`` (K, n), within ``measuring()``.
 
         Cost: 2K gradients of the sample, and 1 more of what is not kept.
         """
-        rows = block.to(self._objective.device, self._objective.dtype).T.contiguous()
         total = self._graphs(rows) / self._weight
         if self._objective.problem.weight_decay:
             total += self._objective.problem.weight_decay * rows
-        return total.T
+        return total
 
 
 def worthwhile(objective: Objective) -> bool:
@@ -105,7 +106,7 @@ def sample(
             return []
         totals = _both(look(objective.terms, first, signs)).sum(1, keepdim=True)
         objective.charge(first.size * FORWARD)
-        room, finite = Room(device=objective.device), True
+        room, finite = OOMHalving(device=objective.device), True
         for part in micro_batches(objective.data, step):
             if not part.splittable:
                 return []
@@ -123,7 +124,7 @@ def sample(
             if progress is not None:
                 progress("scouting", seen, objective.num_examples)
         if not finite:
-            objective.blame()
+            objective.locate_nonfinite()
         objective.meter.passes += 1
         if weight <= 0 or seen <= size:
             return []

@@ -15,20 +15,19 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError, DataError, first_line, require_count
-from sharpscope.linalg.tracking import Tracked, tracked
+from sharpscope.linalg.warm_lanczos import Tracked, tracked
 from sharpscope.monitor.adapters import huggingface_callback, lightning_callback
 from sharpscope.monitor.model import bare, eagerly
 from sharpscope.monitor.optimizer import edges_of, unwrapped
 from sharpscope.monitor.sample import SIZE, Sample, drawn
 from sharpscope.monitor.sink import sink_of
+from sharpscope.measurement import Measurement, provenance, seeded
 from sharpscope.objective import Objective
-from sharpscope.objective.batches import MicroBatch, micro_batches
-from sharpscope.objective.kept import KEPT, KeptGraphs
-from sharpscope.objective.memory import Room
-from sharpscope.objective.point import Point, point_of
+from sharpscope.objective.accumulate import KEPT, CachedGraphs, Point, point_of
+from sharpscope.objective.data import MicroBatch, micro_batches
+from sharpscope.objective.oom import OOMHalving
 from sharpscope.preserve import preserved
 from sharpscope.problem import Problem, require_problem
-from sharpscope.provenance import provenance, seeded
 from sharpscope.results import MonitorRecord, MonitorResult
 
 # Examples in the sample unless told otherwise.
@@ -217,14 +216,17 @@ class SharpnessMonitor:
         if self.optimizer is None:
             self.optimizer = unwrapped(optimizer)
 
-    def _objective(self, **changes: Any) -> Objective:
-        return Objective(bare(replace(self._problem, **changes)), **self._options)
+    def _measurement(self, **changes: Any) -> Measurement:
+        """A measurement at the weights as they are now."""
+        problem = bare(replace(self._problem, **changes))
+        return Measurement(problem, self._generator, audited=False, **self._options)
 
     def _try(self) -> None:
         """One product on the first two examples, so that what can never be measured is said before the training."""
         first = next(micro_batches(self._sample.batches, 2))
-        objective = self._objective(data=[first.batch])
-        with eagerly(objective.terms.model), objective.measuring():
+        m = self._measurement(data=[first.batch])
+        objective = m.objective
+        with eagerly(objective.terms.model), m:
             objective.graph(first).products(torch.ones(1, objective.num_params).to(objective.no_vectors()), last=True)
         self._note(objective)
 
@@ -241,8 +243,9 @@ class SharpnessMonitor:
         self._provenance = {**said, "num_examples": self._sample.examples}
 
     def _measured(self, step: int) -> MonitorRecord:
-        objective = self._objective()
-        with eagerly(objective.terms.model), objective.measuring():
+        m = self._measurement()
+        objective = m.objective
+        with eagerly(objective.terms.model), m:
             graphs = self._graphs(objective)
             point = point_of(graphs.sums, objective.terms)
             if not (math.isfinite(point.loss) and bool(torch.isfinite(point.gradient).all())):
@@ -252,7 +255,7 @@ class SharpnessMonitor:
         self._note(objective)
         return self._record(step, point, found, objective.gradients)
 
-    def _graphs(self, objective: Objective) -> KeptGraphs:
+    def _graphs(self, objective: Objective) -> CachedGraphs:
         """The sample's graphs, of which at most KEPT bytes stay for the next product."""
         if self._most_kept is None:
             # Of one micro-batch any pass holds the graph, and to count its bytes costs 24 examples.
@@ -260,10 +263,10 @@ class SharpnessMonitor:
             each = objective.graph_bytes(SIZE) // SIZE if several else 0
             self._most_kept = KEPT // max(1, each)
         parts: list[MicroBatch] = list(micro_batches(objective.data, SIZE))
-        room = Room(device=objective.device)
-        return KeptGraphs(objective.graph, parts, objective.no_vectors(), room, self._most_kept)
+        room = OOMHalving(device=objective.device)
+        return CachedGraphs(objective.graph, parts, objective.no_vectors(), room, self._most_kept)
 
-    def _top(self, objective: Objective, graphs: KeptGraphs) -> Tracked:
+    def _top(self, objective: Objective, graphs: CachedGraphs) -> Tracked:
         weight, decay = float(graphs.sums.weight), objective.problem.weight_decay
 
         def products(rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sequ
 
 from sharpscope.errors import DataError
 from sharpscope.examples import dataset_of
-from sharpscope.objective.batches import MicroBatch, map_tensors, micro_batches, rows, walkable
+from sharpscope.objective.data import MicroBatch, map_tensors, micro_batches, rows, walkable
 from sharpscope.preserve import preserved
 
 # Examples a graph.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sharpscope.errors import DataError, ProblemError
 from sharpscope.objective.likelihoods import Likelihood, bernoulli, categorical, gaussian
-from sharpscope.objective.outputs import output_tensor
+from sharpscope.objective.logits import output_tensor
 from sharpscope.objective.tokens import TokenCrossEntropy
 
 Where = Callable[[int], str]

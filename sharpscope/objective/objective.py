@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError, DataError
-from sharpscope.objective import footprint, sizes
-from sharpscope.objective.batches import MicroBatch, micro_batches, num_examples_hint, walkable
-from sharpscope.objective.blame import blame
-from sharpscope.objective.derivatives import GRADIENT, HESSIAN, Curvature, Graph
+from sharpscope.objective import guards, microbatch
+from sharpscope.objective.accumulate import PerBatch, Point, Sums, accumulate, point_of, require_same_point
+from sharpscope.objective.cost import Meter
+from sharpscope.objective.data import MicroBatch, micro_batches, num_examples_hint, walkable
+from sharpscope.objective.forward import LossTerms
+from sharpscope.objective.graph import Curvature, Graph
+from sharpscope.objective.hessian import HESSIAN
 from sharpscope.objective.kernels import differentiable_kernels
-from sharpscope.objective.lanes import in_lanes
-from sharpscope.objective.memory import Room
-from sharpscope.objective.meter import Meter
-from sharpscope.objective.partwise import Partwise
-from sharpscope.objective.point import Point, point_of, require_same_point
-from sharpscope.objective.sums import Sums, accumulate
-from sharpscope.objective.terms import LossTerms
+from sharpscope.objective.oom import OOMHalving
 from sharpscope.preserve import preserved
 from sharpscope.problem import Problem
 from sharpscope.progress import Progress
@@ -39,8 +36,7 @@ class Objective:
         problem: model, loss and data.
         dtype: lift the whole computation, on a copy of the model, to this dtype.
         device: compute there, on a copy of the model when it is elsewhere.
-        micro_batch: examples a graph; "loader" keeps the loader's batches; None measures which is fastest, and in how
-            many lanes (``objective.lanes``) its products are.
+        micro_batch: examples a graph; "loader" keeps the loader's batches; None measures which is fastest.
         curvature: the matrix whose products ``hvp`` gives, see ``sharpscope.operators``.
 
     Raises: ArgumentError, ProblemError, DataError.
@@ -78,13 +74,11 @@ class Objective:
         # Where the loss of an example depends on its neighbours, only the loader's own batches define L.
         kept = micro_batch is None and self.batchnorm == "batch statistics"
         self.micro_batch: int | str | None = "loader" if kept else micro_batch
-        # Pieces of a micro-batch whose products are made at the same time.
-        self.lanes = 1
         self.num_examples: int | None = num_examples_hint(self.data)
         self.point: Point | None = None
         self.meter = Meter()
         fixed = "micro_batch='loader' keeps the loader's batches" if self.keeps_batches else ""
-        self._room = Room(fixed=fixed, device=self.device)
+        self._memory = OOMHalving(fixed=fixed, device=self.device)
         self._active = False
 
     @property
@@ -137,25 +131,35 @@ class Objective:
 
         Raises: DataError when they are not finite, AuditError when they differ from the pass before.
         """
-        point, *_ = self._pass(self.no_vectors(), progress)
-        return point.loss, point.gradient
+        self.products(self.no_vectors(), progress)
+        assert self.point is not None
+        return self.point.loss, self.point.gradient
 
     def hvp(self, block: Tensor, progress: Progress | None = None) -> Tensor:
         """``H V`` (n, K) for a block ``V`` (n, K), H the Hessian of L at w; cost 1 + 2K gradients and one pass.
 
         H is another matrix, at another cost, where ``curvature`` says so. Each micro-batch's graph is built once and
-        every column is pushed through it.
+        every column is multiplied with it.
 
         Raises: DataError when the products are not finite, AuditError when loss or gradient differ from the pass
         before, ProblemError when the model has no second derivative.
         """
-        return self._pass(self._rows(block), progress)[1].T
+        return self.products(self._rows(block), progress).T
 
-    def hvp_partwise(self, block: Tensor, progress: Progress | None = None) -> tuple[Tensor, Partwise]:
-        """``hvp(block)``, and what each micro-batch by itself says of it; cost as ``hvp``."""
-        _, products, partwise = self._pass(self._rows(block), progress, partwise=True)
-        assert partwise is not None
-        return products.T, partwise
+    def hvp_partwise(self, block: Tensor, progress: Progress | None = None) -> tuple[Tensor, PerBatch]:
+        """``hvp(block)``, and what each micro-batch contributes to it; cost as ``hvp``."""
+        images, per_batch = self.products_per_batch(self._rows(block), progress)
+        return images.T, per_batch
+
+    def products(self, rows: Tensor, progress: Progress | None = None) -> Tensor:
+        """The products (K, n) with the rows of a block (K, n): ``hvp`` for solvers, whose vectors are rows."""
+        return self._mean_products(self._pass(rows, progress), rows)
+
+    def products_per_batch(self, rows: Tensor, progress: Progress | None = None) -> tuple[Tensor, PerBatch]:
+        """``products(rows)``, and what each micro-batch contributes to them; cost as ``products``."""
+        sums = self._pass(rows, progress, per_batch=True)
+        assert sums.per_batch is not None
+        return self._mean_products(sums, rows), sums.per_batch
 
     @contextmanager
     def measuring(self, *, products: bool = True) -> Iterator[None]:
@@ -189,43 +193,34 @@ class Objective:
             raise _empty()
         return first
 
-    def fitting(self, part: MicroBatch) -> MicroBatch:
-        """The first examples of ``part``, as many as are known to fit into memory."""
-        largest = self._room.largest
-        return part if largest is None or largest >= part.size else part.part(0, largest)
+    def fitting(self, batch: MicroBatch) -> MicroBatch:
+        """The first examples of ``batch``, as many as are known to fit into memory."""
+        largest = self._memory.largest
+        return batch if largest is None or largest >= batch.size else batch.part(0, largest)
 
     def no_vectors(self) -> Tensor:
         """A block (0, n), for loss and gradient alone."""
         return torch.empty(0, self.num_params, dtype=self.dtype, device=self.device)
 
-    def graph(self, part: MicroBatch, keep: bool = True) -> Graph:
-        """One micro-batch's graph, kept while what this returns is, for products later; all of it is counted as cost.
+    def graph(self, batch: MicroBatch, keep: bool = True) -> Graph:
+        """One micro-batch's graph, with its guards; kept, while what this returns is, for products later.
 
-        To be used within ``measuring()``. Cost: 1 gradient of the part, and ``curvature.cost`` a product.
+        To be used within ``measuring()``. Cost: 1 gradient of the batch, and ``curvature.cost`` a product.
         """
-        # Batches that are kept may not be cut, and differences move the weights themselves, which all lanes share.
-        lanes = self.lanes if keep and self.curvature.exact and not self.keeps_batches else 1
-        graph = in_lanes(lambda piece: self.curvature.graph(self.terms, piece, keep), part, lanes)
-        self.charge(part.size * GRADIENT)
-
-        def products(block: Tensor, last: bool = False) -> Tensor:
-            rows = graph.products(block, last)
-            self.charge(part.size * self.curvature.cost * len(block))
-            return rows
-
-        return dataclasses.replace(graph, products=products)
+        bare = partial(self.curvature.graph, self.terms)
+        return guards.billed(guards.readable(bare), self.meter, self.curvature.cost)(batch, keep)
 
     def accumulate(
         self,
-        parts: Iterable[MicroBatch],
-        block: Tensor,
+        batches: Iterable[MicroBatch],
+        rows: Tensor,
         progress: Callable[[int], None] | None = None,
-        partwise: bool = False,
+        per_batch: bool = False,
     ) -> Sums:
-        """Sums over ``parts`` of loss, gradient and the products with the rows of ``block`` (K, n), counted as cost."""
-        sums = accumulate(self.graph, parts, block, self._room, progress, partwise)
-        if isinstance(self.micro_batch, int) and self._room.largest is not None:
-            self.micro_batch = min(self.micro_batch, self._room.largest)
+        """Sums over ``batches`` of loss, gradient and the products with ``rows`` (K, n), counted as cost."""
+        sums = accumulate(self.graph, batches, rows, self._memory, progress, per_batch)
+        if isinstance(self.micro_batch, int) and self._memory.largest is not None:
+            self.micro_batch = min(self.micro_batch, self._memory.largest)
         return sums
 
     def charge(self, example_gradients: float) -> None:
@@ -238,71 +233,69 @@ class Objective:
         Cost: 1 gradient of 24 examples. Where the loader's batches are kept, its first is counted.
         """
         if size is None:
-            size = self.micro_batch if isinstance(self.micro_batch, int) else sizes.DEFAULT
+            size = self.micro_batch if isinstance(self.micro_batch, int) else microbatch.DEFAULT
         with self.measuring():
-            first = self.fitting(self.first_examples(footprint.SAMPLE))
+            first = self.fitting(self.first_examples(microbatch.SAMPLE))
             ours = [*self.terms.model.parameters(), *self.terms.model.buffers()]
 
             def count(examples: int) -> int:
                 part = first if examples == first.size else first.part(0, examples)
-                return footprint.saved_bytes(lambda: self.graph(part), ours)
+                return microbatch.saved_bytes(lambda: self.graph(part), ours)
 
             if self.keeps_batches or not first.splittable:
                 return count(first.size)
-            return footprint.extrapolated(count, first.size, size)
+            return microbatch.extrapolated(count, first.size, size)
 
     def settle_micro_batch(self) -> int | None:
-        """The examples a graph, chosen by measuring at first with ``lanes``; None where batches are kept."""
+        """The examples a graph, chosen by measuring at first; None where batches are kept."""
         if self.micro_batch is None:
             with self.measuring():
-                self.micro_batch, self.lanes = self._measured_choice()
+                self.micro_batch = microbatch.autotuned(
+                    self._one_product, self.first_examples, self.num_examples, self.graph_bytes
+                )
         return self.micro_batch if isinstance(self.micro_batch, int) else None
 
-    def _pass(
-        self, block: Tensor, progress: Progress | None, partwise: bool = False
-    ) -> tuple[Point, Tensor, Partwise | None]:
-        """One full walk: loss and gradient, held against the pass before, and the products (K, n)."""
+    def locate_nonfinite(self) -> None:
+        """Raise DataError for the first example whose loss or derivatives are not finite."""
+        rows = torch.ones(1, self.num_params, dtype=self.dtype, device=self.device)
+        singles = micro_batches(self.data, None if self.keeps_batches else 1)
+        guards.locate_nonfinite(singles, lambda batch: self.accumulate([batch], rows), self.curvature.title)
+
+    def _pass(self, rows: Tensor, progress: Progress | None, per_batch: bool = False) -> Sums:
+        """One full walk: the sums, whose loss and gradient must be those of the pass before."""
         label = f"pass {self.passes + 1}"
         report = None if progress is None else (lambda done: progress(label, done, self.num_examples))
         with self.measuring():
-            sums = self.accumulate(micro_batches(self.data, self.settle_micro_batch()), block, report, partwise)
+            sums = self.accumulate(micro_batches(self.data, self.settle_micro_batch()), rows, report, per_batch)
             if sums.examples == 0:
                 raise _empty()
             if not sums.finite:
-                self.blame()
+                self.locate_nonfinite()
             point = point_of(sums, self.terms)
             if self.point is not None:
                 require_same_point(self.point, point)
         self.point, self.num_examples, self.terms.checked = point, sums.examples, True
         self.meter.passes += 1
-        self.meter.hvps += len(block)
+        self.meter.hvps += len(rows)
+        return sums
+
+    def _mean_products(self, sums: Sums, rows: Tensor) -> Tensor:
+        """Products with the matrix of the mean loss, weight decay included."""
         products = sums.products / sums.weight.to(self.dtype)
         if self.problem.weight_decay:
-            products += self.problem.weight_decay * block
-        return point, products, sums.partwise
+            products += self.problem.weight_decay * rows
+        return products
 
     def _rows(self, block: Tensor) -> Tensor:
+        """The columns of a user's ``block`` (n, K) as rows."""
         if block.dim() != 2 or block.shape[0] != self.num_params:
             raise ArgumentError(f"V must have shape ({self.num_params}, K), got {tuple(block.shape)}.")
         return block.to(self.device, self.dtype).T.contiguous()
 
-    def blame(self) -> None:
-        """Name the first example whose loss or derivatives are not finite."""
-        block = torch.ones(1, self.num_params, dtype=self.dtype, device=self.device)
-        singles = micro_batches(self.data, None if self.keeps_batches else 1)
-        blame(singles, lambda part: self.accumulate([part], block), self.curvature.title)
-
-    def _measured_choice(self) -> tuple[int, int]:
-        """Micro-batch and lanes, chosen by measuring where the data set is large enough."""
-
-        def work(parts: Iterable[MicroBatch], vectors: int, lanes: int) -> float:
-            self.lanes = lanes
-            block = torch.ones(vectors, self.num_params, dtype=self.dtype, device=self.device)
-            return float(self.accumulate(parts, block).loss)  # reading it waits for an asynchronous device
-
-        side_by_side = self.device.type == "cpu" and self.curvature.exact
-        threads = torch.get_num_threads() if side_by_side else 1
-        return sizes.chosen(work, self.first_examples, self.num_examples, self.graph_bytes, threads)
+    def _one_product(self, batches: Sequence[MicroBatch]) -> float:
+        """A product with one vector, for timing."""
+        rows = torch.ones(1, self.num_params, dtype=self.dtype, device=self.device)
+        return float(self.accumulate(batches, rows).loss)  # reading it waits for an asynchronous device
 
 
 def _empty() -> DataError:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sharpscope.errors import ArgumentError
-from sharpscope.objective.outputs import output_tensor
+from sharpscope.objective.logits import output_tensor
 
 
 class TokenCrossEntropy(nn.Module):

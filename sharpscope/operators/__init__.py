@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from sharpscope.errors import ArgumentError, nearest
-from sharpscope.objective.derivatives import HESSIAN, Curvature
+from sharpscope.objective.graph import Curvature
+from sharpscope.objective.hessian import HESSIAN
 from sharpscope.operators.difference import FINITE_DIFFERENCE
 from sharpscope.operators.fisher import EMPIRICAL_FISHER, fisher
 from sharpscope.operators.gauss_newton import GAUSS_NEWTON

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError, nearest
-from sharpscope.objective.batches import MicroBatch
-from sharpscope.objective.derivatives import HESSIAN, Curvature, Graph, derivative_errors, nothing
-from sharpscope.objective.terms import LossTerms
+from sharpscope.objective.data import MicroBatch
+from sharpscope.objective.forward import LossTerms
+from sharpscope.objective.graph import Curvature, Graph, without_terms
+from sharpscope.objective.hessian import HESSIAN
 from sharpscope.params import views
 
 BY = ("module", "parameter")
@@ -75,31 +76,29 @@ def blockwise(base: Curvature, blocks: Sequence[Block], counts: Sequence[int]) -
 def _hessian(
     base: Curvature, blocks: Sequence[Block], counts: Sequence[int], terms: LossTerms, part: MicroBatch, keep: bool
 ) -> Graph:
-    with derivative_errors():
-        value, weight = terms.sums(part)
-        if not value.requires_grad and not float(weight):
-            return nothing(terms, part, value, weight)
-        grads = torch.autograd.grad(value, terms.params, create_graph=keep, materialize_grads=True)
+    value, weight = terms.sums(part)
+    if not value.requires_grad and not float(weight):
+        return without_terms(terms, part, value, weight)
+    grads = torch.autograd.grad(value, terms.params, create_graph=keep, materialize_grads=True)
 
-    def products(block: Tensor, last: bool = False) -> Tensor:
-        rows = torch.zeros_like(block)
-        todo = [(b, k) for b, count in zip(blocks, counts, strict=True) for k in range(min(count, len(block)))]
+    def products(rows: Tensor, last: bool = False) -> Tensor:
+        images = torch.zeros_like(rows)
+        todo = [(b, k) for b, count in zip(blocks, counts, strict=True) for k in range(min(count, len(rows)))]
         for done, (one, k) in enumerate(todo, start=1):
             own = terms.params[one.params]
-            pairs = zip(grads[one.params], views(block[k, one.part], own), strict=True)
+            pairs = zip(grads[one.params], views(rows[k, one.part], own), strict=True)
             live = [(g, v) for g, v in pairs if g.requires_grad]
             if not live:
                 continue
-            with derivative_errors():
-                found = torch.autograd.grad(
-                    [g for g, _ in live],
-                    own,
-                    [v for _, v in live],
-                    retain_graph=not last or done < len(todo),
-                    materialize_grads=True,
-                )
-            torch._foreach_copy_(views(rows[k, one.part], own), list(found))
-        return rows
+            found = torch.autograd.grad(
+                [g for g, _ in live],
+                own,
+                [v for _, v in live],
+                retain_graph=not last or done < len(todo),
+                materialize_grads=True,
+            )
+            torch._foreach_copy_(views(images[k, one.part], own), list(found))
+        return images
 
     return Graph(value.detach(), weight, [g.detach() for g in grads], products, part.size)
 
@@ -110,13 +109,13 @@ def _embedded(
     """By whole products with vectors that are zero outside of a block."""
     built = base.graph(terms, part, keep)
 
-    def products(block: Tensor, last: bool = False) -> Tensor:
-        rows = torch.zeros_like(block)
-        todo = [(b, min(count, len(block))) for b, count in zip(blocks, counts, strict=True) if count]
+    def products(rows: Tensor, last: bool = False) -> Tensor:
+        images = torch.zeros_like(rows)
+        todo = [(b, min(count, len(rows))) for b, count in zip(blocks, counts, strict=True) if count]
         for done, (one, count) in enumerate(todo, start=1):
-            alone = torch.zeros_like(block[:count])
-            alone[:, one.part] = block[:count, one.part]
-            rows[:count, one.part] = built.products(alone, last and done == len(todo))[:, one.part]
-        return rows
+            alone = torch.zeros_like(rows[:count])
+            alone[:, one.part] = rows[:count, one.part]
+            images[:count, one.part] = built.products(alone, last and done == len(todo))[:, one.part]
+        return images
 
     return dataclasses.replace(built, products=products)

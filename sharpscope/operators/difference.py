@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sharpscope.objective.batches import MicroBatch
-from sharpscope.objective.derivatives import Curvature, Graph, derivative_errors, nothing
-from sharpscope.objective.terms import LossTerms
+from sharpscope.objective.data import MicroBatch
+from sharpscope.objective.forward import LossTerms
+from sharpscope.objective.graph import Curvature, Graph, without_terms
 from sharpscope.params import held_rows, views
 from sharpscope.perturbation import Perturbation
 from sharpscope.precision import wide
@@ -31,18 +31,17 @@ def finite_difference(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:
 
     Raises: ProblemError when the loss does not depend on the parameters.
     """
-    with derivative_errors():
-        value, weight = terms.sums(part)
-        if not value.requires_grad and not float(weight):
-            return nothing(terms, part, value, weight)
-        grads = torch.autograd.grad(value, terms.params, materialize_grads=True)
+    value, weight = terms.sums(part)
+    if not value.requires_grad and not float(weight):
+        return without_terms(terms, part, value, weight)
+    grads = torch.autograd.grad(value, terms.params, materialize_grads=True)
 
     held = held_rows(terms.model, terms.params, tied=False)
 
-    def products(block: Tensor, last: bool = False) -> Tensor:
-        rows = torch.empty_like(block)
+    def products(rows: Tensor, last: bool = False) -> Tensor:
+        images = torch.empty_like(rows)
         with Perturbation(terms.params) as moved:
-            for k, row in enumerate(block):
+            for k, row in enumerate(rows):
                 step, vector = _step(moved.centre, row), views(row, terms.params)
                 for i, padding in held:
                     vector[i] = vector[i].clone()
@@ -53,9 +52,9 @@ def finite_difference(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:
                     moved.move_to([signed.to(v) * v for v in vector])
                     ends.append(torch.autograd.grad(terms.sums(part)[0], terms.params, materialize_grads=True))
                 found = torch._foreach_sub(ends[0], ends[1])
-                torch._foreach_copy_(views(rows[k], terms.params), found)
-                rows[k] /= 2 * step.to(row)
-        return rows
+                torch._foreach_copy_(views(images[k], terms.params), found)
+                images[k] /= 2 * step.to(row)
+        return images
 
     return Graph(value.detach(), weight, list(grads), products, part.size)
 

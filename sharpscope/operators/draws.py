@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sharpscope.objective.batches import MicroBatch
+from sharpscope.objective.data import MicroBatch
 
 # The multipliers and the increment of SplitMix64 (Steele, Lea and Flood 2014), as signed 64-bit integers.
 _MIX = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ProblemError
-from sharpscope.objective.batches import MicroBatch
-from sharpscope.objective.derivatives import Curvature, Graph
-from sharpscope.objective.terms import LossTerms
+from sharpscope.objective.data import MicroBatch
+from sharpscope.objective.forward import LossTerms
+from sharpscope.objective.graph import Curvature, Graph
 from sharpscope.operators.jacobian import COST, Push, Split, sandwich, tangent
 
 NAME = "ggn"

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ProblemError
-from sharpscope.objective.batches import MicroBatch
-from sharpscope.objective.derivatives import Graph, derivative_errors, nothing
-from sharpscope.objective.outputs import find_logits, output_tensor
-from sharpscope.objective.terms import LossTerms
+from sharpscope.objective.data import MicroBatch
+from sharpscope.objective.forward import LossTerms
+from sharpscope.objective.graph import Graph, without_terms
+from sharpscope.objective.logits import find_logits, output_tensor
 from sharpscope.params import views
 
 # Gradients a product on the kept graph, counted in matrix products: of a gradient's three (forward, and backward into
@@ -57,39 +57,37 @@ def sandwich(
 
     Raises: ProblemError when the loss does not see the parameters through the output alone.
     """
-    with derivative_errors():
-        split = split_at_output(terms, part, keep, name)
-        if not split.outputs:
-            return nothing(terms, part, split.loss, split.weight)
-        seeds = [s.detach().requires_grad_(keep) for s in split.slopes]
-        grads = torch.autograd.grad(
-            split.outputs, terms.params, seeds, create_graph=keep, retain_graph=keep, materialize_grads=True
-        )
-        push = middle(terms, split) if keep else None
+    split = split_at_output(terms, part, keep, name)
+    if not split.outputs:
+        return without_terms(terms, part, split.loss, split.weight)
+    seeds = [s.detach().requires_grad_(keep) for s in split.slopes]
+    grads = torch.autograd.grad(
+        split.outputs, terms.params, seeds, create_graph=keep, retain_graph=keep, materialize_grads=True
+    )
+    push = middle(terms, split) if keep else None
     live = [i for i, g in enumerate(grads) if g.requires_grad]
 
-    def products(block: Tensor, last: bool = False) -> Tensor:
-        rows = torch.zeros_like(block)
-        for k in range(len(block) if live and push is not None else 0):
-            vector = views(block[k], terms.params)
-            with derivative_errors():
-                tangents = torch.autograd.grad(
-                    [grads[i] for i in live],
-                    seeds,
-                    [vector[i] for i in live],
-                    retain_graph=True,
-                    materialize_grads=True,
-                )
-                assert push is not None
-                found = torch.autograd.grad(
-                    split.outputs,
-                    terms.params,
-                    list(push(tangents)),
-                    retain_graph=not last or k + 1 < len(block),
-                    materialize_grads=True,
-                )
-            torch._foreach_copy_(views(rows[k], terms.params), list(found))
-        return rows
+    def products(rows: Tensor, last: bool = False) -> Tensor:
+        images = torch.zeros_like(rows)
+        for k in range(len(rows) if live and push is not None else 0):
+            vector = views(rows[k], terms.params)
+            tangents = torch.autograd.grad(
+                [grads[i] for i in live],
+                seeds,
+                [vector[i] for i in live],
+                retain_graph=True,
+                materialize_grads=True,
+            )
+            assert push is not None
+            found = torch.autograd.grad(
+                split.outputs,
+                terms.params,
+                list(push(tangents)),
+                retain_graph=not last or k + 1 < len(rows),
+                materialize_grads=True,
+            )
+            torch._foreach_copy_(views(images[k], terms.params), list(found))
+        return images
 
     return Graph(split.loss.detach(), split.weight, [g.detach() for g in grads], products, part.size)
 

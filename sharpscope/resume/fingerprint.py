@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sharpscope.errors import ArgumentError
-from sharpscope.objective.batches import walkable
+from sharpscope.objective.data import walkable
 from sharpscope.preserve import preserved
 
 # blake2b takes about 1 GB a second on one core, several times what SHA-256 does without instructions of its own.

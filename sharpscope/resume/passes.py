@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpscope.objective import Objective, Progress
-from sharpscope.objective.point import Point
-from sharpscope.objective.sums import Sums
+from sharpscope.objective.accumulate import Point, Sums
 from sharpscope.resume.fingerprint import fingerprint
 from sharpscope.resume.journal import Entry, Journal
 from sharpscope.version import __version__
@@ -59,7 +58,7 @@ def resumable(
     """
     journal.once("audit", dict, given=[seen.loss, seen.weight, seen.gradient, seen.products])
     settled = journal.once("micro-batch", lambda: _settled(objective))
-    objective.micro_batch, objective.lanes = settled["size"], settled["lanes"]
+    objective.micro_batch = settled["size"]
 
     def note() -> Entry:
         assert objective.point is not None
@@ -114,4 +113,4 @@ def _described(thing: Any, depth: int = 3) -> Any:
 
 def _settled(objective: Objective) -> Entry:
     objective.settle_micro_batch()
-    return {"size": objective.micro_batch, "lanes": objective.lanes}
+    return {"size": objective.micro_batch}

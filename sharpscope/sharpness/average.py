@@ -64,9 +64,9 @@ def average_rise(
             if progress is not None:
                 progress("random perturbations", i + 1, draws)
         moved.restore()
-        block = torch.stack(vectors, 1)
-        images = objective.hvp(block, progress)
-        forms = sigma**2 / 2 * (block.to(wide(block.device)) * images.to(wide(block.device))).sum(0)
+        rows = torch.stack(vectors)
+        images = objective.products(rows, progress)
+        forms = sigma**2 / 2 * (rows.to(wide(rows.device)) * images.to(wide(rows.device))).sum(1)
     return Average(Estimate.of(np.array(rises)), Estimate.of(forms.cpu().double().numpy()))
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sharpscope.ball import Ball, inner_of, norm_of
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg import Eigenpairs, top_eigenpairs
-from sharpscope.linalg.trace import trace_and_frobenius
+from sharpscope.linalg import Eigenpairs
+from sharpscope.linalg.top_eigenpairs import top_eigenpairs_rows
+from sharpscope.linalg.trace import trace_and_frobenius_rows
 from sharpscope.objective import Objective, Progress
 from sharpscope.params import select, views
 from sharpscope.perturbation import Perturbation
@@ -22,42 +23,28 @@ from sharpscope.sharpness.losses import whole
 
 
 def scaled_products(objective: Objective, ball: Ball, progress: Progress | None) -> Callable[[Tensor], Tensor]:
-    """``V -> D H D V`` (n, K), D that of ``ball`` at w; cost ``1 + 2K`` gradients."""
+    """Rows (K, n) times ``D H D``, D that of ``ball`` at w; cost ``1 + 2K`` gradients."""
     scales = ball.scales(objective.terms.params)
     if scales is None:
-        return lambda block: objective.hvp(block, progress)
-    d = torch.cat([s.flatten() for s in scales]).to(objective.device, objective.dtype)[:, None]
-    return lambda block: d * objective.hvp(d * block.to(d), progress)
+        return lambda rows: objective.products(rows, progress)
+    d = torch.cat([s.flatten() for s in scales]).to(objective.device, objective.dtype)
+    return lambda rows: d * objective.products(d * rows, progress)
 
 
 def largest_eigenvalue(
     objective: Objective, ball: Ball, tol: float, generator: torch.Generator, progress: Progress | None = None
 ) -> Eigenpairs:
     """``lambda_max(DHD)`` and the next eigenvalue with their vectors, by block Lanczos; cost 7 gradients a pass."""
-    return top_eigenpairs(
-        scaled_products(objective, ball, progress),
-        objective.num_params,
-        min(2, objective.num_params),
-        tol=tol,
-        method="lanczos",
-        dtype=objective.dtype,
-        device=objective.device,
-        generator=generator,
-    )
+    products, k = scaled_products(objective, ball, progress), min(2, objective.num_params)
+    return top_eigenpairs_rows(products, objective.no_vectors(), k, tol=tol, method="lanczos", generator=generator)
 
 
 def scaled_trace(
     objective: Objective, ball: Ball, probes: int, generator: torch.Generator, progress: Progress | None = None
 ) -> Estimate:
     """``tr(DHD)`` by XTrace; cost ``2 (1 + 2 probes)`` gradients."""
-    found = trace_and_frobenius(
-        scaled_products(objective, ball, progress),
-        objective.num_params,
-        probes,
-        dtype=objective.dtype,
-        device=objective.device,
-        generator=generator,
-    )
+    products = scaled_products(objective, ball, progress)
+    found = trace_and_frobenius_rows(products, objective.no_vectors(), probes, generator=generator)
     return Estimate(found.trace, found.trace_error)
 
 
@@ -82,9 +69,8 @@ def relative_flatness(
         for row in rows:
             a, b = (_signs(w.shape[1], generator).to(w) for _ in range(2))
             views(row, params)[place].copy_(torch.outer(w @ a, b).view_as(params[place]))
-        block = rows.T
-        images = objective.hvp(block, progress)
-        forms = (block.to(wide(block.device)) * images.to(wide(block.device))).sum(0)
+        images = objective.products(rows, progress)
+        forms = (rows.to(wide(rows.device)) * images.to(wide(rows.device))).sum(1)
         found[name] = Estimate.of(forms.cpu().numpy().astype(np.float64))
     return found
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sharpscope.audit.twin import reads
 from sharpscope.errors import ArgumentError, ProblemError
 from sharpscope.objective import Objective, Progress
-from sharpscope.objective.batches import leaves
+from sharpscope.objective.data import leaves
 from sharpscope.precision import placed
 from sharpscope.problem import Problem
 from sharpscope.results import InvarianceResult, SharpnessResult

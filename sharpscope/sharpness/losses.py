@@ -11,10 +11,9 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.objective import Objective
-from sharpscope.objective.batches import MicroBatch, map_tensors, micro_batches, rows
-from sharpscope.objective.derivatives import derivative_errors
-from sharpscope.objective.memory import Room
-from sharpscope.objective.meter import FORWARD
+from sharpscope.objective.cost import FORWARD
+from sharpscope.objective.data import MicroBatch, map_tensors, micro_batches, rows
+from sharpscope.objective.oom import OOMHalving
 from sharpscope.precision import wide
 
 # Examples a graph where the objective keeps none of its own.
@@ -34,7 +33,7 @@ class LossOn:
     def __init__(self, objective: Objective, parts: Callable[[], Iterable[MicroBatch]], examples: int) -> None:
         self._objective, self._parts, self.examples = objective, parts, examples
         fixed = "BatchNorm takes its statistics from the batch" if objective.keeps_batches else ""
-        self._room = Room(fixed=fixed, device=objective.device)
+        self._room = OOMHalving(fixed=fixed, device=objective.device)
 
     @property
     def params(self) -> list[Tensor]:
@@ -68,7 +67,6 @@ class LossOn:
                 loss += value
                 weight += terms
                 torch._foreach_add_(sums, grads)
-        self._objective.charge(self.examples)
         torch._foreach_div_(sums, weight.to(self._objective.dtype))
         if self._objective.problem.weight_decay:
             own = [p.detach() for p in self.params]
@@ -93,11 +91,9 @@ class LossOn:
         return value.detach(), weight
 
     def _differentiated(self, part: MicroBatch) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        with torch.enable_grad(), derivative_errors():
-            value, weight = self._objective.terms.sums(part)
-            if not value.requires_grad:  # no loss terms
-                return value, weight, tuple(torch.zeros_like(p) for p in self.params)
-            return value.detach(), weight, torch.autograd.grad(value, self.params, materialize_grads=True)
+        with torch.enable_grad():
+            built = self._objective.graph(part, keep=False)
+        return built.loss, built.weight, tuple(built.gradient)
 
     def _right(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
         output, target, _ = self._objective.terms.forward(part)

@@ -8,12 +8,11 @@ from dataclasses import replace
 
 import torch
 
-from sharpscope.audit import audit
 from sharpscope.ball import Ball
 from sharpscope.errors import ArgumentError, nearest
-from sharpscope.objective import Objective, Progress
+from sharpscope.measurement import Measurement
+from sharpscope.objective import Progress
 from sharpscope.problem import Problem
-from sharpscope.provenance import measured, provenance, seeded
 from sharpscope.results import Measure, SharpnessResult
 from sharpscope.sharpness.ascent import Ascent
 from sharpscope.sharpness.catalogue import MEASURES, REQUIRES, Run, Settings
@@ -121,8 +120,8 @@ def measure_sharpness(
     for name, count in (("draws", draws), ("probes", probes)):
         if count < 2:
             raise ArgumentError(f"{name} must be at least 2, for a standard error, got {count!r}.")
-    source, seed = seeded(generator)
-    objective = Objective(problem, dtype=dtype, device=device, micro_batch=micro_batch)
+    measurement = Measurement(problem, generator, progress, dtype=dtype, device=device, micro_batch=micro_batch)
+    objective = measurement.objective
     settings = Settings(
         m=M if m is None else tuple(m),
         rho=tuple(float(r) for r in rho),
@@ -135,11 +134,9 @@ def measure_sharpness(
         box=box,
         recipe=recipe_of(problem.provenance, lr),
     )
-    run = Run(objective, settings, int(torch.randint(2**62, (), generator=source)), progress)
-    with objective.measuring():
-        audit(objective, torch.Generator().manual_seed(source.initial_seed()))
+    run = Run(objective, settings, int(torch.randint(2**62, (), generator=measurement.generator)), progress)
+    with measurement:
         objective.loss_and_gradient(progress)
-        objective.settle_micro_batch()
         if m is None and objective.num_examples is not None:
             run.settings = replace(settings, m=tuple(size for size in M if size <= objective.num_examples))
         found: list[Measure] = []
@@ -163,8 +160,8 @@ def measure_sharpness(
                     left_out[name] = str(error)
     return SharpnessResult(
         measures=tuple(found),
-        **measured(objective),
-        provenance=provenance(problem, objective, seed, left_out=left_out),
+        **measurement.outcome(),
+        provenance=measurement.provenance(left_out=left_out),
     )
 
 

@@ -32,8 +32,8 @@ def slopes_and_curvatures(
 
 def _measured(objective: Objective, lines: Sequence[Sequence[Direction]]) -> dict[str, torch.Tensor]:
     d = torch.stack([torch.stack([direction.vector for direction in line]) for line in lines])
-    block = d.flatten(0, 1).to(objective.device, objective.dtype).T
-    images = objective.hvp(block).cpu().double().T.reshape(d.shape)
+    rows = d.flatten(0, 1).to(objective.device, objective.dtype)
+    images = objective.products(rows).cpu().double().reshape(d.shape)
     assert objective.gradient is not None
     h = d @ images.transpose(1, 2)
     return {"slopes": d @ objective.gradient.cpu().double(), "curvatures": (h + h.transpose(1, 2)) / 2}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sharpscope.errors import AuditError, ProblemError
 from sharpscope.objective import Objective
-from sharpscope.objective.batches import MicroBatch, map_tensors, micro_batches, tensors
-from sharpscope.objective.memory import Room, out_of_memory
+from sharpscope.objective.data import MicroBatch, map_tensors, micro_batches, tensors
+from sharpscope.objective.oom import OOMHalving, out_of_memory
 from sharpscope.precision import wide
 
 # Data of no more bytes are kept on the device between points.
@@ -71,7 +71,7 @@ class Evaluation:
         self._objective, self._terms = objective, objective.terms
         self._size = None if objective.keeps_batches else micro_batch
         fixed = "the loader's batches are kept" if objective.keeps_batches else ""
-        self._room = Room(fixed=fixed, device=objective.device)
+        self._room = OOMHalving(fixed=fixed, device=objective.device)
         self._kept: list[MicroBatch] | None = None
         self._mode: Callable[[], AbstractContextManager[Any]] = torch.enable_grad
         self._writes = False

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from sharpscope.errors import ArgumentError
+from sharpscope.measurement import Measurement
 from sharpscope.objective import Objective, Progress
 from sharpscope.perturbation import Perturbation
 from sharpscope.problem import Problem
-from sharpscope.provenance import provenance
 from sharpscope.results import Cost, SliceResult
 from sharpscope.resume import Journal, PointLog, key_of
 from sharpscope.slices.axes import Array, Span, axis, custom_axis, with_point
@@ -248,7 +248,10 @@ def loss_surface(
 def _measured(
     problem: Problem, lines: list[list[Direction]], axes: tuple[Array, ...], progress: Progress | None, s: _Settings
 ) -> SliceResult:
-    objective = Objective(problem, dtype=s.dtype, device=s.device, micro_batch=s.micro_batch)
+    m = Measurement(
+        problem, dtype=s.dtype, device=s.device, micro_batch=s.micro_batch, audited=False, products=False
+    )
+    objective = m.objective
     objectives = _objectives(objective, s)
     vectors = [d.vector for line in lines for d in line]
     if any(len(v) != objective.num_params for v in vectors):
@@ -258,11 +261,11 @@ def _measured(
         )
     # Before the first forward pass: some layers write into their weights in it.
     with Perturbation(objective.terms.params) as moved:
-        return _on_grid(problem, lines, axes, progress, s, objectives, moved)
+        return _on_grid(m, lines, axes, progress, s, objectives, moved)
 
 
 def _on_grid(
-    problem: Problem,
+    m: Measurement,
     lines: list[list[Direction]],
     axes: tuple[Array, ...],
     progress: Progress | None,
@@ -270,7 +273,7 @@ def _on_grid(
     objectives: dict[str, Objective],
     moved: Perturbation,
 ) -> SliceResult:
-    objective = next(iter(objectives.values()))
+    objective = m.objective
     with objective.measuring(products=False):
         size = s.micro_batch or usual_micro_batch(objective)
     # Before any clock has chosen how derivatives are taken, which is no part of what a point depends on.
@@ -280,6 +283,7 @@ def _on_grid(
     slopes, curvatures = slopes_and_curvatures(objective, lines, s.curvature, Journal(s.journal, key))
     with ExitStack() as stack:
         stack.callback(log.close)
+        stack.enter_context(m)
         for each in objectives.values():
             stack.enter_context(each.measuring(products=False))
         others = marked(problem, lines, objectives, s.marks or {}, s.trajectory or {}, size)
@@ -290,7 +294,7 @@ def _on_grid(
 
         def result() -> SliceResult:
             loss, accuracy, status = grid.arrays()
-            said = provenance(problem, objective, None, refined=s.refine, repeated=repeated)
+            said = m.provenance(refined=s.refine, repeated=repeated)
             return SliceResult(
                 axes=grid.axes,
                 loss=loss,
@@ -305,6 +309,7 @@ def _on_grid(
                 cost=_cost(list(objectives.values())),
                 provenance={
                     **said,
+                    "seed": None,
                     "statistics": s.batchnorm,
                     "cosine": cosine(*lines[0]) if len(axes) == 2 else None,
                     "micro_batch": "loader" if objective.keeps_batches else size,

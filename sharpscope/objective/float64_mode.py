@@ -45,7 +45,7 @@ if hasattr(torch, "_grouped_mm"):  # torch 2.8 and later
 
 
 @contextmanager
-def lifted(dtype: torch.dtype) -> Iterator[None]:
+def float64_mode(dtype: torch.dtype) -> Iterator[None]:
     """float64 wherever the code in the block asks for float32 or makes numbers of no given dtype, if ``dtype`` is that.
 
     Norms and softmax that are written in float32, as language models have them, would round a computation in float64
@@ -56,11 +56,11 @@ def lifted(dtype: torch.dtype) -> Iterator[None]:
     if dtype != torch.float64:
         yield
         return
-    with _Lifted():
+    with _Float64Mode():
         yield
 
 
-class _Lifted(TorchFunctionMode):
+class _Float64Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in DRAWS and args[0].dtype is torch.float64:

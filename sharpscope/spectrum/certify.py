@@ -1,4 +1,4 @@
-"""Going on until nothing large is missed: random-start runs on all the data, outside of what was found."""
+"""Solving and certifying in turn, until an eigenvalue above a threshold is improbable."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sharpscope.errors import ArgumentError
 from sharpscope.linalg import Eigenpairs
 from sharpscope.linalg.certificate import STEPS, Certificate, certificate
 from sharpscope.results.record import CERTAIN
@@ -31,23 +32,22 @@ class Certified:
 
 
 def certified(
-    matmat: Callable[[Tensor], Tensor],
+    hessian: Callable[[Tensor], Tensor],
     pairs: Eigenpairs,
-    solve: Callable[[Tensor, int | None], Eigenpairs],
+    solve: Callable[..., Eigenpairs],
     eps: float,
-    *,
     remaining: Callable[[], int | None],
     generator: torch.Generator,
 ) -> Certified:
     """``pairs``, or better ones, until an eigenvalue above ``lambda_k + eps |lambda_1|`` is improbable.
 
-    A run that finds one there hands its vector to ``solve(initial, most)``, and another run follows: it ends on a run,
-    never on a solve. The j-th run is held to ``CERTAIN / 2^j``, so that all of them together err with CERTAIN at most.
+    A run that finds one there hands its vector to the solver, and another run follows: it ends on a run, never on a
+    solve. The j-th run is held to ``CERTAIN / 2^j``, so that all of them together err with CERTAIN at most.
 
     Args:
-        matmat: columns (n, b) to H times them.
+        hessian: rows (b, n) to rows (b, n) times H.
         pairs: the k largest as far as is known.
-        solve: the solver, started from columns (n, k + 1), with at most so many products.
+        solve: the solver, called as ``solve(initial=rows, max_products=most)`` with k + 1 rows.
         eps: in (0, 1).
         remaining: products that may still be made, None for as many as it takes.
         generator: the one that the solver drew from, which goes on: a fresh one would repeat its start.
@@ -62,7 +62,7 @@ def certified(
             proof = Certificate(1.0, above, 0, -math.inf, None, (), (), found.shape[1] - len(found), 0.0)
             break
         proof = certificate(
-            lambda rows: matmat(rows.T).T.contiguous().to(rows),
+            hessian,
             found,
             above=above,
             probability=level,
@@ -74,5 +74,13 @@ def certified(
         if proof.vector is None or run > SURPRISES or (left is not None and left < 3):
             break
         spent += level
-        pairs = solve(torch.cat([found, proof.vector[None]]).T, left)
+        pairs = solve(initial=torch.cat([found, proof.vector[None]]), max_products=left)
     return Certified(pairs, proof, run, min(1.0, spent + proof.probability))
+
+
+def require_certify(certify: float | None, which: str) -> None:
+    """Raise ArgumentError where a certificate cannot be asked for."""
+    if certify is not None and which != "largest":
+        raise ArgumentError(f"certify is for which='largest', got which={which!r}. Leave one of them out.")
+    if certify is not None and not 0 < certify < 1:
+        raise ArgumentError(f"certify must be between 0 and 1, got {certify}.")

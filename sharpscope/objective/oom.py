@@ -1,4 +1,4 @@
-"""Fitting a micro-batch's graph into memory."""
+"""Running out of memory: micro-batches are halved until their graphs fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from sharpscope.errors import ProblemError, first_line
-from sharpscope.objective.batches import MicroBatch
+from sharpscope.objective.data import MicroBatch
 
 T = TypeVar("T")
 
@@ -23,8 +23,8 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(saying in str(error).lower() for saying in SAYINGS)
 
 
-class Room:
-    """The size of micro-batch that fits: a part that does not is halved, and so are all later ones.
+class OOMHalving:
+    """Runs work on micro-batches, halving their size, for later ones too, whenever it runs out of memory.
 
     Args:
         largest: examples that are tried at once, or None for whatever comes.
@@ -39,35 +39,35 @@ class Room:
         with torch.enable_grad():
             self._old = torch.ones((), device=device, requires_grad=True).exp()
 
-    def run(self, part: MicroBatch, work: Callable[[MicroBatch], T]) -> Iterator[T]:
-        """``work(part)``, or that of its pieces where the whole does not fit; each example is in one of what is given.
+    def run(self, batch: MicroBatch, work: Callable[[MicroBatch], T]) -> Iterator[T]:
+        """``work(batch)``, or that of its halves where the whole does not fit; each example is in one of the results.
 
         Raises: ProblemError when a part that cannot be cut does not fit.
         """
-        if self.largest is not None and part.size > self.largest and not self.fixed and part.splittable:
+        if self.largest is not None and batch.size > self.largest and not self.fixed and batch.splittable:
             start = 0
-            while start < part.size:
+            while start < batch.size:
                 # Read anew each time: a piece before this one may have had to be halved again.
-                stop = min(start + self.largest, part.size)
-                yield from self._halving(part.part(start, stop), work)
+                stop = min(start + self.largest, batch.size)
+                yield from self._halving(batch.part(start, stop), work)
                 start = stop
         else:
-            yield from self._halving(part, work)
+            yield from self._halving(batch, work)
 
-    def _halving(self, part: MicroBatch, work: Callable[[MicroBatch], T]) -> Iterator[T]:
+    def _halving(self, batch: MicroBatch, work: Callable[[MicroBatch], T]) -> Iterator[T]:
         try:
-            done = work(part)
+            done = work(batch)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            self._require_cuttable(part, error)
+            self._require_cuttable(batch, error)
         else:
             yield done
             return
         # Out here the exception is gone, and with it the frames that hold the graph which did not fit.
         self._forget()
-        self.largest = (part.size + 1) // 2
-        yield from self.run(part, work)
+        self.largest = (batch.size + 1) // 2
+        yield from self.run(batch, work)
 
     def _forget(self) -> None:
         """Give back what the failed attempt held.
@@ -79,13 +79,13 @@ class Room:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _require_cuttable(self, part: MicroBatch, error: BaseException) -> None:
-        if part.size > 1 and not self.fixed and part.splittable:
+    def _require_cuttable(self, batch: MicroBatch, error: BaseException) -> None:
+        if batch.size > 1 and not self.fixed and batch.splittable:
             return
-        what = part.where(0) if part.size == 1 else f"batch {part.pieces[0][0]} of {part.size} examples"
-        why = "" if part.size == 1 else f", and it may not be cut: {self.fixed or 'its tensors have unequal lengths'}"
+        what = batch.where(0) if batch.size == 1 else f"batch {batch.pieces[0][0]} of {batch.size} examples"
+        why = "" if batch.size == 1 else f", and it may not be cut: {self.fixed or 'its tensors have unequal lengths'}"
         raise ProblemError(
             f"The graph of {what} must fit into memory, but does not{why} ({first_line(error)}). "
-            f"{'Choose' if part.size == 1 else 'Make the batches smaller, or choose'} a device with more memory, a "
+            f"{'Choose' if batch.size == 1 else 'Make the batches smaller, or choose'} a device with more memory, a "
             "narrower dtype, or fewer vectors a block."
         ) from error

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from sharpscope import params
 from sharpscope.errors import ProblemError, SharpscopeError, first_line
-from sharpscope.objective.batches import MicroBatch, arguments, leaves, map_tensors, tensors
-from sharpscope.objective.lifted import lifted
+from sharpscope.objective.data import MicroBatch, arguments, leaves, map_tensors, tensors
+from sharpscope.objective.float64_mode import float64_mode
+from sharpscope.objective.logits import output_tensor
 from sharpscope.objective.losses import described, term_loss
-from sharpscope.objective.memory import out_of_memory
-from sharpscope.objective.outputs import output_tensor
+from sharpscope.objective.oom import out_of_memory
 from sharpscope.precision import compute_dtype, converted, placed, usable, wide
 from sharpscope.problem import Problem, require_problem
 
@@ -88,7 +88,7 @@ class LossTerms:
         """``forward`` of a batch that ``placed`` gave, which the model may write into."""
         args, kwargs, target = arguments(batch, self._accepts)
         try:
-            with lifted(self.dtype):
+            with float64_mode(self.dtype):
                 output = self.model(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             if self.checked or out_of_memory(error):
@@ -109,7 +109,7 @@ class LossTerms:
         if not self.checked:
             self.loss.check(output, target, part.where)
         try:
-            with lifted(self.dtype):
+            with float64_mode(self.dtype):
                 value, weight = self.loss.sums(output, target, batch, part.size)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
             known = isinstance(error, SharpscopeError) or out_of_memory(error)

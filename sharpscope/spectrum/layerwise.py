@@ -1,4 +1,4 @@
-"""From a problem to lambda_max and trace of each diagonal block of its Hessian."""
+"""lambda_max and trace of each diagonal block of a problem's Hessian."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpscope.audit import audit
 from sharpscope.errors import ConvergenceWarning
-from sharpscope.linalg.diagonal import diagonal_blocks
-from sharpscope.linalg.eigenpairs import require_arguments
+from sharpscope.linalg.block_diagonal import diagonal_blocks
 from sharpscope.linalg.quadrature import require_probes
-from sharpscope.objective import Objective, Progress
-from sharpscope.operators import curvature
+from sharpscope.linalg.top_eigenpairs import require_arguments
+from sharpscope.measurement import Measurement
+from sharpscope.objective import Progress
 from sharpscope.operators.blockwise import blocks_of, blockwise
 from sharpscope.params import select
 from sharpscope.problem import Problem
-from sharpscope.provenance import measured, provenance, seeded
 from sharpscope.results import BlockResult
 
 
@@ -73,32 +71,28 @@ def block_spectra(
     >>> blocks.traces.round(2)  # 2/3 (9 + 4 + 1) and 2
     array([9.33, 2.  ])
     """
-    source, seed = seeded(generator)
-    matrix = curvature(operator, source)
-    objective = Objective(problem, dtype=dtype, device=device, micro_batch=micro_batch, curvature=matrix)
+    m = Measurement(
+        problem, generator, progress, operator=operator, dtype=dtype, device=device, micro_batch=micro_batch
+    )
+    objective, matrix = m.objective, m.objective.curvature
     blocks = blocks_of(select(problem.model, problem.params), by)
-    require_arguments(objective.num_params, 1, tol, "lanczos", max_passes)
-    require_probes(max(objective.num_params, 2), probes if probes < 2 else 2)
+    require_arguments(m.num_params, 1, tol, "lanczos", max_passes)
+    require_probes(max(m.num_params, 2), probes if probes < 2 else 2)
 
     def products(asked: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        counts = [asked[i].shape[1] if i in asked else 0 for i in range(len(blocks))]
-        packed = torch.zeros(objective.num_params, max(counts), dtype=objective.dtype, device=objective.device)
-        for i, block in asked.items():
-            packed[blocks[i].part, : counts[i]] = block
-
-        def stage(label: str, done: int, total: int | None) -> None:
-            if progress is not None:
-                progress(f"{label}, {len(asked)} of {len(blocks)} blocks", done, total)
-
+        """The products of each block that asks with its own vectors, as rows, in one pass."""
+        counts = [len(asked[i]) if i in asked else 0 for i in range(len(blocks))]
+        packed = torch.zeros(max(counts), m.num_params, dtype=objective.dtype, device=objective.device)
+        for i, rows in asked.items():
+            packed[: counts[i], blocks[i].part] = rows
+        m.status = f", {len(asked)} of {len(blocks)} blocks"
         objective.curvature = blockwise(matrix, blocks, counts)
-        images = objective.hvp(packed, stage)
-        # A product with a vector of one block counts as one, where the pass has counted columns.
+        images = m.products(packed)
+        # A product with a vector of one block counts as one, where the pass has counted rows.
         objective.meter.hvps += sum(counts) - max(counts)
-        return {i: images[blocks[i].part, : counts[i]] for i in asked}
+        return {i: images[: counts[i], blocks[i].part] for i in asked}
 
-    with objective.measuring():
-        audit(objective, torch.Generator().manual_seed(source.initial_seed()))
-        objective.settle_micro_batch()
+    with m:
         found = diagonal_blocks(
             products,
             [one.size for one in blocks],
@@ -107,13 +101,13 @@ def block_spectra(
             max_products=max_passes,
             dtype=objective.dtype,
             device=objective.device,
-            generator=source,
+            generator=m.generator,
         )
     missing = [one.name for one, its in zip(blocks, found, strict=True) if not its.converged]
     if missing:
         warnings.warn(
-            f"lambda_max of {', '.join(missing)} has not converged to tol={tol:g} in {objective.passes} passes. Raise "
-            f"max_passes or tol{', or pass dtype=torch.float64' if objective.dtype == torch.float32 else ''}.",
+            f"lambda_max of {', '.join(missing)} has not converged to tol={tol:g} in {m.objective.passes} passes. Raise "
+            f"max_passes or tol{', or pass dtype=torch.float64' if m.objective.dtype == torch.float32 else ''}.",
             ConvergenceWarning,
             stacklevel=2,
         )
@@ -127,6 +121,6 @@ def block_spectra(
         converged=np.array([its.converged for its in found]),
         traces=np.array([its.trace for its in found]),
         trace_errors=np.array([its.trace_error for its in found]),
-        **measured(objective),
-        provenance=provenance(problem, objective, seed, operator=matrix.name, by=by, tol=tol, probes=probes),
+        **m.outcome(),
+        provenance=m.provenance(operator=operator, by=by, tol=tol, probes=probes),
     )

@@ -1,0 +1,272 @@
+"""Loss, gradient and products summed over micro-batches, and what each micro-batch contributes to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sharpscope.errors import AuditError, DataError
+from sharpscope.objective.data import MicroBatch
+from sharpscope.objective.forward import LossTerms
+from sharpscope.objective.graph import Graph
+from sharpscope.objective.oom import OOMHalving
+from sharpscope.params import views
+from sharpscope.precision import CHUNK, wide
+
+# Bytes of graphs that are kept; those beyond are built again for every block, at 1 gradient of theirs.
+KEPT = 1 << 30
+
+
+class Sums:
+    """Sums over examples, not means; ``add`` takes in one micro-batch after another.
+
+    Args:
+        rows: the vectors (K, n) that products are of; (0, n) for loss and gradient alone.
+
+    Attributes:
+        loss: ``sum_i a_i l_i``, and ``weight``: ``sum_i a_i``, both in float64 where the device has it.
+        gradient: (n,), and ``products``: (K, n), of the loss.
+        spread: the sum of the micro-batches' gradient norms: what rounding errors of the gradient are relative to.
+        examples: their number.
+        per_batch: the products' numbers batch by batch, where asked for.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.loss = torch.zeros((), dtype=wide(rows.device), device=rows.device)
+        self.weight, self.spread = torch.zeros_like(self.loss), torch.zeros_like(self.loss)
+        self.gradient = torch.zeros(rows.shape[1], dtype=rows.dtype, device=rows.device)
+        self.products = torch.zeros_like(rows)
+        self.examples = 0
+        self.per_batch: PerBatch | None = None
+
+    def add(
+        self, loss: Tensor, weight: Tensor, gradient: Sequence[Tensor], examples: int, products: Tensor | None = None
+    ) -> None:
+        """Add one micro-batch's sums, the gradient as a tensor for each parameter."""
+        self.loss += loss
+        self.weight += weight
+        torch._foreach_add_(views(self.gradient, gradient), list(gradient))
+        self.spread += torch.stack(torch._foreach_norm(list(gradient))).to(self.loss).norm()
+        self.examples += examples
+        if products is not None:
+            self.products += products
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss, gradient and products are all finite."""
+        return all(bool(torch.isfinite(t).all()) for t in (self.loss, self.gradient, self.products))
+
+
+def accumulate(
+    graph: Callable[[MicroBatch, bool], Graph],
+    batches: Iterable[MicroBatch],
+    rows: Tensor,
+    memory: OOMHalving,
+    progress: Callable[[int], None] | None = None,
+    per_batch: bool = False,
+) -> Sums:
+    """Loss, gradient and products with ``rows`` (K, n), summed over ``batches``.
+
+    The graph of each micro-batch is built once, every row is multiplied with it, and it is freed. Memory: one graph,
+    and 1 + 2K vectors next to the block.
+
+    Args:
+        graph: ``graph(batch, keep)``, see ``Graph``.
+        batches: in the order of summation.
+        rows: vectors to multiply; (0, n) for loss and gradient alone.
+        memory: halves a micro-batch that does not fit into memory.
+        progress: called with the number of examples so far.
+        per_batch: keep what each micro-batch contributes, see ``PerBatch``.
+
+    Raises: ProblemError, see ``graph`` and ``OOMHalving``.
+    """
+    total = Sums(rows)
+    record = PerBatchRecord(rows) if per_batch else None
+
+    def differentiate(batch: MicroBatch) -> tuple[Tensor, Tensor, list[Tensor], int, Tensor]:
+        # Everything of the micro-batch before any of it is added, and no reference to its graph.
+        built = graph(batch, len(rows) > 0)
+        return built.loss, built.weight, list(built.gradient), built.examples, built.products(rows, last=True)
+
+    for batch in batches:
+        for loss, weight, gradient, examples, products in memory.run(batch, differentiate):
+            total.add(loss, weight, gradient, examples, products)
+            if record is not None:
+                record.add(weight, products, examples)
+        if progress is not None:
+            progress(total.examples)
+    total.per_batch = None if record is None else record.result()
+    return total
+
+
+class CachedGraphs:
+    """``rows -> sum_b (sum_i a_i H_i) rows`` (K, n) over ``batches`` whose graphs are kept from call to call.
+
+    Cost of the first call: 1 + 2K gradients; of the others 2K, and 1 more of the graphs that are not kept.
+
+    Args:
+        graph: differentiates a micro-batch.
+        batches: in the order of summation; they are held.
+        like: (0, n), for n, dtype and device.
+        memory: halves a micro-batch that does not fit into memory.
+        most: examples whose graphs may be kept.
+    """
+
+    def __init__(
+        self,
+        graph: Callable[[MicroBatch], Graph],
+        batches: Iterable[MicroBatch],
+        like: Tensor,
+        memory: OOMHalving,
+        most: int,
+    ) -> None:
+        self._graph, self._memory, self._left = graph, memory, most
+        self._rebuilt = list(batches)
+        self._kept: list[Graph] = []
+        self._like = like
+        self._sums: Sums | None = None
+
+    @property
+    def sums(self) -> Sums:
+        """Loss and gradient, from the first call's graphs, at the cost of 1 gradient where there was none."""
+        if self._sums is None:
+            self(self._like)
+        assert self._sums is not None
+        return self._sums
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        total = torch.zeros_like(rows)
+        for kept in self._kept:
+            total += kept.products(rows)
+        first = Sums(self._like) if self._sums is None else None
+        batches, self._rebuilt = self._rebuilt, []
+        for batch in batches:
+            for piece, graph, keep, products in self._memory.run(batch, lambda piece: self._multiplied(piece, rows)):
+                total += products
+                if first is not None:
+                    first.add(graph.loss, graph.weight, graph.gradient, graph.examples)
+                if keep:
+                    self._left -= piece.size
+                    self._kept.append(graph)
+                else:
+                    self._rebuilt.append(piece)
+        if first is not None:
+            self._sums = first
+        return total
+
+    def _multiplied(self, batch: MicroBatch, rows: Tensor) -> tuple[MicroBatch, Graph, bool, Tensor]:
+        """A micro-batch, its graph, whether that is to be kept, and its products."""
+        graph, keep = self._graph(batch), batch.size <= self._left
+        return batch, graph, keep, graph.products(rows, last=not keep)
+
+
+@dataclass(frozen=True)
+class PerBatch:
+    """Numbers of B micro-batches and K vectors ``v_k``, ``H_b = sum_i a_i H_i`` over micro-batch b, no mean.
+
+    They tell how far what the sum over all micro-batches says would scatter from sample to sample. In float64, on the
+    device (float32 on MPS). Weight decay, which no example carries, is left out. A micro-batch that did not fit into
+    memory counts as its halves.
+
+    Attributes:
+        weights: (B,), ``A_b = sum_i a_i``.
+        forms: (B, K, K), ``v_j' H_b v_k``.
+        squares: (B, K), ``||H_b v_k||^2``.
+        sizes: the examples of each micro-batch.
+    """
+
+    weights: Tensor
+    forms: Tensor
+    squares: Tensor
+    sizes: tuple[int, ...]
+
+
+class PerBatchRecord:
+    """Collects ``PerBatch`` for ``rows`` (K, n), at K^2 + K inner products a micro-batch, and waits for no device."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+        self._dtype = wide(rows.device)
+        self._batches: list[tuple[Tensor, ...]] = []
+        self._sizes: list[int] = []
+
+    def add(self, weight: Tensor, products: Tensor, size: int) -> None:
+        """One micro-batch's sums; ``products`` is (K, n)."""
+        count = len(self._rows)
+        forms = torch.zeros(count, count, dtype=self._dtype, device=self._rows.device)
+        squares = forms.new_zeros(count)
+        for start in range(0, self._rows.shape[1], CHUNK):
+            columns = slice(start, start + CHUNK)
+            vectors, images = (t[:, columns].to(self._dtype) for t in (self._rows, products))
+            forms += vectors @ images.T
+            squares += images.square().sum(1)
+        self._batches.append((weight.to(self._dtype), forms, squares))
+        self._sizes.append(size)
+
+    def result(self) -> PerBatch:
+        """Everything added so far."""
+        columns = [torch.stack(column) for column in zip(*self._batches, strict=True)]
+        if not columns:
+            count, empty = len(self._rows), torch.zeros(0, dtype=self._dtype, device=self._rows.device)
+            columns = [empty, empty.view(0, count, count), empty.view(0, count)]
+        weights, forms, squares = columns
+        return PerBatch(weights, forms, squares, tuple(self._sizes))
+
+
+@dataclass(frozen=True)
+class Point:
+    """Loss and gradient at w from one pass over all the data, weight decay included.
+
+    Attributes:
+        loss: ``L(w)``.
+        gradient: (n,) of L.
+        spread: what rounding errors of the gradient are relative to.
+        examples: their number.
+    """
+
+    loss: float
+    gradient: Tensor
+    spread: float
+    examples: int
+
+
+def point_of(sums: Sums, terms: LossTerms) -> Point:
+    """The means of ``sums``, and weight decay.
+
+    Raises: DataError when there is nothing to take the mean of.
+    """
+    weight = float(sums.weight)
+    if weight <= 0:
+        raise DataError(
+            f"The loss must have terms of positive total weight, got {weight:g}: every target is ignored, "
+            "or the class weights are zero."
+        )
+    loss, gradient, decay = float(sums.loss) / weight, sums.gradient / weight, terms.problem.weight_decay
+    if decay:
+        loss += terms.decay()
+        gradient += decay * torch.cat([p.detach().reshape(-1) for p in terms.params])
+    return Point(loss, gradient, float(sums.spread) / weight, sums.examples)
+
+
+def require_same_point(before: Point, now: Point) -> None:
+    """Two passes over the same data must agree.
+
+    Raises: AuditError.
+    """
+    if now.examples != before.examples:
+        raise AuditError(
+            f"Every pass must see the same data, but one had {before.examples} examples and the next "
+            f"{now.examples}. Fix the loader's order and length."
+        )
+    # The order of summation is the same in every pass, so only nondeterministic kernels may differ.
+    eps = torch.finfo(now.gradient.dtype).eps
+    apart = float(torch.linalg.vector_norm(now.gradient - before.gradient))
+    moved = abs(now.loss - before.loss) > 1e-3 * abs(before.loss) + 1e3 * eps
+    if moved or apart > 1e3 * eps * max(now.spread, before.spread):
+        raise AuditError(
+            f"Every pass must see the same loss, but it was {before.loss:.6g} and is {now.loss:.6g} and the gradient "
+            f"moved by {apart:.2g}: the data change from pass to pass. Turn off shuffling and augmentation."
+        )

@@ -1,0 +1,56 @@
+"""Double backprop: gradient and Hessian-vector products of one micro-batch, on one autograd graph that is kept.
+
+    g = autograd.grad(loss, w, create_graph=True)    1 gradient, and a graph of g as a function of w
+    H v = autograd.grad(g, w, grad_outputs=v)        2 gradients for each vector v (Pearlmutter 1994)
+
+This is all there is to H v. The forward pass is in ``forward.py``, the sum over micro-batches in ``accumulate.py``,
+and what guards a graph (readable errors, the count of its cost) is wrapped around it in ``guards.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sharpscope.objective.data import MicroBatch
+from sharpscope.objective.forward import LossTerms
+from sharpscope.objective.graph import Curvature, Graph, without_terms
+from sharpscope.params import views
+
+
+def hessian(terms: LossTerms, batch: MicroBatch, keep: bool) -> Graph:
+    """Loss, gradient and products ``(sum_i a_i H_i) v`` of ``batch``; cost 1 gradient, and 2 a product.
+
+    Args:
+        terms: model and loss at the weights ``terms.params``.
+        batch: the micro-batch.
+        keep: whether products will be asked for; without it the graph is freed at once.
+    """
+    loss, weight = terms.sums(batch)
+    if not loss.requires_grad and not float(weight):
+        return without_terms(terms, batch, loss, weight)
+    # materialize_grads: a parameter that the loss does not use has zero curvature, it is no error.
+    gradient = torch.autograd.grad(loss, terms.params, create_graph=keep, materialize_grads=True)
+    # A gradient that is constant in the weights has no graph, and adds nothing to H v.
+    curved = [i for i, g in enumerate(gradient) if g.requires_grad]
+
+    def products(rows: Tensor, last: bool = False) -> Tensor:
+        if not curved:
+            return torch.zeros_like(rows)
+        images = torch.empty_like(rows)
+        for k in range(len(rows)):
+            v = views(rows[k], terms.params)
+            hv = torch.autograd.grad(
+                [gradient[i] for i in curved],
+                terms.params,
+                grad_outputs=[v[i] for i in curved],
+                retain_graph=not last or k + 1 < len(rows),
+                materialize_grads=True,
+            )
+            torch._foreach_copy_(views(images[k], terms.params), list(hv))
+        return images
+
+    return Graph(loss.detach(), weight, [g.detach() for g in gradient], products, batch.size)
+
+
+HESSIAN = Curvature("hessian", "Hessian", hessian, cost=2.0, twice=True)
