@@ -26,7 +26,7 @@ from sharpscope.problem import Problem
 from sharpscope.provenance import measured, provenance, seeded
 from sharpscope.results import EigenResult
 from sharpscope.results.record import CERTAIN
-from sharpscope.resume import open_journal, resumable
+from sharpscope.resume import journaled_hvp, open_journal
 from sharpscope.sampling import sampling_error
 
 # Intervals are longer by so many times the rounding in float32 that some examples show, since others may show more.
@@ -125,8 +125,8 @@ def top_eigenvalues(
         worst[0] = bound
 
     with objective.measuring():
-        seen = audit(objective, torch.Generator().manual_seed(source.initial_seed()))
-        matmat = resumable(objective, state, seen, stage)
+        audit(objective, torch.Generator().manual_seed(source.initial_seed()))
+        matmat = journaled_hvp(objective, state, stage)
         guided = _guided(objective, method, which, k)
         memory = _memory(objective, k, max_basis, guided, certify is not None)
         stage(f"about {max(1, sum(memory.values()) >> 20)} MB", 0, objective.num_examples)
