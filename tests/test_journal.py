@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from sharpscope import ArgumentError, DataError, OutputError
 from sharpscope.linalg import top_eigenpairs
 from sharpscope.resume.fingerprint import fingerprint
-from sharpscope.resume.journal import Journal, discard
+from sharpscope.resume.journal import ALIGNMENT, Journal, discard
 
 # Runs Lanczos through a journal in a child that is killed three times, then once to its end; all in one process, since
 # importing torch takes longer than all of it.
@@ -257,16 +257,33 @@ def test_a_product_is_replayed_only_for_the_very_block(tmp_path: Path) -> None:
         torch.tensor([True, False]),
         torch.tensor([float("nan"), float("-inf"), -0.0]),
         torch.randint(0, 9, (2, 3, 4)),
+        torch.randn(9)[1:],
+        torch.randn(4, 1).expand(4, 3),
     ],
-    ids=["columns", "strided", "scalar", "empty", "bfloat16", "complex", "bool", "nan", "int64"],
+    ids=[
+        *(
+            "columns",
+            "strided",
+            "scalar",
+            "empty",
+            "bfloat16",
+            "complex",
+            "bool",
+            "nan",
+            "int64",
+            "unaligned",
+            "expanded",
+        ),
+    ],
 )
 def test_tensors_come_back_bit_for_bit_and_laid_out_alike(tmp_path: Path, tensor: Tensor) -> None:
-    """dtype, shape, bits and strides of what is replayed are those of what was computed."""
+    """dtype, shape, bits, strides and alignment of what is replayed are those of what was computed."""
     computed = Journal(tmp_path, "key").once("t", lambda: {"t": tensor})["t"]
     journal = Journal(tmp_path, "key")
     replayed = journal.once("t", lambda: {"t": torch.zeros(1)})["t"]
     assert journal.replayed == 1
     assert (replayed.dtype, replayed.shape, replayed.stride()) == (tensor.dtype, tensor.shape, computed.stride())
+    assert replayed.data_ptr() % ALIGNMENT == computed.data_ptr() % ALIGNMENT == 0
     assert fingerprint(replayed) == fingerprint(tensor) == fingerprint(computed)
 
 
@@ -298,6 +315,24 @@ def test_a_place_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
         Journal(tmp_path / "j")
     with pytest.raises(ArgumentError, match="'thing'"):
         Journal(tmp_path / "j", "key").once("x", lambda: {"thing": object()})
+
+
+def test_a_full_disk_is_named_and_what_was_stored_stays(tmp_path: Path) -> None:
+    """An entry that cannot be written whole is an OutputError, leaves no file, and the entries before it are used."""
+    resource = pytest.importorskip("resource")
+    three(tmp_path)
+    journal = Journal(tmp_path, "key")
+    for i in range(3):
+        journal.once(f"piece {i}", piece(i, []))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"000003\.entry"):
+            journal.once("large", lambda: {"x": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{i:06d}.entry" for i in range(3)]
+    assert three(tmp_path)[1] == []
 
 
 DISTINCT: list[tuple[Any, ...]] = [
