@@ -243,7 +243,7 @@ def outputs(
         if out.suffix == ".npz":
             raise OutputError(f"The result is JSON, and its vectors go beside it as .npz, got {out}. Name it .json.")
         # What an unfinished run has written already is its own.
-        mine = own(out, path) if own is not None else any(state(out).glob("[0-9]*.npz")) and _measured(out, path)
+        mine = own(out, path) if own is not None else any(state(out).glob("[0-9]*.entry")) and _measured(out, path)
         require_new(args, out, *([arrays_beside(out)] if arrays else []), own=mine)
     return list(files)
 

@@ -21,14 +21,14 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from sharpscope import ArgumentError, DataError, OutputError
 from sharpscope.linalg import top_eigenpairs
 from sharpscope.resume.fingerprint import fingerprint
-from sharpscope.resume.journal import Journal
+from sharpscope.resume.journal import ALIGNMENT, Journal, discard
 
 # Runs Lanczos through a journal in a child that is killed three times, then once to its end; all in one process, since
 # importing torch takes longer than all of it.
 DRIVER = """
 import hashlib, json, os, signal, sys, time
 import torch
-from sharpscope.resume.journal import Journal
+from sharpscope.resume.journal import Journal, discard
 from sharpscope.linalg import top_eigenpairs
 
 torch.set_num_threads(1)
@@ -45,11 +45,12 @@ def run(folder, log):
             file.write(f"{journal.replayed + count[0]}\\n")
         time.sleep(0.01)
         count[0] += 1
-        return diagonal * block
+        return {"product": diagonal * block}
 
     generator = torch.Generator().manual_seed(3)
     pairs = top_eigenpairs(
-        journal.matmat(product), 400, 3, tol=1e-5, dtype=torch.float32, max_basis=20, generator=generator
+        lambda block: journal.once("product", lambda: product(block), given=[block])["product"],
+        400, 3, tol=1e-5, dtype=torch.float32, max_basis=20, generator=generator
     )
     everything = (pairs.eigenvalues, pairs.eigenvectors, pairs.lower, generator.get_state())
     bits = hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in everything)).hexdigest()
@@ -58,7 +59,7 @@ def run(folder, log):
 
 def stored():
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return len([name for name in names if name.endswith(".npz") and name[0] != "."])
+    return len([name for name in names if name.endswith(".entry") and name[0] != "."])
 
 
 plain, products, _ = run(None, folder + ".plain")
@@ -75,7 +76,7 @@ for i, moment in enumerate(moments):
 bits, _, journal = run(folder, f"{folder}.log{len(moments)}")
 replayed = journal.replayed
 again, _, journal = run(folder, folder + ".again")
-journal.finish()
+discard(folder)
 print(json.dumps({"plain": plain, "bits": bits, "again": again, "products": products, "kept": kept,
                   "replayed": [replayed, journal.replayed], "left": os.path.exists(folder)}))
 """
@@ -124,12 +125,12 @@ def three(folder: Path | None, key: str = "key", first: float = 0.0) -> tuple[li
 
 
 def test_what_is_stored_is_not_computed_again(tmp_path: Path) -> None:
-    """A second run computes nothing; after finish() a third computes all, and the folder is gone in between."""
+    """A second run computes nothing; after discard() a third computes all, and the folder is gone in between."""
     folder = tmp_path / "j"
     assert three(folder)[:2] == ([0, 1, 2], [0, 1, 2])
     values, calls, journal = three(folder)
     assert (values, calls, journal.replayed) == ([0, 1, 2], [], 3)
-    journal.finish()
+    discard(folder)
     assert not folder.exists()
     assert three(folder)[1] == [0, 1, 2]
 
@@ -147,9 +148,9 @@ def test_leftovers_of_another_key_after_a_kill_are_not_picked_up(tmp_path: Path)
     folder, old = tmp_path / "j", tmp_path / "old"
     three(folder, first=5.0)
     shutil.copytree(folder, old)
-    Journal(folder, "key").finish()
+    discard(folder)
     three(folder, first=7.0)
-    shutil.copy(old / "000002.npz", folder / "000002.npz")
+    shutil.copy(old / "000002.entry", folder / "000002.entry")
     assert three(folder)[:2] == ([7, 8, 2], [2])
 
 
@@ -170,24 +171,24 @@ def test_a_damaged_entry_is_computed_again_with_all_after_it(
 ) -> None:
     """Whatever happened to a file, the entries before it are used, and the values are right."""
     three(tmp_path)
-    place = tmp_path / f"{index:06d}.npz"
+    place = tmp_path / f"{index:06d}.entry"
     if damage is None:
         place.unlink()
     else:
         place.write_bytes(damage(place.read_bytes()))
-    (tmp_path / ".000001.npz.abc.tmp").write_bytes(b"a write that was killed")
+    (tmp_path / ".000001.entry.abc.tmp").write_bytes(b"a write that was killed")
     (tmp_path / "mine.txt").write_text("not the journal's")
-    values, calls, journal = three(tmp_path)
+    values, calls, _ = three(tmp_path)
     assert values == [0, 1, 2]
     assert calls == [0, 1, 2][index:]
-    journal.finish()
+    discard(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_each_bit_of_an_entry_counts(tmp_path: Path) -> None:
     """With any one byte of a stored file flipped, the values that come back are still the right ones."""
     Journal(tmp_path, "key").once("piece", piece(1.0, []))
-    place = tmp_path / "000000.npz"
+    place = tmp_path / "000000.entry"
     whole = place.read_bytes()
     source = random.Random(0)
     for position in source.sample(range(len(whole)), 150):
@@ -203,33 +204,18 @@ def test_each_bit_of_an_entry_counts(tmp_path: Path) -> None:
 def test_a_well_formed_file_with_other_contents_is_not_believed(tmp_path: Path) -> None:
     """An archive in order whose tensor is not the one that was stored fails the entry's own checksum."""
     Journal(tmp_path, "key").once("piece", piece(1.0, []))
-    place = tmp_path / "000000.npz"
-    with np.load(place) as file:
-        arrays = [file[f"arr_{i}"] for i in range(len(file.files))]
-    arrays[2][-1] ^= 1
-    np.savez(place, *arrays)
+    place = tmp_path / "000000.entry"
+    entry = torch.load(place, weights_only=True)
+    entry["values"]["tensor"][0, 0] += 1
+    torch.save(entry, place)
     journal = Journal(tmp_path, "key")
     assert torch.equal(journal.once("piece", piece(1.0, []))["tensor"], torch.ones(3, 2, dtype=torch.float64))
     assert journal.replayed == 0
 
 
-def test_a_generator_goes_on_where_the_piece_left_it(tmp_path: Path) -> None:
-    """Numbers drawn after a replayed piece are those drawn after the computed one; another state is another request."""
-
-    def run(seed: int) -> tuple[Tensor, Tensor, int]:
-        generator = torch.Generator().manual_seed(seed)
-        journal = Journal(tmp_path, "key")
-        entry = journal.once("draw", lambda: {"x": torch.randn(7, generator=generator)}, generators=[generator])
-        return entry["x"], torch.randn(5, generator=generator), journal.replayed
-
-    first, after, _ = run(0)
-    again, later, replayed = run(0)
-    assert replayed == 1
-    assert torch.equal(first, again)
-    assert torch.equal(after, later)
-    other, _, replayed = run(1)
-    assert replayed == 0
-    assert not torch.equal(first, other)
+def through(journal: Journal, matmat: Callable[[Tensor], Tensor], label: str = "product") -> Callable[[Tensor], Tensor]:
+    """``matmat`` whose j-th call comes from the journal, if the block is that of the stored call."""
+    return lambda block: journal.once(label, lambda: {"product": matmat(block)}, given=[block])["product"]
 
 
 def test_a_product_is_replayed_only_for_the_very_block(tmp_path: Path) -> None:
@@ -251,32 +237,12 @@ def test_a_product_is_replayed_only_for_the_very_block(tmp_path: Path) -> None:
         ((changed, changed[:, :1]), 1),
     ):
         calls.clear()
-        product = Journal(tmp_path, "key").matmat(double)
+        product = through(Journal(tmp_path, "key"), double)
         assert all(torch.equal(product(given), 2 * given) for given in blocks)
         assert len(calls) == expected
     calls.clear()
-    Journal(tmp_path, "key").matmat(double, "another operator")(changed)
+    through(Journal(tmp_path, "key"), double, "another operator")(changed)
     assert calls == [1]
-
-
-def test_what_a_product_leaves_behind_is_recalled(tmp_path: Path) -> None:
-    """Loss and gradient noted with a product are handed back when it comes from disk, and only then."""
-    recalled: list[dict[str, Any]] = []
-
-    def product() -> Callable[[Tensor], Tensor]:
-        return Journal(tmp_path, "key").matmat(
-            lambda block: 3 * block,
-            note=lambda: {"loss": 0.1 + 0.2, "gradient": torch.arange(3.0), "passes": 4},
-            recall=recalled.append,
-        )
-
-    block = torch.ones(4, 2)
-    product()(block)
-    assert recalled == []
-    assert torch.equal(product()(block), 3 * block)
-    assert (recalled[0]["loss"], recalled[0]["passes"]) == (0.1 + 0.2, 4)
-    assert torch.equal(recalled[0]["gradient"], torch.arange(3.0))
-    assert sorted(recalled[0]) == ["gradient", "loss", "passes"]
 
 
 @pytest.mark.parametrize(
@@ -291,16 +257,33 @@ def test_what_a_product_leaves_behind_is_recalled(tmp_path: Path) -> None:
         torch.tensor([True, False]),
         torch.tensor([float("nan"), float("-inf"), -0.0]),
         torch.randint(0, 9, (2, 3, 4)),
+        torch.randn(9)[1:],
+        torch.randn(4, 1).expand(4, 3),
     ],
-    ids=["columns", "strided", "scalar", "empty", "bfloat16", "complex", "bool", "nan", "int64"],
+    ids=[
+        *(
+            "columns",
+            "strided",
+            "scalar",
+            "empty",
+            "bfloat16",
+            "complex",
+            "bool",
+            "nan",
+            "int64",
+            "unaligned",
+            "expanded",
+        ),
+    ],
 )
 def test_tensors_come_back_bit_for_bit_and_laid_out_alike(tmp_path: Path, tensor: Tensor) -> None:
-    """dtype, shape, bits and strides of what is replayed are those of what was computed."""
+    """dtype, shape, bits, strides and alignment of what is replayed are those of what was computed."""
     computed = Journal(tmp_path, "key").once("t", lambda: {"t": tensor})["t"]
     journal = Journal(tmp_path, "key")
     replayed = journal.once("t", lambda: {"t": torch.zeros(1)})["t"]
     assert journal.replayed == 1
     assert (replayed.dtype, replayed.shape, replayed.stride()) == (tensor.dtype, tensor.shape, computed.stride())
+    assert replayed.data_ptr() % ALIGNMENT == computed.data_ptr() % ALIGNMENT == 0
     assert fingerprint(replayed) == fingerprint(tensor) == fingerprint(computed)
 
 
@@ -316,11 +299,10 @@ def test_no_journal_stores_nothing_and_changes_nothing(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     values, calls, journal = three(None)
     assert (values, calls, journal.replayed) == ([0, 1, 2], [0, 1, 2], 0)
-    journal.finish()
     diagonal = torch.linspace(0, 1, 60, dtype=torch.float64)[:, None]
     plain = top_eigenpairs(lambda block: diagonal * block, 60, 2)
-    through = top_eigenpairs(journal.matmat(lambda block: diagonal * block), 60, 2)
-    assert torch.equal(plain.eigenvectors, through.eigenvectors)
+    journaled = top_eigenpairs(through(journal, lambda block: diagonal * block), 60, 2)
+    assert torch.equal(plain.eigenvectors, journaled.eigenvectors)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -333,6 +315,24 @@ def test_a_place_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
         Journal(tmp_path / "j")
     with pytest.raises(ArgumentError, match="'thing'"):
         Journal(tmp_path / "j", "key").once("x", lambda: {"thing": object()})
+
+
+def test_a_full_disk_is_named_and_what_was_stored_stays(tmp_path: Path) -> None:
+    """An entry that cannot be written whole is an OutputError, leaves no file, and the entries before it are used."""
+    resource = pytest.importorskip("resource")
+    three(tmp_path)
+    journal = Journal(tmp_path, "key")
+    for i in range(3):
+        journal.once(f"piece {i}", piece(i, []))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"000003\.entry"):
+            journal.once("large", lambda: {"x": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{i:06d}.entry" for i in range(3)]
+    assert three(tmp_path)[1] == []
 
 
 DISTINCT: list[tuple[Any, ...]] = [
@@ -379,7 +379,7 @@ def test_equal_values_have_equal_fingerprints_wherever_they_are() -> None:
     assert fingerprint({"a": 1, "b": tensor}) == fingerprint({"b": tensor, "a": 1})
     assert fingerprint({"x", "y", "z"}) == fingerprint({"z", "y", "x"})
     assert fingerprint(5) == fingerprint(np.int64(5)) != fingerprint("int 5")
-    assert fingerprint([3, "a", 0.5, None]) == "1c4118db547dd585faf04ef894d12e1b"
+    assert fingerprint([3, "a", 0.5, None]) == "817d62630251dcf33a44391d26748d04"
 
 
 class Squares(Dataset[tuple[Tensor, int]]):

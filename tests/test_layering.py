@@ -154,7 +154,7 @@ INSIDE: dict[str, set[str]] = {
     "monitor.monitor": {"adapters", "model", "optimizer", "sample", "sink"},
     "resume.fingerprint": set(),
     "resume.journal": {"fingerprint"},
-    "resume.passes": {"fingerprint", "journal"},
+    "resume.journaled_hvp": {"fingerprint", "journal"},
     "resume.points": set(),
     "report.markup": set(),
     "report.drawing": {"markup"},

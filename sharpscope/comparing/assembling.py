@@ -16,7 +16,7 @@ from sharpscope.comparing.parts import Parts
 from sharpscope.comparing.performance import performance
 from sharpscope.comparing.samples import sampled
 from sharpscope.comparing.steps import STEPS, How, Place, Step, between
-from sharpscope.errors import ArgumentError, DataError, ProblemError, SharpscopeError
+from sharpscope.errors import ArgumentError, DataError, ProblemError
 from sharpscope.objective import Objective, Progress
 from sharpscope.params import select
 from sharpscope.problem import Problem
@@ -25,9 +25,6 @@ from sharpscope.results.comparison import Performance, Subject
 from sharpscope.resume import key_of
 from sharpscope.resume.fingerprint import fingerprint
 from sharpscope.sharpness.edge import edge_of
-
-# Examples by which a part's key knows the code of model and loss.
-SEEN = 32
 
 
 def compare(
@@ -183,10 +180,8 @@ class _Run:
             # Where the file lies is no part of what is in it.
             said = {k: str(v) for k, v in problem.provenance.items() if k != "checkpoint"}
             h = self._how
-            objective = Objective(problem, **h.computation)
             self._keys[entrant.name] = key_of(
-                objective,
-                seen=_seen(objective),
+                Objective(problem, **h.computation),
                 name=entrant.name,
                 level={**asdict(h.level), "name": ""},
                 seed=h.seed,
@@ -202,21 +197,6 @@ class _Run:
                 self._progress(f"{name}, {what}: {stage}", done, total)
 
         return report
-
-
-def _seen(objective: Objective) -> list[Any]:
-    """Loss, gradient and a product on a few examples, bit for bit: what the code of model and loss computes.
-
-    No hash of them would see a changed forward pass, or a number in a module of the user's.
-    """
-    with objective.measuring():
-        try:
-            part = objective.first_examples(SEEN)
-            vector = torch.randn(1, objective.num_params, generator=torch.Generator().manual_seed(0))
-            sums = objective.accumulate([part], vector.to(objective.device, objective.dtype))
-        except SharpscopeError:
-            return []  # the first analysis says what is wrong
-    return [sums.loss, sums.weight, sums.gradient, sums.products]
 
 
 def _alike(one: Problem, two: Problem) -> bool:

@@ -1,7 +1,8 @@
-"""Long runs whose finished passes outlive a kill."""
+"""Long runs that resume after a kill."""
 
+from sharpscope.resume.fingerprint import key_of
 from sharpscope.resume.journal import Journal
-from sharpscope.resume.passes import key_of, open_journal, resumable
+from sharpscope.resume.journaled_hvp import journaled_hvp, open_journal
 from sharpscope.resume.points import PointLog
 
-__all__ = ["Journal", "PointLog", "key_of", "open_journal", "resumable"]
+__all__ = ["Journal", "PointLog", "journaled_hvp", "key_of", "open_journal"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from sharpscope import params
 from sharpscope.errors import ArgumentError
 from sharpscope.problem import Problem
-from sharpscope.provenance import seeded
+from sharpscope.measurement import seeded
 from sharpscope.slices.direction import Direction
 
 NORMALISATIONS = ("filter", "layer", "model", "none")
