@@ -248,9 +248,7 @@ def loss_surface(
 def _measured(
     problem: Problem, lines: list[list[Direction]], axes: tuple[Array, ...], progress: Progress | None, s: _Settings
 ) -> SliceResult:
-    m = Measurement(
-        problem, dtype=s.dtype, device=s.device, micro_batch=s.micro_batch, audited=False, products=False
-    )
+    m = Measurement(problem, dtype=s.dtype, device=s.device, micro_batch=s.micro_batch, audited=False, products=False)
     objective = m.objective
     objectives = _objectives(objective, s)
     vectors = [d.vector for line in lines for d in line]
@@ -286,7 +284,7 @@ def _on_grid(
         stack.enter_context(m)
         for each in objectives.values():
             stack.enter_context(each.measuring(products=False))
-        others = marked(problem, lines, objectives, s.marks or {}, s.trajectory or {}, size)
+        others = marked(m.problem, lines, objectives, s.marks or {}, s.trajectory or {}, size)
         walk = Walk(objectives, lines, s.batchnorm, size, moved)
         grid = Grid(walk, log, len(lines), axes, len(objectives))
         centre = grid.centre()

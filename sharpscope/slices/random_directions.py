@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sharpscope import params
 from sharpscope.errors import ArgumentError
-from sharpscope.problem import Problem
 from sharpscope.measurement import seeded
+from sharpscope.problem import Problem
 from sharpscope.slices.direction import Direction
 
 NORMALISATIONS = ("filter", "layer", "model", "none")

@@ -1,4 +1,4 @@
-"""Eigenvalues, density, trace and diagonal blocks of the Hessian of a problem's loss, or of another curvature matrix."""
+"""Eigenvalues, density, trace and diagonal blocks of a problem's Hessian, or of another curvature matrix."""
 
 from sharpscope.spectrum.density import spectral_density
 from sharpscope.spectrum.eigenvalues import top_eigenvalues

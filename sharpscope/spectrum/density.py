@@ -77,9 +77,7 @@ def spectral_density(
     with m:
         pairs = None if known is None else _known_pairs(known, m)
         quadrature = lanczos_quadrature_rows(m.products, like, probes, steps, known=pairs, generator=m.generator)
-        sums = trace_from_images(
-            m.products, quadrature.probes, quadrature.images, known=pairs, generator=m.generator
-        )
+        sums = trace_from_images(m.products, quadrature.probes, quadrature.images, known=pairs, generator=m.generator)
     num_known = 0 if pairs is None else len(pairs[0])
     steps_taken = quadrature.nodes.shape[1] - num_known
     return DensityResult(
@@ -94,7 +92,7 @@ def spectral_density(
 
 
 def _known_pairs(known: EigenResult, m: Measurement) -> tuple[Tensor, Tensor]:
-    """The eigenvalues (d,) and eigenvectors as rows (d, n) of ``known``, after a product that shows they belong here."""
+    """Eigenvalues (d,) and eigenvectors as rows (d, n) of ``known``, after a product that shows they belong here."""
     if known.eigenvectors is None:
         raise ArgumentError("Known eigenvalues must come with vectors. Measure them with vectors=True (--vectors).")
     if known.eigenvectors.shape[0] != m.num_params:

@@ -56,9 +56,9 @@ def top_eigenvalues(
 ) -> EigenResult:
     """``lambda_1 >= ... >= lambda_k``, the largest algebraic eigenvalues of the Hessian of L(w) of ``problem``.
 
-    The audit runs first; then the solver, until each eigenvalue's bound (``sharpscope.linalg.bounds.ritz_bounds``) is at
-    most ``tol |lambda|``; loss and gradient norm come with it. What has not converged is marked in the result and warned
-    of. The model and all random states are left bit for bit as they were.
+    The audit runs first; then the solver, until each eigenvalue's bound, from ``sharpscope.linalg.bounds``, is at most
+    ``tol |lambda|``; loss and gradient norm come with it. What has not converged is marked in the result and warned of.
+    The model and all random states are left bit for bit as they were.
 
     Args:
         problem: model, loss and data.

@@ -106,8 +106,8 @@ def block_spectra(
     missing = [one.name for one, its in zip(blocks, found, strict=True) if not its.converged]
     if missing:
         warnings.warn(
-            f"lambda_max of {', '.join(missing)} has not converged to tol={tol:g} in {m.objective.passes} passes. Raise "
-            f"max_passes or tol{', or pass dtype=torch.float64' if m.objective.dtype == torch.float32 else ''}.",
+            f"lambda_max of {', '.join(missing)} has not converged to tol={tol:g} in {objective.passes} passes. Raise "
+            f"max_passes or tol{', or pass dtype=torch.float64' if objective.dtype == torch.float32 else ''}.",
             ConvergenceWarning,
             stacklevel=2,
         )
