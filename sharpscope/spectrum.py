@@ -25,7 +25,7 @@ from sharpscope.precision import usable
 from sharpscope.problem import Problem
 from sharpscope.provenance import measured, provenance, seeded
 from sharpscope.results import EigenResult
-from sharpscope.results.record import CERTAIN
+from sharpscope.results.eigen import CERTAIN
 from sharpscope.resume import open_journal, resumable
 from sharpscope.sampling import sampling_error
 
