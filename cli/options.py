@@ -225,7 +225,7 @@ def outputs(
     ``own(output, checkpoint)``: whether what is there is of this very run; by default that of one with passes left.
     """
     from sharpscope.errors import OutputError
-    from sharpscope.results.record import arrays_beside
+    from sharpscope.results.serialization import arrays_beside
 
     if args.out is None:
         return [None] * len(args.checkpoints)

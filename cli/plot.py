@@ -152,7 +152,7 @@ def _read(path: str) -> SliceResult:
 
 
 def _is_monitor(path: str) -> bool:
-    from sharpscope.results.record import read
+    from sharpscope.results.serialization import read
 
     said = None if Path(path).suffix in H5 else read(path)
     return isinstance(said, dict) and said.get("analysis") == "monitor"

@@ -22,7 +22,7 @@ import sharpscope
 from sharpscope.cli import comparing, main
 from sharpscope.comparing import LEVELS, levels
 from sharpscope.comparing.samples import sampled
-from sharpscope.results.groups import difference
+from sharpscope.results.comparison.statistics import difference
 from sharpscope.train import Recipe, train
 
 QUICK, DEFAULT = LEVELS["quick"], LEVELS["default"]

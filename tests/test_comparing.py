@@ -26,7 +26,6 @@ from sharpscope.report import page
 from sharpscope.results import SliceResult
 from sharpscope.results.comparison import ANALYSES, Performance, Subject
 from sharpscope.results.estimate import wilson
-from sharpscope.results.readings import rows_of
 from sharpscope.results.slice import DIVERGED
 
 FEW = replace(
@@ -479,7 +478,7 @@ def test_an_accuracy_is_of_the_examples_that_have_a_label() -> None:
     labels = DATA[1].clone()
     labels[10:] = -100
     comparison = compare({"a": problem(0, (DATA[0], labels)), "b": problem(1, (DATA[0], labels))}, level=FEW)
-    row = next(row for row in rows_of(comparison) if row.label == "train accuracy")
+    row = next(row for row in comparison.rows if row.label == "train accuracy")
     reading = row.readings[0]
     assert reading is not None
     assert (reading.lower, reading.upper) == pytest.approx(wilson(reading.value, 10))

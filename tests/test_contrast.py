@@ -6,10 +6,8 @@ import math
 
 import pytest
 
-from sharpscope.results.contrast import contrast
-from sharpscope.results.difference import Difference
-from sharpscope.results.intervals import EXACT, PROBED, SUBSETS
-from sharpscope.results.reading import Reading
+from sharpscope.results.comparison.intervals import EXACT, PROBED, SUBSETS, Reading
+from sharpscope.results.comparison.statistics import Difference, contrast
 
 
 def of(one: Reading, two: Reading, factor: bool = True) -> Difference:

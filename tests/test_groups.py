@@ -11,10 +11,8 @@ from scipy import stats
 from sharpscope.errors import DataError
 from sharpscope.results import Cost, EigenResult, Measure, SharpnessResult
 from sharpscope.results.comparison import Comparison, Performance, Subject
+from sharpscope.results.comparison.statistics import difference, spread
 from sharpscope.results.estimate import wilson
-from sharpscope.results.findings import findings
-from sharpscope.results.groups import difference, spread
-from sharpscope.results.readings import rows_of
 
 DRAW = np.random.default_rng(0)
 
@@ -147,7 +145,7 @@ def checkpoint(name: str, top: float, half: float, *, sampled: bool = False, **m
 def test_checkpoints_differ_only_where_their_intervals_do_not_meet(half: float, sampled: bool, said: str) -> None:
     """The sampling interval decides where there is one, however small the numerical error; two runs are no rule."""
     two = (checkpoint("a", 2.0, half, sampled=sampled), checkpoint("b", 1.0, half, sampled=sampled))
-    first, second = findings(Comparison(subjects=two))
+    first, second = Comparison(subjects=two).findings
     assert first == f"lambda_max of b is 0.5 times that of a; {said}"
     assert second == "One run each: this says nothing of the ways they were trained in general."
 
@@ -157,7 +155,7 @@ def test_what_has_not_converged_or_is_exact_is_said_so() -> None:
     performance = {"test": Performance(0.5, None, 100)}
     one = checkpoint("a", 2.0, 0.1, performance=performance)
     two = checkpoint("b", 1.0, 0.1, performance=performance, converged=False)
-    first, second, _ = findings(Comparison(subjects=(one, two)))
+    first, second, _ = Comparison(subjects=(one, two)).findings
     assert first.endswith("; it has not converged in b, so that nothing is shown.")
     assert second == "test loss of b is 1 times that of a; exact on these examples."
 
@@ -169,7 +167,7 @@ def test_groups_differ_only_where_the_interval_leaves_one_out(scatter: float, sh
     for group, level in (("sgd", 2.0), ("sam", 1.0)):
         for i, noise in enumerate(np.exp(scatter * draw.normal(size=4))):
             subjects.append(checkpoint(f"{group}{i}", level * noise, 1e-3, group=group, pair=str(i)))
-    (said,) = findings(Comparison(subjects=tuple(subjects)))
+    (said,) = Comparison(subjects=tuple(subjects)).findings
     assert said.startswith("lambda_max: sam/sgd = ")
     assert said.endswith(f"over 4 pairs of seeds{'' if shown else ': no difference is shown'}.")
 
@@ -182,10 +180,10 @@ def test_a_single_subset_is_not_called_exact() -> None:
         found = SharpnessResult((measure,), 0.1, 0.1, Cost(1, 0, 1.0, 1.0), {"num_examples": 300})
         subjects.append(Subject(name=name, sharpness=found))
     compared = Comparison(subjects=tuple(subjects))
-    (row,) = rows_of(compared)
+    (row,) = compared.rows
     assert {reading.interval for reading in row.readings} == {"none: one subset"}
     said = "m-sharpness, rho=0.05 of sam.pt is 0.5 (m=256) times that of sgd.pt; no interval (one subset)"
-    assert findings(compared)[0].startswith(said)
+    assert compared.findings[0].startswith(said)
 
 
 def test_equal_numbers_say_nothing_of_the_scatter() -> None:

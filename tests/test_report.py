@@ -19,7 +19,6 @@ from sharpscope.report import page
 from sharpscope.report.drawing import THEMED
 from sharpscope.report.numbers import digits
 from sharpscope.results.comparison import Comparison
-from sharpscope.results.readings import rows_of
 
 # Elements without an end tag.
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -131,7 +130,7 @@ def test_every_number_is_in_the_page_with_its_definition(made: tuple[Comparison,
     notes = {e["id"]: e["text"] for e in tree.elements if e.get("class") == "note"}
     said = {notes[e["popovertarget"]]: e["text"] for e in tree.all("button") if e.get("popovertarget")}
     assert len(said) == len(notes)
-    for row in rows_of(comparison):
+    for row in comparison.rows:
         for subject_, reading in zip(comparison.subjects, row.readings, strict=True):
             if reading is None:
                 continue
@@ -147,7 +146,7 @@ def test_groups_have_their_means_intervals_and_differences() -> None:
     """The page of groups holds each spread and difference, and says which intervals leave out no difference."""
     comparison, _, tree = page_of("groups")
     words = " ".join(e["text"] for e in tree.elements if e.get("class") == "note")
-    for row in rows_of(comparison):
+    for row in comparison.rows:
         for found in (*row.spreads.values(), *row.differences.values()):
             assert digits(found.value) in words
             assert found.lower is None or f"{digits(found.lower)} to {digits(found.upper)}" in words
@@ -278,7 +277,7 @@ def test_a_notebook_shows_the_numbers_and_what_they_are() -> None:
     for comparison in (two(), groups()):
         shown = comparison._repr_html_()
         words = Tree(shown).all("table")[0]["text"]
-        for row in rows_of(comparison):
+        for row in comparison.rows:
             assert row.label in words
             if not comparison.groups:
                 assert all(str(reading) in words for reading in row.readings)

@@ -11,9 +11,8 @@ from typing import Any
 
 from sharpscope.errors import DataError
 from sharpscope.results import SliceResult
-from sharpscope.results.comparison import ANALYSES
-from sharpscope.results.comparison_record import performance_of, performance_record, whole
-from sharpscope.results.record import head, opened, read, write
+from sharpscope.results.comparison import ANALYSES, Performance
+from sharpscope.results.serialization import Misfit, as_json, head, opened, read, value_as, write
 from sharpscope.resume.journal import discard
 
 
@@ -43,7 +42,7 @@ class Parts:
         journal = path.with_suffix(".partial")
         found = _read(path, part, now)
         if found is None:
-            write(path, {**head("part", {"key": now}), "holds": _record(measure(journal))})
+            write(path, {**head("part", {"key": now}), "holds": as_json(measure(journal))})
             found = _read(path, part, now)
             assert found is not None
         discard(journal)  # also one that was left by a kill just here
@@ -57,14 +56,10 @@ def _read(path: Path, part: str, key: str) -> Any:
         if said["key"] != key:
             return None
         if part == "performance":
-            return performance_of(said["holds"])
+            return value_as(Mapping[str, Performance], said["holds"], "holds")
         return (ANALYSES[part].result if part in ANALYSES else SliceResult).from_dict(said["holds"])
-    except (DataError, KeyError, TypeError):
+    except (DataError, KeyError, Misfit):
         return None
-
-
-def _record(part: Any) -> dict[str, Any]:
-    return performance_record(part) if isinstance(part, Mapping) else whole(part)
 
 
 def _plain(name: str) -> str:

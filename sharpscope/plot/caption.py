@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from sharpscope.results import SliceResult
-from sharpscope.results.record import names_of
-from sharpscope.results.slice import DIVERGED, PENDING
-from sharpscope.results.slice_table import also_said, described, misleads
+from sharpscope.results.origin import names_of
+from sharpscope.results.slice import DIVERGED, PENDING, also_said, described, misleads
 
 
 def caption(

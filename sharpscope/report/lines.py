@@ -14,7 +14,7 @@ from sharpscope.report.look import Look, key
 from sharpscope.report.markup import table, text
 from sharpscope.results import SliceResult
 from sharpscope.results.comparison import Comparison
-from sharpscope.results.readings import Row
+from sharpscope.results.comparison.rows import Row
 from sharpscope.results.slice import Array
 
 if TYPE_CHECKING:

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from sharpscope.report.look import Look, swatch
 from sharpscope.report.markup import table, tag, text
 from sharpscope.results.comparison import Comparison
-from sharpscope.results.difference import ENDS, PAIRS, Difference
-from sharpscope.results.groups import Spread
-from sharpscope.results.reading import Reading
-from sharpscope.results.readings import Row, contrasted
+from sharpscope.results.comparison.intervals import Reading
+from sharpscope.results.comparison.rows import Row, contrasted
+from sharpscope.results.comparison.statistics import ENDS, PAIRS, Difference, Spread
 
 # Columns that fit side by side on paper, interval beside value.
 FEW = 6
@@ -56,7 +55,7 @@ class Notes:
 
 def every_number(comparison: Comparison, rows: list[Row], looks: dict[str, Look], notes: Notes) -> str:
     """The table with a column a checkpoint, and of two one for how they differ."""
-    first, others = contrasted(comparison)
+    first, others = contrasted(comparison.subjects)
     others = [] if comparison.groups else others  # of groups the other table tells
     head = ["Quantity", *(swatch(looks[s.name]) + text(s.name) for s in comparison.subjects)]
     head += [text(f"{name} against {first}") for name in others]
@@ -75,7 +74,7 @@ def groups_table(comparison: Comparison, rows: list[Row], looks: dict[str, Look]
     groups = comparison.groups
     if not groups:
         return ""
-    first, others = contrasted(comparison)
+    first, others = contrasted(comparison.subjects)
     head = ["Quantity", *(swatch(looks[members[0].name]) + text(group) for group, members in groups.items())]
     head += [text(f"{group} against {first}") for group in others]
     body = []

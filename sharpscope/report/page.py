@@ -16,7 +16,7 @@ from sharpscope.report.numbers import Notes, every_number, groups_table
 from sharpscope.report.origin import costs, facts, reproduction
 from sharpscope.report.prose import glossary, limits, title_of
 from sharpscope.results.comparison import Comparison
-from sharpscope.results.readings import Row, rows_of
+from sharpscope.results.comparison.rows import Row
 
 HERE = Path(__file__).parent
 # A browser that keeps to it fetches nothing; plotly compiles its shaders' callers, hence the last word on scripts.
@@ -44,7 +44,7 @@ def page(comparison: Comparison) -> str:
     Its findings, the first of which stands out; numbers with their intervals, figures, definitions, costs and origin;
     surfaces to turn where plotly is installed.
     """
-    rows, looks = rows_of(comparison), looks_of(comparison)
+    rows, looks = comparison.rows, looks_of(comparison)
     drawn, left_out = _figures(comparison, looks, rows)
     title = title_of(comparison)
     notes = Notes()

@@ -17,7 +17,7 @@ from sharpscope.report.look import Look
 from sharpscope.report.markup import data, tag
 from sharpscope.results import SliceResult
 from sharpscope.results.comparison import Comparison
-from sharpscope.results.readings import Row
+from sharpscope.results.comparison.rows import Row
 from sharpscope.results.slice import Array
 
 if TYPE_CHECKING:

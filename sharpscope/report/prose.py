@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sharpscope.report.markup import tag, text
 from sharpscope.results.comparison import Comparison
-from sharpscope.results.intervals import KINDS
-from sharpscope.results.readings import Row
+from sharpscope.results.comparison.intervals import KINDS
+from sharpscope.results.comparison.rows import Row
 
 TERMS = {
     "Hessian": "the matrix of second derivatives of the mean loss by the weights; its eigenvalues are the curvatures "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sharpscope.report.drawing import QUIET, SMALL, Drawn, Panel, panel, powers
 from sharpscope.report.look import Look, key
 from sharpscope.results.comparison import Comparison
-from sharpscope.results.readings import Row
+from sharpscope.results.comparison.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ from sharpscope.report.drawing import PAIR, QUIET, Drawn, Panel, panel, powers
 from sharpscope.report.look import Look, key, together
 from sharpscope.report.spectra import name_rows
 from sharpscope.results.comparison import Comparison, Subject
-from sharpscope.results.groups import spread
-from sharpscope.results.readings import Row
+from sharpscope.results.comparison.rows import Row
+from sharpscope.results.comparison.statistics import spread
 from sharpscope.results.sharpness import Measure
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from sharpscope.plot.density import broken, density_curve, height_of_one
 from sharpscope.report.drawing import PAIR, QUIET, THIRD, Drawn, Panel, panel, powers
 from sharpscope.report.look import Look, key, together
 from sharpscope.results.comparison import Comparison, Subject
+from sharpscope.results.comparison.intervals import Reading
+from sharpscope.results.comparison.rows import Row
 from sharpscope.results.density import DensityResult
-from sharpscope.results.reading import Reading
-from sharpscope.results.readings import Row
 from sharpscope.tables import with_bound
 
 if TYPE_CHECKING:

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
+from sharpscope.results.base import Result
 from sharpscope.results.cost import Cost
 from sharpscope.results.estimate import Estimate
-from sharpscope.results.record import head, names_of, opened, origin, read, refuse_taken, write
-from sharpscope.results.table import Table, as_html, as_pretty, as_text, stacked
+from sharpscope.results.origin import names_of, origin
+from sharpscope.results.serialization import Array, Shape, as_json, hints_of, notes_of, value_as
+from sharpscope.results.table import Table, stacked
 from sharpscope.tables import with_bound
 
-Array = NDArray[np.float64]
-
-# A row of the record: its key for a block, and the attribute that it comes from.
-_COLUMNS = {
-    "name": "names",
-    "num_params": "sizes",
-    "lambda_max": "lambda_max",
-    "residual": "residuals",
-    "lower": "lower",
-    "upper": "upper",
-    "converged": "converged",
-    "trace": "traces",
-    "trace_error": "trace_errors",
+# A field of this shape is a key of each block's object in the JSON, of the same name or this one.
+BLOCKS = Shape("L")
+PerBlock = Annotated[Array, BLOCKS]
+_RENAMED = {
+    "names": "name",
+    "sizes": "num_params",
+    "residuals": "residual",
+    "traces": "trace",
+    "trace_errors": "trace_error",
 }
-_MEASURED = ("loss", "gradient_norm", "cost")
 
 # Standard errors that the whole trace must be away from zero before shares of it are told.
 SURELY = 4.0
@@ -43,7 +39,7 @@ RULES = {
 
 
 @dataclass(frozen=True, eq=False)
-class BlockResult:
+class BlockResult(Result):
     """lambda_max and trace of each diagonal block ``H_ll`` of the Hessian of a data set's mean loss; L blocks.
 
     Attributes:
@@ -61,25 +57,27 @@ class BlockResult:
         provenance: as EigenResult's, with ``by``, ``operator``, ``probes``.
     """
 
-    names: tuple[str, ...]
-    sizes: NDArray[np.int64]
-    lambda_max: Array
-    residuals: Array
-    lower: Array
-    upper: Array
-    converged: NDArray[np.bool_]
-    traces: Array
-    trace_errors: Array
+    analysis = "blocks"
+    derived = ("trace",)
+
+    names: Annotated[tuple[str, ...], BLOCKS]
+    sizes: Annotated[NDArray[np.int64], BLOCKS]
+    lambda_max: PerBlock
+    residuals: PerBlock
+    lower: PerBlock
+    upper: PerBlock
+    converged: Annotated[NDArray[np.bool_], BLOCKS]
+    traces: PerBlock
+    trace_errors: PerBlock
     loss: float
     gradient_norm: float
     cost: Cost
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        refuse_taken(self.provenance, ("blocks", "trace", *_MEASURED))
-        shapes = {np.shape(getattr(self, attribute)) for attribute in _COLUMNS.values()}
-        if len(shapes) != 1 or shapes == {(0,)}:
-            raise DataError(f"A block result must have one entry a block everywhere, got the shapes {shapes}.")
+        super().__post_init__()
+        if not self.names:
+            raise DataError("A blocks result needs at least one block, got none. Measure it again.")
 
     @property
     def trace(self) -> Estimate:
@@ -100,60 +98,36 @@ class BlockResult:
         errors = np.sqrt((1 - parts) ** 2 * self.trace_errors**2 + parts**2 * np.maximum(others, 0)) / whole.value
         return [Estimate(float(part), float(error)) for part, error in zip(parts, errors, strict=True)]
 
+    @classmethod
+    def _columns(cls) -> dict[str, str]:
+        """The fields with an entry a block, and each one's key in a block's object."""
+        hints = hints_of(cls)
+        return {name: _RENAMED.get(name, name) for name in cls._fields() if BLOCKS in notes_of(hints[name])}
+
+    @classmethod
+    def _keys(cls) -> tuple[str, ...]:
+        return ("blocks", *(key for key in super()._keys() if key not in cls._columns()))
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values: an object a block, with its share of the trace."""
-        rows = zip(*(np.asarray(getattr(self, attribute)).tolist() for attribute in _COLUMNS.values()), strict=True)
-        blocks = [dict(zip(_COLUMNS, row, strict=True)) for row in rows]
+        values, columns = super().to_dict(), self._columns()
+        rows = zip(*(values.pop(name) for name in columns), strict=True)
+        blocks = [dict(zip(columns.values(), row, strict=True)) for row in rows]
         shares = self.shares
         for i, block in enumerate(blocks):
-            block["share"] = None if shares is None else asdict(shares[i])
-        return {
-            **head("blocks", self.provenance),
-            "blocks": blocks,
-            "trace": asdict(self.trace),
-            "loss": self.loss,
-            "gradient_norm": self.gradient_norm,
-            "cost": asdict(self.cost),
-        }
+            block["share"] = None if shares is None else as_json(shares[i])
+        return {**values, "blocks": blocks}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> BlockResult:
-        """The inverse of ``to_dict``.
-
-        Raises: DataError when a key is missing or it is another analysis.
-        """
-        rest = opened(values, "blocks")
-        rest.pop("trace", None)
-        try:
-            blocks = rest.pop("blocks")
-            columns = {attribute: [block[key] for block in blocks] for key, attribute in _COLUMNS.items()}
-            arrays: dict[str, Any] = {name: np.array(column) for name, column in columns.items() if name != "names"}
-            measured = {key: rest.pop(key) for key in _MEASURED} | {"cost": Cost(**values["cost"])}
-        except (KeyError, TypeError) as error:
-            raise DataError(f"A block result must have the keys of BlockResult.to_dict(), got: {error}.") from error
-        return cls(names=tuple(columns["names"]), **arrays, **measured, provenance=rest)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON to ``path``, atomically.
-
-        Raises: OutputError when it cannot be written.
-        """
-        write(path, self.to_dict())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> BlockResult:
-        """Read what ``save`` wrote.
-
-        Raises: DataError when ``path`` holds something else.
-        """
-        return cls.from_dict(read(path))
+    def _read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        blocks = value_as(tuple[Mapping[str, Any], ...], values["blocks"], "blocks")
+        known = {name: key for name, key in cls._columns().items() if any(key in block for block in blocks)}
+        columns = {name: [block[key] for block in blocks] for name, key in known.items()}
+        return super()._read({**values, **columns})
 
     def table(self) -> Table:
         """The result as rows and notes."""
         return block_table([self])
-
-    summary = __str__ = as_text
-    _repr_pretty_, _repr_html_ = as_pretty, as_html
 
 
 def block_table(results: Sequence[BlockResult]) -> Table:

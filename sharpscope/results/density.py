@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
+from sharpscope.results.base import Result
 from sharpscope.results.cost import Cost
 from sharpscope.results.curve import Curve, shares_below, smoothed
 from sharpscope.results.estimate import Estimate
-from sharpscope.results.record import (
-    POINT_AND_PRICE,
-    head,
-    names_of,
-    opened,
-    origin_notes,
-    point_and_price,
-    read,
-    refuse_taken,
-    write,
-)
-from sharpscope.results.table import Table, as_html, as_pretty, as_text
+from sharpscope.results.origin import POINT_AND_PRICE, names_of, origin_notes, point_and_price
+from sharpscope.results.serialization import Array, Shape
+from sharpscope.results.table import Table
 from sharpscope.tables import narrower
 
-Array = NDArray[np.float64]
-
-_ARRAYS = ("nodes", "weights")
-_ESTIMATES = ("trace", "frobenius")
-_PLAIN = ("num_known", "loss", "gradient_norm")
-_MEASURED = (*_ARRAYS, *_ESTIMATES, *_PLAIN, "cost")
-_SHARES = ("mean", "second_moment", "negative_mass", "near_zero_mass")
-_DERIVED = (*_SHARES, "curve")
+PerNode = Annotated[Array, Shape("K", "d + s")]
 
 # An eigenvalue counts as negative from so many widths below zero on, by a step softened to so many widths, lest one
 # node's side decide. Of an eigenvalue at zero 3e-5 then counts as negative.
@@ -43,7 +26,7 @@ SURELY, SOFTNESS = 2.0, 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class DensityResult:
+class DensityResult(Result):
     """The spectral density ``phi(t) = (1/n) sum_i delta(t - lambda_i)`` of the Hessian of a data set's mean loss.
 
     Attributes:
@@ -58,8 +41,11 @@ class DensityResult:
         provenance: as EigenResult's, with ``probes`` and ``steps``; ``num_params`` is n.
     """
 
-    nodes: Array
-    weights: Array
+    analysis = "density"
+    derived = ("mean", "second_moment", "negative_mass", "near_zero_mass", "curve")
+
+    nodes: PerNode
+    weights: PerNode
     num_known: int
     trace: Estimate
     frobenius: Estimate
@@ -69,12 +55,16 @@ class DensityResult:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        refuse_taken(self.provenance, (*_MEASURED, *_DERIVED))
-        if self.nodes.ndim != 2 or self.nodes.shape != self.weights.shape or len(self.nodes) < 2:
-            shapes = f"{self.nodes.shape} and {self.weights.shape}"
-            raise DataError(f"Nodes and weights must be of one shape (K, s) with K at least 2, got {shapes}.")
-        if not isinstance(self.provenance.get("num_params"), int):
-            raise DataError("The provenance must hold num_params, the number of eigenvalues.")
+        super().__post_init__()
+        draws, columns = self.nodes.shape
+        if draws < 2 or not 0 <= self.num_known < columns:
+            raise DataError(
+                "A density result needs at least 2 rows of nodes, and a column that is not of known eigenvalues, got "
+                f"nodes of shape {self.nodes.shape} and num_known {self.num_known}. Measure it again."
+            )
+        n = self.provenance.get("num_params")
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise DataError("The provenance must hold num_params, the number of eigenvalues. Measure it again.")
 
     @property
     def n(self) -> int:
@@ -146,56 +136,12 @@ class DensityResult:
             raise DataError(f"width must be positive and confidence between 0 and 1, got {width} and {confidence}.")
         return smoothed(self.nodes, self.weights, chosen, confidence, grid)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, and what follows from it, as plain JSON values."""
-        curve = {
-            key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(self.curve()).items()
-        }
-        return {
-            **head("density", self.provenance),
-            **{key: getattr(self, key) for key in _PLAIN},
-            **{key: asdict(getattr(self, key)) for key in (*_ESTIMATES, *_SHARES)},
-            "curve": curve,
-            **{key: getattr(self, key).tolist() for key in _ARRAYS},
-            "cost": asdict(self.cost),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> DensityResult:
-        """The inverse of ``to_dict``.
-
-        Raises: DataError when a key is missing or it is another analysis.
-        """
-        rest = {key: value for key, value in opened(values, "density").items() if key not in _DERIVED}
-        try:
-            measured = {key: rest.pop(key) for key in _MEASURED}
-            measured |= {key: np.array(measured[key], float) for key in _ARRAYS}
-            measured |= {key: Estimate(**measured[key]) for key in _ESTIMATES} | {"cost": Cost(**measured["cost"])}
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"A density result must have the keys of DensityResult.to_dict(), got: {error}.") from error
-        return cls(**measured, provenance=rest)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON to ``path``, atomically.
-
-        Raises: OutputError when it cannot be written.
-        """
-        write(path, self.to_dict())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> DensityResult:
-        """Read what ``save`` wrote.
-
-        Raises: DataError when ``path`` holds something else.
-        """
-        return cls.from_dict(read(path))
+    def _derived(self) -> dict[str, Any]:
+        return {**{name: getattr(self, name) for name in self.derived}, "curve": self.curve()}
 
     def table(self) -> Table:
         """The result as rows and notes."""
         return density_table([self])
-
-    summary = __str__ = as_text
-    _repr_pretty_, _repr_html_ = as_pretty, as_html
 
 
 def density_table(results: Sequence[DensityResult]) -> Table:

@@ -1,39 +1,62 @@
-"""The largest eigenvalues: the result that holds them, and the ratio of the first to the last."""
+"""The largest eigenvalues: the result that holds them, the ratio of the first to the last, and their table."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
+from sharpscope.results.base import Result
 from sharpscope.results.cost import Cost
-from sharpscope.results.eigen_table import eigen_table
-from sharpscope.results.record import (
-    CERTAIN,
-    UNREADABLE,
-    arrays_beside,
-    head,
-    opened,
-    plain,
-    read,
-    refuse_taken,
-    write,
-)
-from sharpscope.results.table import Table, as_html, as_pretty, as_text
+from sharpscope.results.origin import POINT_AND_PRICE, names_of, origin_notes, point_and_price
+from sharpscope.results.serialization import BESIDE, Array, Like, Shape, arrays_beside, read_arrays, write
+from sharpscope.results.table import Table
+from sharpscope.tables import narrower, with_bound
 
-Array = NDArray[np.float64]
+# Above this probability of a miss there is no certificate.
+CERTAIN = 0.01
 
-_MEASURED = (
-    *("loss", "gradient_norm", "eigenvalues", "residuals", "lower", "upper", "converged", "cost"),
-    *("missed_probability", "sampling", "certificate"),
-)
-_DERIVED = ("lambda_max", "ratio")
+PerEigenvalue = Annotated[Array, Shape("k")]
+
+
+class RatioSampling(TypedDict):
+    """The sampling error of the ratio, in the JSON."""
+
+    se: float
+    lower: float
+    upper: float
+    bias: float
+
+
+class Sampling(TypedDict):
+    """The sampling errors of k eigenvalues, in the JSON; null where they are not known."""
+
+    se: tuple[float, ...] | None
+    lower: tuple[float, ...] | None
+    upper: tuple[float, ...] | None
+    bias: tuple[float, ...] | None
+    ratio: RatioSampling | None
+    confidence: float
+    examples: int
+    parts: int
+    reason: str | None
+
+
+class Certificate(TypedDict):
+    """What the runs of a certificate support, in the JSON."""
+
+    eps: float
+    above: float
+    probability: float
+    runs: int
+    steps: int
+    kuczynski_wozniakowski: float
 
 
 @dataclass(frozen=True)
@@ -61,7 +84,7 @@ class Ratio:
 
 
 @dataclass(frozen=True, eq=False)
-class EigenResult:
+class EigenResult(Result):
     """The k largest algebraic eigenvalues of the Hessian of a data set's mean loss, or others, with intervals.
 
     Attributes:
@@ -83,22 +106,27 @@ class EigenResult:
         eigenvectors: (n, k) in the parameters' flat order, or None.
     """
 
-    eigenvalues: Array
-    residuals: Array
-    lower: Array
-    upper: Array
-    converged: NDArray[np.bool_]
+    analysis = "eigen"
+    derived = ("lambda_max", "ratio")
+
+    eigenvalues: PerEigenvalue
+    residuals: PerEigenvalue
+    lower: PerEigenvalue
+    upper: PerEigenvalue
+    converged: Annotated[NDArray[np.bool_], Shape("k")]
     loss: float
     gradient_norm: float
     cost: Cost
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    eigenvectors: NDArray[Any] | None = None
-    missed_probability: Array | None = None
-    sampling: Mapping[str, Any] | None = None
-    certificate: Mapping[str, Any] | None = None
+    eigenvectors: Annotated[NDArray[Any], Shape("n", "k"), BESIDE] | None = None
+    missed_probability: PerEigenvalue | None = None
+    sampling: Annotated[Mapping[str, Any], Like(Sampling)] | None = None
+    certificate: Annotated[Mapping[str, Any], Like(Certificate)] | None = None
 
     def __post_init__(self) -> None:
-        refuse_taken(self.provenance, (*_MEASURED, *_DERIVED))
+        super().__post_init__()
+        if len(self.eigenvalues) == 0:
+            raise DataError("An eigen result needs at least one eigenvalue, got none. Measure it again.")
 
     @property
     def certified(self) -> bool:
@@ -138,52 +166,8 @@ class EigenResult:
         named = {"smallest": down, "both": up[:half] + down[:half][::-1]}
         return named.get(self.which, up if self.which == "largest" else [f"lambda_({i})" for i in range(1, count + 1)])
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the eigenvectors, as plain JSON values."""
-        return {
-            **head("eigen", self.provenance),
-            "loss": self.loss,
-            "gradient_norm": self.gradient_norm,
-            "eigenvalues": self.eigenvalues.tolist(),
-            "residuals": self.residuals.tolist(),
-            "lower": self.lower.tolist(),
-            "upper": self.upper.tolist(),
-            "converged": self.converged.tolist(),
-            "missed_probability": None if self.missed_probability is None else self.missed_probability.tolist(),
-            "sampling": plain(self.sampling),
-            "certificate": plain(self.certificate),
-            "lambda_max": self.lambda_max if self.which in ("largest", "both") else None,
-            "ratio": asdict(self.ratio),
-            "cost": asdict(self.cost),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> EigenResult:
-        """The inverse of ``to_dict``.
-
-        Raises: DataError when a key is missing or it is another analysis.
-        """
-        rest = opened(values, "eigen")
-        try:
-            measured = {key: np.array(rest.pop(key), float) for key in ("eigenvalues", "residuals", "lower", "upper")}
-            converged, missed = np.array(rest.pop("converged"), bool), rest.pop("missed_probability", None)
-            loss, gradient_norm, cost = rest.pop("loss"), rest.pop("gradient_norm"), Cost(**rest.pop("cost"))
-            sampling, certificate = rest.pop("sampling", None), rest.pop("certificate", None)
-        except (KeyError, TypeError) as error:
-            raise DataError(f"An eigen result must have the keys of EigenResult.to_dict(), got: {error}.") from error
-        for derived in _DERIVED:
-            rest.pop(derived, None)
-        return cls(
-            **measured,
-            converged=converged,
-            loss=loss,
-            gradient_norm=gradient_norm,
-            cost=cost,
-            provenance=rest,
-            missed_probability=None if missed is None else np.array(missed, float),
-            sampling=sampling,
-            certificate=certificate,
-        )
+    def _derived(self) -> dict[str, Any]:
+        return {"lambda_max": self.lambda_max if self.which in ("largest", "both") else None, "ratio": self.ratio}
 
     def save(self, path: str | os.PathLike[str], *, vectors: bool = False) -> None:
         """Write JSON to ``path``, atomically, and with ``vectors`` the eigenvectors beside it as ``.npz``.
@@ -201,13 +185,14 @@ class EigenResult:
     def load(cls, path: str | os.PathLike[str]) -> EigenResult:
         """Read what ``save`` wrote, with the eigenvectors where the ``.npz`` is there.
 
-        Raises: DataError when ``path`` holds something else.
+        Raises: DataError when ``path`` holds something else, or is damaged.
         """
-        result = cls.from_dict(read(path))
+        result = super().load(path)
         beside = arrays_beside(path)
         if beside.is_file():
             # A file of another run, or of another making, that only shares the name is not this one's vectors.
-            with contextlib.suppress(*UNREADABLE), np.load(beside) as arrays:
+            with contextlib.suppress(DataError):
+                arrays = read_arrays(beside, ["eigenvalues", "eigenvectors"])
                 if np.array_equal(arrays["eigenvalues"], result.eigenvalues):
                     return replace(result, eigenvectors=arrays["eigenvectors"])
         return result
@@ -216,5 +201,110 @@ class EigenResult:
         """The result as rows and notes."""
         return eigen_table([self])
 
-    summary = __str__ = as_text
-    _repr_pretty_, _repr_html_ = as_pretty, as_html
+
+def eigen_table(results: Sequence[EigenResult]) -> Table:
+    """A row a result, or a column where that is narrower."""
+    return Table(narrower(_rows(results)), _notes(results))
+
+
+def _rows(results: Sequence[EigenResult]) -> list[list[str]]:
+    """A heading and one row a result: checkpoint, lambda_1..lambda_k, ratio (for k > 1), loss, gradient norm, cost."""
+    ks = {result.ratio.k for result in results}
+    widest = max(results, key=lambda result: len(result.eigenvalues))
+    k, with_ratio = len(widest.labels), any(r.which in ("largest", "both") and r.ratio.k > 1 for r in results)
+    ratio_head = [f"lambda_max/lambda_{widest.ratio.k if len(ks) == 1 else 'k'}"] if with_ratio else []
+    rows = [["checkpoint", *widest.labels, *ratio_head, *POINT_AND_PRICE]]
+    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
+        intervals = zip(r.eigenvalues, r.lower, r.upper, r.converged, strict=True)
+        values = [with_bound(v, low, up) + ("" if sure else " ?") for v, low, up, sure in intervals]
+        ratio = r.ratio
+        shown = "-" if ratio.value is None else with_bound(ratio.value, ratio.lower or 0.0, ratio.upper or np.inf)
+        if ratio.value is not None and not (r.converged[0] and r.converged[ratio.k - 1]):
+            shown += " ?"
+        if len(ks) > 1:
+            shown += f" (k={ratio.k})"
+        measured = [*values, *[""] * (k - len(values)), *([shown] if with_ratio else [])]
+        rows.append([name, *measured, *point_and_price(r.loss, r.gradient_norm, r.cost)])
+    return rows
+
+
+def _notes(results: Sequence[EigenResult]) -> list[str]:
+    """What a reader of the table must know: the data, the mode, what has not converged, ratios that mean nothing."""
+    notes = []
+    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
+        p = r.provenance
+        # Of a sample what it leaves open is more than the bounds in the table, and comes first.
+        if sampled := _sampled(r):
+            notes.append(f"{name}: {sampled}")
+        notes += origin_notes(name, p)
+        notes += [f"{name}: {said}" for said in (_missed(r), _certified(r)) if said]
+        if r.ratio.value is None and r.ratio.k > 1 and r.which in ("largest", "both"):
+            notes.append(f"{name}: no ratio, since {r.ratio.reason}.")
+        if not r.converged.all():
+            missing = np.flatnonzero(~r.converged)
+            which = "all" if len(missing) == len(r.converged) > 5 else ", ".join(r.labels[i] for i in missing)
+            notes.append(
+                f"{name}: NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?): {which}. Their intervals may "
+                f"be about other eigenvalues. {_remedy(r)}"
+            )
+    return notes
+
+
+def _missed(result: EigenResult) -> str:
+    """How sure it is that nothing larger was missed, as far as the run's random vectors say."""
+    if result.which not in ("largest", "smallest"):
+        return "no probability is stated of eigenvalues that were missed; that goes with --which largest or smallest."
+    if result.missed_probability is None:
+        return ""
+    first, last = float(result.missed_probability[0]), float(result.missed_probability[-1])
+    side = "above" if result.which == "largest" else "below"
+    if first >= 0.995:
+        unknown = "nothing is known of eigenvalues that were missed"
+        return f"{unknown}; power iteration may skip some." if result.provenance.get("method") == "power" else ""
+    said = f"an eigenvalue {side} {result.labels[0]} was missed with probability at most {_percent(first)}"
+    if len(result.labels) > 1:
+        said += f", {side} {result.labels[-1]} " + ("not excluded" if last >= 0.995 else f"at most {_percent(last)}")
+    pays = last > CERTAIN and result.which == "largest" and not result.certificate
+    return said + ("; --certify pays for less." if pays else ".")
+
+
+def _certified(result: EigenResult) -> str:
+    """What --certify paid for."""
+    proof = result.certificate
+    if not proof:
+        return ""
+    if proof["probability"] > CERTAIN:
+        return f"NO CERTIFICATE: after {proof['runs']} runs one above {proof['above']:.4g} is not excluded."
+    where = f"above {proof['above']:.4g} (lambda_{result.ratio.k} + {proof['eps']:g} lambda_max)"
+    return f"certificate, {proof['steps']} steps: one {where} was missed with probability at most " + (
+        f"{_percent(proof['probability'])}."
+    )
+
+
+def _sampled(result: EigenResult) -> str:
+    """The intervals over the data."""
+    if not result.sampling:
+        return ""
+    s = result.sampling
+    if not result.converged.all():
+        return "no intervals for all the data of which these are a sample: not all eigenvalues have converged."
+    if s["lower"] is None:
+        return f"no intervals for all the data of which these are a sample: {s['reason']}."
+    pairs = zip(result.labels, s["lower"], s["upper"], strict=True)
+    said = [f"{label} {low:.3g} to {high:.3g}" for label, low, high in pairs]
+    if s.get("ratio"):
+        said.append(f"lambda_max/lambda_{result.ratio.k} {s['ratio']['lower']:.3g} to {s['ratio']['upper']:.3g}")
+    sure = f"{100 * s['confidence']:.3g} %"
+    return f"for all the data of which these are {s['examples']} examples, {sure} intervals: {', '.join(said)}."
+
+
+def _percent(probability: float) -> str:
+    return f"{100 * max(probability, 1e-6):.2g} %"
+
+
+def _remedy(result: EigenResult) -> str:
+    half = float((result.upper - result.lower).max()) / 2
+    rounding = 64 * float(np.finfo(np.float32).eps) * float(np.abs(result.eigenvalues).max())
+    if result.provenance.get("dtype") == "float32" and half <= rounding:
+        return f"float32 rounding leaves ±{half:.0e}: lift the computation to float64 (--dtype float64)."
+    return "Allow more passes (--max-passes), or a larger tolerance (--tol)."

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
-from sharpscope.errors import DataError
+from sharpscope.results.base import Result
 from sharpscope.results.cost import Cost
-from sharpscope.results.record import (
-    head,
-    names_of,
-    opened,
-    origin_notes,
-    plain,
-    read,
-    refuse_taken,
-    write,
-)
-from sharpscope.results.sharpness import Measure, measure_from
-from sharpscope.results.table import Table, as_html, as_pretty, as_text, stacked
-
-_MEASURED = ("before", "after", "factor", "layers", "loss", "cost")
+from sharpscope.results.origin import names_of, origin_notes
+from sharpscope.results.serialization import Shape
+from sharpscope.results.sharpness import Measure
+from sharpscope.results.table import Table, stacked
 
 
 @dataclass(frozen=True)
-class InvarianceResult:
+class InvarianceResult(Result):
     """What each measure says of one function in two sets of coordinates.
 
     Attributes:
@@ -38,16 +27,16 @@ class InvarianceResult:
         provenance: as SharpnessResult's.
     """
 
-    before: tuple[Measure, ...]
-    after: tuple[Measure, ...]
+    analysis = "invariance"
+    derived = ("changes",)
+
+    before: Annotated[tuple[Measure, ...], Shape("measures")]
+    after: Annotated[tuple[Measure, ...], Shape("measures")]
     factor: float
     layers: tuple[tuple[str, str], ...]
     loss: float
     cost: Cost
     provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        refuse_taken(self.provenance, (*_MEASURED, "changes"))
 
     @property
     def changes(self) -> tuple[float, ...]:
@@ -60,56 +49,9 @@ class InvarianceResult:
         """Whether every eigenvalue among the measures is known to its tolerance."""
         return all(m.settings.get("converged", True) for m in (*self.before, *self.after))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values; a number that is not finite is null."""
-        return {
-            **head("invariance", self.provenance),
-            "before": [plain(asdict(m)) for m in self.before],
-            "after": [plain(asdict(m)) for m in self.after],
-            "changes": plain(list(self.changes)),
-            "factor": self.factor,
-            "layers": [list(pair) for pair in self.layers],
-            "loss": self.loss,
-            "cost": asdict(self.cost),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> InvarianceResult:
-        """The inverse of ``to_dict``; infinity comes back as NaN.
-
-        Raises: DataError when a key is missing or it is another analysis.
-        """
-        rest = {key: value for key, value in opened(values, "invariance").items() if key != "changes"}
-        try:
-            kept = {key: rest.pop(key) for key in _MEASURED}
-            for side in ("before", "after"):
-                kept[side] = tuple(measure_from(entry) for entry in kept[side])
-            kept |= {"layers": tuple((one, two) for one, two in kept["layers"]), "cost": Cost(**kept["cost"])}
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"An invariance result must have the keys of to_dict(), got: {error}.") from error
-        return cls(**kept, provenance=rest)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON to ``path``, atomically.
-
-        Raises: OutputError when it cannot be written.
-        """
-        write(path, self.to_dict())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> InvarianceResult:
-        """Read what ``save`` wrote.
-
-        Raises: DataError when ``path`` holds something else.
-        """
-        return cls.from_dict(read(path))
-
     def table(self) -> Table:
         """The result as rows and notes."""
         return invariance_table([self])
-
-    summary = __str__ = as_text
-    _repr_pretty_, _repr_html_ = as_pretty, as_html
 
 
 def invariance_table(results: Sequence[InvarianceResult]) -> Table:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
+from sharpscope.results.base import Result
 from sharpscope.results.cost import Cost
-from sharpscope.results.record import head, names_of, opened, origin_notes, plain, read, refuse_taken, write
-from sharpscope.results.table import Table, as_html, as_pretty, as_text, stacked
+from sharpscope.results.origin import names_of, origin_notes
+from sharpscope.results.serialization import MaybeNaN
+from sharpscope.results.table import Table, stacked
 from sharpscope.tables import with_bound
-
-_MEASURED = ("records", "cost")
 
 # Rows of the table, evenly spread over the run, the first and the last among them.
 ROWS = 20
@@ -44,27 +43,27 @@ class MonitorRecord:
     """
 
     step: int
-    lambda_max: float = math.nan
-    lower: float = math.nan
-    upper: float = math.nan
+    lambda_max: MaybeNaN = math.nan
+    lower: MaybeNaN = math.nan
+    upper: MaybeNaN = math.nan
     converged: bool = False
-    loss: float = math.nan
-    gradient_norm: float = math.nan
-    learning_rate: float = math.nan
-    two_over_eta: float = math.nan
-    momentum_edge: float = math.nan
-    sam_edge: float = math.nan
+    loss: MaybeNaN = math.nan
+    gradient_norm: MaybeNaN = math.nan
+    learning_rate: MaybeNaN = math.nan
+    two_over_eta: MaybeNaN = math.nan
+    momentum_edge: MaybeNaN = math.nan
+    sam_edge: MaybeNaN = math.nan
     products: int = 0
-    gradients: float = 0.0
-    seconds: float = 0.0
+    gradients: MaybeNaN = 0.0
+    seconds: MaybeNaN = 0.0
     reason: str | None = None
 
 
-_FLOATS = tuple(f.name for f in fields(MonitorRecord) if f.type == "float")
+_FLOATS = tuple(f.name for f in fields(MonitorRecord) if f.type == "MaybeNaN")
 
 
 @dataclass(frozen=True, eq=False)
-class MonitorResult:
+class MonitorResult(Result):
     """The largest eigenvalue of the Hessian of the training loss along a run, measured on one sample of the data.
 
     Attributes:
@@ -72,11 +71,11 @@ class MonitorResult:
         provenance: as EigenResult's, with ``every``, and ``split_examples`` that the sample was drawn from.
     """
 
+    analysis = "monitor"
+    derived = ("cost",)
+
     records: tuple[MonitorRecord, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        refuse_taken(self.provenance, _MEASURED)
 
     @property
     def steps(self) -> NDArray[np.int64]:
@@ -108,57 +107,15 @@ class MonitorResult:
             raise DataError(f"A column must be one of {', '.join(_FLOATS)}, got {name!r}.")
         return np.array([getattr(record, name) for record in self.records], float)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values; a number that is not finite is null."""
-        records = [plain(asdict(record)) for record in self.records]
-        return {**head("monitor", self.provenance), "records": records, "cost": asdict(self.cost)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> MonitorResult:
-        """The inverse of ``to_dict``; infinity comes back as NaN.
-
-        Raises: DataError when a key is missing or it is another analysis.
-        """
-        rest = opened(values, "monitor")
-        try:
-            records = tuple(_record(entry) for entry in rest.pop("records"))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"A monitor result must have the keys of to_dict(), got: {error}.") from error
-        rest.pop("cost", None)
-        return cls(records, rest)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON to ``path``, atomically.
-
-        Raises: OutputError when it cannot be written.
-        """
-        write(path, self.to_dict())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> MonitorResult:
-        """Read what ``save`` wrote.
-
-        Raises: DataError when ``path`` holds something else.
-        """
-        return cls.from_dict(read(path))
-
     def table(self) -> Table:
         """The result as rows and notes, of ROWS rows where there are more records."""
         return monitor_table([self])
-
-    summary = __str__ = as_text
-    _repr_pretty_, _repr_html_ = as_pretty, as_html
 
 
 def monitor_table(results: Sequence[MonitorResult]) -> Table:
     """A table a run, one row a record, each with its notes below."""
     names = names_of([r.provenance for r in results])
     return stacked([Table(_rows(r), _notes(r, name)) for r, name in zip(results, names, strict=True)])
-
-
-def _record(entry: Mapping[str, Any]) -> MonitorRecord:
-    values: dict[str, Any] = {key: math.nan if key in _FLOATS and v is None else v for key, v in entry.items()}
-    return MonitorRecord(**values)
 
 
 def _rows(result: MonitorResult) -> list[list[str]]:

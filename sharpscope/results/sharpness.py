@@ -1,28 +1,18 @@
-"""Measures of sharpness and what each means."""
+"""Measures of sharpness, what each means, and their table."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-import numpy as np
-
-from sharpscope.errors import DataError
+from sharpscope.errors import DataError, nearest
+from sharpscope.results.base import Result
 from sharpscope.results.cost import Cost
-from sharpscope.results.record import (
-    head,
-    opened,
-    plain,
-    read,
-    refuse_taken,
-    write,
-)
-from sharpscope.results.table import Table, as_html, as_pretty, as_text
+from sharpscope.results.origin import names_of, origin_notes
+from sharpscope.results.serialization import MaybeNaN
+from sharpscope.results.table import Table
 from sharpscope.tables import with_bound
-
-_MEASURED = ("measures", "loss", "gradient_norm", "cost")
 
 DEFINITIONS = {
     "m-sharpness": "mean over disjoint subsets b of m examples of max L_b(w+e) - L_b(w), ||D^-1 e||_p <= rho, as far "
@@ -59,15 +49,21 @@ class Measure:
         examples: that it saw.
     """
 
+    derived: ClassVar[tuple[str, ...]] = ("definition",)
+
     name: str
-    value: float
+    value: MaybeNaN
     standard_error: float | None = None
     lower: float | None = None
     upper: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    prediction: Mapping[str, float] = field(default_factory=dict)
+    prediction: Mapping[str, MaybeNaN] = field(default_factory=dict)
     gradients: float = 0.0
     examples: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in DEFINITIONS:
+            raise DataError(nearest("measure", self.name, DEFINITIONS))
 
     @property
     def definition(self) -> str:
@@ -99,7 +95,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class SharpnessResult:
+class SharpnessResult(Result):
     """Measures of the sharpness of a data set's mean loss at a model's weights.
 
     Attributes:
@@ -110,14 +106,13 @@ class SharpnessResult:
         provenance: as EigenResult's.
     """
 
+    analysis = "sharpness"
+
     measures: tuple[Measure, ...]
     loss: float
     gradient_norm: float
     cost: Cost
     provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        refuse_taken(self.provenance, _MEASURED)
 
     @property
     def converged(self) -> bool:
@@ -138,63 +133,109 @@ class SharpnessResult:
         return found[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values; a number that is not finite is null."""
-        return {
-            **head("sharpness", self.provenance),
-            "measures": [{**plain(asdict(m)), "definition": m.definition} for m in self.measures],
-            "loss": self.loss,
-            "gradient_norm": self.gradient_norm,
-            "cost": asdict(self.cost),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SharpnessResult:
-        """The inverse of ``to_dict``; infinity comes back as NaN.
-
-        Raises: DataError when a key is missing or it is another analysis.
-        """
-        rest = opened(values, "sharpness")
-        try:
-            kept = {key: rest.pop(key) for key in _MEASURED}
-            kept["measures"] = tuple(measure_from(entry) for entry in kept["measures"])
-            kept["cost"] = Cost(**kept["cost"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"A sharpness result must have the keys of to_dict(), got: {error}.") from error
-        return cls(**kept, provenance=rest)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON to ``path``, atomically.
-
-        Raises: OutputError when it cannot be written.
-        """
-        write(path, self.to_dict())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SharpnessResult:
-        """Read what ``save`` wrote.
-
-        Raises: DataError when ``path`` holds something else.
-        """
-        return cls.from_dict(read(path))
+        """Everything as plain JSON values, each measure with its definition; a number that is not finite is null."""
+        values = super().to_dict()
+        for entry, measure in zip(values["measures"], self.measures, strict=True):
+            entry["definition"] = measure.definition
+        return values
 
     def table(self) -> Table:
         """The result as rows and notes."""
-        from sharpscope.results.sharpness_table import sharpness_table
-
         return sharpness_table([self])
-
-    summary = __str__ = as_text
-    _repr_pretty_, _repr_html_ = as_pretty, as_html
-
-
-def measure_from(entry: Mapping[str, Any]) -> Measure:
-    """A Measure from its record."""
-    kept = {key: value for key, value in entry.items() if key != "definition"}
-    kept["value"] = np.nan if kept["value"] is None else float(kept["value"])
-    kept["prediction"] = {key: np.nan if v is None else v for key, v in kept["prediction"].items()}
-    return Measure(**kept)
 
 
 def short(value: Any) -> str:
     """A setting as text."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# Settings that are said once below the table, unless results differ in them.
+_COMPARED = ("p", "ascent", "eta", "drop", "tol", "order")
+
+
+# What scales the ball, see ``sharpscope.ball``.
+_D = {None: "1", "elementwise": "|w| + eta", "filter": "the filter's norm + eta"}
+
+
+def sharpness_table(results: Sequence[SharpnessResult]) -> Table:
+    """A row for each measure and a column for each result."""
+    return Table(_rows(results), _notes(results))
+
+
+def _labels(results: Sequence[SharpnessResult]) -> list[list[str]]:
+    """What each measure is called, with every setting in which results differ, lest unlike ones share a row."""
+    differing: dict[str, set[str]] = {}
+    for key in _COMPARED:
+        said: dict[str, set[str]] = {}
+        for r in results:
+            for m in r.measures:
+                said.setdefault(m.name, set()).add(str(m.settings.get(key)))
+        for name, values in said.items():
+            if len(values) > 1:
+                differing.setdefault(name, set()).add(key)
+    return [[m.labelled(sorted(differing.get(m.name, ()))) for m in r.measures] for r in results]
+
+
+def _rows(results: Sequence[SharpnessResult]) -> list[list[str]]:
+    names = names_of([r.provenance for r in results])
+    called = _labels(results)
+    labels = list(dict.fromkeys(label for column in called for label in column))
+    predicted = [any(m.prediction for m in r.measures) for r in results]
+    heading = ["measure"]
+    for name, has in zip(names, predicted, strict=True):
+        heading += [name, *(["predicted"] if has else [])]
+    rows = [heading]
+    for label in labels:
+        row = [label]
+        for r, column, has in zip(results, called, predicted, strict=True):
+            one = r.measures[column.index(label)] if label in column else None
+            row.append("-" if one is None else str(one))
+            if has:
+                row.append("" if one is None else " to ".join(f"{value:.4g}" for value in one.prediction.values()))
+        rows.append(row)
+    for label, cells in (
+        ("loss", [f"{r.loss:.4g}" for r in results]),
+        ("|grad|", [f"{r.gradient_norm:.2g}" for r in results]),
+        ("gradients", [f"{r.cost.gradients:.1f}" for r in results]),
+        ("seconds", [f"{r.cost.seconds:.1f}" for r in results]),
+    ):
+        row = [label]
+        for cell, has in zip(cells, predicted, strict=True):
+            row += [cell, *([""] if has else [])]
+        rows.append(row)
+    return rows
+
+
+def _notes(results: Sequence[SharpnessResult]) -> list[str]:
+    notes = []
+    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
+        notes += origin_notes(name, r.provenance)
+        for m in r.measures:
+            if m.name in ("edge", "pac-bayes"):
+                said = [f"{key} {short(value)}" for key, value in m.settings.items() if key != "converged"]
+                notes.append(f"{name}: {m.name}: {', '.join(said)}.")
+        for left_out, why in (r.provenance.get("left_out") or {}).items():
+            notes.append(f"{name}: {left_out} was left out. {why}")
+        if any(m.settings.get("order") == "as loaded" for m in r.measures):
+            notes.append(f"{name}: subsets are of neighbours in the loader's order, which must not be sorted by class.")
+    seen: dict[str, str] = {}
+    for r in results:
+        for m in r.measures:
+            how = [
+                f"{key} {short(value)}"
+                for key, value in m.settings.items()
+                if key in ("p", "ascent", "eta", "probes", "pairs of draws", "draws") and value not in (None, 0.0)
+            ]
+            rule = f"; predicted: {' to '.join(m.prediction)}" if m.prediction else ""
+            shape = f"; D = {_D[m.settings.get('adaptive')]}" if "D" in m.definition else ""
+            seen.setdefault(m.name, f"{m.name}: {m.definition}{shape}{''.join(f'; {h}' for h in how)}{rule}.")
+    sampled = any(m.standard_error is not None for r in results for m in r.measures)
+    if not all(r.converged for r in results):
+        seen["?"] = "? has not converged."
+    if "average-case" in seen:
+        seen["kinks"] = (
+            "The Hessian does not see the kinks of ReLU and max-pooling, which add a term of the same order to the "
+            "average case: with them it may differ from what is predicted however small sigma is."
+        )
+    closing = ["± is a 95 % interval over subsets or draws, or a bound from residuals."] if sampled else []
+    return [*notes, *seen.values(), *closing]

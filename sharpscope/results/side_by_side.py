@@ -9,14 +9,11 @@ from typing import Any
 from sharpscope.errors import DataError
 from sharpscope.results.blocks import BlockResult, block_table
 from sharpscope.results.density import DensityResult, density_table
-from sharpscope.results.eigen import EigenResult
-from sharpscope.results.eigen_table import eigen_table
+from sharpscope.results.eigen import EigenResult, eigen_table
 from sharpscope.results.invariance import InvarianceResult, invariance_table
 from sharpscope.results.monitor import MonitorResult, monitor_table
-from sharpscope.results.sharpness import SharpnessResult
-from sharpscope.results.sharpness_table import sharpness_table
-from sharpscope.results.slice import SliceResult
-from sharpscope.results.slice_table import slice_table
+from sharpscope.results.sharpness import SharpnessResult, sharpness_table
+from sharpscope.results.slice import SliceResult, slice_table
 from sharpscope.results.table import Table
 from sharpscope.results.trace import TraceResult, trace_table
 

@@ -1,29 +1,35 @@
-"""What a slice through the loss says, point by point."""
+"""Slices through the loss, point by point, and their table."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sharpscope.errors import DataError, first_line
+from sharpscope.errors import DataError
+from sharpscope.results.base import Result
 from sharpscope.results.cost import Cost
-from sharpscope.results.record import (
-    UNREADABLE,
+from sharpscope.results.origin import names_of, origin_notes
+from sharpscope.results.serialization import (
+    BESIDE,
+    MaybeNaN,
+    MaybeNaNs,
+    Misfit,
     arrays_beside,
-    head,
+    as_json,
+    fields_from,
     opened,
-    plain,
     read,
-    refuse_taken,
+    read_arrays,
+    value_as,
     write,
 )
-from sharpscope.results.table import Table, as_html, as_pretty, as_text
+from sharpscope.results.table import Table
 
 Array = NDArray[np.float64]
 
@@ -32,8 +38,6 @@ STATUSES = ("pending", "done", "diverged")
 
 _ARRAYS = ("loss", "accuracy", "status", "centre", "slopes", "curvatures")
 _GRID = ("loss", "accuracy", "status")
-_PLAIN = ("splits", "directions", "marks", "cost")
-_TOLD = ("axes", "dimensions", "points", "digest", "infinite")
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,13 @@ class Mark:
     coordinates: tuple[float, ...]
     distance: float
     length: float
-    loss: Mapping[str, float]
-    accuracy: Mapping[str, float]
+    loss: Mapping[str, MaybeNaN]
+    accuracy: Mapping[str, MaybeNaN]
     on_path: bool = False
 
 
 @dataclass(frozen=True, eq=False)
-class SliceResult:
+class SliceResult(Result):
     """``L(w + sum_k t_k d_k)`` on a grid of a line or a plane, or of several lines or planes with one grid.
 
     Attributes:
@@ -78,34 +82,53 @@ class SliceResult:
         provenance: as EigenResult's; ``statistics`` is what BatchNorm's running statistics did.
     """
 
+    analysis = "slice"
+    derived = ("dimensions", "points")
+
     axes: tuple[Array, ...]
-    loss: Array
-    accuracy: Array
-    status: NDArray[np.int8]
+    loss: Annotated[MaybeNaNs, BESIDE]
+    accuracy: Annotated[MaybeNaNs, BESIDE]
+    status: Annotated[NDArray[np.int8], BESIDE]
     splits: tuple[str, ...]
     directions: tuple[tuple[Mapping[str, Any], ...], ...]
-    centre: Array
-    slopes: Array
-    curvatures: Array
+    centre: MaybeNaNs
+    slopes: MaybeNaNs
+    curvatures: MaybeNaNs
     cost: Cost
     marks: tuple[Mark, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        refuse_taken(self.provenance, (*_ARRAYS, *_PLAIN, *_TOLD))
-        if any(len(line) != self.dimensions for line in self.directions) or not self.directions:
-            raise DataError(f"A slice of {self.dimensions} axes needs as many directions for each line or plane.")
-        shape = (len(self.directions), *(len(a) for a in reversed(self.axes)))
-        if not self.loss.shape == self.accuracy.shape == (len(self.splits), *shape) or self.status.shape != shape:
+        super().__post_init__()
+        q, splits, lines = self.dimensions, len(self.splits), len(self.directions)
+        if any(len(line) != q for line in self.directions) or not self.directions:
+            raise DataError(f"A slice of {q} axes needs as many directions for each line or plane. Measure it again.")
+        if q not in (1, 2) or any("label" not in entry for line in self.directions for entry in line):
+            raise DataError(f"A slice needs 1 or 2 axes, and directions with labels, got {q} axes. Measure it again.")
+        grid = tuple(len(axis) for axis in reversed(self.axes))
+        shapes = {"loss": (splits, lines, *grid), "accuracy": (splits, lines, *grid), "status": (lines, *grid)}
+        shapes |= {"centre": (splits, 2), "slopes": (lines, q), "curvatures": (lines, q, q)}
+        wrong = {name: found for name in shapes if (found := getattr(self, name).shape) != shapes[name]}
+        if wrong:
+            name, found = next(iter(wrong.items()))
             raise DataError(
-                f"A slice of {len(self.splits)} splits needs losses of shape {(len(self.splits), *shape)}, got "
-                f"{self.loss.shape}, accuracies {self.accuracy.shape} and status {self.status.shape}."
+                f"A slice of {splits} splits and {lines} lines or planes needs losses of shape {shapes['loss']} and "
+                f"{name} of shape {shapes[name]}, got {found}. Measure it again."
             )
+
+    @classmethod
+    def _keys(cls) -> tuple[str, ...]:
+        return (*super()._keys(), "digest", "infinite")
 
     @property
     def dimensions(self) -> int:
         """1 for lines, 2 for planes."""
         return len(self.axes)
+
+    @property
+    def points(self) -> dict[str, int]:
+        """The number of points of each status."""
+        return {name: int((self.status == i).sum()) for i, name in enumerate(STATUSES)}
 
     @property
     def complete(self) -> bool:
@@ -173,43 +196,35 @@ class SliceResult:
             status=self.status[where],
         )
 
+    def record(self) -> dict[str, Any]:
+        """All that ``from_dict`` needs: the values over the grid as well."""
+        return self.to_dict(grid=True)
+
     def to_dict(self, *, grid: bool = False) -> dict[str, Any]:
         """Everything but the arrays over the grid, as plain JSON values; a number that is not finite is null.
 
         ``grid``: those arrays as well, as ``from_dict`` needs them, and which losses are infinite.
         """
-        return {
-            **head("slice", self.provenance),
-            "dimensions": self.dimensions,
-            "axes": [a.tolist() for a in self.axes],
-            "splits": list(self.splits),
-            "directions": plain(self.directions),
-            "centre": plain(self.centre.tolist()),
-            "slopes": plain(self.slopes.tolist()),
-            "curvatures": plain(self.curvatures.tolist()),
-            "marks": [plain(asdict(mark)) for mark in self.marks],
-            **(self._grid() if grid else {"digest": self._digest()}),
-            "points": {name: int((self.status == i).sum()) for i, name in enumerate(STATUSES)},
-            "cost": asdict(self.cost),
-        }
+        values = super().to_dict()
+        if not grid:
+            return {**values, "digest": self._digest()}
+        arrays = {name: as_json(getattr(self, name)) for name in _GRID}
+        return {**values, **arrays, "infinite": np.flatnonzero(np.isposinf(self.loss)).tolist()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SliceResult:
-        """The inverse of ``to_dict`` with its grid.
-
-        Raises: DataError when a key is missing, as the arrays over the grid, or it is another analysis.
-        """
-        rest = opened(values, "slice")
-        try:
-            arrays: dict[str, Any] = {
-                name: np.array(rest.pop(name), np.int8 if name == "status" else float) for name in _ARRAYS
-            }
-            arrays["loss"].flat[rest.pop("infinite", [])] = np.inf
-            axes = tuple(np.array(axis, float) for axis in rest.pop("axes"))
-            told = _taken(rest)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"A slice must have the keys of to_dict(grid=True), got: {first_line(error)}.") from error
-        return cls(axes=axes, **arrays, **told, provenance=rest)
+    def _read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        missing = [name for name in _GRID if name not in values]
+        if missing:
+            raise DataError(
+                f"A slice result must have the keys of SliceResult.to_dict(grid=True), got none named {missing[0]!r}. "
+                "Load its file, next to which its arrays are."
+            )
+        found = super()._read(values) | fields_from(cls, _GRID, values)
+        infinite = value_as(tuple[int, ...], values.get("infinite", ()), "infinite")
+        if any(not 0 <= i < found["loss"].size for i in infinite):
+            raise Misfit(f"needs places of losses in 'infinite', got others than 0 to {found['loss'].size - 1}")
+        found["loss"].flat[list(infinite)] = np.inf
+        return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON to ``path`` and the arrays beside it as ``.npz``, each atomically.
@@ -224,29 +239,17 @@ class SliceResult:
 
         Raises: DataError when ``path`` holds something else, or its arrays are not beside it.
         """
-        rest = opened(read(path), "slice")
-        beside = arrays_beside(path)
-        try:
-            with np.load(beside) as arrays:
-                kept: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
-                kept["axes"] = tuple(arrays[f"axis{i}"] for i in range(rest.pop("dimensions")))
-            digest = rest.pop("digest")
-            kept |= _taken(rest)
-        except (*UNREADABLE, TypeError) as error:
-            raise DataError(
-                f"{path} must be a slice with its arrays in {beside.name}; problem: {first_line(error)}."
-            ) from error
-        result = cls(**kept, provenance=rest)
-        if result._digest() != digest:
+        values, beside = read(path), arrays_beside(path)
+        opened(values, cls.analysis)
+        arrays = read_arrays(beside, [*_ARRAYS, "axis0"])
+        axes = tuple(arrays[name] for name in ("axis0", "axis1") if name in arrays)
+        result = cls.from_dict({**values, **{name: arrays[name] for name in _ARRAYS}, "axes": axes})
+        if result._digest() != values.get("digest"):
             raise DataError(f"{beside} must hold the arrays of {path}, but they are of another run. Measure it again.")
         return result
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return {f"axis{i}": a for i, a in enumerate(self.axes)} | {name: getattr(self, name) for name in _ARRAYS}
-
-    def _grid(self) -> dict[str, Any]:
-        infinite = np.flatnonzero(np.isposinf(self.loss)).tolist()
-        return {name: plain(getattr(self, name).tolist()) for name in _GRID} | {"infinite": infinite}
 
     def _digest(self) -> str:
         """A hash of the arrays, by which their file is known."""
@@ -257,24 +260,123 @@ class SliceResult:
 
     def table(self) -> Table:
         """The result as rows and notes."""
-        from sharpscope.results.slice_table import slice_table
-
         return slice_table([self])
 
-    summary = __str__ = as_text
-    _repr_pretty_, _repr_html_ = as_pretty, as_html
+
+def slice_table(results: Sequence[SliceResult]) -> Table:
+    """A row a line or plane and split, and beside them the networks on or near it."""
+    marks = [row for r in results for row in _marks(r)]
+    return Table(_rows(results), _notes(results), beside=[_MARKS, *marks] if marks else [])
 
 
-def _taken(rest: dict[str, Any]) -> dict[str, Any]:
-    """What of a record is plain, taken out of it with what it holds beside: the rest is provenance."""
-    found: dict[str, Any] = {"splits": tuple(rest.pop("splits")), "cost": Cost(**rest.pop("cost"))}
-    found["directions"] = tuple(map(tuple, rest.pop("directions")))
-    found["marks"] = tuple(map(_mark, rest.pop("marks")))
-    for derived in (*_ARRAYS, *_TOLD):
-        rest.pop(derived, None)
-    return found
+def described(result: SliceResult, line: int = 0) -> str:
+    """The directions of a line or plane in a few words."""
+    labels = [str(d["label"]) for d in result.directions[line]]
+    kinds = {str(d.get("kind")) for d in result.directions[line]}
+    if kinds == {"random"}:
+        seeds = ", ".join(dict.fromkeys(str(d.get("seed")) for d in result.directions[line]))
+        size = result.directions[line][0].get("normalisation")
+        sized = "not normalised" if size == "none" else f"{size}-normalised"
+        return f"random, {sized}, seed {seeds}"
+    return " x ".join(labels)
 
 
-def _mark(entry: Mapping[str, Any]) -> Mark:
-    values = {key: {k: np.nan if v is None else v for k, v in entry[key].items()} for key in ("loss", "accuracy")}
-    return Mark(**{**entry, **values, "coordinates": tuple(entry["coordinates"])})
+def _rows(results: Sequence[SliceResult]) -> list[list[str]]:
+    barriers = any(r.barrier(line=i) is not None for r in results for i in range(len(r.directions)))
+    curved = any(np.isfinite(r.curvatures).all() for r in results)
+    head = ["", "split", "direction", "loss at w", "accuracy", "lowest", "at", "highest", "at"]
+    rows = [head + ["barrier"] * barriers + ["curvature"] * curved + ["diverged"]]
+    for name, r in zip(names_of([r.provenance for r in results]), results, strict=True):
+        for line in range(len(r.directions)):
+            for s, split in enumerate(r.splits):
+                row = [name, split, described(r, line), f"{r.centre[s, 0]:.4g}", _share(r.centre[s, 1])]
+                row += [*_extreme(r, s, line, np.nanargmin), *_extreme(r, s, line, np.nanargmax)]
+                barrier = r.barrier(split, line)
+                row += [("" if barrier is None else f"{barrier:.4g}")] * barriers
+                bends = np.diagonal(r.curvatures[line])
+                row += [", ".join(f"{c:.4g}" for c in bends) if s == 0 and np.isfinite(bends).all() else ""] * curved
+                rows.append([*row, str(int((r.status[line] == DIVERGED).sum()))])
+    return rows
+
+
+_MARKS = ["network", "split", "coordinates", "distance to the picture", "distance to w", "its loss", "accuracy"]
+
+
+def _marks(result: SliceResult) -> list[list[str]]:
+    return [
+        [
+            mark.name,
+            split,
+            ", ".join(f"{c:.4g}" for c in mark.coordinates),
+            f"{mark.distance:.3g}",
+            f"{mark.length:.3g}",
+            f"{mark.loss[split]:.4g}",
+            _share(mark.accuracy[split]),
+        ]
+        for mark in result.marks
+        for split in result.splits
+    ]
+
+
+def _notes(results: Sequence[SliceResult]) -> list[str]:
+    notes = []
+    for name, r in zip(names_of([r.provenance for r in results]), results, strict=True):
+        notes += origin_notes(name, r.provenance)
+        grid = " x ".join(f"{len(a)} points from {a[0]:.3g} to {a[-1]:.3g}" for a in r.axes)
+        kept = r.provenance.get("repeated") or 0
+        known = f", {kept} of them from disk" if kept else ""
+        lines = f"{len(r.directions)} lines of " if len(r.directions) > 1 else ""
+        notes.append(
+            f"{name}: {lines}{grid}{known}; {r.cost.passes} passes over the data, {r.cost.seconds:.1f} seconds; "
+            f"{also_said(r)}."
+        )
+        pending = int((r.status == PENDING).sum())
+        if pending:
+            notes.append(f"{name}: {pending} points are still to be measured; the same command goes on with them.")
+        cosine = r.provenance.get("cosine")
+        if cosine is not None and abs(cosine) > 1e-6:
+            notes.append(f"{name}: the axes have a cosine of {cosine:.3g}, and a picture draws them at right angles.")
+        if misleads(r):
+            notes.append(f"{name}: {MISLEADS}")
+    if any(r.barrier(line=i) is not None for r in results for i in range(len(r.directions))):
+        notes.append(
+            "barrier: the most by which the loss lies above the straight line between its ends, on these points."
+        )
+    return list(dict.fromkeys(notes))
+
+
+MISLEADS = (
+    "BatchNorm's running statistics stay those of the centre, so that away from it this is the loss of a network that "
+    "nobody would use. Pass --batchnorm recalibrate (batchnorm='recalibrate')."
+)
+
+
+def misleads(result: SliceResult) -> bool:
+    """Whether BatchNorm normalises everywhere by the statistics of the centre."""
+    return (
+        result.provenance.get("batchnorm") == "running statistics" and result.provenance.get("statistics") == "frozen"
+    )
+
+
+def also_said(result: SliceResult) -> str:
+    """What a caption must say of how weights and statistics moved."""
+    said = [f"{result.provenance.get('mode', '?')} mode"]
+    fixed = [d.get("one_dimensional") for line in result.directions for d in line]
+    if "fixed" in fixed:
+        said.append("biases and norms fixed")
+    if result.provenance.get("batchnorm") == "running statistics":
+        said.append(f"BatchNorm {result.provenance.get('statistics')}")
+    return ", ".join(said)
+
+
+def _extreme(r: SliceResult, split: int, line: int, which: Any) -> list[str]:
+    loss = np.where(np.isfinite(r.loss[split, line]), r.loss[split, line], np.nan)
+    if np.isnan(loss).all():
+        return ["?", ""]
+    place = np.unravel_index(which(loss), loss.shape)
+    at = [float(a[i]) for a, i in zip(r.axes, reversed(place), strict=True)]
+    return [f"{loss[place]:.4g}", ", ".join(f"{c:.3g}" for c in at)]
+
+
+def _share(value: float) -> str:
+    return f"{value:.2%}" if np.isfinite(value) else "-"

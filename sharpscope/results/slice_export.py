@@ -10,8 +10,7 @@ import numpy as np
 
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.files import atomic
-from sharpscope.results.slice import PENDING, STATUSES, Array, SliceResult
-from sharpscope.results.slice_table import described
+from sharpscope.results.slice import PENDING, STATUSES, Array, SliceResult, described
 
 
 def to_csv(result: SliceResult, path: str | os.PathLike[str]) -> None:

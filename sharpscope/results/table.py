@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from sharpscope.tables import aligned
 
@@ -57,31 +57,6 @@ def stacked(tables: Sequence[Table]) -> Table:
     """The first, with the others below it."""
     first, *others = tables
     return replace(first, below=tuple(others))
-
-
-class Tabular(Protocol):
-    """A result, which says in ``table()`` what it shows, and shows it everywhere by the functions below.
-
-    A class has them by assignment: ``summary = __str__ = as_text; _repr_pretty_, _repr_html_ = as_pretty, as_html``.
-    """
-
-    def table(self) -> Table:
-        """The result as rows and notes."""
-
-
-def as_text(result: Tabular) -> str:
-    """The result as a table of text."""
-    return str(result.table())
-
-
-def as_pretty(result: Tabular, printer: Any, cycle: bool) -> None:
-    """The same for IPython, whose notebooks save it beside the HTML."""
-    result.table()._repr_pretty_(printer, cycle)
-
-
-def as_html(result: Tabular) -> str:
-    """The result as a notebook shows it."""
-    return result.table()._repr_html_()
 
 
 def _html(rows: Rows) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError
 from sharpscope.files import atomic
-from sharpscope.results.record import UNREADABLE, plain
+from sharpscope.results.serialization import UNREADABLE, plain
 
 # Less than this share of a vector left outside the others is rounding: it lies in their span.
 INDEPENDENT = 1e-6

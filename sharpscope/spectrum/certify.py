@@ -12,7 +12,7 @@ from torch import Tensor
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg import Eigenpairs
 from sharpscope.linalg.certificate import STEPS, Certificate, certificate
-from sharpscope.results.record import CERTAIN
+from sharpscope.results.eigen import CERTAIN
 
 # Eigenvalues that were missed and found by a probe, after which it gives up.
 SURPRISES = 5

@@ -25,7 +25,7 @@ from sharpscope.objective.accumulate import KEPT
 from sharpscope.precision import usable
 from sharpscope.problem import Problem
 from sharpscope.results import EigenResult
-from sharpscope.results.record import CERTAIN
+from sharpscope.results.eigen import CERTAIN
 from sharpscope.sampling import sampling_error
 from sharpscope.spectrum.certify import Certified, certified, require_certify
 

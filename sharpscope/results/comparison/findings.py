@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from sharpscope.results.comparison import Comparison, Subject
-from sharpscope.results.difference import PAIRS, Difference
-from sharpscope.results.intervals import EXACT, KINDS, NONE
-from sharpscope.results.reading import Reading
-from sharpscope.results.readings import Row, rows_of
+from sharpscope.results.comparison.intervals import EXACT, KINDS, NONE, Reading
+from sharpscope.results.comparison.rows import Row
+from sharpscope.results.comparison.statistics import PAIRS, Difference
+from sharpscope.results.comparison.subject import Subject, Way, groups_of
 from sharpscope.results.slice import PENDING, SliceResult
 
 # Twenty intervals of 95 % leave out what they should hold once in the mean.
@@ -19,19 +18,20 @@ MANY = 20
 _ORDER = ("lambda_max", "trace", "m-sharpness", "")
 
 
-def findings(comparison: Comparison) -> list[str]:
+def findings(rows: Sequence[Row], subjects: Sequence[Subject], between: Sequence[Way] = ()) -> list[str]:
     """Sentences, the first of lambda_max: of groups by their intervals, else of each checkpoint against the first.
 
     They say what differs and how surely. None says that flatter is better or generalises better.
     """
-    rows = [row for row in rows_of(comparison) if row.label != "edge"]
-    rows.sort(key=lambda row: next(i for i, head in enumerate(_ORDER) if row.label.startswith(head)))
-    said = _of_groups(comparison, rows) if comparison.groups else _of_checkpoints(comparison, rows)
-    return [*said, *_ways(comparison), *_warnings(comparison, rows)]
+    groups = list(groups_of(subjects))
+    kept = [row for row in rows if row.label != "edge"]
+    kept.sort(key=lambda row: next(i for i, head in enumerate(_ORDER) if row.label.startswith(head)))
+    said = _of_groups(groups, kept) if groups else _of_checkpoints(subjects, kept)
+    return [*said, *_ways(between), *_warnings(subjects, kept)]
 
 
-def _of_groups(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
-    first, *others = comparison.groups
+def _of_groups(groups: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    first, *others = groups
     said, intervals = [], 0
     for row in rows:
         for group in others:
@@ -64,8 +64,8 @@ def _number(value: float, ratio: bool) -> str:
     return f"{value:.3g}" if ratio else f"{value:+.3g}"
 
 
-def _of_checkpoints(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
-    first, *others = comparison.subjects
+def _of_checkpoints(subjects: Sequence[Subject], rows: Sequence[Row]) -> list[str]:
+    first, *others = subjects
     said = []
     for i, subject in enumerate(others, start=1):
         # Of each m one sentence would be said again: what is shown alike is said once.
@@ -85,7 +85,7 @@ def _of_checkpoints(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
             than = f" times that of {first.name}" if times else f" in {first.name}"
             said.append(f"{quantity} of {subject.name} is {each}{than}; {shown}.")
     if others:
-        general = "SAM" if any(map(_by_sam, comparison.subjects)) else "the ways they were trained"
+        general = "SAM" if any(map(_by_sam, subjects)) else "the ways they were trained"
         said.append(f"One run each: this says nothing of {general} in general.")
     return said
 
@@ -109,10 +109,10 @@ def _by_sam(subject: Subject) -> bool:
     return (subject.provenance.get("recipe") or {}).get("rho") is not None
 
 
-def _ways(comparison: Comparison) -> list[str]:
+def _ways(between: Sequence[Way]) -> list[str]:
     """The barrier on each line between minima, on each split."""
     said = []
-    for first, second, way in comparison.between:
+    for first, second, way in between:
         heights = {split: way.barrier(split) for split in way.splits}
         told = " and ".join(f"{height:.3g} ({split})" for split, height in heights.items() if height is not None)
         if told:
@@ -124,22 +124,22 @@ def _ways(comparison: Comparison) -> list[str]:
     return said
 
 
-def _warnings(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
+def _warnings(subjects: Sequence[Subject], rows: Sequence[Row]) -> list[str]:
     """What keeps a sentence above from meaning what it seems to."""
     said = []
-    uncertified = [s.name for s in comparison.subjects if s.eigen is not None and not s.eigen.certified]
+    uncertified = [s.name for s in subjects if s.eigen is not None and not s.eigen.certified]
     if uncertified:
         said.append(f"There is no certificate that nothing larger was missed of {', '.join(uncertified)}.")
-    if comparison.groups:
+    if groups_of(subjects):
         unsure = [
             f"{row.label} of {subject.name}"
             for row in rows
-            for subject, reading in zip(comparison.subjects, row.readings, strict=True)
+            for subject, reading in zip(subjects, row.readings, strict=True)
             if reading is not None and not reading.converged
         ]
         if unsure:
             said.append(f"Not converged: {'; '.join(unsure)}.")
-    unfinished = [s.name for s in comparison.subjects if any(map(_pending, (s.line, s.surface)))]
+    unfinished = [s.name for s in subjects if any(map(_pending, (s.line, s.surface)))]
     if unfinished:
         said.append(f"Slices are unfinished of {', '.join(unfinished)}.")
     return said

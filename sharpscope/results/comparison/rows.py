@@ -7,17 +7,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sharpscope.results.comparison import Comparison, Subject
-from sharpscope.results.contrast import contrast
-from sharpscope.results.difference import Difference
+from sharpscope.results.comparison.intervals import (
+    BINOMIAL,
+    NONE,
+    NUMERICAL,
+    ONE_SUBSET,
+    PROBED,
+    PROBED_SAMPLED,
+    SAMPLED,
+    SUBSETS,
+    Reading,
+)
+from sharpscope.results.comparison.statistics import Difference, Spread, contrast, difference, spread
+from sharpscope.results.comparison.subject import Subject, groups_of, pairs_of
 from sharpscope.results.eigen import EigenResult
 from sharpscope.results.estimate import wilson
-from sharpscope.results.groups import Spread, difference, spread
-from sharpscope.results.intervals import BINOMIAL, NONE, NUMERICAL, ONE_SUBSET, PROBED, PROBED_SAMPLED, SAMPLED, SUBSETS
-from sharpscope.results.reading import Reading
-from sharpscope.results.record import examples_of, origin
+from sharpscope.results.origin import examples_of, origin
 from sharpscope.results.sharpness import Measure, SharpnessResult
 from sharpscope.results.trace import TraceResult
+
+Groups = Mapping[str, Sequence[Subject]]
 
 
 @dataclass(frozen=True)
@@ -55,34 +64,32 @@ class _Quantity:
     share: bool = False
 
 
-def rows_of(comparison: Comparison) -> list[Row]:
+def rows_of(subjects: Sequence[Subject]) -> list[Row]:
     """Every quantity that was measured of any checkpoint, means of groups, and how others differ from the first."""
-    found = []
-    for quantity in _quantities(comparison.subjects):
-        readings = tuple(quantity.of(subject) for subject in comparison.subjects)
+    found, groups = [], groups_of(subjects)
+    for quantity in _quantities(subjects):
+        readings = tuple(quantity.of(subject) for subject in subjects)
         if any(reading is not None for reading in readings):
-            found.append(_row(comparison, quantity, readings))
+            found.append(_row(subjects, groups, quantity, readings))
     return found
 
 
-def contrasted(comparison: Comparison) -> tuple[str, list[str]]:
+def contrasted(subjects: Sequence[Subject]) -> tuple[str, list[str]]:
     """The first group or checkpoint, and those whose differences from it a table has room for."""
-    first, *others = list(comparison.groups) or [subject.name for subject in comparison.subjects]
-    return first, others if comparison.groups or len(others) == 1 else []
+    groups = groups_of(subjects)
+    first, *others = list(groups) or [subject.name for subject in subjects]
+    return first, others if groups or len(others) == 1 else []
 
 
-def _row(comparison: Comparison, quantity: _Quantity, readings: tuple[Reading | None, ...]) -> Row:
-    values = {s.name: r.value for s, r in zip(comparison.subjects, readings, strict=True) if r is not None}
-    spreads, factor = _spreads(comparison, quantity, values)
+def _row(subjects: Sequence[Subject], groups: Groups, quantity: _Quantity, readings: tuple[Reading | None, ...]) -> Row:
+    values = {s.name: r.value for s, r in zip(subjects, readings, strict=True) if r is not None}
+    spreads, factor = _spreads(groups, quantity, values)
     if quantity.label == "edge":  # it follows the learning rate at the end, which says nothing of the minimum
         differences: dict[str, Difference] = {}
-    elif comparison.groups:
-        differences = _differences(comparison, values, spreads, factor)
+    elif groups:
+        differences = _differences(groups, values, spreads, factor)
     else:
-        found = {
-            subject.name: contrast(readings[0], reading, factor)
-            for subject, reading in zip(comparison.subjects[1:], readings[1:], strict=True)
-        }
+        found = {s.name: contrast(readings[0], r, factor) for s, r in zip(subjects[1:], readings[1:], strict=True)}
         differences = {name: one for name, one in found.items() if one is not None}
     return Row(
         quantity.label,
@@ -96,13 +103,11 @@ def _row(comparison: Comparison, quantity: _Quantity, readings: tuple[Reading | 
     )
 
 
-def _spreads(
-    comparison: Comparison, quantity: _Quantity, values: Mapping[str, float]
-) -> tuple[dict[str, Spread], bool]:
+def _spreads(groups: Groups, quantity: _Quantity, values: Mapping[str, float]) -> tuple[dict[str, Spread], bool]:
     """The mean of each group all of whose runs have a number, and whether they are compared by ratios."""
     kept = {
         group: [values[run.name] for run in runs]
-        for group, runs in comparison.groups.items()
+        for group, runs in groups.items()
         if all(run.name in values and math.isfinite(values[run.name]) for run in runs)
     }
     factor = quantity.factor and all(value > 0 for column in kept.values() for value in column)
@@ -113,15 +118,15 @@ def _spreads(
 
 
 def _differences(
-    comparison: Comparison, values: Mapping[str, float], spreads: Mapping[str, Spread], factor: bool
+    groups: Groups, values: Mapping[str, float], spreads: Mapping[str, Spread], factor: bool
 ) -> dict[str, Difference]:
     """Of each later group that has a mean from the first, over pairs where all runs have a partner."""
-    first, *others = comparison.groups
+    first, *others = groups
     found: dict[str, Difference] = {}
     for group in others:
         if first in spreads and group in spreads:
-            pairs = comparison.paired(first, group)
-            runs = zip(*pairs, strict=True) if pairs else (comparison.groups[name] for name in (first, group))
+            pairs = pairs_of(groups[first], groups[group])
+            runs = zip(*pairs, strict=True) if pairs else (groups[name] for name in (first, group))
             one, two = ([values[run.name] for run in column] for column in runs)
             found[group] = difference(one, two, paired=bool(pairs), ratio=factor)
     return found

@@ -1,8 +1,10 @@
-"""The kinds of interval that numbers have: what each is of, and how two of a kind are held against each other."""
+"""A number of a checkpoint with its interval, and the kinds of interval: what each covers, and when two differ."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from sharpscope.tables import with_bound
 
 NUMERICAL = "bound on the numerical error"
 SAMPLED = "95 % over examples, for all the data"
@@ -63,3 +65,34 @@ KINDS = {
     EXACT: Kind("no random choice and no iteration that could stop early; rounding alone"),
     ONE_SUBSET: Kind("a single subset of the examples was measured, and nothing says how another would differ"),
 }
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One number of one checkpoint.
+
+    Attributes:
+        value: the number.
+        lower, upper: its interval, or None.
+        interval: what the interval is, of ``KINDS``; or "none: " and the reason.
+        converged: False where the interval does not meet the tolerance.
+        origin: data, examples, precision; and ``price``: what it took.
+        more: further things to know of it.
+        data: the examples alone, alike for all that were measured on the same.
+    """
+
+    value: float
+    lower: float | None = None
+    upper: float | None = None
+    interval: str = EXACT
+    converged: bool = True
+    origin: str = ""
+    price: str = ""
+    more: str = ""
+    data: str = ""
+
+    def __str__(self) -> str:
+        mark = "" if self.converged else "?"
+        if self.lower is None or self.upper is None:
+            return f"{self.value:.4g}{mark}"
+        return f"{with_bound(self.value, self.lower, self.upper)}{mark}"

@@ -1,0 +1,130 @@
+"""The base class of results: saved, loaded and shown alike, from the fields of the dataclass."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import Field, fields
+from typing import Any, ClassVar, TypeVar
+
+from sharpscope.results.serialization import (
+    BESIDE,
+    as_json,
+    fields_from,
+    head,
+    hints_of,
+    notes_of,
+    opened,
+    owner_of,
+    plain,
+    read,
+    reading,
+    refuse_taken,
+    require_shapes,
+    write,
+)
+from sharpscope.results.table import Table
+
+R = TypeVar("R", bound="Result")
+
+
+class Result(ABC):
+    """A frozen dataclass of what was measured; its fields are the keys of its JSON, and their annotations the checks.
+
+    A field is read back with its annotated type: numbers, text, arrays, dataclasses, and tuples, mappings and options
+    of these. ``Shape`` names the sizes that must agree, ``MaybeNaN`` takes null for NaN, and a field that is BESIDE is
+    left out of the JSON. The provenance's keys stand next to the fields. A field with a default may be absent in a
+    file, as in files of older versions.
+
+    Attributes:
+        analysis: its name in the JSON.
+        derived: attributes that are also in the JSON, and follow from the fields when it is read.
+    """
+
+    analysis: ClassVar[str]
+    derived: ClassVar[tuple[str, ...]] = ()
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    provenance: Mapping[str, Any]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # IPython searches each class of the MRO for _repr_pretty_ or __repr__, and dataclass gives every subclass the
+        # latter.
+        cls._repr_pretty_ = Result._repr_pretty_  # type: ignore[method-assign]
+
+    def __post_init__(self) -> None:
+        refuse_taken(self.provenance, self._keys())
+        require_shapes(self, owner_of(self.analysis))
+
+    @classmethod
+    def _fields(cls) -> list[str]:
+        """The fields that are in the JSON, without the provenance."""
+        hints = hints_of(cls)
+        return [f.name for f in fields(cls) if f.name != "provenance" and BESIDE not in notes_of(hints[f.name])]
+
+    @classmethod
+    def _keys(cls) -> tuple[str, ...]:
+        """The keys of the JSON that are not provenance."""
+        return (*(f.name for f in fields(cls) if f.name != "provenance"), *cls.derived)
+
+    def _derived(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.derived}
+
+    def record(self) -> dict[str, Any]:
+        """All that ``from_dict`` needs, as plain JSON values."""
+        return self.to_dict()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values; a number that is not finite is null."""
+        values = {name: getattr(self, name) for name in self._fields()}
+        return {**head(self.analysis, self.provenance), **as_json({**values, **self._derived()})}
+
+    @classmethod
+    def from_dict(cls: type[R], values: Mapping[str, Any]) -> R:
+        """The inverse of ``to_dict``. Unknown keys become provenance; null stands for NaN where NaN is possible.
+
+        Raises: DataError when a key is missing, a value has another type or length, or it is another analysis.
+        """
+        with reading(owner_of(cls.analysis), f"{cls.__name__}.to_dict()"):
+            found = opened(values, cls.analysis)
+            rest = {key: value for key, value in found.items() if key not in cls._keys()}
+            return cls(**{**cls._read(found), "provenance": plain(rest)})
+
+    @classmethod
+    def _read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a record."""
+        return fields_from(cls, cls._fields(), values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON to ``path``, atomically.
+
+        Raises: OutputError when it cannot be written.
+        """
+        write(path, self.to_dict())
+
+    @classmethod
+    def load(cls: type[R], path: str | os.PathLike[str]) -> R:
+        """Read what ``save`` wrote.
+
+        Raises: DataError when ``path`` holds something else, or is damaged.
+        """
+        return cls.from_dict(read(path))
+
+    @abstractmethod
+    def table(self) -> Table:
+        """The result as rows and notes."""
+
+    def summary(self) -> str:
+        """The result as a table of text."""
+        return str(self.table())
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """The text for IPython, whose notebooks save it next to the HTML."""
+        self.table()._repr_pretty_(printer, cycle)
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()

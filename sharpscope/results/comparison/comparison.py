@@ -1,0 +1,98 @@
+"""Several checkpoints measured alike: everything that was measured of each, and of the way between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from sharpscope.errors import DataError
+from sharpscope.results.base import Result
+from sharpscope.results.comparison.findings import findings
+from sharpscope.results.comparison.rows import Row, rows_of
+from sharpscope.results.comparison.subject import Subject, Way, groups_of, pairs_of
+from sharpscope.results.comparison.table import comparison_table
+from sharpscope.results.serialization import plain, value_as
+from sharpscope.results.slice import SliceResult
+from sharpscope.results.table import Table
+
+# What the record of every subject has, whatever was measured.
+_OF_EACH = ("name", "group", "pair", "performance", "provenance")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Comparison(Result):
+    """Checkpoints side by side.
+
+    Attributes:
+        subjects: in the order given.
+        between: the loss on the straight line from one subject to another, with the names of both.
+        level: "quick", "default" or "thorough", or what else was paid for.
+        command: how to get the same again on the command line; empty where it was measured from Python.
+        provenance: what else is to be kept with it.
+    """
+
+    analysis = "comparison"
+    derived = ("findings", "rows")
+
+    subjects: tuple[Subject, ...]
+    between: tuple[Way, ...] = ()
+    level: str = ""
+    command: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = [subject.name for subject in self.subjects]
+        if not names or len(set(names)) < len(names):
+            raise DataError(f"A comparison needs subjects with names of their own, got {', '.join(names) or 'none'}.")
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Each quantity with the numbers of all subjects, the means of groups, and how others differ from the first."""
+        return rows_of(self.subjects)
+
+    @property
+    def findings(self) -> list[str]:
+        """What differs, by how much and how surely, in sentences, the first of lambda_max; of one checkpoint none."""
+        return findings(self.rows, self.subjects, self.between)
+
+    @property
+    def groups(self) -> dict[str, list[Subject]]:
+        """The subjects of each group in order; empty where there are no groups."""
+        return groups_of(self.subjects)
+
+    def paired(self, first: str, second: str) -> list[tuple[Subject, Subject]] | None:
+        """The runs of two groups that share what pairs them; None unless every run of both has its partner."""
+        return pairs_of(self.groups[first], self.groups[second])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Findings, table and every result whole, as plain JSON values; a number that is not finite is null."""
+        return {**super().to_dict(), "between": [_way_record(*way) for way in self.between]}
+
+    @classmethod
+    def _read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        absent = [key for key in cls._fields() if key not in values]
+        for entry in value_as(tuple[Mapping[str, Any], ...], values.get("subjects", ()), "subjects"):
+            absent += [key for key in _OF_EACH if key not in entry]
+        if absent:
+            raise KeyError(absent[0])
+        ways = value_as(tuple[Mapping[str, Any], ...], values["between"], "between")
+        return super()._read({**values, "between": [_way_values(way) for way in ways]})
+
+    def table(self) -> Table:
+        """The numbers as rows and notes."""
+        return comparison_table(self.rows, self.subjects)
+
+
+def _way_record(first: str, second: str, way: SliceResult) -> dict[str, Any]:
+    """A line between two subjects, with its barrier on each split."""
+    barriers = {split: plain(way.barrier(split)) for split in way.splits}
+    return {"from": first, "to": second, **way.record(), "barrier": barriers}
+
+
+def _way_values(record: Mapping[str, Any]) -> list[Any]:
+    """The inverse: the two names and the slice's own record."""
+    own = {key: value for key, value in record.items() if key not in ("from", "to", "barrier")}
+    return [record["from"], record["to"], own]

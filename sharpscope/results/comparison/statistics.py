@@ -1,0 +1,196 @@
+"""How numbers differ, and how surely: means over runs, and differences or ratios of two groups or two checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sharpscope.errors import DataError
+from sharpscope.results.comparison.intervals import KINDS, Reading
+from sharpscope.results.estimate import student
+from sharpscope.results.serialization import Array
+from sharpscope.tables import with_bound
+
+# How the interval came about: Student's over pairs of runs, Welch's over runs, or what both numbers' own ends allow.
+PAIRS, WELCH, ENDS = "pairs", "Welch", "ends"
+
+# A factor whose interval is wider than this share of it is shown with both ends.
+WIDE = 0.1
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A second number less a first, or over it; of groups of runs the difference or factor of their means.
+
+    Attributes:
+        value: the difference; with ``ratio`` the factor.
+        lower, upper: its interval; None where there is none.
+        ratio: whether it is a factor, 1 for no difference, and not a difference, 0 for none.
+        by: how the interval came about: PAIRS, WELCH or ENDS.
+        runs: pairs, or runs of both groups.
+        freedom: degrees of freedom of Student's t.
+        converged: whether both numbers are.
+    """
+
+    value: float
+    lower: float | None
+    upper: float | None
+    ratio: bool
+    by: str = ENDS
+    runs: int = 2
+    freedom: int = 0
+    converged: bool = True
+
+    @property
+    def sure(self) -> bool | None:
+        """Whether the interval leaves out no difference; None where there is none."""
+        if self.lower is None or self.upper is None:
+            return None
+        none = 1.0 if self.ratio else 0.0
+        return not self.lower <= none <= self.upper
+
+    @property
+    def head(self) -> str:
+        """The value without a wide interval: "x 0.491", "-0.002", or "x 0.305861 ±0.000003"."""
+        mark = "" if self.converged else "?"
+        if not self.ratio:
+            return f"{self.value:+.3g}{mark}"
+        if self.lower is None or self.upper is None or self.upper - self.lower > WIDE * self.value:
+            return f"x {self.value:.3g}{mark}"
+        return f"x {with_bound(self.value, self.lower, self.upper)}{mark}"
+
+    @property
+    def ends(self) -> str:
+        """The interval where ``head`` does not have it: " [0.431, 0.559]"."""
+        return "" if "±" in self.head else bracket(self.lower, self.upper)
+
+    def __str__(self) -> str:
+        return f"{self.head}{self.ends}"
+
+
+def bracket(lower: float | None, upper: float | None) -> str:
+    """ " [0.431, 0.559]", nothing where there is no interval."""
+    return "" if lower is None or upper is None else f" [{lower:.3g}, {upper:.3g}]"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean over runs and its 95 % interval; None where one run says nothing of the scatter.
+
+    Attributes:
+        value: the mean; of ``log`` quantities the geometric one.
+        runs: their number.
+    """
+
+    value: float
+    lower: float | None
+    upper: float | None
+    runs: int
+
+    def within(self, least: float, most: float) -> Spread:
+        """The same with its interval cut off there, as that of a share at 0 and 1."""
+        if self.lower is None or self.upper is None:
+            return self
+        return replace(self, lower=max(self.lower, least), upper=min(self.upper, most))
+
+    @property
+    def ends(self) -> str:
+        """Its interval: " [4.43, 9.92]", nothing where there is none."""
+        return bracket(self.lower, self.upper)
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g}{self.ends}"
+
+
+def spread(values: Sequence[float], *, log: bool = False) -> Spread:
+    """Mean of ``values`` and the 95 % interval of the mean that their scatter supports (Student 1908).
+
+    ``log``: of their logarithms, as for quantities that range over factors; they must be positive.
+
+    Raises: DataError without values, or where a logarithm has none.
+    """
+    found = _logarithms(values) if log else np.asarray(values, dtype=float)
+    if len(found) == 0:
+        raise DataError("A mean needs at least one run, got none.")
+    mean, half = float(found.mean()), None
+    if _scatters(found):
+        half = student(CONFIDENCE, len(found) - 1) * float(found.std(ddof=1)) / math.sqrt(len(found))
+    back = math.exp if log else float
+    lower, upper = (None, None) if half is None else (back(mean - half), back(mean + half))
+    return Spread(back(mean), lower, upper, len(found))
+
+
+def difference(
+    first: Sequence[float], second: Sequence[float], *, paired: bool = False, ratio: bool = False
+) -> Difference:
+    """``second`` less ``first``, or over it: of pairs by their differences, else by Welch's interval (1947).
+
+    Welch's degrees of freedom are rounded down, which widens the interval.
+
+    Raises: DataError where pairs have unequal numbers, there are no values, or a ratio has no logarithm.
+    """
+    a, b = (_logarithms(v) if ratio else np.asarray(v, dtype=float) for v in (first, second))
+    if paired and len(a) != len(b):
+        raise DataError(f"Pairs need as many runs in both groups, got {len(a)} and {len(b)}.")
+    if min(len(a), len(b)) == 0:
+        raise DataError("A difference needs at least one run in each group.")
+    mean, freedom, error = float(b.mean() - a.mean()), 0, 0.0
+    if paired and _scatters(b - a):
+        freedom, error = len(a) - 1, float((b - a).std(ddof=1)) / math.sqrt(len(a))
+    elif not paired and min(len(a), len(b)) > 1:
+        parts = [float(x.var(ddof=1)) / len(x) for x in (a, b)]
+        error = math.sqrt(sum(parts))
+        weights = sum(part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True))
+        freedom = max(1, int(sum(parts) ** 2 / weights)) if weights else min(len(a), len(b)) - 1
+    half = student(CONFIDENCE, freedom) * error if freedom and _scatters(np.concatenate([a, b])) else None
+    back = math.exp if ratio else float
+    lower, upper = (None, None) if half is None else (back(mean - half), back(mean + half))
+    runs, by = (len(a), PAIRS) if paired else (len(a) + len(b), WELCH)
+    return Difference(back(mean), lower, upper, ratio, by, runs, freedom)
+
+
+def _scatters(values: Array) -> bool:
+    """Whether there is a scatter to speak of: equal accuracies, as few examples give them, say nothing of it."""
+    return len(values) > 1 and float(np.ptp(values)) > 1e-12 * float(np.abs(values).max())
+
+
+def _logarithms(values: Sequence[float]) -> Array:
+    found: Array = np.asarray(values, dtype=np.float64)
+    if not (found > 0).all():
+        raise DataError(f"A ratio needs positive values, got {float(found.min()):g}. Take differences.")
+    logarithms: Array = np.log(found)
+    return logarithms
+
+
+def contrast(one: Reading | None, two: Reading | None, factor: bool) -> Difference | None:
+    """The second reading over the first, where ``factor`` and both are surely positive, or less it.
+
+    Its interval is what the ends of both leave possible, each widened to about 95 %; where both are of 95 %, it holds
+    with at least 90 %. None where a reading is missing or not finite.
+    """
+    if one is None or two is None or not (math.isfinite(one.value) and math.isfinite(two.value)):
+        return None
+    ours, theirs, lower, upper = _ends(one), _ends(two), None, None
+    least = [reading.value if ends is None else ends[0] for reading, ends in ((one, ours), (two, theirs))]
+    ratio = factor and min(least) > 0
+    value = two.value / one.value if ratio else two.value - one.value
+    if ours is not None and theirs is not None:
+        (low, high), (lowest, highest) = ours, theirs
+        lower, upper = (lowest / high, highest / low) if ratio else (lowest - high, highest - low)
+    return Difference(value, lower, upper, ratio, converged=one.converged and two.converged)
+
+
+def _ends(reading: Reading) -> tuple[float, float] | None:
+    """The interval of about 95 %, or the bound."""
+    if reading.lower is None or reading.upper is None:
+        return None
+    reach = KINDS[reading.interval].reach if reading.interval in KINDS else 1.0
+    return (
+        reading.value - reach * (reading.value - reading.lower),
+        reading.value + reach * (reading.upper - reading.value),
+    )

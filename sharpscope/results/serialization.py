@@ -1,0 +1,367 @@
+"""Results as JSON and back: plain values, values checked against their annotations, and the files."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharpscope.errors import DataError, OutputError, first_line
+from sharpscope.files import atomic
+
+# The layout of the saved JSON; a reader refuses a later one.
+FORMAT = 1
+
+# What np.load and its archive raise for a file of another making, or a damaged one.
+UNREADABLE = (
+    *(KeyError, ValueError, TypeError, AttributeError, OSError, EOFError, RuntimeError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+
+# Annotations of fields, beside their types. Null in the JSON is NaN; elsewhere it is an error.
+NULL_IS_NAN = "null is NaN"
+# The field is not in the JSON: its array goes into the .npz next to it.
+BESIDE = "in the .npz"
+
+Array = NDArray[np.float64]
+MaybeNaN = Annotated[float, NULL_IS_NAN]
+MaybeNaNs = Annotated[Array, NULL_IS_NAN]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of an array or tuple, by name: in one result, sizes of one name are equal."""
+
+    names: tuple[str, ...]
+
+    def __init__(self, *names: str) -> None:
+        object.__setattr__(self, "names", names)
+
+
+@dataclass(frozen=True)
+class Like:
+    """A mapping whose entries must have the types of this TypedDict; it stays a plain mapping."""
+
+    kind: Any
+
+
+class Misfit(Exception):
+    """A value that is not as annotated: "needs numbers in 'lower', got text"."""
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: non-finite numbers become null, objects of other types their ``str``."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def as_json(value: Any) -> Any:
+    """``plain`` for fields of results: arrays become lists, dataclasses objects, unless they have a ``record()``."""
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if hasattr(value, "record"):
+        return value.record()
+    if is_dataclass(value):
+        return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): as_json(entry) for key, entry in value.items()}
+    return [as_json(entry) for entry in value] if isinstance(value, list | tuple) else plain(value)
+
+
+@functools.cache
+def hints_of(kind: Any) -> dict[str, Any]:
+    """The annotations of a dataclass or TypedDict by field, those of its bases included."""
+    return get_type_hints(kind, include_extras=True)
+
+
+def notes_of(hint: Any) -> tuple[Any, ...]:
+    """What ``Annotated`` adds to a type, also inside ``... | None``."""
+    if get_origin(hint) is Annotated:
+        inner, *notes = get_args(hint)
+        return (*notes, *notes_of(inner))
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
+    return tuple(note for option in options for note in notes_of(option))
+
+
+def fields_from(kind: type, names: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields ``names`` of the dataclass ``kind``, each read as annotated; absent ones keep their default.
+
+    Raises: Misfit for a value of another type, KeyError for a missing key.
+    """
+    hints, found = hints_of(kind), {}
+    for name in names:
+        if name in values:
+            found[name] = value_as(hints[name], values[name], name)
+        elif _required(kind, name):
+            raise KeyError(name)
+    return found
+
+
+def value_as(hint: Any, value: Any, where: str, nan: bool = False) -> Any:
+    """A JSON value as an object of the annotated type.
+
+    Args:
+        hint: the annotation.
+        value: from a JSON file.
+        where: its key, for the message.
+        nan: whether null is NaN.
+
+    Raises: Misfit.
+    """
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        like = next((note.kind for note in args[1:] if isinstance(note, Like)), None)
+        return value_as(like or args[0], value, where, nan or NULL_IS_NAN in args[1:])
+    if origin in (Union, UnionType):
+        (inner,) = (arg for arg in args if arg is not NoneType)
+        return None if value is None else value_as(inner, value, where, nan)
+    if hint is Any:
+        return plain(value)
+    if origin is np.ndarray:
+        return _array(get_args(args[1])[0], value, where, nan)
+    if origin is tuple:
+        return _tuple(args, value, where)
+    if isinstance(hint, type) and hasattr(hint, "from_dict"):
+        return hint.from_dict(value)
+    if origin is Mapping or hasattr(hint, "__required_keys__") or is_dataclass(hint):
+        return _object(hint, args, value, where)
+    return _scalar(hint, value, where, nan)
+
+
+_WANTED = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+
+
+def _scalar(kind: type, value: Any, where: str, nan: bool) -> Any:
+    if kind is not float:
+        if type(value) is not kind:
+            raise _misfit(_WANTED[kind], where, value)
+        return value
+    if nan and value is None:
+        return float("nan")
+    if type(value) not in (int, float):
+        raise _misfit(_WANTED[float], where, value)
+    return float(value) if nan else _finite(float(value), where)
+
+
+def _finite(value: Any, where: str) -> Any:
+    if not np.isfinite(value).all():
+        raise Misfit(f"needs finite numbers in {where!r}, got infinity or NaN")
+    return value
+
+
+def _array(dtype: type, value: Any, where: str, nan: bool) -> NDArray[Any]:
+    """Nested lists as an array. Booleans are no numbers, and numbers no booleans."""
+    kind = np.dtype(dtype).kind
+    wanted, kinds = {"f": ("numbers", (int, float)), "i": ("whole numbers", (int,)), "b": ("true or false", (bool,))}[
+        kind
+    ]
+    if isinstance(value, np.ndarray):  # from an .npz
+        if value.dtype.kind != kind:
+            raise Misfit(f"needs {wanted} in {where!r}, got {value.dtype.name}")
+        return value
+    if not isinstance(value, list | tuple):
+        raise _misfit(f"a list of {wanted}", where, value)
+    for entry in _entries(value):
+        if type(entry) not in kinds and not (nan and entry is None):
+            raise _misfit(wanted, where, entry)
+    try:
+        array: NDArray[Any] = np.array(value, dtype)
+    except ValueError:
+        raise Misfit(f"needs rows of one length in {where!r}, got different lengths") from None
+    return array if nan or kind != "f" else _finite(array, where)
+
+
+def _entries(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for entry in value:
+            yield from _entries(entry)
+    else:
+        yield value
+
+
+def _tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise _misfit("a list", where, value)
+    kinds = (args[0],) * len(value) if args[1:] == (...,) else args
+    if len(kinds) != len(value):
+        raise Misfit(f"needs {len(kinds)} entries in {where!r}, got {len(value)}")
+    return tuple(
+        value_as(kind, entry, f"{where}[{i}]") for i, (kind, entry) in enumerate(zip(kinds, value, strict=True))
+    )
+
+
+def _object(hint: Any, args: tuple[Any, ...], value: Any, where: str) -> Any:
+    """A mapping, a TypedDict or a dataclass."""
+    if not isinstance(value, Mapping):
+        raise _misfit("an object", where, value)
+    if args:
+        return {str(key): value_as(args[1], entry, f"{where}.{key}") for key, entry in value.items()}
+    hints, typed = hints_of(hint), not is_dataclass(hint)
+    kept = hints if typed else {field.name: hints[field.name] for field in fields(hint)}
+    missing = sorted(name for name in kept if name not in value and (typed or _required(hint, name)))
+    if missing:
+        raise Misfit(f"needs the key {missing[0]!r} in {where!r}, got none")
+    derived = getattr(hint, "derived", ())
+    unknown = [] if typed else sorted(set(value) - set(kept) - set(derived))
+    if unknown:
+        raise Misfit(f"needs only known keys in {where!r}, got {unknown[0]!r}")
+    read = {name: value_as(kind, value[name], f"{where}.{name}") for name, kind in kept.items() if name in value}
+    return {**plain(value), **read} if typed else hint(**read)
+
+
+def _required(kind: Any, name: str) -> bool:
+    field = kind.__dataclass_fields__[name]
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _misfit(wanted: str, where: str, value: Any) -> Misfit:
+    kinds = {NoneType: "null", bool: "true or false", int: "a number", float: "a number", str: "text"}
+    came = "an object" if isinstance(value, Mapping) else "a list" if isinstance(value, list | tuple) else None
+    return Misfit(f"needs {wanted} in {where!r}, got {came or kinds.get(type(value), type(value).__name__)}")
+
+
+@contextmanager
+def reading(owner: str, keys: str) -> Iterator[None]:
+    """Turn whatever is wrong with a record into one DataError that begins with ``owner``, as "An eigen result"."""
+    try:
+        yield
+    except Misfit as error:
+        raise DataError(f"{owner} {error}. Measure it again.") from None
+    except KeyError as error:
+        raise DataError(f"{owner} must have the keys of {keys}, got none named {error}. Measure it again.") from None
+    except OverflowError:
+        raise DataError(f"{owner} needs numbers that a computer can hold, got larger ones. Measure it again.") from None
+    except RecursionError:
+        raise DataError(f"{owner} needs few levels of nesting, got too many. Measure it again.") from None
+
+
+def require_shapes(result: Any, owner: str) -> None:
+    """Raise DataError unless arrays and tuples have the dimensions of their ``Shape``, equal where named alike."""
+    kind: Any = type(result)
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, hint in hints_of(kind).items():
+        shape = next((note.names for note in notes_of(hint) if isinstance(note, Shape)), None)
+        value = None if shape is None else getattr(result, name)
+        if shape is None or value is None:
+            continue
+        came = (len(value),) if isinstance(value, tuple) else np.shape(value)
+        if len(came) != len(shape):
+            what = "a flat list" if len(shape) == 1 else f"{len(shape)} dimensions"
+            raise DataError(f"{owner} needs {what} in {name!r}, got the shape {came}. Measure it again.")
+        for size, count in zip(shape, came, strict=True):
+            most, first = sizes.setdefault(size, (count, name))
+            if count != most:
+                raise DataError(
+                    f"{owner} needs as many entries in {name!r} as in {first!r}, got {count} and {most}. "
+                    "Measure it again."
+                )
+
+
+def refuse_taken(provenance: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Raise DataError when ``provenance``, which stands beside them in the record, uses one of a result's ``keys``."""
+    taken = sorted({"format", "analysis", *keys} & set(provenance))
+    if taken:
+        raise DataError(f"Provenance must not use the result's own keys, got {', '.join(taken)}. Rename them.")
+
+
+def head(analysis: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that open every record: format, analysis, and the provenance as plain values."""
+    return {"format": FORMAT, "analysis": analysis, **{str(key): plain(value) for key, value in provenance.items()}}
+
+
+def owner_of(analysis: str) -> str:
+    """A result of that analysis as the subject of a sentence: "An eigen result"."""
+    return f"{'An' if analysis[0] in 'aeiou' else 'A'} {analysis} result"
+
+
+def opened(values: Any, analysis: str) -> dict[str, Any]:
+    """A copy of a record without its format and analysis.
+
+    Raises: DataError when it is no object, of another analysis, or of a later format.
+    """
+    came = values.get("analysis") if isinstance(values, Mapping) else None
+    if came != analysis:
+        raise DataError(f"{owner_of(analysis)} must be an object with analysis {analysis!r}, got {_short(came)}.")
+    if values.get("format", FORMAT) != FORMAT:
+        raise DataError(f"The result has format {_short(values['format'])}, and this sharpscope reads {FORMAT}.")
+    return {key: value for key, value in values.items() if key not in ("format", "analysis")}
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:40] if isinstance(value, str | int | float | NoneType) else f"a {type(value).__name__}"
+
+
+def require_json_name(path: str | os.PathLike[str]) -> None:
+    """Raise OutputError where ``path`` is named for the arrays beside the record, not for the record."""
+    if Path(path).suffix == ".npz":
+        raise OutputError(f"The result is JSON, and its vectors go beside it as .npz, got {path}. Name it .json.")
+
+
+def arrays_beside(path: str | os.PathLike[str]) -> Path:
+    """Where the arrays of the record ``path`` are: ``sgd.json`` has ``sgd.npz``, ``run.1`` has ``run.1.npz``."""
+    place = Path(path)
+    return place.with_name(f"{place.name.removesuffix('.json')}.npz")
+
+
+def write(
+    path: str | os.PathLike[str], values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]] | None = None
+) -> None:
+    """Write ``arrays``, where there are any, beside ``path`` and then a record to it as JSON, each atomically.
+
+    Raises: OutputError when it cannot be written, or ``path`` is named for the arrays.
+    """
+    require_json_name(path)
+    if arrays is not None:
+        # As keywords, mypy would take them for savez's own.
+        given: dict[str, Any] = dict(arrays)
+        with atomic(arrays_beside(path)) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **given)
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read(path: str | os.PathLike[str]) -> Any:
+    """What the JSON file at ``path`` holds.
+
+    Raises: DataError when there is none.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise DataError(f"{path} must be a JSON file written by sharpscope; problem: too many levels.") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} must be a JSON file written by sharpscope; problem: {error}.") from error
+
+
+def read_arrays(path: Path, names: Iterable[str]) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file.
+
+    Raises: DataError when it cannot be read, or lacks one of ``names``.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except UNREADABLE as error:
+        raise DataError(f"{path} must hold arrays written by sharpscope; problem: {first_line(error)}.") from error
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        raise DataError(f"{path} must hold arrays written by sharpscope, got none named {missing[0]!r}.")
+    return arrays
