@@ -17,7 +17,7 @@ from sharpscope.errors import ArgumentError, ConvergenceWarning
 from sharpscope.guide.subset import FEWEST, Subset, sample, usual_size, worthwhile
 from sharpscope.linalg import Eigenpairs, top_eigenpairs
 from sharpscope.linalg.certificate import STEPS, kuczynski_wozniakowski
-from sharpscope.linalg.eigenpairs import guidable, require_arguments
+from sharpscope.linalg.top_eigenpairs import guidable, require_arguments
 from sharpscope.objective import Objective, Progress
 from sharpscope.objective.kept import KEPT
 from sharpscope.operators import curvature

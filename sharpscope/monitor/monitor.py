@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError, DataError, first_line, require_count
-from sharpscope.linalg.tracking import Tracked, tracked
+from sharpscope.linalg.warm_lanczos import Tracked, tracked
 from sharpscope.monitor.adapters import huggingface_callback, lightning_callback
 from sharpscope.monitor.model import bare, eagerly
 from sharpscope.monitor.optimizer import edges_of, unwrapped
