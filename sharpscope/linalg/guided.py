@@ -21,7 +21,7 @@ from sharpscope.linalg.ritz import (
     require_symmetric,
     rounding,
 )
-from sharpscope.linalg.start import random_start
+from sharpscope.linalg.missed_eigenvalue_bound import random_start
 from sharpscope.linalg.vectors import BREAKDOWN, combine, inner, norms, orthonormalise, project_out, random_rows
 
 # A guide's own eigenvectors are found to residuals of this fraction of the k-th eigenvalue: a subset of some thousand

@@ -19,7 +19,7 @@ from sharpscope.linalg.ritz import (
     require_symmetric,
     rounding,
 )
-from sharpscope.linalg.start import random_start
+from sharpscope.linalg.missed_eigenvalue_bound import random_start
 from sharpscope.linalg.vectors import BREAKDOWN, combine, norms, orthonormalise, project_out, random_rows
 
 # Verifications by true products that may fail before the operator's noise is taken for what it is.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg.bounds import ROUNDING, ritz_bounds
-from sharpscope.linalg.start import RandomStart
+from sharpscope.linalg.missed_eigenvalue_bound import RandomStart
 from sharpscope.linalg.vectors import combine, inner, norms
 
 Matmat = Callable[[Tensor], Tensor]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.eigenpairs import top_eigenpairs
+from sharpscope.linalg.top_eigenpairs import top_eigenpairs
 from sharpscope.linalg.operator import on_rows
 from sharpscope.linalg.ritz import Matmat, rayleigh_ritz, rounding
-from sharpscope.linalg.together import together
+from sharpscope.linalg.lockstep import lockstep
 from sharpscope.linalg.trace import trace_and_frobenius
 from sharpscope.linalg.vectors import norms
 
@@ -99,7 +99,7 @@ def diagonal_blocks(
             programs += [_top(like, tol, max_products, first, scale), _trace(like, probes, second)]
         owners += [block] * (len(programs) - len(owners))
     found: list[DiagonalBlock | None] = [None] * len(sizes)
-    for owner, one in zip(owners, together(programs, noted), strict=True):
+    for owner, one in zip(owners, lockstep(programs, noted), strict=True):
         before = found[owner]
         # The second of a block's programs knows the trace, and nothing else.
         found[owner] = one if before is None else replace(before, trace=one.trace, trace_error=one.trace_error)

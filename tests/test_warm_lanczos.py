@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sharpscope.linalg.tracking import HANDED_ON, tracked
+from sharpscope.linalg.warm_lanczos import HANDED_ON, tracked
 
 
 @pytest.mark.parametrize("seed", range(5))

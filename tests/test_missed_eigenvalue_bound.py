@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sharpscope.linalg import top_eigenpairs
 from sharpscope.linalg.certificate import missed_probability
-from sharpscope.linalg.start import RandomStart, random_start
+from sharpscope.linalg.missed_eigenvalue_bound import RandomStart, random_start
 
 Matrix = Callable[[torch.Generator], Tensor]
 

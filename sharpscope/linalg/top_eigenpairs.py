@@ -16,7 +16,7 @@ from sharpscope.linalg.lanczos import lanczos
 from sharpscope.linalg.operator import on_rows, require_dtype
 from sharpscope.linalg.power import power_iteration
 from sharpscope.linalg.ritz import Matmat, RitzPairs, SolverProgress, rounding
-from sharpscope.linalg.start import RandomStart
+from sharpscope.linalg.missed_eigenvalue_bound import RandomStart
 
 METHODS: dict[str, Callable[..., RitzPairs]] = {"guided": guided, "lanczos": lanczos, "power": power_iteration}
 WHICH = ("largest", "smallest", "both", "magnitude")

@@ -13,8 +13,8 @@ from torch import Tensor
 from dense import top
 from sharpscope import ArgumentError
 from sharpscope.linalg import top_eigenpairs, trace_and_frobenius
-from sharpscope.linalg.diagonal import diagonal_blocks
-from sharpscope.linalg.together import together
+from sharpscope.linalg.block_diagonal import diagonal_blocks
+from sharpscope.linalg.lockstep import lockstep
 
 
 def test_blocks_of_chosen_spectra_are_found() -> None:
@@ -66,7 +66,7 @@ def test_programs_in_step_give_what_they_give_alone() -> None:
         return {i: matrices[i] @ v for i, v in asked.items()}
 
     before = threading.active_count()
-    for one, other in zip(together(programs, serve), alone, strict=True):
+    for one, other in zip(lockstep(programs, serve), alone, strict=True):
         assert torch.equal(one.eigenvalues, other.eigenvalues)
         assert torch.equal(one.eigenvectors, other.eigenvectors)
     assert calls == max(one.num_products for one in alone)
@@ -88,5 +88,5 @@ def test_no_thread_outlives_an_error(error: type[BaseException]) -> None:
     working = partial(trace_and_frobenius, n=50)
     for programs, serve in (([working, working], interrupted), ([working, failing, working], dict)):
         with pytest.raises(error, match="stop"):
-            together(programs, serve)
+            lockstep(programs, serve)
         assert threading.active_count() == before

@@ -16,7 +16,7 @@ T = TypeVar("T")
 Serve = Callable[[Mapping[int, Tensor]], Mapping[int, Tensor]]
 
 
-def together(programs: Sequence[Callable[[Matmat], T]], serve: Serve) -> list[T]:
+def lockstep(programs: Sequence[Callable[[Matmat], T]], serve: Serve) -> list[T]:
     """``[program(matmat_i) for i, program in enumerate(programs)]``, with the products of all made at the same time.
 
     Each program is any function of a matmat, as ``top_eigenpairs`` is. It runs until it asks for a product and rests
