@@ -12,8 +12,8 @@ from torch import Tensor
 from sharpscope.audit import audit
 from sharpscope.errors import ConvergenceWarning
 from sharpscope.linalg.block_diagonal import diagonal_blocks
-from sharpscope.linalg.top_eigenpairs import require_arguments
 from sharpscope.linalg.quadrature import require_probes
+from sharpscope.linalg.top_eigenpairs import require_arguments
 from sharpscope.objective import Objective, Progress
 from sharpscope.operators import curvature
 from sharpscope.operators.blockwise import blocks_of, blockwise
