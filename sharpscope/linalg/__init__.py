@@ -1,7 +1,7 @@
 """Eigenvalues, trace and density of large symmetric operators known only by their products with a block of vectors."""
 
-from sharpscope.linalg.top_eigenpairs import METHODS, Eigenpairs, top_eigenpairs
 from sharpscope.linalg.quadrature import Quadrature, lanczos_quadrature
+from sharpscope.linalg.top_eigenpairs import METHODS, Eigenpairs, top_eigenpairs
 from sharpscope.linalg.trace import TraceEstimate, trace_and_frobenius
 
 __all__ = [

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.top_eigenpairs import top_eigenpairs
+from sharpscope.linalg.lockstep import lockstep
 from sharpscope.linalg.operator import on_rows
 from sharpscope.linalg.ritz import Matmat, rayleigh_ritz, rounding
-from sharpscope.linalg.lockstep import lockstep
+from sharpscope.linalg.top_eigenpairs import top_eigenpairs
 from sharpscope.linalg.trace import trace_and_frobenius
 from sharpscope.linalg.vectors import norms
 
@@ -116,7 +116,7 @@ def _whole(like: Tensor, tol: float, probes: int, scale: list[float]) -> Callabl
     n, dtype = like.shape[1], like.dtype
 
     def program(matmat: Matmat) -> DiagonalBlock:
-        rows, unit = on_rows(matmat, n, dtype, like.device), torch.eye(n, dtype=dtype, device=like.device)
+        rows, unit = on_rows(matmat, like), torch.eye(n, dtype=dtype, device=like.device)
         images = torch.cat([rows(part) for part in torch.split(unit, probes)])
         half, largest = (images + images.T) / 2, float(norms(images).max())
         pairs = rayleigh_ritz(

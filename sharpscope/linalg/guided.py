@@ -11,6 +11,7 @@ from torch import Tensor
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg.bounds import ritz_bounds
 from sharpscope.linalg.lanczos import PRODUCTS
+from sharpscope.linalg.missed_eigenvalue_bound import RandomStart, random_start
 from sharpscope.linalg.ritz import (
     Matmat,
     RitzPairs,
@@ -21,7 +22,6 @@ from sharpscope.linalg.ritz import (
     require_symmetric,
     rounding,
 )
-from sharpscope.linalg.missed_eigenvalue_bound import random_start
 from sharpscope.linalg.vectors import BREAKDOWN, combine, inner, norms, orthonormalise, project_out, random_rows
 
 # A guide's own eigenvectors are found to residuals of this fraction of the k-th eigenvalue: a subset of some thousand
@@ -92,7 +92,7 @@ def guided(
        not met, and what the random vectors' images have outside, are the next block; after that of the random ones only
        the residual of pair k + 1. Back to Rayleigh-Ritz.
 
-    Residuals come from true products. Bounds take as ``lambda_{k+1}`` the larger of the model's, plus what G was seen
+    Residuals come from true products. Bounds, by ``bounds.ritz_bounds``, take as ``lambda_{k+1}`` the larger of the model's, plus what G was seen
     to be off on eigenvectors times the part of the model's vector that G had a say in, and the (k+1)-th Ritz value plus
     its residual. Where the guide is of no help the corrections are the residuals, and the iteration is a block Lanczos
     one with thick restart.
@@ -110,85 +110,234 @@ def guided(
     if limit < min(n, 4 * width):
         raise ArgumentError(f"max_basis must be at least {4 * width} for k = {k} (four blocks), got {max_basis}.")
     most = PRODUCTS if max_products is None else max_products
-
-    rows, guide = random_rows(width + 1, like, generator), guides[-1]
-    for coarse in guides[:-1]:
-        rows = _model(coarse, None, rows, width, None, limit, generator).vectors
-    start = _model(guide, None, rows, width, None, limit, generator)
-    (next_guided, beyond), spare = _next(start, k, like), start.vectors[k:]
-    first, guided_images = start.vectors[:k], start.images[:k]
-    if initial is not None:
-        first = _orthonormal(initial, like, generator)
-        guided_images = guide(first)
-    origin = _orthonormal(random_rows(RANDOM, like, generator), first, generator)
-    block, space, carried = torch.cat([first, origin]), None, len(origin)
-    products, matvecs, scale, worst, helpful, restarted, said = 0, 0, 0.0, float("inf"), True, False, None
-    off = torch.zeros(len(first), dtype=torch.float64)
-    sought = torch.ones(k, dtype=torch.bool)  # whose residuals must fall
-    # Products since the random vectors were drawn, and what has come of them.
-    age, drawn = 0, like
+    search = _Search.start(guides, like, k, limit, generator, initial)
     while True:
-        image = matmat(block)
-        products, matvecs, age = products + 1, matvecs + len(block), age + 1
-        drawn = torch.cat([drawn, block[len(block) - carried :]])
-        probe = image[len(block) - carried :]
-        scale = max(scale, float(norms(image).max()))
-        if space is None:
-            off = norms(image[: len(first)] - guided_images)
-        space = _ritz(block, image, space, scale)
+        search.expand(matmat)
+        ritz = search.ritz(tol)
+        if progress is not None:
+            progress(search.products, largest_relative(ritz.bounds, search.space.values[:k], ritz.floor, tol))
+        converged = bool(ritz.met.all()) and search.probes.age >= LEAST and not (ritz.surprised and search.helpful)
+        if search.exhausted or search.products >= most or converged:
+            return search.pairs(ritz, tol)
+        search.choose_block(ritz)
+
+
+@dataclass(frozen=True)
+class _Ritz:
+    """What is known of the k leading Ritz pairs before they are corrected.
+
+    Attributes:
+        residuals: ``H q - theta q`` (q, n) of all pairs of the space, with their ``lengths`` (q,).
+        bounds: (k,) by ``bounds.ritz_bounds``, ``next_above`` the estimate of ``lambda_{k+1}`` from above in them.
+        met: (k,) whether the bound is within tolerance, or at rounding, ``floor``.
+        surprised: whether a wanted vector stems from a random vector.
+    """
+
+    residuals: Tensor
+    lengths: Tensor
+    bounds: Tensor
+    next_above: float
+    met: Tensor
+    floor: float
+    surprised: bool
+
+
+@dataclass
+class _Probes:
+    """Random vectors in the search, which show what the guide does not see.
+
+    Attributes:
+        origin: as they were generated, orthonormal rows outside of the search space of that time.
+        descendants: the orthonormal rows that came of them, in all blocks since.
+        age: products since.
+        bound: what they say of eigenvalues that were missed; no longer updated once the search space was ``cut``, since
+            the vectors dropped took some of the random vectors with them.
+    """
+
+    origin: Tensor
+    descendants: Tensor
+    age: int = 0
+    bound: RandomStart | None = None
+    cut: bool = False
+
+
+@dataclass
+class _Search:
+    """The state of the iteration: the search space, the next block, and what the guide says of ``lambda_{k+1}``.
+
+    Attributes:
+        guide: the last of the guides; ``helpful`` while its corrections bring the residuals down.
+        block: what is multiplied next, orthonormal rows; the last ``carried`` of them come of the probes, and
+            ``probe_images`` are their products.
+        next_guided: the (k+1)-th eigenvalue of the model, and ``beyond``: how much of its vector is outside of the space.
+        spare: the model's vectors after the first k, a start for the next model.
+        guided_images: the guide's products with the first block, less the probes; ``off``: how far H's are from them.
+        scale: the norm of H as far as it is known.
+        sought: (k,) whose residuals must fall, and ``worst``: the largest of them at the last product.
+    """
+
+    guide: Matmat
+    k: int
+    width: int
+    limit: int
+    generator: torch.Generator
+    space: _Space
+    block: Tensor
+    carried: int
+    probes: _Probes
+    next_guided: float
+    beyond: float
+    spare: Tensor
+    guided_images: Tensor
+    off: Tensor
+    sought: Tensor
+    probe_images: Tensor
+    helpful: bool = True
+    worst: float = float("inf")
+    scale: float = 0.0
+    products: int = 0
+    matvecs: int = 0
+
+    @classmethod
+    def start(
+        cls,
+        guides: Sequence[Matmat],
+        like: Tensor,
+        k: int,
+        limit: int,
+        generator: torch.Generator,
+        initial: Tensor | None,
+    ) -> _Search:
+        """The guide's leading eigenvectors (or ``initial``) and random vectors as the first block."""
+        width = min(k + 1, like.shape[1])
+        rows, guide = random_rows(width + 1, like, generator), guides[-1]
+        for coarse in guides[:-1]:
+            rows = _model(coarse, None, rows, width, None, limit, generator).vectors
+        model = _model(guide, None, rows, width, None, limit, generator)
+        first, guided_images = model.vectors[:k], model.images[:k]
+        next_guided, beyond = _next(model, k, like)
+        if initial is not None:
+            first = _orthonormal(initial, like, generator)
+            guided_images = guide(first)
+        origin = _orthonormal(random_rows(RANDOM, like, generator), first, generator)
+        return cls(
+            guide=guide,
+            k=k,
+            width=width,
+            limit=limit,
+            generator=generator,
+            space=_Space(like, like, torch.zeros(0, dtype=torch.float64)),
+            block=torch.cat([first, origin]),
+            carried=len(origin),
+            probes=_Probes(origin, like),
+            next_guided=next_guided,
+            beyond=beyond,
+            spare=model.vectors[k:],
+            guided_images=guided_images,
+            off=torch.zeros(len(first), dtype=torch.float64),
+            sought=torch.ones(k, dtype=torch.bool),
+            probe_images=like,
+        )
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the search space is the whole space."""
+        return len(self.space.values) == self.space.vectors.shape[1]
+
+    def expand(self, matmat: Matmat) -> None:
+        """One product of H with the block, and Rayleigh-Ritz on the search space with it."""
+        image = matmat(self.block)
+        self.products, self.matvecs = self.products + 1, self.matvecs + len(self.block)
+        descendants = self.block[len(self.block) - self.carried :]
+        self.probes.age += 1
+        self.probes.descendants = torch.cat([self.probes.descendants, descendants])
+        self.probe_images = image[len(self.block) - self.carried :]
+        self.scale = max(self.scale, float(norms(image).max()))
+        if self.products == 1:
+            self.off = norms(image[: len(self.off)] - self.guided_images)
+        self.space = _ritz(self.block, image, self.space if self.products > 1 else None, self.scale)
+        self.scale = max(self.scale, float(self.space.values.abs().max()))
+
+    def ritz(self, tol: float) -> _Ritz:
+        """Residuals and bounds of the leading pairs, and what the probes show."""
+        k, space, probes = self.k, self.space, self.probes
         values, residuals = space.values, space.residuals
-        scale = max(scale, float(values.abs().max()))
-        outer, floor, whole = norms(residuals), rounding(scale, like.dtype), len(values) == n
-        next_above = float("-inf")
-        if helpful and not whole:
-            # What a sample is off along an eigenvector goes like the root of its eigenvalue, as a variance does.
-            share = (abs(next_guided) / values[: len(off)].abs()).clamp_max(1.0).sqrt()
-            next_above = next_guided + beyond * float((off * share).max())
-        if len(values) > k and not whole:
-            next_above = max(next_above, float(values[k] + outer[k]))
+        lengths, floor = norms(residuals), rounding(self.scale, residuals.dtype)
+        next_above = self._next_above(lengths)
         gram = inner(residuals, residuals)
         bounds = ritz_bounds(values[:k], gram[:k, :k], next_above)
-        if not restarted:
-            said = random_start(inner(space.vectors[k:], origin), values, gram, k, n)
-        if progress is not None:
-            progress(products, largest_relative(bounds, values[:k], floor, tol))
-        surprised = bool((inner(space.vectors[:k], drawn).square().sum(1) > SURPRISE).any())
-        met = (bounds + floor <= tol * values[:k].abs()) | (bounds <= floor)
-        done = bool(met.all()) and age >= LEAST and not (surprised and helpful)
-        if whole or products >= most or done:
-            return rayleigh_ritz(
-                space.vectors[:k],
-                space.images[:k],
-                next_above=next_above,
-                scale=scale,
-                tol=tol,
-                num_matvecs=matvecs,
-                num_products=products,
-                start=None if surprised and not whole else said,
-            )
-        if age > 1:
-            probe = residuals[k : k + 1]
-        if len(values) + width + RANDOM > limit:
-            # What is let go took part of the random vector with it.
-            space, restarted = space.leading(limit // 2), True
-        before, helpful = helpful, helpful and float(outer[:k][sought].max()) < HELP * worst
+        if not probes.cut:
+            coordinates = inner(space.vectors[k:], probes.origin)
+            probes.bound = random_start(coordinates, values, gram, k, residuals.shape[1])
+        return _Ritz(
+            residuals=residuals,
+            lengths=lengths,
+            bounds=bounds,
+            next_above=next_above,
+            met=(bounds + floor <= tol * values[:k].abs()) | (bounds <= floor),
+            floor=floor,
+            surprised=bool((inner(space.vectors[:k], probes.descendants).square().sum(1) > SURPRISE).any()),
+        )
+
+    def pairs(self, ritz: _Ritz, tol: float) -> RitzPairs:
+        """The result."""
+        return rayleigh_ritz(
+            self.space.vectors[: self.k],
+            self.space.images[: self.k],
+            next_above=ritz.next_above,
+            scale=self.scale,
+            tol=tol,
+            num_matvecs=self.matvecs,
+            num_products=self.products,
+            start=None if ritz.surprised and not self.exhausted else self.probes.bound,
+        )
+
+    def choose_block(self, ritz: _Ritz) -> None:
+        """The next block: corrections of the pairs that are not met, and what the probes have outside of the space."""
+        probe = self.probe_images if self.probes.age == 1 else ritz.residuals[self.k : self.k + 1]
+        if len(self.space.values) + self.width + RANDOM > self.limit:
+            self.space, self.probes.cut = self.space.leading(self.limit // 2), True
+        was_helpful = self.helpful
+        self._judge_guide(ritz)
+        block = self._corrections(ritz) if self.helpful else ritz.residuals[: self.k] / self.scale
+        if was_helpful and (ritz.surprised or not self.helpful):
+            rows = random_rows(RANDOM, self.block, self.generator)
+            origin = _orthonormal(rows, self.space.vectors, self.generator)
+            self.probes = _Probes(origin, origin[:0])
+            block, probe = torch.cat([block, probe / self.scale]), self.scale * origin
+        self.block = _orthonormal(torch.cat([block, probe / self.scale]), self.space.vectors, self.generator)
+        self.carried = min(len(probe), len(self.block))
+
+    def _next_above(self, lengths: Tensor) -> float:
+        """An estimate from above of ``lambda_{k+1}``: by the model and by the (k+1)-th Ritz value, the larger."""
+        next_above, values = float("-inf"), self.space.values
+        if self.exhausted:
+            return next_above
+        if self.helpful:
+            # What a sample is off along an eigenvector goes like the root of its eigenvalue, as a variance does.
+            share = (abs(self.next_guided) / values[: len(self.off)].abs()).clamp_max(1.0).sqrt()
+            next_above = self.next_guided + self.beyond * float((self.off * share).max())
+        if len(values) > self.k:
+            next_above = max(next_above, float(values[self.k] + lengths[self.k]))
+        return next_above
+
+    def _judge_guide(self, ritz: _Ritz) -> None:
+        """Whether the last corrections brought the residuals down, and which residuals the next ones must bring down."""
+        lengths, met = ritz.lengths[: self.k], ritz.met
+        self.helpful = self.helpful and float(lengths[self.sought].max()) < HELP * self.worst
         # Those that are met are not corrected, and their residuals say nothing.
-        sought = met if bool(met.all()) else ~met
-        worst = float(outer[:k][sought].max())
-        if helpful:
-            needed = torch.cat([INNER * outer[:k], NEXT * values[k - 1 : k].abs()])[:width]
-            rows = torch.cat([residuals[:k] / scale, spare])
-            model = _model(guide, space, rows, width, needed, limit, generator)
-            (next_guided, beyond), spare = _next(model, k, space.vectors), like
-            block = model.vectors[:k][(~met).to(like.device)]
-        else:
-            block = residuals[:k] / scale
-        if before and (surprised or not helpful):
-            origin = _orthonormal(random_rows(RANDOM, like, generator), space.vectors, generator)
-            age, drawn, said, restarted = 0, like, None, False
-            block, probe = torch.cat([block, probe / scale]), scale * origin
-        block = _orthonormal(torch.cat([block, probe / scale]), space.vectors, generator)
-        carried = min(len(probe), len(block))
+        self.sought = met if bool(met.all()) else ~met
+        self.worst = float(lengths[self.sought].max())
+
+    def _corrections(self, ritz: _Ritz) -> Tensor:
+        """The model's leading eigenvectors for the pairs that are not met."""
+        k, space = self.k, self.space
+        needed = torch.cat([INNER * ritz.lengths[:k], NEXT * space.values[k - 1 : k].abs()])[: self.width]
+        rows = torch.cat([ritz.residuals[:k] / self.scale, self.spare])
+        model = _model(self.guide, space, rows, self.width, needed, self.limit, self.generator)
+        self.next_guided, self.beyond = _next(model, k, space.vectors)
+        self.spare = self.spare[:0]
+        return model.vectors[:k][(~ritz.met).to(rows.device)]
 
 
 def _model(

@@ -1,4 +1,4 @@
-"""A symmetric operator as the solvers see it: checked, on rows, and outside of what is known of it."""
+"""The public boundary: a user's operator on columns as the solvers call it, on rows and checked."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from sharpscope.linalg.ritz import Matmat
 from sharpscope.linalg.vectors import project_out
 
 
-def on_rows(matmat: Matmat, n: int, dtype: torch.dtype, device: torch.device, sign: float = 1.0) -> Matmat:
-    """``sign * matmat`` on rows, (b, n) to (b, n), after a look at what came back.
+def on_rows(matmat: Matmat, like: Tensor) -> Matmat:
+    """A user's ``V`` (n, b) to ``H V`` as rows (b, n) to rows, with its results checked; ``like`` (0, n).
 
-    Its ArgumentError names a wrong shape, and NaN.
+    The operator gets a copy of its argument and may write into it; it may return memory that it writes into again.
+
+    Raises, when called: ArgumentError for a wrong shape, NaN and infinity.
     """
+    n = like.shape[1]
 
     def rows(block: Tensor) -> Tensor:
-        product = matmat(block.T.clone())  # a copy: matmat may write into its argument
+        product = matmat(block.T.clone())
         if not isinstance(product, Tensor) or product.shape != (n, len(block)):
             came = tuple(product.shape) if isinstance(product, Tensor) else type(product).__name__
             raise ArgumentError(f"matmat must return a tensor of shape ({n}, {len(block)}), got {came}.")
-        product = sign * product.detach().to(device, dtype).T
+        product = product.detach().to(like.device, like.dtype).T
         if not bool(torch.isfinite(product).all()):
             raise ArgumentError("matmat must return finite numbers, got NaN or infinity.")
-        return product.contiguous()
+        return product.clone(memory_format=torch.contiguous_format)
 
     return rows
 

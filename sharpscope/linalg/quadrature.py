@@ -80,7 +80,7 @@ def lanczos_quadrature(
     source = generator if generator is not None else torch.Generator().manual_seed(0)
     like = torch.empty(0, n, dtype=dtype, device=device)
     values, vectors = taken_out(known, like)
-    operator = outside(on_rows(matmat, n, dtype, like.device), vectors)
+    operator = outside(on_rows(matmat, like), vectors)
     depth = min(steps, n - len(vectors))
     alphas, betas = (torch.zeros(probes, depth, dtype=torch.float64) for _ in range(2))
     lengths = [depth] * probes

@@ -13,25 +13,40 @@ from sharpscope.linalg.bounds import ROUNDING, ritz_bounds
 from sharpscope.linalg.missed_eigenvalue_bound import RandomStart
 from sharpscope.linalg.vectors import combine, inner, norms
 
+# H times a block of vectors. Inside of this package a block is rows (b, n), and so is the product: a new contiguous
+# tensor of the same dtype and device; the argument stays as it was. At the public boundary both are columns (n, b).
 Matmat = Callable[[Tensor], Tensor]
 SolverProgress = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
 class RitzPairs:
-    """Descending Ritz values (k,), orthonormal vectors as rows (k, n), and how sure they are.
+    """Descending Ritz values (k,) and orthonormal vectors as rows (k, n), with bounds on the values' errors.
 
-    ``start`` is what the solver's random vectors say of eigenvalues that were missed, None where they say nothing.
+    Attributes:
+        images: (k, n) the true products of the vectors; ``residuals`` (k,) are ``||H v - theta v||``.
+        bounds: (k,) ``|lambda_i - theta_i|`` is at most this, by ``bounds.ritz_bounds`` and with rounding.
+        next_above: the estimate from above of ``lambda_{k+1}`` that the bounds use, None where they use none.
+        scale: the norm of H as far as it is known, to which rounding is relative.
+        num_matvecs, num_products: products with one vector, and with a block.
+        start: what the solver's random vectors say of eigenvalues that were missed, None where they say nothing.
     """
 
     values: Tensor
     vectors: Tensor
+    images: Tensor
     residuals: Tensor
     bounds: Tensor
     converged: Tensor
+    next_above: float | None
+    scale: float
     num_matvecs: int
     num_products: int
     start: RandomStart | None = None
+
+    def residual_vectors(self) -> Tensor:
+        """``H v - theta v`` (k, n)."""
+        return self.images - self.values.to(self.vectors)[:, None] * self.vectors
 
 
 def rayleigh_ritz(
@@ -47,7 +62,8 @@ def rayleigh_ritz(
 ) -> RitzPairs:
     """The Ritz pairs of the span of orthonormal rows ``vectors``, given their true products ``images``.
 
-    ``scale`` is the operator's norm as far as it is known: rounding, ``ROUNDING * eps * scale``, widens every bound.
+    Every solver ends here. The bound on ``|lambda_i - theta_i|`` is that of ``bounds.ritz_bounds`` from the residuals
+    and ``next_above``, widened by the rounding of a product, ``ROUNDING * eps * scale``.
     """
     projected = inner(vectors, images)
     require_symmetric(projected, scale, vectors.dtype)
@@ -59,14 +75,24 @@ def rayleigh_ritz(
     return RitzPairs(
         values=values,
         vectors=vectors,
+        images=images,
         residuals=norms(residuals),
         bounds=bounds,
-        # An eigenvalue whose interval holds zero and is as narrow as rounding allows is zero, to rounding.
-        converged=(bounds <= tol * values.abs()) | ((bounds <= 2 * floor) & (values.abs() <= bounds)),
+        converged=within_tolerance(bounds, values, floor, tol),
+        next_above=next_above,
+        scale=scale,
         num_matvecs=num_matvecs,
         num_products=num_products,
         start=start,
     )
+
+
+def within_tolerance(bounds: Tensor, values: Tensor, floor: float, tol: float) -> Tensor:
+    """Which bounds are at most ``tol |theta|``, or belong to an eigenvalue that is zero to rounding, ``floor``.
+
+    An eigenvalue whose interval holds zero and is as narrow as rounding allows is zero, to rounding.
+    """
+    return (bounds <= tol * values.abs()) | ((bounds <= 2 * floor) & (values.abs() <= bounds))
 
 
 def rounding(scale: float, dtype: torch.dtype) -> float:

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError, nearest
-from sharpscope.linalg.ends import joined, leading, ranked, shares
 from sharpscope.linalg.guided import guided
 from sharpscope.linalg.lanczos import lanczos
+from sharpscope.linalg.missed_eigenvalue_bound import RandomStart
 from sharpscope.linalg.operator import on_rows, require_dtype
 from sharpscope.linalg.power import power_iteration
-from sharpscope.linalg.ritz import Matmat, RitzPairs, SolverProgress, rounding
-from sharpscope.linalg.missed_eigenvalue_bound import RandomStart
+from sharpscope.linalg.ritz import Matmat, RitzPairs, SolverProgress
+from sharpscope.linalg.two_ends import two_ends
 
 METHODS: dict[str, Callable[..., RitzPairs]] = {"guided": guided, "lanczos": lanczos, "power": power_iteration}
-WHICH = ("largest", "smallest", "both", "magnitude")
+TWO_ENDED = ("both", "magnitude")
+WHICH = ("largest", "smallest", *TWO_ENDED)
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Eigenpairs:
     Attributes:
         eigenvalues: float64 (k,), ordered from that end inwards; with "magnitude" by ``|lambda|``, descending; with
             "both" (2k,), descending: the k largest, then the k smallest, the smallest last.
-        eigenvectors: (n, k), or (n, 2k), orthonormal columns in the dtype of the computation. Where two runs made two
-            ends, vectors of one are orthogonal to those of the other only to residual over distance.
+        eigenvectors: (n, k), or (n, 2k), orthonormal columns in the dtype of the computation.
         residuals: ``||H v - lambda v||`` (k,), from true products, not from a recurrence; with "lanczos" from one more.
-        lower, upper: float64 (k,), an interval for each eigenvalue from its residual and gap, with rounding.
+        lower, upper: float64 (k,), an interval for each eigenvalue from its residual and gap, with rounding
+            (``sharpscope.linalg.bounds.ritz_bounds``).
         converged: bool (k,), whether the interval's half-width is at most ``tol |lambda|``, or lambda is zero to
             rounding.
         num_matvecs: products with one vector, in all.
@@ -91,12 +92,12 @@ def top_eigenpairs(
         k: number of pairs, 1 <= k <= n; with "both" at each end, 2k <= n.
         tol: relative to each eigenvalue: stop when ``|lambda - theta| <= tol |theta|`` is proved by the residuals.
         which: "largest", "smallest", "both" (the k largest and the k smallest), or "magnitude" (the k of largest
-            ``|lambda|``, +a and -a both counted; of more equals than fit, any). For two ends "lanczos" makes one run
-            of block products, other methods one for each end.
+            ``|lambda|``, +a and -a both counted; of more equals than fit, any). The last two solve for the k largest
+            and for the k smallest, one after the other.
         method: "guided" (few products, with guides), "lanczos" (block Lanczos with thick restart) or "power" (deflated
             power iteration); "auto" is "guided" for the largest where there are guides, else "lanczos".
         max_basis: vectors of length n that the solver may keep.
-        max_products: calls of ``matmat`` after which it gives up (by default 100, 1000 for "power");
+        max_products: calls of ``matmat`` after which it gives up (by default 100, 1000 for "power", for each end);
             the result then says what has not converged.
         guides: each ``V`` to ``G V``, G a symmetric operator that resembles H and costs little; the last resembles it
             most, those before it cost less.
@@ -118,17 +119,61 @@ def top_eigenpairs(
     """
     require_arguments(n, k, tol, method, max_products, which)
     require_dtype(dtype)
-    name = _solver(method, which, bool(guides), n, k)
+    like = torch.empty(0, n, dtype=dtype, device=device)
+    return top_eigenpairs_rows(
+        on_rows(matmat, like),
+        like,
+        k,
+        tol=tol,
+        which=which,
+        method=method,
+        max_basis=max_basis,
+        max_products=max_products,
+        guides=[on_rows(guide, like) for guide in guides],
+        initial=None if initial is None else initial.to(like).T.contiguous(),
+        generator=generator,
+        progress=progress,
+    )
+
+
+def top_eigenpairs_rows(
+    rows: Matmat,
+    like: Tensor,
+    k: int = 5,
+    *,
+    tol: float = 1e-3,
+    which: str = "largest",
+    method: str = "auto",
+    max_basis: int | None = None,
+    max_products: int | None = None,
+    guides: Sequence[Matmat] = (),
+    initial: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    progress: SolverProgress | None = None,
+) -> Eigenpairs:
+    """``top_eigenpairs`` of an operator on rows, whose results are not checked.
+
+    Args:
+        rows: rows (b, n) to (b, n), a new contiguous tensor like ``like``; it must leave its argument as it was.
+        like: (0, n), for n, dtype and device.
+        guides, initial: rows too. All else as for ``top_eigenpairs``.
+    """
+    require_arguments(like.shape[1], k, tol, method, max_products, which)
+    if initial is not None and which in TWO_ENDED:
+        raise ArgumentError(f"initial is for one end of the spectrum, got which={which!r}. Leave one of them out.")
+    name = _solver(method, which, bool(guides), like.shape[1], k)
     source = generator if generator is not None else torch.Generator().manual_seed(0)
 
-    def run(sign: float, limit: int | None, note: SolverProgress | None, **options: Any) -> RitzPairs:
+    def solve(sign: float, limit: int | None, note: SolverProgress | None, ignore_below: float) -> RitzPairs:
+        """The k largest pairs of ``sign * H``."""
+        options: dict[str, Any] = {} if initial is None else {"initial": initial}
         if METHODS[name] is guided:
-            options["guides"] = [on_rows(guide, n, dtype, torch.device(device), sign) for guide in guides]
-        if initial is not None:
-            options["initial"] = initial.to(device, dtype).T.contiguous()
+            options["guides"] = [_times(sign, guide) for guide in guides]
+        if METHODS[name] is lanczos:
+            options["ignore_below"] = ignore_below
         return METHODS[name](
-            on_rows(matmat, n, dtype, torch.device(device), sign),
-            torch.empty(0, n, dtype=dtype, device=device),
+            _times(sign, rows),
+            like,
             k,
             tol=tol,
             max_basis=max_basis,
@@ -138,14 +183,12 @@ def top_eigenpairs(
             **options,
         )
 
-    if which in ("largest", "smallest"):
-        sign = 1.0 if which == "largest" else -1.0
-        pairs = run(sign, max_products, progress)
-        pairs = replace(pairs, values=sign * pairs.values)
-    elif METHODS[name] is lanczos:
-        pairs = run(1.0, max_products, progress, which=which)
+    if which in TWO_ENDED:
+        pairs = two_ends(solve, k, which, tol, max_products, progress)
     else:
-        pairs = _two_runs(run, k, which, tol, dtype, max_products, progress)
+        sign = 1.0 if which == "largest" else -1.0
+        pairs = solve(sign, max_products, progress, float("-inf"))
+        pairs = replace(pairs, values=sign * pairs.values)
     return Eigenpairs(
         eigenvalues=pairs.values,
         eigenvectors=pairs.vectors.T,
@@ -174,29 +217,9 @@ def _solver(method: str, which: str, guides: bool, n: int, k: int) -> str:
     return "guided" if guides and guidable(which, n, k) else "lanczos"
 
 
-def _two_runs(
-    run: Callable[[float, int | None, SolverProgress | None], RitzPairs],
-    k: int,
-    which: str,
-    tol: float,
-    dtype: torch.dtype,
-    max_products: int | None,
-    progress: SolverProgress | None,
-) -> RitzPairs:
-    """Both ends by a method that finds one: k pairs at each, of which "magnitude" keeps k."""
-    top = run(1.0, None if max_products is None else max_products // 2, progress)
-    done = top.num_products
-    later = None if progress is None else (lambda products, worst: progress(done + products, worst))
-    bottom = run(-1.0, None if max_products is None else max_products - done, later)
-    bottom = replace(bottom, num_matvecs=top.num_matvecs + bottom.num_matvecs, num_products=done + bottom.num_products)
-    if which == "both":
-        return joined([(1.0, top), (-1.0, bottom)], which)
-    first, last = shares(top.values, bottom.values, k)
-    # What the kept pair of least magnitude is held against: the first pair left out at the other end.
-    rivals = [float(end.values[i] + end.bounds[i]) for end, i in ((top, first), (bottom, last)) if i < k]
-    floor = rounding(float(torch.stack([top.values.abs().max(), bottom.values.abs().max()]).max()), dtype)
-    parts = [(1.0, leading(top, first)), (-1.0, leading(bottom, last))]
-    return joined([(sign, ranked(pairs, max(rivals), tol, floor)) for sign, pairs in parts], which)
+def _times(sign: float, rows: Matmat) -> Matmat:
+    """``sign * H`` on rows."""
+    return rows if sign > 0 else (lambda block: -rows(block))
 
 
 def require_arguments(
@@ -218,8 +241,7 @@ def require_arguments(
         raise ArgumentError(f"which must be one of {', '.join(WHICH)}, got {which!r}.")
     if which == "both" and 2 * k > n:
         raise ArgumentError(f"k must be at most half the number of parameters ({n}) for both ends, got {k}.")
-    if method == "guided" and which in ("both", "magnitude"):
+    if method == "guided" and which in TWO_ENDED:
         raise ArgumentError(f"method='guided' finds one end of the spectrum, got which={which!r}. Use 'lanczos'.")
-    two_runs = which in ("both", "magnitude") and method not in ("auto", "lanczos")
-    if two_runs and max_products is not None and max_products < 4:
+    if which in TWO_ENDED and max_products is not None and max_products < 4:
         raise ArgumentError(f"There must be at least 4 products for a run at each end, got a limit of {max_products}.")

@@ -61,7 +61,7 @@ def trace_and_frobenius(
     source = generator if generator is not None else torch.Generator().manual_seed(0)
     like = torch.empty(0, n, dtype=dtype, device=device)
     start = unit_rows(probes, like, like, source)
-    images = on_rows(matmat, n, dtype, like.device)(start)
+    images = on_rows(matmat, like)(start)
     return trace_from_images(matmat, start, images, generator=source)
 
 
@@ -100,7 +100,7 @@ def trace_from_images(
     basis, factors = orthonormalise(images, vectors, floor, generator)
     genuine = factors.abs().sum(1) > 0
     basis, factors = basis[genuine.to(basis.device)], factors[genuine]
-    operator = outside(on_rows(matmat, n, dtype, probes.device), vectors)
+    operator = outside(on_rows(matmat, probes[:0]), vectors)
     basis_images = operator(basis) if len(basis) else basis
     within, squares = inner(basis, basis_images), inner(basis_images, basis_images)
     # factors = Q'Y = R; since Y = QR, Y'HQ = R'(Q'HQ) needs no product of its own.

@@ -94,7 +94,7 @@ def block_spectra(
 
     with m:
         found = diagonal_blocks(
-            products,
+            lambda asked: {i: t.T for i, t in products({i: v.T for i, v in asked.items()}).items()},
             [one.size for one in blocks],
             tol=tol,
             probes=probes,
