@@ -29,8 +29,9 @@ nitpicky = True
 # Types of Python, torch and others are named, not linked: a build needs no network.
 nitpick_ignore_regex = [("py:.*", r"(?!sharpscope\.).*")]
 # Of the package itself, what signatures mention and no user makes.
-INNER = ("objective.batches.MicroBatch", "objective.derivatives.Curvature", "objective.derivatives.Graph")
-INNER += ("objective.partwise.Partwise", "objective.sums.Sums", "optim.sam.Loss", "linalg.missed_eigenvalue_bound.RandomStart")
+INNER = ("objective.data.MicroBatch", "objective.graph.Curvature", "objective.graph.Graph")
+INNER += ("objective.accumulate.PerBatch", "objective.accumulate.Sums", "optim.sam.Loss")
+INNER += ("linalg.missed_eigenvalue_bound.RandomStart",)
 nitpick_ignore = [("py:class", f"sharpscope.{name}") for name in INNER]
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"

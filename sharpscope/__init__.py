@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     )
     from sharpscope.sharpness import Ascent, measure_sharpness, rescaling_invariance
     from sharpscope.slices import loss_slice, loss_surface
-    from sharpscope.spectrum import block_spectra, spectral_density, top_eigenvalues, trace
+    from sharpscope.spectrum import block_spectra, spectral_density, top_eigenvalues
+    from sharpscope.spectrum.trace import trace
 
 __all__ = [
     "ArgumentError",

@@ -45,7 +45,14 @@ def scaled_trace(
     """``tr(DHD)`` by XTrace; cost ``2 (1 + 2 probes)`` gradients."""
     products = scaled_products(objective, ball, progress)
     like = objective.no_vectors()
-    found = trace_and_frobenius(lambda V: products(V.T.contiguous()).T, objective.num_params, probes, dtype=like.dtype, device=like.device, generator=generator)
+    found = trace_and_frobenius(
+        lambda V: products(V.T.contiguous()).T,
+        objective.num_params,
+        probes,
+        dtype=like.dtype,
+        device=like.device,
+        generator=generator,
+    )
     return Estimate(found.trace, found.trace_error)
 
 

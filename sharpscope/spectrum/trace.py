@@ -65,7 +65,14 @@ def trace(
 
     with m:
         like = m.objective.no_vectors()
-        sums = trace_and_frobenius(lambda V: products(V.T.contiguous()).T, m.num_params, probes, dtype=like.dtype, device=like.device, generator=m.generator)
+        sums = trace_and_frobenius(
+            lambda V: products(V.T.contiguous()).T,
+            m.num_params,
+            probes,
+            dtype=like.dtype,
+            device=like.device,
+            generator=m.generator,
+        )
     return TraceResult(
         trace=Estimate(sums.trace, sums.trace_error),
         frobenius=frobenius_norm(sums),
