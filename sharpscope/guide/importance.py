@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sharpscope.objective.data import MicroBatch
 from sharpscope.objective.forward import LossTerms
-from sharpscope.objective.logits import output_tensor
+from sharpscope.objective.losses import output_tensor
 
 
 @dataclass(frozen=True)

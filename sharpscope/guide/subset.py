@@ -12,7 +12,7 @@ from sharpscope.guide.importance import Look, look
 from sharpscope.objective import Objective, Progress
 from sharpscope.objective.accumulate import KEPT, CachedGraphs
 from sharpscope.objective.data import MicroBatch, micro_batches, rows
-from sharpscope.objective.oom import OOMHalving
+from sharpscope.objective.guards import OOMHalving
 
 # A forward pass with the loss's slope and curvature, in gradients: 0.43 to 0.46 as measured on a small CNN, whose first
 # layer needs no input's gradient, and 0.33 on a WRN.

@@ -25,7 +25,7 @@ from sharpscope.monitor.sink import sink_of
 from sharpscope.objective import Objective
 from sharpscope.objective.accumulate import KEPT, CachedGraphs, Point, point_of
 from sharpscope.objective.data import MicroBatch, micro_batches
-from sharpscope.objective.oom import OOMHalving
+from sharpscope.objective.guards import OOMHalving
 from sharpscope.preserve import preserved
 from sharpscope.problem import Problem, require_problem
 from sharpscope.results import MonitorRecord, MonitorResult

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import AuditError, DataError
-from sharpscope.objective.data import MicroBatch
+from sharpscope.objective.data import MicroBatch, leaves
 from sharpscope.objective.forward import LossTerms
 from sharpscope.objective.graph import Graph
-from sharpscope.objective.oom import OOMHalving
+from sharpscope.objective.guards import OOMHalving
 from sharpscope.params import views
 from sharpscope.precision import CHUNK, wide
 
@@ -270,3 +270,22 @@ def require_same_point(before: Point, now: Point) -> None:
             f"Every pass must see the same loss, but it was {before.loss:.6g} and is {now.loss:.6g} and the gradient "
             f"moved by {apart:.2g}: the data change from pass to pass. Turn off shuffling and augmentation."
         )
+
+
+def locate_nonfinite(batches: Iterable[MicroBatch], sums: Callable[[MicroBatch], Sums], products: str) -> None:
+    """Raise DataError for the first of ``batches`` whose data, loss or derivatives are not finite.
+
+    Args:
+        batches: single examples, or those that the loader keeps.
+        sums: loss, gradient and a product of one of them.
+        products: what the products are called.
+    """
+    for batch in batches:
+        where = batch.where(0) if batch.size == 1 else f"batch {batch.pieces[0][0]}"
+        if any(isinstance(leaf, Tensor) and not bool(torch.isfinite(leaf).all()) for leaf in leaves(batch.batch)):
+            raise DataError(f"The data must be finite, but {where} holds NaN or infinity. Drop or mend it.")
+        found = sums(batch)
+        for name, value in (("loss", found.loss), ("gradient", found.gradient), (products, found.products)):
+            if not bool(torch.isfinite(value).all()):
+                raise DataError(f"The {name} must be finite, but that of {where} is NaN or infinite at these weights.")
+    raise DataError("Loss and derivatives must be finite: those of each example are, but not their sum. Lift dtype.")

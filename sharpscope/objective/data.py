@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,13 @@ class MicroBatch:
     @property
     def splittable(self) -> bool:
         """Whether every tensor has one row an example, so that the batch may be cut and joined."""
-        return _splittable(self.batch, self.size)
+        for leaf in leaves(self.batch):
+            if isinstance(leaf, Tensor):
+                if leaf.dim() and len(leaf) != self.size:
+                    return False
+            elif leaf is not None and not isinstance(leaf, bool | int | float):
+                return False
+        return True
 
     def where(self, example: int) -> str:
         """ "example 17 of batch 3", both counted from 0 in the loader's terms."""
@@ -104,25 +111,29 @@ def micro_batches(batches: Iterable[Any], size: int | None) -> Iterator[MicroBat
     dimension is kept whole.
     """
     pending: list[MicroBatch] = []
+    held = 0  # examples in it
     for index, raw in enumerate(batches):
-        batch = _as_tensors(raw)
+        batch = map_leaves(raw, lambda leaf: torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf)
         count = batch_size(batch)
         whole = MicroBatch(batch, count, ((index, 0, count),))
         if count == 0:
             continue
         if size is None or not whole.splittable:
             yield from _flush(pending)
+            held = 0
             yield whole
             continue
         if pending and not _joinable(pending[0].batch, batch):
             yield from _flush(pending)
+            held = 0
         start = 0
         while start < count:
-            take = min(size - sum(piece.size for piece in pending), count - start)
+            take = min(size - held, count - start)
             pending.append(whole if take == count else whole.part(start, start + take))
-            start += take
-            if sum(piece.size for piece in pending) == size:
+            start, held = start + take, held + take
+            if held == size:
                 yield from _flush(pending)
+                held = 0
         if pending:  # what is held over is a copy: a loader may fill the same tensors again
             last = pending[-1]
             pending[-1] = replace(last, batch=map_tensors(last.batch, torch.clone))
@@ -155,15 +166,17 @@ def arguments(batch: Any, accepts: Callable[[str], bool]) -> tuple[tuple[Any, ..
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
     """The same structure with ``function`` applied to each tensor that has a first dimension."""
-    if isinstance(batch, Tensor):
-        return function(batch) if batch.dim() else batch
+    return map_leaves(batch, lambda leaf: function(leaf) if isinstance(leaf, Tensor) and leaf.dim() else leaf)
+
+
+def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
+    """The same structure of mappings, tuples and lists with ``function`` applied to everything else in it."""
     if isinstance(batch, Mapping):
-        return {key: map_tensors(value, function) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_tensors(value, function) for value in batch))
+        return {key: map_leaves(value, function) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(map_tensors(value, function) for value in batch)
-    return batch
+        values = map(map_leaves, batch, repeat(function))
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return function(batch)
 
 
 def rows(batch: Any, places: Tensor) -> Any:
@@ -173,15 +186,17 @@ def rows(batch: Any, places: Tensor) -> Any:
 
 def leaves(batch: Any) -> list[Any]:
     """The leaves of ``batch`` in order."""
-    if isinstance(batch, Mapping | tuple | list):
-        return [leaf for value in _values(batch) for leaf in leaves(value)]
-    return [batch]
+    found: list[Any] = []
+    map_leaves(batch, found.append)
+    return found
 
 
 def batch_size(batch: Any) -> int:
     """Number of examples: the first dimension of the first tensor, else 1."""
-    sizes = [len(leaf) for leaf in leaves(batch) if isinstance(leaf, Tensor | np.ndarray) and leaf.ndim]
-    return sizes[0] if sizes else 1
+    for leaf in leaves(batch):
+        if isinstance(leaf, Tensor | np.ndarray) and leaf.ndim:
+            return len(leaf)
+    return 1
 
 
 def _flush(pending: list[MicroBatch]) -> Iterator[MicroBatch]:
@@ -192,28 +207,6 @@ def _flush(pending: list[MicroBatch]) -> Iterator[MicroBatch]:
         pieces = tuple(piece for p in pending for piece in p.pieces)
         yield MicroBatch(map_tensors(pending[0].batch, lambda _: next(columns)), sum(p.size for p in pending), pieces)
     pending.clear()
-
-
-def _as_tensors(batch: Any) -> Any:
-    if isinstance(batch, np.ndarray):
-        return torch.as_tensor(batch)
-    if isinstance(batch, Mapping):
-        return {key: _as_tensors(value) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*map(_as_tensors, batch))
-    if isinstance(batch, tuple | list):
-        return type(batch)(map(_as_tensors, batch))
-    return batch
-
-
-def _splittable(batch: Any, count: int) -> bool:
-    for leaf in leaves(batch):
-        if isinstance(leaf, Tensor):
-            if leaf.dim() and len(leaf) != count:
-                return False
-        elif leaf is not None and not isinstance(leaf, bool | int | float):
-            return False
-    return True
 
 
 def _joinable(first: Any, second: Any) -> bool:

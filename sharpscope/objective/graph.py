@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from sharpscope.objective.data import MicroBatch
-from sharpscope.objective.forward import LossTerms
+if TYPE_CHECKING:
+    from sharpscope.objective.data import MicroBatch
+    from sharpscope.objective.forward import LossTerms
 
 
 class Products(Protocol):

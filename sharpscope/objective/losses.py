@@ -1,9 +1,9 @@
-"""Losses as sums over loss terms: ``sum_i a_i l_i`` and ``sum_i a_i``, so that batches of any size add up."""
+"""How a loss counts its terms: ``sum_i a_i l_i`` and ``sum_i a_i``, so that batches of any size add up."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sharpscope.errors import DataError, ProblemError
+from sharpscope.errors import ArgumentError, DataError, ProblemError
 from sharpscope.objective.likelihoods import Likelihood, bernoulli, categorical, gaussian
-from sharpscope.objective.logits import output_tensor
-from sharpscope.objective.tokens import TokenCrossEntropy
 
 Where = Callable[[int], str]
 
@@ -76,6 +74,43 @@ def term_loss(loss: Callable[..., Any]) -> TermLoss:
             )
         return known(**{name: value for name, value in options.items() if name != "reduction"})
     return TermLoss(_name(loss), functools.partial(_mean_times_examples, loss), counted=False)
+
+
+class TokenCrossEntropy(nn.Module):
+    """``-log softmax(z_bt)[y_bt]`` (nats), the mean over the tokens t of all sequences b that are not ignored.
+
+    Takes logits (B, T, V), or an output with ``.logits``, and labels (B, T), on which torch's own cross-entropy wants
+    (B, V, T). A batch counts by its tokens that are not ignored, whatever the padding.
+
+    Args:
+        shift: compare the logits of a token with the label of the next, as a causal language model does whose labels
+            are its input; the first label is then no loss term.
+        ignore_index: the label that is no loss term.
+        label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
+
+    Raises: ArgumentError for a smoothing outside 0..1.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> logits, labels = torch.zeros(1, 3, 4), torch.tensor([[0, 2, -100]])
+    >>> sharpscope.TokenCrossEntropy()(logits, labels)  # log 4: four words, all as likely
+    tensor(1.3863)
+    """
+
+    def __init__(self, shift: bool = False, ignore_index: int = -100, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing <= 1:
+            raise ArgumentError(f"label_smoothing must be from 0 to 1, got {label_smoothing}.")
+        self.shift, self.ignore_index, self.label_smoothing = shift, ignore_index, label_smoothing
+
+    def forward(self, output: Any, target: Tensor) -> Tensor:
+        """The mean over the tokens of one batch."""
+        flat, labels = output_tensor(output).flatten(0, -2), self.aligned(target).flatten()
+        return F.cross_entropy(flat, labels, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing)
+
+    def aligned(self, target: Tensor) -> Tensor:
+        """The label (B, T) of each of the logits: with ``shift`` that of the next token, and none for the last."""
+        return F.pad(target[:, 1:], (0, 1), value=self.ignore_index) if self.shift else target
 
 
 def _cross_entropy(weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> TermLoss:
@@ -284,3 +319,23 @@ def described(value: Any) -> str:
 
 def _name(loss: Any) -> str:
     return getattr(loss, "__name__", None) or type(loss).__name__
+
+
+def output_tensor(output: Any) -> Tensor:
+    """The tensor of ``output`` that a known loss takes.
+
+    Raises: ProblemError for an output that is no tensor and has none called "logits".
+    """
+    found = output if isinstance(output, Tensor) else find_logits(output)
+    if found is not None:
+        return found
+    raise ProblemError(
+        f"The model must return a tensor, or an object with .logits, for this loss; got {type(output).__name__}. "
+        "Pass a loss(output, target) that picks what it needs."
+    )
+
+
+def find_logits(output: Any) -> Tensor | None:
+    """The tensor called "logits" in an output that is an object or a mapping, if there is one."""
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) else None

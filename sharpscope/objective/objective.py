@@ -10,15 +10,22 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError, DataError
-from sharpscope.objective import guards, microbatch
-from sharpscope.objective.accumulate import PerBatch, Point, Sums, accumulate, point_of, require_same_point
-from sharpscope.objective.cost import Meter
+from sharpscope.objective import microbatch
+from sharpscope.objective.accumulate import (
+    PerBatch,
+    Point,
+    Sums,
+    accumulate,
+    locate_nonfinite,
+    point_of,
+    require_same_point,
+)
 from sharpscope.objective.data import MicroBatch, micro_batches, num_examples_hint, walkable
 from sharpscope.objective.forward import LossTerms
 from sharpscope.objective.graph import Curvature, Graph
+from sharpscope.objective.guards import Meter, OOMHalving, guarded
 from sharpscope.objective.hessian import HESSIAN
 from sharpscope.objective.kernels import differentiable_kernels
-from sharpscope.objective.oom import OOMHalving
 from sharpscope.preserve import preserved
 from sharpscope.problem import Problem
 from sharpscope.progress import Progress
@@ -208,7 +215,7 @@ class Objective:
         To be used within ``measuring()``. Cost: 1 gradient of the batch, and ``curvature.cost`` a product.
         """
         bare = partial(self.curvature.graph, self.terms)
-        return guards.billed(guards.readable(bare), self.meter, self.curvature.cost)(batch, keep)
+        return guarded(bare, self.meter, self.curvature.cost)(batch, keep)
 
     def accumulate(
         self,
@@ -259,7 +266,7 @@ class Objective:
         """Raise DataError for the first example whose loss or derivatives are not finite."""
         rows = torch.ones(1, self.num_params, dtype=self.dtype, device=self.device)
         singles = micro_batches(self.data, None if self.keeps_batches else 1)
-        guards.locate_nonfinite(singles, lambda batch: self.accumulate([batch], rows), self.curvature.title)
+        locate_nonfinite(singles, lambda batch: self.accumulate([batch], rows), self.curvature.title)
 
     def _pass(self, rows: Tensor, progress: Progress | None, per_batch: bool = False) -> Sums:
         """One full walk: the sums, whose loss and gradient must be those of the pass before."""

@@ -14,7 +14,7 @@ from sharpscope.errors import ProblemError
 from sharpscope.objective.data import MicroBatch
 from sharpscope.objective.forward import LossTerms
 from sharpscope.objective.graph import Graph, without_terms
-from sharpscope.objective.logits import find_logits, output_tensor
+from sharpscope.objective.losses import find_logits, output_tensor
 from sharpscope.params import views
 
 # Gradients a product on the kept graph, counted in matrix products: of a gradient's three (forward, and backward into

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.objective import Objective
-from sharpscope.objective.cost import FORWARD
 from sharpscope.objective.data import MicroBatch, map_tensors, micro_batches, rows
-from sharpscope.objective.oom import OOMHalving
+from sharpscope.objective.guards import FORWARD, OOMHalving
 from sharpscope.precision import wide
 
 # Examples a graph where the objective keeps none of its own.

@@ -11,9 +11,8 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from sharpscope.ball import Ball
 from sharpscope.objective import Objective
-from sharpscope.objective.cost import FORWARD
 from sharpscope.objective.data import MicroBatch, leaves, map_tensors, tensors
-from sharpscope.objective.oom import out_of_memory
+from sharpscope.objective.guards import FORWARD, out_of_memory
 from sharpscope.params import select
 from sharpscope.precision import wide
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sharpscope.errors import AuditError, ProblemError
 from sharpscope.objective import Objective
 from sharpscope.objective.data import MicroBatch, map_tensors, micro_batches, tensors
-from sharpscope.objective.oom import OOMHalving, out_of_memory
+from sharpscope.objective.guards import OOMHalving, out_of_memory
 from sharpscope.precision import wide
 
 # Data of no more bytes are kept on the device between points.

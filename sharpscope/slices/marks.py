@@ -11,7 +11,7 @@ import torch
 from sharpscope import params
 from sharpscope.errors import ArgumentError
 from sharpscope.objective import Objective
-from sharpscope.objective.cost import FORWARD
+from sharpscope.objective.guards import FORWARD
 from sharpscope.problem import Problem
 from sharpscope.results import Mark
 from sharpscope.slices.checkpoint_directions import difference

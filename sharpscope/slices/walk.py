@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.objective import Objective
-from sharpscope.objective.cost import FORWARD
+from sharpscope.objective.guards import FORWARD
 from sharpscope.params import views
 from sharpscope.perturbation import Perturbation
 from sharpscope.slices.direction import Direction
