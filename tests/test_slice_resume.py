@@ -164,7 +164,7 @@ def test_changed_code_uses_no_old_point(tmp_path: Path, visits: list[Any], chang
             def __init__(self) -> None:
                 super().__init__()
                 self.inner = small().model
-                self.start = float(self.inner[0].weight.sum())  # type: ignore[index,union-attr,operator]
+                self.start = float(self.inner[0].weight.detach().sum())  # type: ignore[index,union-attr,operator]
 
             def forward(self, x: Tensor) -> Tensor:
                 away = self.inner[0].weight.sum() - self.start  # type: ignore[index,union-attr,operator]
