@@ -160,15 +160,14 @@ def probe(objective: Objective) -> list[Tensor]:
 @contextmanager
 def _deterministic_kernels() -> Iterator[None]:
     """Deterministic kernels where torch has them: atomic additions on a GPU would change the probe's last bits."""
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(before)
 
 
 def _state(thing: Any) -> list[Any]:
