@@ -156,6 +156,16 @@ class Weighted:
         return self(output, target)
 
 
+class Around:
+    """A loss that is no module, around one."""
+
+    def __init__(self, rare: float) -> None:
+        self.inner = nn.CrossEntropyLoss(weight=weights(rare))
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return self.inner(output, target)
+
+
 def weights(rare: float) -> Tensor:
     return torch.tensor([1.0, 1.0, rare])
 
@@ -165,6 +175,7 @@ HELD: dict[str, Callable[[float], dict[str, Any]]] = {
     "an option": lambda x: {"loss": nn.CrossEntropyLoss(ignore_index=int(-x))},
     "a partial": lambda x: {"loss": partial(nn.functional.cross_entropy, weight=weights(x))},
     "an object": lambda x: {"loss": Weighted(x)},
+    "an object's module": lambda x: {"loss": Around(x)},
     "a method": lambda x: {"loss": Weighted(x).method},
     "a layer": lambda x: {"model": with_attribute(lambda layer: setattr(layer, "p", 0.1 / x))},
     "an array": lambda x: {"model": with_attribute(lambda layer: setattr(layer, "_scale", np.array([1.0, x])))},

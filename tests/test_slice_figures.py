@@ -15,7 +15,7 @@ import pytest
 
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.plot.caption import caption
-from sharpscope.plot.interactive import interactive_surface
+from sharpscope.plot.interactive import interactive_surface, surface_traces
 from sharpscope.plot.levels import shared_levels
 from sharpscope.plot.slice import slice_curves
 from sharpscope.plot.surface import surface_3d, surface_contour, surfaces_side_by_side
@@ -515,6 +515,20 @@ def test_an_interactive_page_fetches_nothing_and_says_what_a_figure_says() -> No
     assert page.count('"coloraxis":"coloraxis"') == 2
     assert '"name":"diverged"' in page
     assert "null" in page
+
+
+def test_crosses_of_an_interactive_surface_are_at_the_diverged_points() -> None:
+    """Row i and column j of the losses are y[i] and x[j]; there the surface has a hole, else its height."""
+    go = pytest.importorskip("plotly.graph_objects")
+    result, levels = wrong_at(plane(), (2, 3), (4, 8)), shared_levels([plane()])
+    surface, crosses = surface_traces(go, result, levels)
+    assert list(zip(crosses.x, crosses.y, strict=True)) == [(X[3], Y[2]), (X[8], Y[4])]
+    holes = np.isnan(np.asarray(surface.z, dtype=float))
+    assert holes.sum() == 2
+    assert holes[2, 3]
+    assert holes[4, 8]
+    assert crosses.z.tolist() == [np.log10(levels[-1])] * 2
+    assert surface.z[0, 0] == np.log10(min(height(X[0], Y[0]), levels[-1]))
 
 
 def test_without_plotly_one_reads_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

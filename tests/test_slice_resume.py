@@ -155,20 +155,23 @@ def test_a_record_of_another_key_in_the_file_is_not_believed(tmp_path: Path) -> 
     assert again[(1.0,)] == (6.0,)
 
 
-@pytest.mark.parametrize("change", ["constant", "forward"])
+@pytest.mark.parametrize("change", ["constant", "forward", "curvature"])
 def test_changed_code_uses_no_old_point(tmp_path: Path, visits: list[Any], change: str) -> None:
-    """A loss or a model whose code is another at the same weights is another loss."""
+    """A loss or a model whose code is another at the same weights is another loss, also where it agrees at w."""
 
     def made(slope: float) -> Problem:
         class Scaled(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
                 self.inner = small().model
+                self.start = float(self.inner[0].weight.detach().sum())  # type: ignore[index,union-attr,operator]
 
             def forward(self, x: Tensor) -> Tensor:
-                return self.inner(x) * FACTOR["value"]
+                away = self.inner[0].weight.sum() - self.start  # type: ignore[index,union-attr,operator]
+                return self.inner(x) * FACTOR["value"] + FACTOR["bend"] * away**2 * torch.eye(3)[0]
 
         FACTOR["value"] = slope if change == "forward" else 1.0
+        FACTOR["bend"] = slope if change == "curvature" else 1.0
         losses = {1.0: lambda o, t: 1.0 * nn.functional.cross_entropy(o, t)}
         losses[5.0] = lambda o, t: 5.0 * nn.functional.cross_entropy(o, t)
         loss = losses[slope] if change == "constant" else nn.CrossEntropyLoss()
@@ -182,7 +185,7 @@ def test_changed_code_uses_no_old_point(tmp_path: Path, visits: list[Any], chang
     np.testing.assert_array_equal(changed.loss, loss_surface(made(5.0), plane, 3).loss)
 
 
-FACTOR = {"value": 1.0}
+FACTOR = {"value": 1.0, "bend": 1.0}
 
 
 def test_shards_meet_in_the_whole(tmp_path: Path) -> None:

@@ -116,20 +116,19 @@ def surface_traces(
     scaled = np.log10 if log else np.asarray
     (x, y), z = r.axes, heights(r, split, quantity)
     surface = go.Surface(
-        x=x.tolist(),
-        y=y.tolist(),
-        z=_holes(scaled(np.minimum(z, at[-1]))),
-        customdata=_holes(z),
+        x=x,
+        y=y,
+        z=scaled(np.minimum(z, at[-1])),
+        customdata=z,
         coloraxis="coloraxis",
         hovertemplate="x %{x:.4g}<br>y %{y:.4g}<br>" + f"{quantity} " + "%{customdata:.5g}<extra></extra>",
     )
     found = [surface]
-    wrong = diverged(r, r.split(split))
-    if wrong.any():
-        xs, ys = (m[wrong].tolist() for m in np.meshgrid(x, y))
+    rows, columns = np.nonzero(diverged(r, r.split(split)))
+    if len(rows):
         style = {"mode": "markers", "marker": {"symbol": "x", "color": "#CC0000", "size": 3}, "name": "diverged"}
-        zs = [float(scaled(at[-1]))] * len(xs)
-        found.append(go.Scatter3d(x=xs, y=ys, z=zs, showlegend=False, hoverinfo="name+x+y", **style))
+        tops = np.full(len(rows), scaled(at[-1]))
+        found.append(go.Scatter3d(x=x[columns], y=y[rows], z=tops, showlegend=False, hoverinfo="name+x+y", **style))
     return [*found, *_marks(go, r, r.splits[r.split(split)], quantity, scaled, at)]
 
 
@@ -147,17 +146,10 @@ def _marks(go: Any, r: SliceResult, split: str, quantity: str, scaled: Any, at: 
         told = [
             f"{m.name}: {quantity} {v:.4g}, {m.distance:.3g} off the plane" for m, v in zip(marks, own, strict=True)
         ]
-        tops = _holes(scaled(np.clip(np.asarray(own, dtype=float), at[0], at[-1])))
+        tops = scaled(np.clip(np.asarray(own, dtype=float), at[0], at[-1]))
         found.append(
             go.Scatter3d(
                 x=xs, y=ys, z=tops, text=told, hovertemplate="%{text}<extra></extra>", showlegend=False, **style
             )
         )
     return found
-
-
-def _holes(values: Any) -> Any:
-    """Nested lists with None for what is not finite."""
-    found = np.asarray(values).astype(object)
-    found[~np.isfinite(values)] = None
-    return found.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,8 +128,8 @@ def _turning(found: list[tuple[str, SliceResult]], at: Array, log: bool) -> str:
     shown = found[:SCENES]
     scenes: list[dict[str, Any]] = []
     for name, r in shown:
-        traces = surface_traces(go, r, at, log=log)
-        scenes.append({"name": name, "traces": [_plain(t) for t in traces]})
+        figure = go.Figure(surface_traces(go, r, at, log=log))
+        scenes.append({"name": name, "traces": json.loads(figure.to_json())["data"]})
     scaled = np.log10(at) if log else at
     ends = {"low": float(scaled[0]), "high": float(scaled[-1])}
     axis = {**ends, "at": scaled.tolist(), "told": [told(level, "loss") for level in at]}
@@ -139,8 +140,3 @@ def _turning(found: list[tuple[str, SliceResult]], at: Array, log: bool) -> str:
     )
     stage = tag("div", class_="stage", role="group", aria_label="Interactive surfaces", hidden=True)
     return tag("div", button, hint, stage, class_="turning") + data({"scenes": scenes, "axis": axis}, "scenes")
-
-
-def _plain(trace: Any) -> Any:
-    """A trace as JSON has it."""
-    return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in trace.to_plotly_json().items()}

@@ -58,7 +58,10 @@ def _add(digest: hashlib.blake2b, value: Any) -> None:
         digest.update(text)
     elif _has_bytes(value):
         _tag(digest, "tensor" if isinstance(value, Tensor) else "array", value.dtype, *value.shape)
-        digest.update(_bytes(value).data)
+        if isinstance(value, Tensor):
+            dense = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
+            value = dense.reshape(-1).view(torch.uint8).numpy()
+        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
     elif isinstance(value, Mapping | set | frozenset):
         items = value.items() if isinstance(value, Mapping) else [(entry,) for entry in value]
         _tag(digest, "mapping" if isinstance(value, Mapping) else "set", len(value))
@@ -88,14 +91,6 @@ def _has_bytes(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.layout == torch.strided and not value.is_quantized
     return isinstance(value, np.ndarray) and not value.dtype.hasobject
-
-
-def _bytes(value: Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The bytes of a dense tensor or array in row-major order, without a copy where that is possible."""
-    if isinstance(value, Tensor):
-        dense = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        return dense.reshape(-1).view(torch.uint8).numpy()
-    return np.ascontiguousarray(value).reshape(-1).view(np.uint8)
 
 
 def key_of(objective: Objective, **settings: Any) -> str:
@@ -160,35 +155,36 @@ def probe(objective: Objective) -> list[Tensor]:
 @contextmanager
 def _deterministic_kernels() -> Iterator[None]:
     """Deterministic kernels where torch has them: atomic additions on a GPU would change the probe's last bits."""
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(before)
 
 
 def _state(thing: Any) -> list[Any]:
     """Parameters, buffers and plain attributes of a model or loss: what it holds besides its code."""
     if isinstance(thing, functools.partial):
-        return [_state(thing.func), _plain(dict(enumerate(thing.args))), _plain(thing.keywords)]
+        return [_state(thing.func), _held({**dict(enumerate(thing.args)), **thing.keywords})]
     if inspect.ismethod(thing):
         return [thing.__name__, _state(thing.__self__)]
     if not isinstance(thing, nn.Module):
-        return [type(thing).__qualname__, _plain(getattr(thing, "__dict__", {}))]
+        return [type(thing).__qualname__, _held(getattr(thing, "__dict__", {}))]
     internal = vars(nn.Module())
     modules = {
-        name: [type(module).__qualname__, _plain({k: v for k, v in vars(module).items() if k not in internal})]
+        name: [type(module).__qualname__, {k: v for k, v in vars(module).items() if k not in internal and _is_plain(v)}]
         for name, module in thing.named_modules()
     }
     return [dict(thing.named_parameters()), dict(thing.named_buffers()), modules]
 
 
-def _plain(attributes: Mapping[Any, Any]) -> dict[Any, Any]:
-    return {name: value for name, value in attributes.items() if _is_plain(value)}
+def _held(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The plain entries of ``values``, and the state of modules among them."""
+    modules = {name: _state(value) for name, value in values.items() if isinstance(value, nn.Module)}
+    return {**{name: value for name, value in values.items() if _is_plain(value)}, **modules}
 
 
 def _is_plain(value: Any) -> bool:
