@@ -63,7 +63,7 @@ class DensityResult(Result):
                 f"nodes of shape {self.nodes.shape} and num_known {self.num_known}. Measure it again."
             )
         n = self.provenance.get("num_params")
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        if not isinstance(n, int) or isinstance(n, bool) or not 0 < n < 2**63:
             raise DataError("The provenance must hold num_params, the number of eigenvalues. Measure it again.")
 
     @property

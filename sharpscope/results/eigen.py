@@ -127,6 +127,13 @@ class EigenResult(Result):
         super().__post_init__()
         if len(self.eigenvalues) == 0:
             raise DataError("An eigen result needs at least one eigenvalue, got none. Measure it again.")
+        ends = [(self.sampling or {}).get(end) for end in ("lower", "upper")]
+        counts = [0 if end is None else len(end) for end in ends]
+        if counts not in ([0, 0], [len(self.eigenvalues)] * 2):
+            raise DataError(
+                f"An eigen result needs an interval in 'sampling' for each of {len(self.eigenvalues)} eigenvalues, got "
+                f"{counts[0]} lower and {counts[1]} upper ends. Measure it again."
+            )
 
     @property
     def certified(self) -> bool:
