@@ -18,7 +18,7 @@ from sharpscope.results.serialization import Array, Shape
 from sharpscope.results.table import Table
 from sharpscope.tables import narrower
 
-PerNode = Annotated[Array, Shape("K", "d + s")]
+PerNode = Annotated[Array, Shape("K nodes")]
 
 # An eigenvalue counts as negative from so many widths below zero on, by a step softened to so many widths, lest one
 # node's side decide. Of an eigenvalue at zero 3e-5 then counts as negative.

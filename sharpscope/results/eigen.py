@@ -118,7 +118,7 @@ class EigenResult(Result):
     gradient_norm: float
     cost: Cost
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    eigenvectors: Annotated[NDArray[Any], Shape("n", "k"), BESIDE] | None = None
+    eigenvectors: Annotated[NDArray[Any], Shape("n k"), BESIDE] | None = None
     missed_probability: PerEigenvalue | None = None
     sampling: Annotated[Mapping[str, Any], Like(Sampling)] | None = None
     certificate: Annotated[Mapping[str, Any], Like(Certificate)] | None = None

@@ -41,12 +41,9 @@ MaybeNaNs = Annotated[Array, NULL_IS_NAN]
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of an array or tuple, by name: in one result, sizes of one name are equal."""
+    """The dimensions of an array or tuple, named "n k": in one result, dimensions of one name are equally long."""
 
-    names: tuple[str, ...]
-
-    def __init__(self, *names: str) -> None:
-        object.__setattr__(self, "names", names)
+    names: str
 
 
 @dataclass(frozen=True)
@@ -150,6 +147,8 @@ _WANTED = {float: "a number", int: "a whole number", bool: "a boolean", str: "te
 
 
 def _scalar(kind: type, value: Any, where: str, nan: bool) -> Any:
+    if kind not in _WANTED:
+        raise TypeError(f"Fields of results cannot be annotated with {kind}, got {where!r}.")
     if kind is not float:
         if type(value) is not kind:
             raise _misfit(_WANTED[kind], where, value)
@@ -262,7 +261,7 @@ def require_shapes(result: Any, owner: str) -> None:
     kind: Any = type(result)
     sizes: dict[str, tuple[int, str]] = {}
     for name, hint in hints_of(kind).items():
-        shape = next((note.names for note in notes_of(hint) if isinstance(note, Shape)), None)
+        shape = next((note.names.split() for note in notes_of(hint) if isinstance(note, Shape)), None)
         value = None if shape is None else getattr(result, name)
         if shape is None or value is None:
             continue
@@ -303,9 +302,8 @@ def opened(values: Any, analysis: str) -> dict[str, Any]:
     """
     came = values.get("analysis") if isinstance(values, Mapping) else None
     if came != analysis:
-        raise DataError(
-            f"{owner_of(analysis)} must be an object with analysis {analysis!r}, got {_short(came)}. Choose another file."
-        )
+        what = f"an object with analysis {analysis!r}"
+        raise DataError(f"{owner_of(analysis)} must be {what}, got {_short(came)}. Choose another file.")
     if values.get("format", FORMAT) != FORMAT:
         raise DataError(
             f"The result has format {_short(values['format'])}, and this sharpscope reads {FORMAT}. Update it."
