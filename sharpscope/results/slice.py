@@ -56,8 +56,8 @@ class Mark:
 
     name: str
     coordinates: tuple[float, ...]
-    distance: float
-    length: float
+    distance: MaybeNaN
+    length: MaybeNaN
     loss: Mapping[str, MaybeNaN]
     accuracy: Mapping[str, MaybeNaN]
     on_path: bool = False
@@ -227,6 +227,8 @@ class SliceResult(Result):
                 "Load its file, next to which its arrays are."
             )
         found = super()._read(values) | fields_from(cls, _GRID, values)
+        if value_as(int, values["dimensions"], "dimensions") != len(found["axes"]):
+            raise Misfit(f"needs the number of axes in 'dimensions', got {values['dimensions']}")
         infinite = value_as(tuple[int, ...], values.get("infinite", ()), "infinite")
         if any(not 0 <= i < found["loss"].size for i in infinite):
             raise Misfit(f"needs places of losses in 'infinite', got others than 0 to {found['loss'].size - 1}")
