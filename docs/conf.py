@@ -18,6 +18,7 @@ os.environ["COLUMNS"] = "100"  # of the help texts
 from docstrings import as_rst, with_names
 
 from sharpscope.cli import parser
+from sharpscope.results.base import Result
 from sharpscope.version import __version__
 
 project = "sharpscope"
@@ -31,7 +32,7 @@ nitpick_ignore_regex = [("py:.*", r"(?!sharpscope\.).*")]
 # Of the package itself, what signatures mention and no user makes.
 INNER = ("objective.data.MicroBatch", "objective.graph.Curvature", "objective.graph.Graph")
 INNER += ("objective.accumulate.PerBatch", "objective.accumulate.Sums", "optim.sam.Loss")
-INNER += ("linalg.missed_eigenvalue_bound.RandomStart",)
+INNER += ("linalg.missed_eigenvalue_bound.RandomStart", "results.base.Self", "results.comparison.rows.Row")
 nitpick_ignore = [("py:class", f"sharpscope.{name}") for name in INNER]
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
@@ -72,7 +73,8 @@ def _directive(name: str) -> str:
     if not inspect.isclass(one):
         return f".. autofunction:: {name}\n"
     kind = "autoexception" if issubclass(one, Exception) else "autoclass"
-    return f".. {kind}:: {name}\n   :members:\n"
+    inherited = "   :inherited-members:\n" if issubclass(one, Result) else ""
+    return f".. {kind}:: {name}\n   :members:\n{inherited}"
 
 
 def setup(app: Any) -> None:

@@ -56,6 +56,23 @@ def with_names(
 def _written(text: str | None) -> str | None:
     if text is None:
         return None
+    text = _unannotated(text)
     text = re.sub(r"~numpy\.ndarray\[.*?~numpy\.dtype\[([^\]]*)\]\]", r"~numpy.typing.NDArray[\1]", text)
     text = re.sub(r"Curvature\([^()]*\)", "HESSIAN", text.replace("<factory>", "{}"))
     return re.sub(r"<function (\w+)[^>]*>", r"\1", text)
+
+
+def _unannotated(text: str) -> str:
+    """``Annotated[x, y]`` as ``x``: what the annotations of results add is for reading their files."""
+    found = re.search(r"~[\w.]*\bAnnotated\[", text)
+    if not found:
+        return text
+    before, after = text[: found.start()], text[found.end() :]
+    depth, ends = 0, []
+    for i, character in enumerate(after):
+        depth += (character in "[(") - (character in "])")
+        if (character == "," and depth == 0) or depth < 0:
+            ends.append(i)
+        if depth < 0:
+            break
+    return _unannotated(before + after[: ends[0]] + after[ends[-1] + 1 :])

@@ -315,7 +315,7 @@ def test_what_is_saved_is_loaded_whole(name: str, tmp_path: Path) -> None:
         (lambda r: r.update(analysis="eigen"), "must be an object with analysis 'comparison'"),
         (lambda r: r.pop("subjects"), "must have the keys of Comparison.to_dict"),
         (lambda r: r["subjects"][0].pop("performance"), "must have the keys of Comparison.to_dict"),
-        (lambda r: r["between"][0].pop("loss"), "must have the keys of to_dict\\(grid=True\\)"),
+        (lambda r: r["between"][0].pop("loss"), "must have the keys of SliceResult.to_dict\\(grid=True\\)"),
         (lambda r: r["subjects"][0]["surface"].update(loss=[[1.0]]), "needs losses of shape"),
         (lambda r: r.update(format=99), "format 99"),
     ],

@@ -183,7 +183,7 @@ def test_a_result_reads_back(tmp_path: Path) -> None:
         result.column("lambda_min")
     with pytest.raises(DataError, match="analysis 'monitor', got 'eigen'"):
         MonitorResult.from_dict({"analysis": "eigen"})
-    with pytest.raises(DataError, match="keys of to_dict"):
+    with pytest.raises(DataError, match=r"keys of MonitorResult\.to_dict"):
         MonitorResult.from_dict({"analysis": "monitor"})
 
 

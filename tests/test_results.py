@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from sharpscope import Cost, DataError, EigenResult, OutputError, Ratio
 from sharpscope.files import atomic, require_writable
 from sharpscope.plot import sharpness_over_training
 from sharpscope.results import side_by_side
+from sharpscope.results.serialization import Array, Shape
 from sharpscope.tables import with_bound
 
 
@@ -135,6 +137,29 @@ def test_vectors_of_another_run_are_not_taken_for_this_ones(tmp_path: Path) -> N
         assert EigenResult.load(tmp_path / "r.json").eigenvectors is None
     with pytest.raises(OutputError, match=r"Name it \.json"):
         result([2.0, 1.0]).save(tmp_path / "r.npz")
+
+
+@dataclass(frozen=True, eq=False)
+class Wider(EigenResult):
+    """A result with a field more."""
+
+    gaps: Annotated[Array, Shape("k")] | None = None
+
+
+def test_a_new_field_is_one_line(tmp_path: Path) -> None:
+    """It is saved, read back as annotated, None in files without it, and refused with another type or length."""
+    old = result([2.0, 1.0], seed=3)
+    wider = Wider(**vars(old), gaps=np.array([1.0, 0.5]))
+    wider.save(tmp_path / "r.json")
+    again = Wider.load(tmp_path / "r.json")
+    assert again.gaps is not None
+    np.testing.assert_array_equal(again.gaps, [1.0, 0.5])
+    assert again.to_dict() == wider.to_dict() == {**old.to_dict(), "gaps": [1.0, 0.5]}
+    assert again.provenance == {"seed": 3}
+    assert Wider.from_dict(old.to_dict()).gaps is None
+    for wrong, came in (([1.0, "text"], "got text"), ([1.0], "got 1 and 2"), ([True, False], "got a boolean")):
+        with pytest.raises(DataError, match=rf"'gaps'.*{came}"):
+            Wider.from_dict({**old.to_dict(), "gaps": wrong})
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"analysis": "eigen"}', '{"analysis": "slice"}'])

@@ -26,7 +26,7 @@ from sharpscope.results.serialization import (
 )
 from sharpscope.results.table import Table
 
-R = TypeVar("R", bound="Result")
+Self = TypeVar("Self", bound="Result")
 
 
 class Result(ABC):
@@ -81,7 +81,7 @@ class Result(ABC):
         return {**head(self.analysis, self.provenance), **as_json({**values, **self._derived()})}
 
     @classmethod
-    def from_dict(cls: type[R], values: Mapping[str, Any]) -> R:
+    def from_dict(cls: type[Self], values: Mapping[str, Any]) -> Self:
         """The inverse of ``to_dict``. Unknown keys become provenance; null stands for NaN where NaN is possible.
 
         Raises: DataError when a key is missing, a value has another type or length, or it is another analysis.
@@ -104,7 +104,7 @@ class Result(ABC):
         write(path, self.to_dict())
 
     @classmethod
-    def load(cls: type[R], path: str | os.PathLike[str]) -> R:
+    def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
         """Read what ``save`` wrote.
 
         Raises: DataError when ``path`` holds something else, or is damaged.

@@ -18,7 +18,7 @@ from sharpscope.results.serialization import Array, Shape
 from sharpscope.results.table import Table
 from sharpscope.tables import narrower
 
-PerNode = Annotated[Array, Shape("K", "d + s")]
+PerNode = Annotated[Array, Shape("K nodes")]
 
 # An eigenvalue counts as negative from so many widths below zero on, by a step softened to so many widths, lest one
 # node's side decide. Of an eigenvalue at zero 3e-5 then counts as negative.
@@ -63,7 +63,7 @@ class DensityResult(Result):
                 f"nodes of shape {self.nodes.shape} and num_known {self.num_known}. Measure it again."
             )
         n = self.provenance.get("num_params")
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        if not isinstance(n, int) or isinstance(n, bool) or not 0 < n < 2**63:
             raise DataError("The provenance must hold num_params, the number of eigenvalues. Measure it again.")
 
     @property

@@ -15,7 +15,7 @@ from sharpscope.errors import DataError
 from sharpscope.results.base import Result
 from sharpscope.results.cost import Cost
 from sharpscope.results.origin import POINT_AND_PRICE, names_of, origin_notes, point_and_price
-from sharpscope.results.serialization import BESIDE, Array, Like, Shape, arrays_beside, read_arrays, write
+from sharpscope.results.serialization import BESIDE, Array, Like, MaybeNaNs, Shape, arrays_beside, read_arrays, write
 from sharpscope.results.table import Table
 from sharpscope.tables import narrower, with_bound
 
@@ -118,8 +118,8 @@ class EigenResult(Result):
     gradient_norm: float
     cost: Cost
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    eigenvectors: Annotated[NDArray[Any], Shape("n", "k"), BESIDE] | None = None
-    missed_probability: PerEigenvalue | None = None
+    eigenvectors: Annotated[NDArray[Any], Shape("n k"), BESIDE] | None = None
+    missed_probability: Annotated[MaybeNaNs, Shape("k")] | None = None
     sampling: Annotated[Mapping[str, Any], Like(Sampling)] | None = None
     certificate: Annotated[Mapping[str, Any], Like(Certificate)] | None = None
 
@@ -127,6 +127,14 @@ class EigenResult(Result):
         super().__post_init__()
         if len(self.eigenvalues) == 0:
             raise DataError("An eigen result needs at least one eigenvalue, got none. Measure it again.")
+        sampling, k = self.sampling or {}, len(self.eigenvalues)
+        known = {name: sampling[name] for name in ("se", "lower", "upper", "bias") if sampling.get(name) is not None}
+        counts = {name: len(values) for name, values in known.items()}
+        if set(counts.values()) - {k} or ("lower" in known) != ("upper" in known):
+            raise DataError(
+                f"An eigen result needs {k} numbers in each array of 'sampling', or none in all, got {counts}. Measure "
+                "it again."
+            )
 
     @property
     def certified(self) -> bool:

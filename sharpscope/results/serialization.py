@@ -7,7 +7,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -41,12 +41,9 @@ MaybeNaNs = Annotated[Array, NULL_IS_NAN]
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of an array or tuple, by name: in one result, sizes of one name are equal."""
+    """The dimensions of an array or tuple, named "n k": in one result, dimensions of one name are equally long."""
 
-    names: tuple[str, ...]
-
-    def __init__(self, *names: str) -> None:
-        object.__setattr__(self, "names", names)
+    names: str
 
 
 @dataclass(frozen=True)
@@ -146,10 +143,12 @@ def value_as(hint: Any, value: Any, where: str, nan: bool = False) -> Any:
     return _scalar(hint, value, where, nan)
 
 
-_WANTED = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+_WANTED = {float: "a number", int: "a whole number", bool: "a boolean", str: "text"}
 
 
 def _scalar(kind: type, value: Any, where: str, nan: bool) -> Any:
+    if kind not in _WANTED:
+        raise TypeError(f"Fields of results cannot be annotated with {kind}, got {where!r}.")
     if kind is not float:
         if type(value) is not kind:
             raise _misfit(_WANTED[kind], where, value)
@@ -158,7 +157,15 @@ def _scalar(kind: type, value: Any, where: str, nan: bool) -> Any:
         return float("nan")
     if type(value) not in (int, float):
         raise _misfit(_WANTED[float], where, value)
-    return float(value) if nan else _finite(float(value), where)
+    number = _held(float, value, where)
+    return number if nan else _finite(number, where)
+
+
+def _held(convert: Callable[[Any], Any], value: Any, where: str) -> Any:
+    try:
+        return convert(value)
+    except OverflowError:
+        raise Misfit(f"needs numbers in the range of their type in {where!r}, got larger ones") from None
 
 
 def _finite(value: Any, where: str) -> Any:
@@ -170,9 +177,7 @@ def _finite(value: Any, where: str) -> Any:
 def _array(dtype: type, value: Any, where: str, nan: bool) -> NDArray[Any]:
     """Nested lists as an array. Booleans are no numbers, and numbers no booleans."""
     kind = np.dtype(dtype).kind
-    wanted, kinds = {"f": ("numbers", (int, float)), "i": ("whole numbers", (int,)), "b": ("true or false", (bool,))}[
-        kind
-    ]
+    wanted, kinds = {"f": ("numbers", (int, float)), "i": ("whole numbers", (int,)), "b": ("booleans", (bool,))}[kind]
     if isinstance(value, np.ndarray):  # from an .npz
         if value.dtype.kind != kind:
             raise Misfit(f"needs {wanted} in {where!r}, got {value.dtype.name}")
@@ -183,7 +188,7 @@ def _array(dtype: type, value: Any, where: str, nan: bool) -> NDArray[Any]:
         if type(entry) not in kinds and not (nan and entry is None):
             raise _misfit(wanted, where, entry)
     try:
-        array: NDArray[Any] = np.array(value, dtype)
+        array: NDArray[Any] = _held(lambda entries: np.array(entries, dtype), value, where)
     except ValueError:
         raise Misfit(f"needs rows of one length in {where!r}, got different lengths") from None
     return array if nan or kind != "f" else _finite(array, where)
@@ -233,7 +238,7 @@ def _required(kind: Any, name: str) -> bool:
 
 
 def _misfit(wanted: str, where: str, value: Any) -> Misfit:
-    kinds = {NoneType: "null", bool: "true or false", int: "a number", float: "a number", str: "text"}
+    kinds = {NoneType: "null", bool: "a boolean", int: "a number", float: "a number", str: "text"}
     came = "an object" if isinstance(value, Mapping) else "a list" if isinstance(value, list | tuple) else None
     return Misfit(f"needs {wanted} in {where!r}, got {came or kinds.get(type(value), type(value).__name__)}")
 
@@ -247,8 +252,6 @@ def reading(owner: str, keys: str) -> Iterator[None]:
         raise DataError(f"{owner} {error}. Measure it again.") from None
     except KeyError as error:
         raise DataError(f"{owner} must have the keys of {keys}, got none named {error}. Measure it again.") from None
-    except OverflowError:
-        raise DataError(f"{owner} needs numbers that a computer can hold, got larger ones. Measure it again.") from None
     except RecursionError:
         raise DataError(f"{owner} needs few levels of nesting, got too many. Measure it again.") from None
 
@@ -258,7 +261,7 @@ def require_shapes(result: Any, owner: str) -> None:
     kind: Any = type(result)
     sizes: dict[str, tuple[int, str]] = {}
     for name, hint in hints_of(kind).items():
-        shape = next((note.names for note in notes_of(hint) if isinstance(note, Shape)), None)
+        shape = next((note.names.split() for note in notes_of(hint) if isinstance(note, Shape)), None)
         value = None if shape is None else getattr(result, name)
         if shape is None or value is None:
             continue
@@ -299,9 +302,12 @@ def opened(values: Any, analysis: str) -> dict[str, Any]:
     """
     came = values.get("analysis") if isinstance(values, Mapping) else None
     if came != analysis:
-        raise DataError(f"{owner_of(analysis)} must be an object with analysis {analysis!r}, got {_short(came)}.")
+        what = f"an object with analysis {analysis!r}"
+        raise DataError(f"{owner_of(analysis)} must be {what}, got {_short(came)}. Choose another file.")
     if values.get("format", FORMAT) != FORMAT:
-        raise DataError(f"The result has format {_short(values['format'])}, and this sharpscope reads {FORMAT}.")
+        raise DataError(
+            f"The result has format {_short(values['format'])}, and this sharpscope reads {FORMAT}. Update it."
+        )
     return {key: value for key, value in values.items() if key not in ("format", "analysis")}
 
 

@@ -154,7 +154,7 @@ _COMPARED = ("p", "ascent", "eta", "drop", "tol", "order")
 
 
 # What scales the ball, see ``sharpscope.ball``.
-_D = {None: "1", "elementwise": "|w| + eta", "filter": "the filter's norm + eta"}
+_D = {"None": "1", "elementwise": "|w| + eta", "filter": "the filter's norm + eta"}
 
 
 def sharpness_table(results: Sequence[SharpnessResult]) -> Table:
@@ -227,7 +227,7 @@ def _notes(results: Sequence[SharpnessResult]) -> list[str]:
                 if key in ("p", "ascent", "eta", "probes", "pairs of draws", "draws") and value not in (None, 0.0)
             ]
             rule = f"; predicted: {' to '.join(m.prediction)}" if m.prediction else ""
-            shape = f"; D = {_D[m.settings.get('adaptive')]}" if "D" in m.definition else ""
+            shape = f"; D = {_D.get(str(m.settings.get('adaptive')), 'unknown')}" if "D" in m.definition else ""
             seen.setdefault(m.name, f"{m.name}: {m.definition}{shape}{''.join(f'; {h}' for h in how)}{rule}.")
     sampled = any(m.standard_error is not None for r in results for m in r.measures)
     if not all(r.converged for r in results):

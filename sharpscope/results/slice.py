@@ -56,8 +56,8 @@ class Mark:
 
     name: str
     coordinates: tuple[float, ...]
-    distance: float
-    length: float
+    distance: MaybeNaN
+    length: MaybeNaN
     loss: Mapping[str, MaybeNaN]
     accuracy: Mapping[str, MaybeNaN]
     on_path: bool = False
@@ -108,13 +108,20 @@ class SliceResult(Result):
         grid = tuple(len(axis) for axis in reversed(self.axes))
         shapes = {"loss": (splits, lines, *grid), "accuracy": (splits, lines, *grid), "status": (lines, *grid)}
         shapes |= {"centre": (splits, 2), "slopes": (lines, q), "curvatures": (lines, q, q)}
-        wrong = {name: found for name in shapes if (found := getattr(self, name).shape) != shapes[name]}
-        if wrong:
-            name, found = next(iter(wrong.items()))
-            raise DataError(
-                f"A slice of {splits} splits and {lines} lines or planes needs losses of shape {shapes['loss']} and "
-                f"{name} of shape {shapes[name]}, got {found}. Measure it again."
-            )
+        for name, shape in shapes.items():
+            came = getattr(self, name).shape
+            if came != shape:
+                what = {"loss": "losses", "accuracy": "accuracies"}.get(name, f"{name!r}")
+                of = f"{splits} splits and {lines} lines or planes"
+                raise DataError(f"A slice of {of} needs {what} of shape {shape}, got {came}. Measure it again.")
+        if not np.isin(self.status, (PENDING, DONE, DIVERGED)).all():
+            raise DataError("A slice needs 0, 1 or 2 in 'status', got other numbers. Measure it again.")
+        for mark in self.marks:
+            if len(mark.coordinates) != q or any({*self.splits} - set(found) for found in (mark.loss, mark.accuracy)):
+                raise DataError(
+                    f"A slice's mark needs {q} coordinates, and loss and accuracy on {', '.join(self.splits)}, got "
+                    f"{len(mark.coordinates)} and {', '.join(mark.loss)} for {mark.name}. Measure it again."
+                )
 
     @classmethod
     def _keys(cls) -> tuple[str, ...]:
@@ -220,6 +227,8 @@ class SliceResult(Result):
                 "Load its file, next to which its arrays are."
             )
         found = super()._read(values) | fields_from(cls, _GRID, values)
+        if value_as(int, values["dimensions"], "dimensions") != len(found["axes"]):
+            raise Misfit(f"needs the number of axes in 'dimensions', got {values['dimensions']}")
         infinite = value_as(tuple[int, ...], values.get("infinite", ()), "infinite")
         if any(not 0 <= i < found["loss"].size for i in infinite):
             raise Misfit(f"needs places of losses in 'infinite', got others than 0 to {found['loss'].size - 1}")
