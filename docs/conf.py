@@ -30,7 +30,8 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!sharpscope\.).*")]
 # Of the package itself, what signatures mention and no user makes.
 INNER = ("objective.batches.MicroBatch", "objective.derivatives.Curvature", "objective.derivatives.Graph")
-INNER += ("objective.partwise.Partwise", "objective.sums.Sums", "optim.sam.Loss", "linalg.missed_eigenvalue_bound.RandomStart")
+INNER += ("objective.partwise.Partwise", "objective.sums.Sums", "optim.sam.Loss")
+INNER += ("linalg.missed_eigenvalue_bound.RandomStart",)
 nitpick_ignore = [("py:class", f"sharpscope.{name}") for name in INNER]
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
