@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg.lockstep import lockstep
-from sharpscope.linalg.operator import on_rows
+from sharpscope.linalg.operator import checked_rows
 from sharpscope.linalg.ritz import Matmat, rayleigh_ritz, rounding
-from sharpscope.linalg.top_eigenpairs import top_eigenpairs
-from sharpscope.linalg.trace import trace_and_frobenius
+from sharpscope.linalg.top_eigenpairs import top_eigenpairs_rows
+from sharpscope.linalg.trace import trace_and_frobenius_rows
 from sharpscope.linalg.vectors import norms
 
+# ``{l: V_l}`` to ``{l: H_ll V_l}`` of those blocks l that still ask.
 Products = Callable[[Mapping[int, Tensor]], Mapping[int, Tensor]]
 
 
@@ -51,13 +52,32 @@ def diagonal_blocks(
     device: torch.device | str = "cpu",
     generator: torch.Generator,
 ) -> list[DiagonalBlock]:
+    """``diagonal_blocks_rows`` of products with columns: V_l and H_ll V_l (n_l, b_l), checked."""
+    likes = [torch.empty(0, n, dtype=dtype, device=device) for n in sizes]
+
+    def rows(asked: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+        images = products({block: vectors.T.contiguous() for block, vectors in asked.items()})
+        return {block: checked_rows(images[block], likes[block], len(vectors)) for block, vectors in asked.items()}
+
+    return diagonal_blocks_rows(rows, likes, tol=tol, probes=probes, max_products=max_products, generator=generator)
+
+
+def diagonal_blocks_rows(
+    products: Products,
+    likes: Sequence[Tensor],
+    *,
+    tol: float = 1e-3,
+    probes: int = 8,
+    max_products: int | None = None,
+    generator: torch.Generator,
+) -> list[DiagonalBlock]:
     """``lambda_max(H_ll)`` by Lanczos and ``tr H_ll`` by XTrace of each block, all in the same calls of ``products``.
 
     A block of order at most ``2 probes`` is computed whole, from as many products, and exact to rounding.
 
     Args:
-        products: ``{l: V_l}`` to ``{l: H_ll V_l}``, V_l (n_l, b_l), of those blocks that still ask.
-        sizes: n_l of each block.
+        products: ``{l: V_l}`` to ``{l: H_ll V_l}``, V_l rows (b_l, n_l), of those blocks that still ask.
+        likes: (0, n_l) of each block, for size, dtype and device.
         tol: relative tolerance of each lambda_max.
         probes: random vectors a block for its trace, at least 2.
         max_products: calls after which Lanczos gives up, by default 100.
@@ -72,52 +92,64 @@ def diagonal_blocks(
     times that of XTrace with 8 probes; that of random signs in each block alone was 1.5 to 8 times. (In models hardly
     trained XTrace was 2 to 4 times worse for the last layer, whose spectrum is flat, and better for the others.)
     """
-    scale = [0.0]
+    shared = _SharedProducts(products)
     programs: list[Callable[[Matmat], DiagonalBlock]] = []
-    owners: list[int] = []
-
-    def noted(asked: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-        blocks: dict[int, list[int]] = {}
-        for i in asked:
-            blocks.setdefault(owners[i], []).append(i)
-        images = products({block: torch.cat([asked[i] for i in both], 1) for block, both in blocks.items()})
-        scale[0] = max(scale[0], *(float(norms(image.T).max()) for image in images.values()))
-        answers: dict[int, Tensor] = {}
-        for block, both in blocks.items():
-            parts = torch.split(images[block], [asked[i].shape[1] for i in both], 1)
-            answers |= dict(zip(both, parts, strict=True))
-        return answers
-
-    for block, n in enumerate(sizes):
-        like = torch.empty(0, n, dtype=dtype, device=device)
+    for block, like in enumerate(likes):
         first, second = (
             torch.Generator().manual_seed(int(seed)) for seed in torch.randint(2**62, (2,), generator=generator)
         )
-        if n <= 2 * probes:
-            programs.append(_whole(like, tol, probes, scale))
+        if like.shape[1] <= 2 * probes:
+            programs.append(_whole(like, tol, probes, shared))
         else:
-            programs += [_top(like, tol, max_products, first, scale), _trace(like, probes, second)]
-        owners += [block] * (len(programs) - len(owners))
-    found: list[DiagonalBlock | None] = [None] * len(sizes)
-    for owner, one in zip(owners, lockstep(programs, noted), strict=True):
-        before = found[owner]
+            programs += [_top(like, tol, max_products, first, shared), _trace(like, probes, second)]
+        shared.owners += [block] * (len(programs) - len(shared.owners))
+    found: dict[int, DiagonalBlock] = {}
+    for owner, one in zip(shared.owners, lockstep(programs, shared), strict=True):
         # The second of a block's programs knows the trace, and nothing else.
+        before = found.get(owner)
         found[owner] = one if before is None else replace(before, trace=one.trace, trace_error=one.trace_error)
-    floor = torch.finfo(dtype).eps * scale[0]
     return [
         replace(one, bound=one.bound + floor, trace_error=math.hypot(one.trace_error, floor))
-        for one in found
-        if one is not None
+        for block, one in found.items()
+        for floor in [torch.finfo(likes[block].dtype).eps * shared.scale]
     ]
 
 
-def _whole(like: Tensor, tol: float, probes: int, scale: list[float]) -> Callable[[Matmat], DiagonalBlock]:
+@dataclass
+class _SharedProducts:
+    """The blocks' products for programs in lockstep: all programs of a block share one.
+
+    Attributes:
+        owners: the block of each program.
+        scale: the largest norm of a product so far.
+    """
+
+    products: Products
+    owners: list[int] = field(default_factory=list)
+    scale: float = 0.0
+
+    def __call__(self, asked: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """``{program: rows}`` to ``{program: their products}``."""
+        programs: dict[int, list[int]] = {}
+        for i in asked:
+            programs.setdefault(self.owners[i], []).append(i)
+        images = self.products({block: torch.cat([asked[i] for i in both]) for block, both in programs.items()})
+        self.scale = max(self.scale, *(float(norms(image).max()) for image in images.values()))
+        answers: dict[int, Tensor] = {}
+        for block, both in programs.items():
+            shares = torch.split(images[block], [len(asked[i]) for i in both])
+            copies = [share.clone(memory_format=torch.contiguous_format) for share in shares]
+            answers |= dict(zip(both, copies, strict=True))
+        return answers
+
+
+def _whole(like: Tensor, tol: float, probes: int, shared: _SharedProducts) -> Callable[[Matmat], DiagonalBlock]:
     """The whole of a small block; what is not symmetric in it widens the interval."""
     n, dtype = like.shape[1], like.dtype
 
-    def program(matmat: Matmat) -> DiagonalBlock:
-        rows, unit = on_rows(matmat, like), torch.eye(n, dtype=dtype, device=like.device)
-        images = torch.cat([rows(part) for part in torch.split(unit, probes)])
+    def program(rows: Matmat) -> DiagonalBlock:
+        unit = torch.eye(n, dtype=dtype, device=like.device)
+        images = torch.cat([rows(block) for block in torch.split(unit, probes)])
         half, largest = (images + images.T) / 2, float(norms(images).max())
         pairs = rayleigh_ritz(
             unit, half, next_above=float("-inf"), scale=largest, tol=tol, num_matvecs=n, num_products=1
@@ -127,7 +159,7 @@ def _whole(like: Tensor, tol: float, probes: int, scale: list[float]) -> Callabl
             lambda_max=value,
             residual=float(pairs.residuals[0]),
             bound=float(pairs.bounds[0]) + skew,
-            converged=bool(pairs.converged[0]) and skew <= max(tol * abs(value), rounding(scale[0], dtype)),
+            converged=bool(pairs.converged[0]) and skew <= max(tol * abs(value), rounding(shared.scale, dtype)),
             trace=float(images.diagonal().double().sum()),
             trace_error=rounding(largest, dtype),
         )
@@ -136,35 +168,27 @@ def _whole(like: Tensor, tol: float, probes: int, scale: list[float]) -> Callabl
 
 
 def _top(
-    like: Tensor, tol: float, max_products: int | None, generator: torch.Generator, scale: list[float]
+    like: Tensor, tol: float, max_products: int | None, generator: torch.Generator, shared: _SharedProducts
 ) -> Callable[[Matmat], DiagonalBlock]:
     """lambda_max of a block."""
     n, dtype = like.shape[1], like.dtype
 
-    def program(matmat: Matmat) -> DiagonalBlock:
+    def program(rows: Matmat) -> DiagonalBlock:
         largest = 0.0
 
         def noted(block: Tensor) -> Tensor:
             nonlocal largest
-            image = matmat(block)
-            largest = max(largest, float(norms(image.T).max()))
+            image = rows(block)
+            largest = max(largest, float(norms(image).max()))
             return image
 
         try:
-            pairs = top_eigenpairs(
-                noted,
-                n,
-                1,
-                tol=tol,
-                method="lanczos",
-                max_products=max_products,
-                dtype=dtype,
-                device=like.device,
-                generator=generator,
+            pairs = top_eigenpairs_rows(
+                noted, like, 1, tol=tol, method="lanczos", max_products=max_products, generator=generator
             )
         except ArgumentError:
             # Not symmetric, because all of it is rounding: an attention's key bias has no curvature.
-            if largest > rounding(scale[0], dtype):
+            if largest > rounding(shared.scale, dtype):
                 raise
             # ||H||_F^2 is on average n ||H x||^2 for random x of length 1.
             return DiagonalBlock(residual=largest, bound=math.sqrt(n) * largest, converged=True)
@@ -182,10 +206,8 @@ def _top(
 def _trace(like: Tensor, probes: int, generator: torch.Generator) -> Callable[[Matmat], DiagonalBlock]:
     """The trace of a block."""
 
-    def program(matmat: Matmat) -> DiagonalBlock:
-        found = trace_and_frobenius(
-            matmat, like.shape[1], probes, dtype=like.dtype, device=like.device, generator=generator
-        )
+    def program(rows: Matmat) -> DiagonalBlock:
+        found = trace_and_frobenius_rows(rows, like, probes, generator=generator)
         return DiagonalBlock(trace=found.trace, trace_error=found.trace_error)
 
     return program

@@ -106,58 +106,115 @@ def certificate(
     Raises: ArgumentError for rows that are not orthonormal, arguments out of range, an H that is not symmetric.
     """
     _require(found, above, probability, max_steps)
-    k, n = found.shape
-    order = n - k
-    most = min(STEPS if max_steps is None else max_steps, order)
-    eps = torch.finfo(found.dtype).eps
-    rows = torch.empty(k + most, n, dtype=found.dtype, device=found.device)
-    rows[:k] = found
-    projected = torch.zeros(most, most, dtype=torch.float64)
-    alphas: list[float] = []
-    betas: list[float] = []
-    largest, supported, floor = float("-inf"), 0.0 if order == 0 else 1.0, rounding(scale, found.dtype)
-    vector = None
-    if most:
-        start, _ = project_out(random_rows(1, found, generator), found)
-        rows[k : k + 1], _ = orthonormalise(start, found, 0.0, generator)
-    for j in range(most):
-        end = k + j + 1
-        image = matmat(rows[end - 1 : end])
-        scale = max(scale, float(norms(image)[0]))
-        floor = rounding(scale, found.dtype)
-        rest, coefficients = project_out(image, rows[:end])
-        projected[: j + 1, j] = coefficients[k:, 0]
-        require_symmetric(projected[: j + 1, : j + 1], scale, found.dtype)
-        alphas.append(float(projected[j, j]))
-        # What is left of a residual after a breakdown is rounding, so it counts as large as rounding can make it.
-        least = BREAKDOWN * eps * scale
-        left = float(norms(rest)[0])
-        if not math.isfinite(left):
-            raise ArgumentError("matmat must return finite numbers, got NaN or infinity.")
-        betas.append(0.0 if j + 1 == order else max(left, least))
-        values, rotation = descending(_tridiagonal(alphas, betas))
+    order = found.shape[1] - len(found)
+    run = _Run.start(found, min(STEPS if max_steps is None else max_steps, order), scale, generator)
+    largest, supported, vector = float("-inf"), 0.0 if order == 0 else 1.0, None
+    while run.steps < run.most:
+        run.multiply(matmat)
+        values, rotation = descending(_tridiagonal(run.alphas, run.betas))
         largest = float(values[0])
-        if largest - floor > above:
-            supported, vector = 1.0, combine(rotation[:, :1].T, rows[k:end])[0]
+        if largest - run.floor > above:
+            supported, vector = 1.0, combine(rotation[:, :1].T, run.basis)[0]
         else:
-            supported = missed_probability(alphas, betas, order, above - floor)
+            supported = missed_probability(run.alphas, run.betas, order, above - run.floor)
         if progress is not None:
-            progress(j + 1, supported)
-        if vector is not None or supported <= probability or left <= least or j + 1 == most:
+            progress(run.steps, supported)
+        if vector is not None or supported <= probability or run.broke_down or run.steps == run.most:
             break
-        projected[j + 1, j] = left
-        rows[end : end + 1], _ = orthonormalise(rest, rows[:end], 0.0, generator)
+        run.extend()
     return Certificate(
         probability=supported,
         above=above,
-        steps=len(alphas),
+        steps=run.steps,
         largest_ritz=largest,
         vector=vector,
-        alphas=tuple(alphas),
-        betas=tuple(betas),
+        alphas=tuple(run.alphas),
+        betas=tuple(run.betas),
         order=order,
-        rounding=floor,
+        rounding=run.floor,
     )
+
+
+@dataclass
+class _Run:
+    """Lanczos on ``P H P`` from one random vector, with full reorthogonalisation against it all and what was found.
+
+    Attributes:
+        rows: (k + most, n), the k rows found, then the basis.
+        projected: (most, most), ``Q' H Q`` above the diagonal as computed, and the betas below: to check symmetry.
+        alphas, betas: of the steps made.
+        rest: the remainder of the last product, whose norm is ``left``.
+    """
+
+    rows: Tensor
+    num_found: int
+    most: int
+    scale: float
+    generator: torch.Generator
+    projected: Tensor
+    rest: Tensor
+    left: float = 0.0
+    alphas: list[float] = field(default_factory=list)
+    betas: list[float] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, found: Tensor, most: int, scale: float, generator: torch.Generator) -> _Run:
+        """A random unit vector orthogonal to ``found``, where there is a step to make."""
+        k, n = found.shape
+        rows = found.new_empty(k + most, n)
+        rows[:k] = found
+        if most:
+            start, _ = project_out(random_rows(1, found, generator), found)
+            rows[k : k + 1], _ = orthonormalise(start, found, 0.0, generator)
+        projected = torch.zeros(most, most, dtype=torch.float64)
+        return cls(rows, k, most, scale, generator, projected, found[:0])
+
+    @property
+    def steps(self) -> int:
+        """Products made."""
+        return len(self.alphas)
+
+    @property
+    def basis(self) -> Tensor:
+        """The orthonormal vectors multiplied so far (steps, n)."""
+        return self.rows[self.num_found : self.num_found + self.steps]
+
+    @property
+    def floor(self) -> float:
+        """What rounding does to an eigenvalue."""
+        return rounding(self.scale, self.rows.dtype)
+
+    @property
+    def breakdown(self) -> float:
+        """The norm below which a remainder is rounding."""
+        return BREAKDOWN * torch.finfo(self.rows.dtype).eps * self.scale
+
+    @property
+    def broke_down(self) -> bool:
+        """Whether the last remainder is rounding: the basis spans an invariant subspace."""
+        return self.left <= self.breakdown
+
+    def multiply(self, matmat: Matmat) -> None:
+        """The product with the last basis vector: alpha, beta, and the remainder."""
+        j, end = self.steps, self.num_found + self.steps + 1
+        image = matmat(self.rows[end - 1 : end])
+        self.scale = max(self.scale, float(norms(image)[0]))
+        self.rest, coefficients = project_out(image, self.rows[:end])
+        self.projected[: j + 1, j] = coefficients[self.num_found :, 0]
+        require_symmetric(self.projected[: j + 1, : j + 1], self.scale, self.rows.dtype)
+        self.alphas.append(float(self.projected[j, j]))
+        self.left = float(norms(self.rest)[0])
+        if not math.isfinite(self.left):
+            raise ArgumentError("matmat must return finite numbers, got NaN or infinity.")
+        # What is left of a residual after a breakdown is rounding, so it counts as large as rounding can make it.
+        whole = j + 1 == self.rows.shape[1] - self.num_found
+        self.betas.append(0.0 if whole else max(self.left, self.breakdown))
+
+    def extend(self) -> None:
+        """The remainder, orthonormalised, becomes the next basis vector."""
+        j, end = self.steps, self.num_found + self.steps
+        self.projected[j, j - 1] = self.left
+        self.rows[end : end + 1], _ = orthonormalise(self.rest, self.rows[:end], 0.0, self.generator)
 
 
 def missed_probability(alphas: Sequence[float], betas: Sequence[float], order: int, above: float) -> float:

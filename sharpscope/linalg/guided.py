@@ -92,10 +92,10 @@ def guided(
        not met, and what the random vectors' images have outside, are the next block; after that of the random ones only
        the residual of pair k + 1. Back to Rayleigh-Ritz.
 
-    Residuals come from true products. Bounds, by ``bounds.ritz_bounds``, take as ``lambda_{k+1}`` the larger of the model's, plus what G was seen
-    to be off on eigenvectors times the part of the model's vector that G had a say in, and the (k+1)-th Ritz value plus
-    its residual. Where the guide is of no help the corrections are the residuals, and the iteration is a block Lanczos
-    one with thick restart.
+    Residuals come from true products. Bounds, by ``bounds.ritz_bounds``, take as ``lambda_{k+1}`` the larger of the
+    model's, plus what G was seen to be off on eigenvectors times the part of the model's vector that G had a say in,
+    and the (k+1)-th Ritz value plus its residual. Where the guide is of no help the corrections are the residuals, and
+    the iteration is a block Lanczos one with thick restart.
 
     Cost: k + RANDOM products with H in the first pass (one more for each row of ``initial`` beyond k), at most as many
     in the second and k + 1 in each later one, RANDOM more where a random vector is drawn anew; two passes at the least;
@@ -113,7 +113,7 @@ def guided(
     search = _Search.start(guides, like, k, limit, generator, initial)
     while True:
         search.expand(matmat)
-        ritz = search.ritz(tol)
+        ritz = search.assess(tol)
         if progress is not None:
             progress(search.products, largest_relative(ritz.bounds, search.space.values[:k], ritz.floor, tol))
         converged = bool(ritz.met.all()) and search.probes.age >= LEAST and not (ritz.surprised and search.helpful)
@@ -123,7 +123,7 @@ def guided(
 
 
 @dataclass(frozen=True)
-class _Ritz:
+class _RitzBounds:
     """What is known of the k leading Ritz pairs before they are corrected.
 
     Attributes:
@@ -169,7 +169,7 @@ class _Search:
         guide: the last of the guides; ``helpful`` while its corrections bring the residuals down.
         block: what is multiplied next, orthonormal rows; the last ``carried`` of them come of the probes, and
             ``probe_images`` are their products.
-        next_guided: the (k+1)-th eigenvalue of the model, and ``beyond``: how much of its vector is outside of the space.
+        next_guided: the (k+1)-th eigenvalue of the model; ``beyond``: how much of its vector is outside of the space.
         spare: the model's vectors after the first k, a start for the next model.
         guided_images: the guide's products with the first block, less the probes; ``off``: how far H's are from them.
         scale: the norm of H as far as it is known.
@@ -258,7 +258,7 @@ class _Search:
         self.space = _ritz(self.block, image, self.space if self.products > 1 else None, self.scale)
         self.scale = max(self.scale, float(self.space.values.abs().max()))
 
-    def ritz(self, tol: float) -> _Ritz:
+    def assess(self, tol: float) -> _RitzBounds:
         """Residuals and bounds of the leading pairs, and what the probes show."""
         k, space, probes = self.k, self.space, self.probes
         values, residuals = space.values, space.residuals
@@ -269,7 +269,7 @@ class _Search:
         if not probes.cut:
             coordinates = inner(space.vectors[k:], probes.origin)
             probes.bound = random_start(coordinates, values, gram, k, residuals.shape[1])
-        return _Ritz(
+        return _RitzBounds(
             residuals=residuals,
             lengths=lengths,
             bounds=bounds,
@@ -279,7 +279,7 @@ class _Search:
             surprised=bool((inner(space.vectors[:k], probes.descendants).square().sum(1) > SURPRISE).any()),
         )
 
-    def pairs(self, ritz: _Ritz, tol: float) -> RitzPairs:
+    def pairs(self, ritz: _RitzBounds, tol: float) -> RitzPairs:
         """The result."""
         return rayleigh_ritz(
             self.space.vectors[: self.k],
@@ -292,7 +292,7 @@ class _Search:
             start=None if ritz.surprised and not self.exhausted else self.probes.bound,
         )
 
-    def choose_block(self, ritz: _Ritz) -> None:
+    def choose_block(self, ritz: _RitzBounds) -> None:
         """The next block: corrections of the pairs that are not met, and what the probes have outside of the space."""
         probe = self.probe_images if self.probes.age == 1 else ritz.residuals[self.k : self.k + 1]
         if len(self.space.values) + self.width + RANDOM > self.limit:
@@ -321,15 +321,15 @@ class _Search:
             next_above = max(next_above, float(values[self.k] + lengths[self.k]))
         return next_above
 
-    def _judge_guide(self, ritz: _Ritz) -> None:
-        """Whether the last corrections brought the residuals down, and which residuals the next ones must bring down."""
+    def _judge_guide(self, ritz: _RitzBounds) -> None:
+        """Note whether the last corrections brought the residuals down, and whose residuals the next ones must."""
         lengths, met = ritz.lengths[: self.k], ritz.met
         self.helpful = self.helpful and float(lengths[self.sought].max()) < HELP * self.worst
         # Those that are met are not corrected, and their residuals say nothing.
         self.sought = met if bool(met.all()) else ~met
         self.worst = float(lengths[self.sought].max())
 
-    def _corrections(self, ritz: _Ritz) -> Tensor:
+    def _corrections(self, ritz: _RitzBounds) -> Tensor:
         """The model's leading eigenvectors for the pairs that are not met."""
         k, space = self.k, self.space
         needed = torch.cat([INNER * ritz.lengths[:k], NEXT * space.values[k - 1 : k].abs()])[: self.width]

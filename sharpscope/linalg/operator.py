@@ -13,23 +13,26 @@ from sharpscope.linalg.vectors import project_out
 def on_rows(matmat: Matmat, like: Tensor) -> Matmat:
     """A user's ``V`` (n, b) to ``H V`` as rows (b, n) to rows, with its results checked; ``like`` (0, n).
 
-    The operator gets a copy of its argument and may write into it; it may return memory that it writes into again.
+    The operator gets a copy of its argument and may write into it.
 
-    Raises, when called: ArgumentError for a wrong shape, NaN and infinity.
+    Raises, when called: ArgumentError as ``checked_rows``.
+    """
+    return lambda block: checked_rows(matmat(block.T.clone()), like, len(block))
+
+
+def checked_rows(product: Tensor, like: Tensor, count: int) -> Tensor:
+    """A copy of a user's product (n, count) as rows (count, n) of the dtype and device of ``like`` (0, n).
+
+    Raises: ArgumentError for a wrong shape, NaN and infinity.
     """
     n = like.shape[1]
-
-    def rows(block: Tensor) -> Tensor:
-        product = matmat(block.T.clone())
-        if not isinstance(product, Tensor) or product.shape != (n, len(block)):
-            came = tuple(product.shape) if isinstance(product, Tensor) else type(product).__name__
-            raise ArgumentError(f"matmat must return a tensor of shape ({n}, {len(block)}), got {came}.")
-        product = product.detach().to(like.device, like.dtype).T
-        if not bool(torch.isfinite(product).all()):
-            raise ArgumentError("matmat must return finite numbers, got NaN or infinity.")
-        return product.clone(memory_format=torch.contiguous_format)
-
-    return rows
+    if not isinstance(product, Tensor) or product.shape != (n, count):
+        came = tuple(product.shape) if isinstance(product, Tensor) else type(product).__name__
+        raise ArgumentError(f"matmat must return a tensor of shape ({n}, {count}), got {came}.")
+    product = product.detach().to(like.device, like.dtype).T
+    if not bool(torch.isfinite(product).all()):
+        raise ArgumentError("matmat must return finite numbers, got NaN or infinity.")
+    return product.clone(memory_format=torch.contiguous_format)
 
 
 def outside(rows: Matmat, known: Tensor) -> Matmat:

@@ -75,51 +75,107 @@ def lanczos_quadrature(
     >>> [round(total, 6) for total in rule.weights.sum(1).tolist()]
     [1.0, 1.0]
     """
-    require_probes(n, probes, steps)
     require_dtype(dtype)
-    source = generator if generator is not None else torch.Generator().manual_seed(0)
     like = torch.empty(0, n, dtype=dtype, device=device)
-    values, vectors = taken_out(known, like)
-    operator = outside(on_rows(matmat, like), vectors)
-    depth = min(steps, n - len(vectors))
-    alphas, betas = (torch.zeros(probes, depth, dtype=torch.float64) for _ in range(2))
-    lengths = [depth] * probes
-    bases = torch.empty(probes, depth, n, dtype=dtype, device=device)
-    start = unit_rows(probes, like, vectors, source)
-    block, running, scale, matvecs, images = start, list(range(probes)), 0.0, 0, start
-    for step in range(depth):
+    return lanczos_quadrature_rows(
+        on_rows(matmat, like), like, probes, steps, known=known_rows(known, like), generator=generator
+    )
+
+
+def lanczos_quadrature_rows(
+    rows: Matmat,
+    like: Tensor,
+    probes: int = 6,
+    steps: int = 32,
+    *,
+    known: tuple[Tensor, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> Quadrature:
+    """``lanczos_quadrature`` of an operator on rows, whose results are not checked.
+
+    Args:
+        rows: rows (b, n) to (b, n), a new contiguous tensor like ``like``; it must leave its argument as it was.
+        like: (0, n), for n, dtype and device.
+        known: eigenvalues (d,), float64 on the CPU, and orthonormal eigenvectors as rows (d, n).
+    """
+    n = like.shape[1]
+    require_probes(n, probes, steps)
+    source = generator if generator is not None else torch.Generator().manual_seed(0)
+    values, vectors = orthonormal_pairs(known, like)
+    operator = outside(rows, vectors)
+    start = block = images = unit_rows(probes, like, vectors, source)
+    runs = _Runs.start(probes, min(steps, n - len(vectors)), like)
+    while len(block):
         image = operator(block)
-        matvecs += len(block)
-        if step == 0:
+        if not runs.steps:
             images = image
-        scale = max(scale, float(norms(image).max()))
-        rests, going = [], []
-        for row, probe in enumerate(running):
-            bases[probe, step] = block[row]
-            rest, coefficients = project_out(image[row : row + 1], bases[probe, : step + 1])
-            _require_three_terms(coefficients[:, 0], float(betas[probe, step - 1]) if step else 0.0, scale, dtype)
-            alphas[probe, step] = coefficients[step, 0]
-            length = float(norms(rest)[0])
-            if length <= BREAKDOWN * torch.finfo(dtype).eps * scale or step + 1 == depth:
-                lengths[probe] = step + 1
-                continue
-            betas[probe, step] = length
-            rests.append(rest / length)
-            going.append(probe)
-        running = going
-        if not running:
-            break
-        block = torch.cat(rests)
-    rules = [_rule(alphas[p, :size], betas[p, : size - 1], depth) for p, size in enumerate(lengths)]
+        block = runs.advance(block, image)
+    rules = [runs.rule(probe) for probe in range(probes)]
     share = (n - len(values)) / n
     return Quadrature(
         nodes=torch.stack([torch.cat([values, nodes]) for nodes, _ in rules]),
         weights=torch.stack([torch.cat([torch.full_like(values, 1 / n), share * w]) for _, w in rules]),
         probes=start,
         images=images,
-        num_products=max(lengths),
-        num_matvecs=matvecs,
+        num_products=runs.steps,
+        num_matvecs=runs.matvecs,
     )
+
+
+@dataclass
+class _Runs:
+    """A Lanczos run from each of K vectors, all of them in step, each with its own basis.
+
+    Attributes:
+        bases: (K, depth, n).
+        alphas, betas: (K, depth), float64: the runs' Jacobi matrices.
+        lengths: steps of each run, ``depth`` at most.
+        running: those that have not ended.
+        steps: products with a block, and ``matvecs``: with one vector.
+    """
+
+    bases: Tensor
+    alphas: Tensor
+    betas: Tensor
+    lengths: list[int]
+    running: list[int]
+    steps: int = 0
+    matvecs: int = 0
+    scale: float = 0.0
+
+    @classmethod
+    def start(cls, count: int, depth: int, like: Tensor) -> _Runs:
+        """``count`` runs of at most ``depth`` steps."""
+        alphas, betas = (torch.zeros(count, depth, dtype=torch.float64) for _ in range(2))
+        return cls(like.new_empty(count, depth, like.shape[1]), alphas, betas, [depth] * count, list(range(count)))
+
+    def advance(self, block: Tensor, image: Tensor) -> Tensor:
+        """A step of each run, given its vector's product; the next vectors of the runs that go on."""
+        step, depth, dtype = self.steps, self.bases.shape[1], block.dtype
+        self.steps, self.matvecs = step + 1, self.matvecs + len(block)
+        self.scale = max(self.scale, float(norms(image).max()))
+        breakdown = BREAKDOWN * torch.finfo(dtype).eps * self.scale
+        following, going = [block[:0]], []
+        for row, probe in enumerate(self.running):
+            self.bases[probe, step] = block[row]
+            rest, coefficients = project_out(image[row : row + 1], self.bases[probe, : step + 1])
+            beta = float(self.betas[probe, step - 1]) if step else 0.0
+            _require_three_terms(coefficients[:, 0], beta, self.scale, dtype)
+            self.alphas[probe, step] = coefficients[step, 0]
+            length = float(norms(rest)[0])
+            if length <= breakdown or step + 1 == depth:
+                self.lengths[probe] = step + 1
+                continue
+            self.betas[probe, step] = length
+            following.append(rest / length)
+            going.append(probe)
+        self.running = going
+        return torch.cat(following)
+
+    def rule(self, probe: int) -> tuple[Tensor, Tensor]:
+        """The Gauss quadrature of one run."""
+        size = self.lengths[probe]
+        return _rule(self.alphas[probe, :size], self.betas[probe, : size - 1], self.bases.shape[1])
 
 
 def require_probes(n: int, probes: int, steps: int = 1) -> None:
@@ -136,20 +192,29 @@ def require_probes(n: int, probes: int, steps: int = 1) -> None:
         raise ArgumentError(f"steps must be at least 1, got {steps}.")
 
 
-def taken_out(known: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Known eigenvalues in float64 (d,) on the CPU and eigenvectors as rows (d, n) like ``like`` (0, n).
+def known_rows(known: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """A user's eigenvalues (d,) and eigenvectors (n, d) as float64 on the CPU and rows (d, n) like ``like`` (0, n).
 
-    Raises: ArgumentError when they do not belong together or are not orthonormal.
+    Raises: ArgumentError when they do not belong together.
     """
     if known is None:
-        return torch.zeros(0, dtype=torch.float64), like
+        return None
     values, n = known[0].detach().cpu().double(), like.shape[1]
     if values.dim() != 1 or known[1].shape != (n, len(values)) or len(values) >= n:
         came = f"{tuple(values.shape)} and {tuple(known[1].shape)}"
         raise ArgumentError(f"Known pairs must be of shapes (d,) and ({n}, d) with d < {n}, got {came}.")
-    vectors = known[1].detach().T.to(like).contiguous()
-    require_orthonormal(vectors, "Known eigenvectors")
-    return values, vectors
+    return values, known[1].detach().T.to(like).contiguous()
+
+
+def orthonormal_pairs(known: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Known eigenvalues (d,) and eigenvectors, rows (d, n), none by default.
+
+    Raises: ArgumentError when the vectors are not orthonormal.
+    """
+    if known is None:
+        return torch.zeros(0, dtype=torch.float64), like
+    require_orthonormal(known[1], "Known eigenvectors")
+    return known
 
 
 def unit_rows(count: int, like: Tensor, vectors: Tensor, generator: torch.Generator) -> Tensor:

@@ -189,18 +189,7 @@ def top_eigenpairs_rows(
         sign = 1.0 if which == "largest" else -1.0
         pairs = solve(sign, max_products, progress, float("-inf"))
         pairs = replace(pairs, values=sign * pairs.values)
-    return Eigenpairs(
-        eigenvalues=pairs.values,
-        eigenvectors=pairs.vectors.T,
-        residuals=pairs.residuals,
-        lower=pairs.values - pairs.bounds,
-        upper=pairs.values + pairs.bounds,
-        converged=pairs.converged,
-        num_matvecs=pairs.num_matvecs,
-        num_products=pairs.num_products,
-        method=name,
-        start=pairs.start,
-    )
+    return _eigenpairs(pairs, name)
 
 
 def guidable(which: str, n: int, k: int) -> bool:
@@ -215,6 +204,22 @@ def _solver(method: str, which: str, guides: bool, n: int, k: int) -> str:
     if method != "auto":
         return method
     return "guided" if guides and guidable(which, n, k) else "lanczos"
+
+
+def _eigenpairs(pairs: RitzPairs, method: str) -> Eigenpairs:
+    """The solver's pairs with columns and intervals."""
+    return Eigenpairs(
+        eigenvalues=pairs.values,
+        eigenvectors=pairs.vectors.T,
+        residuals=pairs.residuals,
+        lower=pairs.values - pairs.bounds,
+        upper=pairs.values + pairs.bounds,
+        converged=pairs.converged,
+        num_matvecs=pairs.num_matvecs,
+        num_products=pairs.num_products,
+        method=method,
+        start=pairs.start,
+    )
 
 
 def _times(sign: float, rows: Matmat) -> Matmat:

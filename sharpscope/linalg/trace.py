@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.linalg.operator import on_rows, outside, require_dtype
-from sharpscope.linalg.quadrature import require_probes, taken_out, unit_rows
+from sharpscope.linalg.quadrature import known_rows, orthonormal_pairs, require_probes, unit_rows
 from sharpscope.linalg.ritz import Matmat, rounding
 from sharpscope.linalg.vectors import BREAKDOWN, inner, norms, orthonormalise
 
@@ -56,17 +56,40 @@ def trace_and_frobenius(
     >>> round(found.trace, 6), round(found.squared, 6)  # exact, since of rank 2 < 4
     (7.0, 25.0)
     """
-    require_probes(n, probes)
     require_dtype(dtype)
-    source = generator if generator is not None else torch.Generator().manual_seed(0)
     like = torch.empty(0, n, dtype=dtype, device=device)
+    return trace_and_frobenius_rows(on_rows(matmat, like), like, probes, generator=generator)
+
+
+def trace_and_frobenius_rows(
+    rows: Matmat, like: Tensor, probes: int = 16, *, generator: torch.Generator | None = None
+) -> TraceEstimate:
+    """``trace_and_frobenius`` of an operator on rows, whose results are not checked.
+
+    Args: as ``lanczos_quadrature_rows``.
+    """
+    require_probes(like.shape[1], probes)
+    source = generator if generator is not None else torch.Generator().manual_seed(0)
     start = unit_rows(probes, like, like, source)
-    images = on_rows(matmat, like)(start)
-    return trace_from_images(matmat, start, images, generator=source)
+    return trace_from_images_rows(rows, start, rows(start), generator=source)
 
 
 def trace_from_images(
     matmat: Matmat,
+    probes: Tensor,
+    images: Tensor,
+    *,
+    known: tuple[Tensor, Tensor] | None = None,
+    generator: torch.Generator,
+) -> TraceEstimate:
+    """``trace_from_images_rows`` of an operator on columns, with known eigenvectors as columns (n, d), both checked."""
+    like = probes[:0]
+    pairs = known_rows(known, like)
+    return trace_from_images_rows(on_rows(matmat, like), probes, images, known=pairs, generator=generator)
+
+
+def trace_from_images_rows(
+    rows: Matmat,
     probes: Tensor,
     images: Tensor,
     *,
@@ -90,18 +113,17 @@ def trace_from_images(
     Args:
         probes: (K, n), independent, uniform on the unit sphere orthogonal to ``known``.
         images: (K, n), ``(I - P) H`` of them, P the projector on ``known``, as ``Quadrature`` has them.
-        known: eigenvalues (d,) and eigenvectors (n, d), added exactly.
+        known: eigenvalues (d,) and eigenvectors as rows (d, n), added exactly.
         generator: of random directions in place of those that an operator of low rank does not have.
     """
     n, dtype = probes.shape[1], probes.dtype
-    values, vectors = taken_out(known, probes[:0])
+    values, vectors = orthonormal_pairs(known, probes[:0])
     space, count = n - len(values), len(probes)
     floor = BREAKDOWN * torch.finfo(dtype).eps * float(norms(images).max())
     basis, factors = orthonormalise(images, vectors, floor, generator)
     genuine = factors.abs().sum(1) > 0
     basis, factors = basis[genuine.to(basis.device)], factors[genuine]
-    operator = outside(on_rows(matmat, probes[:0]), vectors)
-    basis_images = operator(basis) if len(basis) else basis
+    basis_images = outside(rows, vectors)(basis) if len(basis) else basis
     within, squares = inner(basis, basis_images), inner(basis_images, basis_images)
     # factors = Q'Y = R; since Y = QR, Y'HQ = R'(Q'HQ) needs no product of its own.
     small = _Small(

@@ -12,8 +12,8 @@ from sharpscope.linalg.bounds import ritz_bounds
 from sharpscope.linalg.ritz import RitzPairs, SolverProgress, rayleigh_ritz, rounding, within_tolerance
 from sharpscope.linalg.vectors import combine, inner
 
-# solve(sign, max_products, progress, ignore_below): the k largest eigenpairs of ``sign * H`` in at most so many products.
-# Those below the last argument need not be accurate.
+# solve(sign, max_products, progress, ignore_below): the k largest eigenpairs of ``sign * H`` in at most so many
+# products; those below the last argument need not be accurate.
 Solve = Callable[[float, int | None, SolverProgress | None, float], RitzPairs]
 
 

@@ -71,45 +71,71 @@ def tracked(
 
     Raises: ArgumentError where H is not symmetric.
     """
-    n, dtype = like.shape[1], like.dtype
-    basis, images = like, like
-    projected = torch.zeros(0, 0, dtype=torch.float64)
-    block = _start(like, known, generator)
-    scale, streak, products = 0.0, 0, 0
+    space = _Space(like, like, torch.zeros(0, 0, dtype=torch.float64))
+    block, streak, products = _start(like, known, generator), 0, 0
     while True:
-        image = rows(block)
+        space.add(block, rows(block))
         products += 1
-        # Of one pair of vectors; H is the same for all.
-        back = inner(block, images) if len(basis) == 1 else None
-        basis, images = torch.cat([basis, block]), torch.cat([images, image])
-        column = inner(basis, image)
-        above = column[:-1].T if back is None else back
-        projected = torch.cat([torch.cat([projected, above]), column], 1)
-        values, rotation = descending(projected)
-        scale = max(scale, float(values.abs().max()))
-        require_symmetric(projected, scale, dtype)
-        theta, floor = float(values[0]), rounding(scale, dtype)
-        best = rotation[:, :1].T
-        rest = combine(best, images) - theta * combine(best, basis)
-        residual = float(norms(rest)[0])
-        exhausted = len(basis) == n
+        values, rotation = space.ritz()
+        theta, floor = float(values[0]), rounding(space.scale, like.dtype)
+        residual_vector = space.residual(theta, rotation)
+        residual = float(norms(residual_vector)[0])
+        exhausted = len(space.basis) == like.shape[1]
         streak = streak + 1 if residual <= max(tol * abs(theta) - floor, floor) else 0
         if streak >= CONFIRMED or exhausted or products >= max_products:
-            vectors = combine(rotation[:, :HANDED_ON].T, basis)
+            vectors = combine(rotation[:, :HANDED_ON].T, space.basis)
             upper = theta + floor + (0.0 if exhausted else residual)
             return Tracked(theta, theta - floor, upper, streak >= CONFIRMED or exhausted, products, vectors)
-        if len(basis) == BASIS:
-            kept = rotation[:, :HANDED_ON].T
-            # Restarts wear orthogonality down by some eps each; the projected matrix is taken anew.
-            basis, images = combine(kept, basis), combine(kept, images)
-            projected = inner(basis, images)
+        if len(space.basis) == BASIS:
+            space.restart(rotation)
+        block = space.outside(residual_vector, generator)
+
+
+@dataclass
+class _Space:
+    """An orthonormal basis (m, n), its true images (m, n), and ``basis @ images.T`` (m, m) in float64."""
+
+    basis: Tensor
+    images: Tensor
+    projected: Tensor
+    scale: float = 0.0
+
+    def add(self, block: Tensor, image: Tensor) -> None:
+        """One more basis vector and its product."""
+        # v'Hu of one pair of vectors is computed both ways, to check symmetry; H is the same for all.
+        back = inner(block, self.images) if len(self.basis) == 1 else None
+        self.basis, self.images = torch.cat([self.basis, block]), torch.cat([self.images, image])
+        column = inner(self.basis, image)
+        above = column[:-1].T if back is None else back
+        self.projected = torch.cat([torch.cat([self.projected, above]), column], 1)
+
+    def ritz(self) -> tuple[Tensor, Tensor]:
+        """All Ritz values, descending, and the coordinates of their vectors as columns."""
+        values, rotation = descending(self.projected)
+        self.scale = max(self.scale, float(values.abs().max()))
+        require_symmetric(self.projected, self.scale, self.basis.dtype)
+        return values, rotation
+
+    def residual(self, theta: float, rotation: Tensor) -> Tensor:
+        """``H v - theta v`` (1, n) of the first Ritz vector."""
+        best = rotation[:, :1].T
+        return combine(best, self.images) - theta * combine(best, self.basis)
+
+    def restart(self, rotation: Tensor) -> None:
+        """Keep the leading Ritz vectors alone."""
+        kept = rotation[:, :HANDED_ON].T
+        # Restarts wear orthogonality down by some eps each; the projected matrix is taken anew.
+        self.basis, self.images = combine(kept, self.basis), combine(kept, self.images)
+        self.projected = inner(self.basis, self.images)
+
+    def outside(self, rest: Tensor, generator: torch.Generator) -> Tensor:
+        """The unit vector along the residual, outside of the basis; random where the residual is rounding."""
         # One projection is enough, since a residual is orthogonal to the basis but for rounding already.
-        block = rest - combine(inner(rest, basis), basis)
+        block = rest - combine(inner(rest, self.basis), self.basis)
         length = float(norms(block)[0])
-        if length > BREAKDOWN * torch.finfo(dtype).eps * scale:
-            block /= length
-        else:
-            block, _ = orthonormalise(block, basis, float("inf"), generator)
+        if length > BREAKDOWN * torch.finfo(block.dtype).eps * self.scale:
+            return block / length
+        return orthonormalise(block, self.basis, float("inf"), generator)[0]
 
 
 def _start(like: Tensor, known: Tensor | None, generator: torch.Generator) -> Tensor:

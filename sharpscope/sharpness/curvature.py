@@ -13,7 +13,7 @@ from sharpscope.ball import Ball, inner_of, norm_of
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg import Eigenpairs
 from sharpscope.linalg.top_eigenpairs import top_eigenpairs_rows
-from sharpscope.linalg.trace import trace_and_frobenius
+from sharpscope.linalg.trace import trace_and_frobenius_rows
 from sharpscope.objective import Objective, Progress
 from sharpscope.params import select, views
 from sharpscope.perturbation import Perturbation
@@ -44,15 +44,7 @@ def scaled_trace(
 ) -> Estimate:
     """``tr(DHD)`` by XTrace; cost ``2 (1 + 2 probes)`` gradients."""
     products = scaled_products(objective, ball, progress)
-    like = objective.no_vectors()
-    found = trace_and_frobenius(
-        lambda V: products(V.T.contiguous()).T,
-        objective.num_params,
-        probes,
-        dtype=like.dtype,
-        device=like.device,
-        generator=generator,
-    )
+    found = trace_and_frobenius_rows(products, objective.no_vectors(), probes, generator=generator)
     return Estimate(found.trace, found.trace_error)
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.quadrature import lanczos_quadrature, require_probes
-from sharpscope.linalg.trace import trace_from_images
+from sharpscope.linalg.quadrature import lanczos_quadrature_rows, require_probes
+from sharpscope.linalg.trace import trace_from_images_rows
 from sharpscope.linalg.vectors import inner, norms
 from sharpscope.measurement import Measurement
 from sharpscope.objective import Progress
@@ -76,11 +76,10 @@ def spectral_density(
     m.status = f" of {min(steps, n) + 1 + (known is not None)}"
     with m:
         pairs = None if known is None else _known_pairs(known, m)
-        hessian = _columns(m.products)
-        quadrature = lanczos_quadrature(
-            hessian, n, probes, steps, known=pairs, dtype=like.dtype, device=like.device, generator=m.generator
+        quadrature = lanczos_quadrature_rows(m.products, like, probes, steps, known=pairs, generator=m.generator)
+        sums = trace_from_images_rows(
+            m.products, quadrature.probes, quadrature.images, known=pairs, generator=m.generator
         )
-        sums = trace_from_images(hessian, quadrature.probes, quadrature.images, known=pairs, generator=m.generator)
     num_known = 0 if pairs is None else len(pairs[0])
     steps_taken = quadrature.nodes.shape[1] - num_known
     return DensityResult(
@@ -112,8 +111,4 @@ def _known_pairs(known: EigenResult, m: Measurement) -> tuple[Tensor, Tensor]:
             f"Known eigenvectors must be those of this problem, but ||Hv - lambda v|| is {off:.2g} at a largest "
             f"eigenvalue of {largest:.2g}. Measure them at these weights, on these data."
         )
-    return values, vectors.T
-
-
-def _columns(products):
-    return lambda block: products(block.T.contiguous()).T
+    return values, vectors

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ConvergenceWarning
-from sharpscope.linalg.block_diagonal import diagonal_blocks
+from sharpscope.linalg.block_diagonal import diagonal_blocks_rows
 from sharpscope.linalg.quadrature import require_probes
 from sharpscope.linalg.top_eigenpairs import require_arguments
 from sharpscope.measurement import Measurement
@@ -78,6 +78,7 @@ def block_spectra(
     blocks = blocks_of(select(problem.model, problem.params), by)
     require_arguments(m.num_params, 1, tol, "lanczos", max_passes)
     require_probes(max(m.num_params, 2), probes if probes < 2 else 2)
+    likes = [objective.no_vectors()[:, one.part] for one in blocks]
 
     def products(asked: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """The products of each block that asks with its own vectors, as rows, in one pass."""
@@ -90,18 +91,11 @@ def block_spectra(
         images = m.products(packed)
         # A product with a vector of one block counts as one, where the pass has counted rows.
         objective.meter.hvps += sum(counts) - max(counts)
-        return {i: images[: counts[i], blocks[i].part] for i in asked}
+        return {i: images[: counts[i], blocks[i].part].contiguous() for i in asked}
 
     with m:
-        found = diagonal_blocks(
-            lambda asked: {i: t.T for i, t in products({i: v.T for i, v in asked.items()}).items()},
-            [one.size for one in blocks],
-            tol=tol,
-            probes=probes,
-            max_products=max_passes,
-            dtype=objective.dtype,
-            device=objective.device,
-            generator=m.generator,
+        found = diagonal_blocks_rows(
+            products, likes, tol=tol, probes=probes, max_products=max_passes, generator=m.generator
         )
     missing = [one.name for one, its in zip(blocks, found, strict=True) if not its.converged]
     if missing:

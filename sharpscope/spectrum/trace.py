@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.linalg.quadrature import require_probes
-from sharpscope.linalg.trace import TraceEstimate, trace_and_frobenius
+from sharpscope.linalg.trace import TraceEstimate, trace_and_frobenius_rows
 from sharpscope.measurement import Measurement
 from sharpscope.objective import Progress
 from sharpscope.objective.accumulate import PerBatch
@@ -64,15 +64,7 @@ def trace(
         return images
 
     with m:
-        like = m.objective.no_vectors()
-        sums = trace_and_frobenius(
-            lambda V: products(V.T.contiguous()).T,
-            m.num_params,
-            probes,
-            dtype=like.dtype,
-            device=like.device,
-            generator=m.generator,
-        )
+        sums = trace_and_frobenius_rows(products, m.objective.no_vectors(), probes, generator=m.generator)
     return TraceResult(
         trace=Estimate(sums.trace, sums.trace_error),
         frobenius=frobenius_norm(sums),
