@@ -137,7 +137,10 @@ def value_as(hint: Any, value: Any, where: str, nan: bool = False) -> Any:
     if origin is tuple:
         return _tuple(args, value, where)
     if isinstance(hint, type) and hasattr(hint, "from_dict"):
-        return hint.from_dict(value)
+        try:
+            return hint.from_dict(value)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
     if origin is Mapping or hasattr(hint, "__required_keys__") or is_dataclass(hint):
         return _object(hint, args, value, where)
     return _scalar(hint, value, where, nan)
