@@ -9,7 +9,7 @@ from dataclasses import Field, fields
 from typing import Any, ClassVar, TypeVar
 
 from sharpscope.results.serialization import (
-    BESIDE,
+    IN_NPZ,
     as_json,
     fields_from,
     head,
@@ -30,16 +30,16 @@ Self = TypeVar("Self", bound="Result")
 
 
 class Result(ABC):
-    """A frozen dataclass of what was measured; its fields are the keys of its JSON, and their annotations the checks.
+    """The base of all results. A subclass is a frozen dataclass: its fields are the keys of its JSON.
 
-    A field is read back with its annotated type: numbers, text, arrays, dataclasses, and tuples, mappings and options
-    of these. ``Shape`` names the sizes that must agree, ``MaybeNaN`` takes null for NaN, and a field that is BESIDE is
-    left out of the JSON. The provenance's keys stand next to the fields. A field with a default may be absent in a
-    file, as in files of older versions.
+    ``from_dict`` checks each field against its annotation, which may be float, int, bool, str, an array, a dataclass,
+    or a tuple, mapping or option of these. ``Shape`` names dimensions that must agree. ``MaybeNaN`` reads null as NaN.
+    A field annotated with IN_NPZ is left out of the JSON. A field with a default may be missing, as in files of older
+    versions. The keys of the provenance are stored next to the fields.
 
     Attributes:
-        analysis: its name in the JSON.
-        derived: attributes that are also in the JSON, and follow from the fields when it is read.
+        analysis: the value of the key "analysis" in the JSON.
+        derived: names of attributes that are written to the JSON too, and computed again after reading.
     """
 
     analysis: ClassVar[str]
@@ -61,7 +61,7 @@ class Result(ABC):
     def _fields(cls) -> list[str]:
         """The fields that are in the JSON, without the provenance."""
         hints = hints_of(cls)
-        return [f.name for f in fields(cls) if f.name != "provenance" and BESIDE not in notes_of(hints[f.name])]
+        return [f.name for f in fields(cls) if f.name != "provenance" and IN_NPZ not in notes_of(hints[f.name])]
 
     @classmethod
     def _keys(cls) -> tuple[str, ...]:
@@ -69,10 +69,11 @@ class Result(ABC):
         return (*(f.name for f in fields(cls) if f.name != "provenance"), *cls.derived)
 
     def _derived(self) -> dict[str, Any]:
+        """The values of ``derived``."""
         return {name: getattr(self, name) for name in self.derived}
 
     def record(self) -> dict[str, Any]:
-        """All that ``from_dict`` needs, as plain JSON values."""
+        """Return everything that ``from_dict`` needs, as plain JSON values."""
         return self.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +94,7 @@ class Result(ABC):
 
     @classmethod
     def _read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of a record."""
+        """The fields of a JSON object."""
         return fields_from(cls, cls._fields(), values)
 
     def save(self, path: str | os.PathLike[str]) -> None:

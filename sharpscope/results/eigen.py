@@ -15,7 +15,7 @@ from sharpscope.errors import DataError
 from sharpscope.results.base import Result
 from sharpscope.results.cost import Cost
 from sharpscope.results.origin import POINT_AND_PRICE, names_of, origin_notes, point_and_price
-from sharpscope.results.serialization import BESIDE, Array, Like, MaybeNaNs, Shape, arrays_beside, read_arrays, write
+from sharpscope.results.serialization import IN_NPZ, Array, Like, MaybeNaNs, Shape, arrays_beside, read_arrays, write
 from sharpscope.results.table import Table
 from sharpscope.tables import narrower, with_bound
 
@@ -118,7 +118,7 @@ class EigenResult(Result):
     gradient_norm: float
     cost: Cost
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    eigenvectors: Annotated[NDArray[Any], Shape("n k"), BESIDE] | None = None
+    eigenvectors: Annotated[NDArray[Any], Shape("n k"), IN_NPZ] | None = None
     missed_probability: Annotated[MaybeNaNs, Shape("k")] | None = None
     sampling: Annotated[Mapping[str, Any], Like(Sampling)] | None = None
     certificate: Annotated[Mapping[str, Any], Like(Certificate)] | None = None

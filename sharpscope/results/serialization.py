@@ -29,10 +29,10 @@ UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error),
 )
 
-# Annotations of fields, beside their types. Null in the JSON is NaN; elsewhere it is an error.
+# Notes on the annotations of fields. This one: null in the JSON means NaN; elsewhere null is an error.
 NULL_IS_NAN = "null is NaN"
-# The field is not in the JSON: its array goes into the .npz next to it.
-BESIDE = "in the .npz"
+# The field is an array that is stored in the .npz file, not in the JSON.
+IN_NPZ = "in the .npz"
 
 Array = NDArray[np.float64]
 MaybeNaN = Annotated[float, NULL_IS_NAN]
@@ -137,7 +137,10 @@ def value_as(hint: Any, value: Any, where: str, nan: bool = False) -> Any:
     if origin is tuple:
         return _tuple(args, value, where)
     if isinstance(hint, type) and hasattr(hint, "from_dict"):
-        return hint.from_dict(value)
+        try:
+            return hint.from_dict(value)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
     if origin is Mapping or hasattr(hint, "__required_keys__") or is_dataclass(hint):
         return _object(hint, args, value, where)
     return _scalar(hint, value, where, nan)
@@ -279,7 +282,7 @@ def require_shapes(result: Any, owner: str) -> None:
 
 
 def refuse_taken(provenance: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Raise DataError when ``provenance``, which stands beside them in the record, uses one of a result's ``keys``."""
+    """Raise DataError when ``provenance`` uses one of a result's ``keys``: both are keys of one JSON object."""
     taken = sorted({"format", "analysis", *keys} & set(provenance))
     if taken:
         raise DataError(f"Provenance must not use the result's own keys, got {', '.join(taken)}. Rename them.")
@@ -316,13 +319,15 @@ def _short(value: Any) -> str:
 
 
 def require_json_name(path: str | os.PathLike[str]) -> None:
-    """Raise OutputError where ``path`` is named for the arrays beside the record, not for the record."""
+    """Raise OutputError where ``path`` has the suffix of the arrays, .npz."""
     if Path(path).suffix == ".npz":
-        raise OutputError(f"The result is JSON, and its vectors go beside it as .npz, got {path}. Name it .json.")
+        raise OutputError(
+            f"The result is JSON, and its vectors are stored next to it as .npz, got {path}. Name it .json."
+        )
 
 
 def arrays_beside(path: str | os.PathLike[str]) -> Path:
-    """Where the arrays of the record ``path`` are: ``sgd.json`` has ``sgd.npz``, ``run.1`` has ``run.1.npz``."""
+    """The path of a JSON file's arrays: ``sgd.json`` has ``sgd.npz``, ``run.1`` has ``run.1.npz``."""
     place = Path(path)
     return place.with_name(f"{place.name.removesuffix('.json')}.npz")
 
@@ -330,7 +335,7 @@ def arrays_beside(path: str | os.PathLike[str]) -> Path:
 def write(
     path: str | os.PathLike[str], values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]] | None = None
 ) -> None:
-    """Write ``arrays``, where there are any, beside ``path`` and then a record to it as JSON, each atomically.
+    """Write ``arrays``, if any, to the .npz next to ``path``, and then ``values`` to ``path`` as JSON, each atomically.
 
     Raises: OutputError when it cannot be written, or ``path`` is named for the arrays.
     """

@@ -16,7 +16,7 @@ from sharpscope.results.base import Result
 from sharpscope.results.cost import Cost
 from sharpscope.results.origin import names_of, origin_notes
 from sharpscope.results.serialization import (
-    BESIDE,
+    IN_NPZ,
     MaybeNaN,
     MaybeNaNs,
     Misfit,
@@ -86,9 +86,9 @@ class SliceResult(Result):
     derived = ("dimensions", "points")
 
     axes: tuple[Array, ...]
-    loss: Annotated[MaybeNaNs, BESIDE]
-    accuracy: Annotated[MaybeNaNs, BESIDE]
-    status: Annotated[NDArray[np.int8], BESIDE]
+    loss: Annotated[MaybeNaNs, IN_NPZ]
+    accuracy: Annotated[MaybeNaNs, IN_NPZ]
+    status: Annotated[NDArray[np.int8], IN_NPZ]
     splits: tuple[str, ...]
     directions: tuple[tuple[Mapping[str, Any], ...], ...]
     centre: MaybeNaNs
