@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sharpscope import params
 from sharpscope.errors import ProblemError, SharpscopeError, first_line
-from sharpscope.objective.data import MicroBatch, arguments, leaves, map_tensors, tensors
+from sharpscope.objective.data import MicroBatch, arguments, leaves, map_leaves, tensors
 from sharpscope.objective.float64_mode import float64_mode
 from sharpscope.objective.guards import out_of_memory
 from sharpscope.objective.losses import described, output_tensor, term_loss
@@ -81,7 +81,7 @@ class LossTerms:
 
     def placed(self, batch: Any) -> Any:
         """A copy of ``batch`` on the device and in the dtype of the computation."""
-        return map_tensors(batch, self._placed)
+        return map_leaves(batch, self._placed)
 
     def forward_on(self, batch: Any) -> tuple[Any, Any, Any]:
         """``forward`` of a batch that ``placed`` gave, which the model may write into."""
@@ -160,9 +160,11 @@ class LossTerms:
         squares = [p.detach().to(wide(self.device)).square().sum() for p in self.params]
         return self.problem.weight_decay / 2 * float(torch.stack(squares).sum())
 
-    def _placed(self, tensor: Tensor) -> Tensor:
-        # A copy: a model may write into its input, or ask for its gradient, and the user's data are his.
-        return tensor.detach().to(self.device, converted(tensor, self.dtype), copy=True)
+    def _placed(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim():
+            return leaf
+        # A copy: a model may write into its input, or ask for its gradient, and the user's data must not change.
+        return leaf.detach().to(self.device, converted(leaf, self.dtype), copy=True)
 
 
 def _if_examples(data: Any) -> str:
