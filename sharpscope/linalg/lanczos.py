@@ -165,10 +165,15 @@ class _Krylov:
         bounds = ritz_bounds(values[:k], residuals[:, :k].T @ residuals[:, :k], next_above)
         return _Ritz(values, rotation, residuals, bounds, next_above)
 
+    def ritz_vectors(self, ritz: _Ritz, count: int) -> Tensor:
+        """The leading Ritz vectors (count, n)."""
+        # A copy of the coordinates, not a view: the layout decides how BLAS rounds.
+        return combine(ritz.rotation[:, torch.arange(count)].T, self.basis[: self.size])
+
     def verified(self, ritz: _Ritz, tol: float) -> RitzPairs:
         """The leading pairs from a true product with their vectors, converged only if the recurrence agrees."""
         k = len(ritz.bounds)
-        rows = combine(ritz.rotation[:, :k].T, self.basis[: self.size])
+        rows = self.ritz_vectors(ritz, k)
         # Restarts wear the basis down by some eps each, which a Rayleigh quotient would feel twice.
         vectors, _ = orthonormalise(rows, rows[:0], 0.0, self.generator)
         images = self.product(vectors)
@@ -189,7 +194,7 @@ class _Krylov:
 
     def restart(self, ritz: _Ritz, count: int) -> None:
         """Keep the ``count`` leading Ritz vectors as the basis; the next block is orthogonal to them already."""
-        self.basis[:count] = combine(ritz.rotation[:, :count].T, self.basis[: self.size])
+        self.basis[:count] = self.ritz_vectors(ritz, count)
         self.projected, self.size = torch.diag(ritz.values[:count]), count
 
 
