@@ -21,7 +21,7 @@ EXAMPLES = 32
 LARGEST = 100_000_000
 
 # How many show what float32 does to eigenvalues: of fewer its scatter would be taken for a shift of all.
-ROUNDED = 256
+ROUNDING_EXAMPLES = 256
 
 # Sums that agree in exact arithmetic agree to this in float64, relative to the sizes that were added.
 TOLERANCE = 1e-9
@@ -69,11 +69,11 @@ def rounding_of(objective: Objective, vectors: Tensor) -> float:
     """``max |v'(H - H64)v|`` over unit vectors (n, k), H of the mean loss of some examples: what float32 does to it.
 
     A well-fitted network's softmax has ``1 - p`` to an absolute 6e-8 only, and its curvature no better, however small
-    that is; the rounding of products, which is relative, says nothing of it. The first ROUNDED examples stand for all.
+    that is; the rounding of products, which is relative, says nothing of it. The first ROUNDING_EXAMPLES stand for all.
 
-    Cost: ``1 + 2k`` gradients of ROUNDED examples, twice. 0 where the model cannot run in float64.
+    Cost: ``1 + 2k`` gradients of ROUNDING_EXAMPLES examples, twice. 0 where the model cannot run in float64.
     """
-    part = objective.first_examples(ROUNDED)
+    part = objective.first_examples(ROUNDING_EXAMPLES)
     block = vectors.T.to(objective.device, objective.dtype)
     exact = products_in_float64(objective, part, block)
     if exact is None:

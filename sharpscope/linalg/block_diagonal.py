@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg.lockstep import lockstep
-from sharpscope.linalg.operator import checked_rows
 from sharpscope.linalg.ritz import Matmat, rayleigh_ritz, rounding
 from sharpscope.linalg.top_eigenpairs import top_eigenpairs_rows
 from sharpscope.linalg.trace import trace_and_frobenius_rows
+from sharpscope.linalg.user_operator import checked_rows
 from sharpscope.linalg.vectors import norms
 
 # ``{l: V_l}`` to ``{l: H_ll V_l}`` of those blocks l that still ask.

@@ -12,11 +12,16 @@ ROUNDING = 32.0
 def ritz_bounds(ritz_values: Tensor, residual_gram: Tensor, next_above: float | None) -> Tensor:
     """``e_i`` (k,) with ``|lambda_i - theta_i| <= e_i``, in exact arithmetic.
 
-    No Ritz value exceeds its eigenvalue (Cauchy), so what is bounded is how far it lies below. For the leading s pairs,
-    s >= i, with residuals ``R = H V - V Theta`` and ``lambda_{s+1} <= rho < theta_s``, and ``D = Theta - rho``:
-    ``lambda_i <= rho + tau_i``, tau the eigenvalues of ``D + D^-1/2 R'R D^-1/2`` (Lehmann 1949; Parlett 1998, ch. 10;
-    for one pair that is Kato's and Temple's ``||r||^2 / (theta - rho)``). Without such a gap
-    ``lambda_i <= max(theta_i, rho) + ||R||`` (Weyl), where rho is left out of the last, s = k. The least over all s.
+    No Ritz value exceeds its eigenvalue (Cauchy), so what is bounded is how far it lies below. Each s from i to k gives
+    a bound from the leading s pairs, with residuals ``R = H V - V Theta`` and an estimate rho from above of
+    ``lambda_{s+1}``; the smallest is returned.
+
+    - With a gap, rho < theta_s: ``lambda_i <= rho + tau_i``, tau the eigenvalues of ``D + D^-1/2 R'R D^-1/2``,
+      ``D = Theta - rho`` (Lehmann 1949; Parlett 1998, ch. 10). For one pair that is Kato's and Temple's
+      ``||r||^2 / (theta - rho)``.
+    - Without one: ``lambda_i <= max(theta_i, rho) + ||R||`` (Weyl); for s = k, ``theta_i + ||R||``.
+
+    rho is ``theta_{s+1} + ||r_{s+1}||`` for s < k, and ``next_above`` for s = k.
 
     Args:
         ritz_values: descending, float64 (k,).

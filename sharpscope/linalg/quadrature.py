@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.operator import on_rows, outside, require_dtype
 from sharpscope.linalg.ritz import Matmat, require_little_apart
+from sharpscope.linalg.user_operator import on_rows, outside, require_dtype
 from sharpscope.linalg.vectors import BREAKDOWN, norms, project_out, random_rows, require_orthonormal
 
 

@@ -1,4 +1,4 @@
-"""Rayleigh-Ritz pairs from true products: where every solver ends."""
+"""Rayleigh-Ritz pairs from true products, with the bounds that are returned: where every solver ends."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ from sharpscope.errors import ArgumentError, nearest
 from sharpscope.linalg.guided import guided
 from sharpscope.linalg.lanczos import lanczos
 from sharpscope.linalg.missed_eigenvalue_bound import RandomStart
-from sharpscope.linalg.operator import on_rows, require_dtype
 from sharpscope.linalg.power import power_iteration
 from sharpscope.linalg.ritz import Matmat, RitzPairs, SolverProgress
 from sharpscope.linalg.two_ends import two_ends
+from sharpscope.linalg.user_operator import on_rows, require_dtype
 
 METHODS: dict[str, Callable[..., RitzPairs]] = {"guided": guided, "lanczos": lanczos, "power": power_iteration}
 TWO_ENDED = ("both", "magnitude")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharpscope.linalg.operator import on_rows, outside, require_dtype
 from sharpscope.linalg.quadrature import known_rows, orthonormal_pairs, require_probes, unit_rows
 from sharpscope.linalg.ritz import Matmat, rounding
+from sharpscope.linalg.user_operator import on_rows, outside, require_dtype
 from sharpscope.linalg.vectors import BREAKDOWN, inner, norms, orthonormalise
 
 

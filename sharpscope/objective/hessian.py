@@ -3,8 +3,10 @@
     g = autograd.grad(loss, w, create_graph=True)    1 gradient, and a graph of g as a function of w
     H v = autograd.grad(g, w, grad_outputs=v)        2 gradients for each vector v (Pearlmutter 1994)
 
-This is all there is to H v. The forward pass is in ``forward.py``, the sum over micro-batches in ``accumulate.py``,
-and what guards a graph (readable errors, the count of its cost) is wrapped around it in ``guards.py``.
+This is all there is to H v of a micro-batch. The forward pass is in ``forward.py``. ``accumulate.py`` sums over
+micro-batches; ``Objective`` divides by the weight ``sum_i a_i`` of all terms and adds weight decay. What guards a graph
+(readable errors, the count of its cost) is wrapped around it in ``guards.py``. From the top:
+``top_eigenvalues -> Measurement.products -> Objective.products -> accumulate -> Objective.graph -> hessian``.
 """
 
 from __future__ import annotations

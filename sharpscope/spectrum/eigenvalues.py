@@ -30,7 +30,7 @@ from sharpscope.sampling import sampling_error
 from sharpscope.spectrum.certify import Certified, certified, require_certify
 
 # Intervals are longer by so many times the rounding in float32 that some examples show, since others may show more.
-ROUNDED = 4.0
+FLOAT32_SAFETY = 4.0
 
 
 def top_eigenvalues(
@@ -56,9 +56,13 @@ def top_eigenvalues(
 ) -> EigenResult:
     """``lambda_1 >= ... >= lambda_k``, the largest algebraic eigenvalues of the Hessian of L(w) of ``problem``.
 
-    The audit runs first; then the solver, until each eigenvalue's bound, from ``sharpscope.linalg.bounds``, is at most
-    ``tol |lambda|``; loss and gradient norm come with it. What has not converged is marked in the result and warned of.
-    The model and all random states are left bit for bit as they were.
+    The audit runs first; then the solver, until each eigenvalue's bound is at most ``tol |lambda|``; loss and gradient
+    norm come with it. What has not converged is marked in the result and warned of. The model and all random states are
+    left bit for bit as they were.
+
+    The bounds come from residuals and gaps (``sharpscope.linalg.bounds.ritz_bounds``) of true products, with rounding
+    (``linalg.ritz.rayleigh_ritz``). In float32 they are then widened by what float32 does to the model itself, as some
+    examples show in float64 (``_float32_error``), and held to ``tol`` again.
 
     Args:
         problem: model, loss and data.
@@ -224,7 +228,7 @@ def _float32_error(m: Measurement, pairs: Eigenpairs) -> float:
     error = m.objective.curvature.single * float(pairs.eigenvalues.abs().max())
     if m.objective.curvature.exact:
         seen = m.journal.once("rounding", lambda: {"of": rounding_of(m.objective, pairs.eigenvectors)})
-        error += ROUNDED * seen["of"]
+        error += FLOAT32_SAFETY * seen["of"]
     return error
 
 
