@@ -35,14 +35,15 @@ def ritz_bounds(ritz_values: Tensor, residual_gram: Tensor, next_above: float | 
     k = len(ritz_values)
     lengths = residual_gram.diagonal().clamp_min(0).sqrt()
     last = float("-inf") if next_above is None else next_above
-    rest = torch.cat([ritz_values[1:] + lengths[1:], torch.tensor([last], dtype=torch.float64)])
+    rhos = torch.cat([ritz_values[1:] + lengths[1:], torch.tensor([last], dtype=torch.float64)])
     bounds = torch.full((k,), float("inf"), dtype=torch.float64)
     for s in range(1, k + 1):
-        gram, gaps = residual_gram[:s, :s], ritz_values[:s] - rest[s - 1]
+        gram, gaps = residual_gram[:s, :s], ritz_values[:s] - rhos[s - 1]  # the gaps are D
         size = torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt()
         found = size + (-gaps).clamp_min(0) if s < k else size.expand(k)
         if next_above is not None and 0 < float(gaps[-1]) < float("inf"):
             scale = gaps.rsqrt()
+            # rho + tau_i - theta_i
             moved = torch.linalg.eigvalsh(torch.diag(gaps) + scale[:, None] * gram * scale).flip(0) - gaps
             found = found.minimum(moved.clamp_min(0))
         elif next_above == float("-inf") and s == k:

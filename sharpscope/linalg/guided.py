@@ -92,10 +92,10 @@ def guided(
        not met, and what the random vectors' images have outside, are the next block; after that of the random ones only
        the residual of pair k + 1. Back to Rayleigh-Ritz.
 
-    Residuals come from true products. Bounds, by ``bounds.ritz_bounds``, take as ``lambda_{k+1}`` the larger of the
-    model's, plus what G was seen to be off on eigenvectors times the part of the model's vector that G had a say in,
-    and the (k+1)-th Ritz value plus its residual. Where the guide is of no help the corrections are the residuals, and
-    the iteration is a block Lanczos one with thick restart.
+    Residuals come from true products. The bounds that decide when to stop, and those returned (``rayleigh_ritz``), take
+    as ``lambda_{k+1}`` the larger of the model's, plus what G was seen to be off on eigenvectors times the part of the
+    model's vector that G had a say in, and the (k+1)-th Ritz value plus its residual. Where the guide is of no help the
+    corrections are the residuals, and the iteration is a block Lanczos one with thick restart.
 
     Cost: k + RANDOM products with H in the first pass (one more for each row of ``initial`` beyond k), at most as many
     in the second and k + 1 in each later one, RANDOM more where a random vector is drawn anew; two passes at the least;

@@ -62,8 +62,9 @@ def rayleigh_ritz(
 ) -> RitzPairs:
     """The Ritz pairs of the span of orthonormal rows ``vectors``, given their true products ``images``.
 
-    Every solver ends here. The bound on ``|lambda_i - theta_i|`` is that of ``bounds.ritz_bounds`` from the residuals
-    and ``next_above``, widened by the rounding of a product, ``ROUNDING * eps * scale``.
+    Every solver ends here; ``two_ends`` joins the pairs of two solves, and bounds them anew in the same way. The bound
+    on ``|lambda_i - theta_i|`` is that of ``bounds.ritz_bounds`` from the residuals and ``next_above``, widened by the
+    rounding of a product, ``ROUNDING * eps * scale``.
     """
     projected = inner(vectors, images)
     require_symmetric(projected, scale, vectors.dtype)

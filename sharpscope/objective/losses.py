@@ -123,7 +123,7 @@ def _cross_entropy(weight: Tensor | None = None, ignore_index: int = -100, label
         )
         if target.is_floating_point():  # class probabilities: torch divides by the examples, weighted or not
             return total, total.new_tensor(logits.numel() / logits.shape[1])
-        return total, _label_weights(target, scale, ignore_index, total)
+        return total, _total_label_weight(target, scale, ignore_index, total)
 
     def check(output: Any, target: Any, where: Where) -> None:
         _check_labels(output_tensor(output), target, ignore_index, where)
@@ -173,7 +173,7 @@ def _nll(weight: Tensor | None = None, ignore_index: int = -100) -> TermLoss:
         log_probabilities = output_tensor(output)
         scale, target = _like(weight, log_probabilities), target.long()
         total = F.nll_loss(log_probabilities, target, scale, ignore_index=ignore_index, reduction="sum")
-        return total, _label_weights(target, scale, ignore_index, total)
+        return total, _total_label_weight(target, scale, ignore_index, total)
 
     def check(output: Any, target: Any, where: Where) -> None:
         _check_labels(output_tensor(output), target, ignore_index, where)
@@ -262,7 +262,7 @@ def _scalar(loss: Any, output: Any, target: Any) -> Tensor:
     return value.reshape(())
 
 
-def _label_weights(target: Tensor, weight: Tensor | None, ignore_index: int, like: Tensor) -> Tensor:
+def _total_label_weight(target: Tensor, weight: Tensor | None, ignore_index: int, like: Tensor) -> Tensor:
     """``sum_i a_i``: a_i is 0 for ``ignore_index``, else the label's class weight, 1 without weights.
 
     ``likelihoods.categorical`` has the same a_i term by term.

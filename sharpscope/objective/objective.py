@@ -146,7 +146,7 @@ class Objective:
         """``H V`` (n, K) for a block ``V`` (n, K), H the Hessian of L at w; cost 1 + 2K gradients and one pass.
 
         H is another matrix, at another cost, where ``curvature`` says so. Each micro-batch's graph is built once and
-        every column is multiplied with it.
+        every column is multiplied with it: see ``objective/hessian.py``.
 
         Raises: DataError when the products are not finite, AuditError when loss or gradient differ from the pass
         before, ProblemError when the model has no second derivative.

@@ -91,8 +91,8 @@ class EigenResult(Result):
         eigenvalues: (k,) with multiplicity, in units of the loss over squared weights; descending, but from the end
             inwards where ``which`` is "smallest", and by ``|lambda|`` where it is "magnitude".
         residuals: ``||H v - lambda v||`` (k,), from true products.
-        lower, upper: an interval (k,) for each, from residuals and gaps with rounding (``sharpscope.linalg.bounds``); for a
-            pair that has not converged the place k is not sure.
+        lower, upper: an interval (k,) for each, from residuals, gaps and rounding (``sharpscope.linalg.bounds``), in
+            float32 widened by the model's own rounding; for a pair that has not converged the place k is not sure.
         converged: bool (k,), whether the interval is within the tolerance.
         missed_probability: (k,), at most so probable is it that an eigenvalue beyond the i-th one was missed, as far as
             the solver's random vectors say, taking what was found as given; 1 where they say nothing.
@@ -217,7 +217,7 @@ def eigen_table(results: Sequence[EigenResult]) -> Table:
 
 
 def _rows(results: Sequence[EigenResult]) -> list[list[str]]:
-    """A heading and one row a result: checkpoint, lambda_1..lambda_k, ratio (for k > 1), loss, gradient norm, cost."""
+    """A heading and one row a result: checkpoint, lambda_max to lambda_k, ratio (for k > 1), loss, gradient norm, cost."""
     ks = {result.ratio.k for result in results}
     widest = max(results, key=lambda result: len(result.eigenvalues))
     k, with_ratio = len(widest.labels), any(r.which in ("largest", "both") and r.ratio.k > 1 for r in results)
