@@ -217,7 +217,7 @@ def eigen_table(results: Sequence[EigenResult]) -> Table:
 
 
 def _rows(results: Sequence[EigenResult]) -> list[list[str]]:
-    """A heading and one row a result: checkpoint, lambda_max to lambda_k, ratio (for k > 1), loss, gradient norm, cost."""
+    """A heading and one row a result: checkpoint, lambda_max to lambda_k, ratio (for k > 1), loss, gradient, cost."""
     ks = {result.ratio.k for result in results}
     widest = max(results, key=lambda result: len(result.eigenvalues))
     k, with_ratio = len(widest.labels), any(r.which in ("largest", "both") and r.ratio.k > 1 for r in results)
