@@ -11,12 +11,14 @@ micro-batches; ``Objective`` divides by the weight ``sum_i a_i`` of all terms an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from sharpscope.objective.data import MicroBatch
 from sharpscope.objective.forward import LossTerms
-from sharpscope.objective.graph import Curvature, Graph, without_terms
+from sharpscope.objective.graph import Curvature, Graph, Products, without_terms
 from sharpscope.params import views
 
 
@@ -33,6 +35,12 @@ def hessian(terms: LossTerms, batch: MicroBatch, keep: bool) -> Graph:
         return without_terms(terms, batch, loss, weight)
     # materialize_grads: a parameter that the loss does not use has zero curvature, it is no error.
     gradient = torch.autograd.grad(loss, terms.params, create_graph=keep, materialize_grads=True)
+    products = differentiated(gradient, terms.params)
+    return Graph(loss.detach(), weight, [g.detach() for g in gradient], products, batch.size)
+
+
+def differentiated(gradient: Sequence[Tensor], params: Sequence[Tensor]) -> Products:
+    """Products with the derivative in ``params`` of ``gradient``, a graph of the same shapes: H v for each row v."""
     # A gradient that is constant in the weights has no graph, and adds nothing to H v.
     curved = [i for i, g in enumerate(gradient) if g.requires_grad]
 
@@ -41,18 +49,18 @@ def hessian(terms: LossTerms, batch: MicroBatch, keep: bool) -> Graph:
             return torch.zeros_like(rows)
         images = torch.empty_like(rows)
         for k in range(len(rows)):
-            v = views(rows[k], terms.params)
+            v = views(rows[k], params)
             hv = torch.autograd.grad(
                 [gradient[i] for i in curved],
-                terms.params,
+                params,
                 grad_outputs=[v[i] for i in curved],
                 retain_graph=not last or k + 1 < len(rows),
                 materialize_grads=True,
             )
-            torch._foreach_copy_(views(images[k], terms.params), list(hv))
+            torch._foreach_copy_(views(images[k], params), list(hv))
         return images
 
-    return Graph(loss.detach(), weight, [g.detach() for g in gradient], products, batch.size)
+    return products
 
 
 HESSIAN = Curvature("hessian", "Hessian", hessian, cost=2.0, twice=True)

@@ -47,6 +47,7 @@ def categorical(
     """y is class c with probability softmax(z)_c; f_i is the total weight of the classes in the target.
 
     ``logarithms``: the output holds log-probabilities, which log_softmax does not change. ``dim`` is that of classes.
+    Its ``weight`` is, term by term, what ``losses._total_label_weight`` sums.
     """
 
     def of(output: Tensor, target: Tensor, smoothing: float) -> Tensor:

@@ -1,4 +1,7 @@
-"""How a loss counts its terms: ``sum_i a_i l_i`` and ``sum_i a_i``, so that batches of any size add up."""
+"""How a loss counts its terms: ``sum_i a_i l_i`` and ``sum_i a_i``, so that batches of any size add up.
+
+Each known loss is a function below; ``_total_label_weight`` counts labels, ignored ones and class weights.
+"""
 
 from __future__ import annotations
 

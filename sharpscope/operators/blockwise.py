@@ -13,8 +13,7 @@ from sharpscope.errors import ArgumentError, nearest
 from sharpscope.objective.data import MicroBatch
 from sharpscope.objective.forward import LossTerms
 from sharpscope.objective.graph import Curvature, Graph, without_terms
-from sharpscope.objective.hessian import HESSIAN
-from sharpscope.params import views
+from sharpscope.objective.hessian import HESSIAN, differentiated
 
 BY = ("module", "parameter")
 
@@ -79,28 +78,17 @@ def _hessian(
     value, weight = terms.sums(part)
     if not value.requires_grad and not float(weight):
         return without_terms(terms, part, value, weight)
-    grads = torch.autograd.grad(value, terms.params, create_graph=keep, materialize_grads=True)
+    gradient = torch.autograd.grad(value, terms.params, create_graph=keep, materialize_grads=True)
 
     def products(rows: Tensor, last: bool = False) -> Tensor:
         images = torch.zeros_like(rows)
-        todo = [(b, k) for b, count in zip(blocks, counts, strict=True) for k in range(min(count, len(rows)))]
-        for done, (one, k) in enumerate(todo, start=1):
-            own = terms.params[one.params]
-            pairs = zip(grads[one.params], views(rows[k, one.part], own), strict=True)
-            live = [(g, v) for g, v in pairs if g.requires_grad]
-            if not live:
-                continue
-            found = torch.autograd.grad(
-                [g for g, _ in live],
-                own,
-                [v for _, v in live],
-                retain_graph=not last or done < len(todo),
-                materialize_grads=True,
-            )
-            torch._foreach_copy_(views(images[k, one.part], own), list(found))
+        wanted = [(block, count) for block, count in zip(blocks, counts, strict=True) if count]
+        for done, (block, count) in enumerate(wanted, start=1):
+            own = differentiated(gradient[block.params], terms.params[block.params])
+            images[:count, block.part] = own(rows[:count, block.part], last and done == len(wanted))
         return images
 
-    return Graph(value.detach(), weight, [g.detach() for g in grads], products, part.size)
+    return Graph(value.detach(), weight, [g.detach() for g in gradient], products, part.size)
 
 
 def _embedded(
