@@ -224,7 +224,7 @@ def _eigenpairs(pairs: RitzPairs, method: str) -> Eigenpairs:
 
 def _times(sign: float, rows: Matmat) -> Matmat:
     """``sign * H`` on rows."""
-    return rows if sign > 0 else (lambda block: -rows(block))
+    return rows if sign > 0 else (lambda block: sign * rows(block))
 
 
 def require_arguments(

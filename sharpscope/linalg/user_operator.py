@@ -32,7 +32,7 @@ def checked_rows(product: Tensor, like: Tensor, count: int) -> Tensor:
     product = product.detach().to(like.device, like.dtype).T
     if not bool(torch.isfinite(product).all()):
         raise ArgumentError("matmat must return finite numbers, got NaN or infinity.")
-    return product.clone(memory_format=torch.contiguous_format)
+    return product.clone().contiguous()
 
 
 def outside(rows: Matmat, known: Tensor) -> Matmat:
