@@ -17,6 +17,11 @@ from sharpscope.linalg.block_diagonal import diagonal_blocks
 from sharpscope.linalg.lockstep import lockstep
 
 
+def likes(*sizes: int) -> list[Tensor]:
+    """An empty block of rows of each size."""
+    return [torch.empty(0, n, dtype=torch.float64) for n in sizes]
+
+
 def test_blocks_of_chosen_spectra_are_found() -> None:
     """Of 120 random matrices, 4 at a time, each lambda_max is in its interval, and 118 traces within 4 errors."""
     source, beyond = torch.Generator().manual_seed(3), 0
@@ -25,7 +30,9 @@ def test_blocks_of_chosen_spectra_are_found() -> None:
         matrices = [torch.randn(n, n, generator=source, dtype=torch.float64) for n in sizes]
         matrices = [10 ** float(torch.randn((), generator=source)) * (m + m.T) for m in matrices]
         found = diagonal_blocks(
-            lambda asked, held=matrices: {i: held[i] @ v for i, v in asked.items()}, sizes, generator=source
+            lambda asked, held=matrices: {i: rows @ held[i] for i, rows in asked.items()},
+            likes(*sizes),
+            generator=source,
         )
         for one, matrix in zip(found, matrices, strict=True):
             assert one.converged
@@ -39,7 +46,9 @@ def test_an_operator_that_is_not_symmetric_is_refused() -> None:
     skew = torch.randn(60, 60, dtype=torch.float64)
     with pytest.raises(ArgumentError, match="symmetric"):
         diagonal_blocks(
-            lambda asked: {i: skew @ v for i, v in asked.items()}, [60], generator=torch.Generator().manual_seed(0)
+            lambda asked: {i: rows @ skew.T for i, rows in asked.items()},
+            likes(60),
+            generator=torch.Generator().manual_seed(0),
         )
 
 
@@ -47,7 +56,9 @@ def test_a_small_block_that_is_not_symmetric_is_told() -> None:
     """Its interval is as wide as what lacks symmetry, and it has not converged."""
     skew = torch.randn(6, 6, dtype=torch.float64)
     (found,) = diagonal_blocks(
-        lambda asked: {i: skew @ v for i, v in asked.items()}, [6], generator=torch.Generator().manual_seed(0)
+        lambda asked: {i: rows @ skew.T for i, rows in asked.items()},
+        likes(6),
+        generator=torch.Generator().manual_seed(0),
     )
     assert not found.converged
     assert found.bound >= float((skew - skew.T).norm()) / 2

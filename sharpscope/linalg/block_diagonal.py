@@ -14,7 +14,6 @@ from sharpscope.linalg.lockstep import lockstep
 from sharpscope.linalg.ritz import Matmat, rayleigh_ritz, rounding
 from sharpscope.linalg.top_eigenpairs import top_eigenpairs_rows
 from sharpscope.linalg.trace import trace_and_frobenius_rows
-from sharpscope.linalg.user_operator import checked_rows
 from sharpscope.linalg.vectors import norms
 
 # ``{l: V_l}`` to ``{l: H_ll V_l}`` of those blocks l that still ask.
@@ -42,27 +41,6 @@ class DiagonalBlock:
 
 
 def diagonal_blocks(
-    products: Products,
-    sizes: Sequence[int],
-    *,
-    tol: float = 1e-3,
-    probes: int = 8,
-    max_products: int | None = None,
-    dtype: torch.dtype = torch.float64,
-    device: torch.device | str = "cpu",
-    generator: torch.Generator,
-) -> list[DiagonalBlock]:
-    """``diagonal_blocks_rows`` of products with columns: V_l and H_ll V_l (n_l, b_l), checked."""
-    likes = [torch.empty(0, n, dtype=dtype, device=device) for n in sizes]
-
-    def rows(asked: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-        images = products({block: vectors.T.contiguous() for block, vectors in asked.items()})
-        return {block: checked_rows(images[block], likes[block], len(vectors)) for block, vectors in asked.items()}
-
-    return diagonal_blocks_rows(rows, likes, tol=tol, probes=probes, max_products=max_products, generator=generator)
-
-
-def diagonal_blocks_rows(
     products: Products,
     likes: Sequence[Tensor],
     *,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharpscope.linalg.quadrature import known_rows, orthonormal_pairs, require_probes, unit_rows
+from sharpscope.linalg.quadrature import orthonormal_pairs, require_probes, unit_rows
 from sharpscope.linalg.ritz import Matmat, rounding
 from sharpscope.linalg.user_operator import on_rows, outside, require_dtype
 from sharpscope.linalg.vectors import BREAKDOWN, inner, norms, orthonormalise
@@ -71,24 +71,10 @@ def trace_and_frobenius_rows(
     require_probes(like.shape[1], probes)
     source = generator if generator is not None else torch.Generator().manual_seed(0)
     start = unit_rows(probes, like, like, source)
-    return trace_from_images_rows(rows, start, rows(start), generator=source)
+    return trace_from_images(rows, start, rows(start), generator=source)
 
 
 def trace_from_images(
-    matmat: Matmat,
-    probes: Tensor,
-    images: Tensor,
-    *,
-    known: tuple[Tensor, Tensor] | None = None,
-    generator: torch.Generator,
-) -> TraceEstimate:
-    """``trace_from_images_rows`` of an operator on columns, with known eigenvectors as columns (n, d), both checked."""
-    like = probes[:0]
-    pairs = known_rows(known, like)
-    return trace_from_images_rows(on_rows(matmat, like), probes, images, known=pairs, generator=generator)
-
-
-def trace_from_images_rows(
     rows: Matmat,
     probes: Tensor,
     images: Tensor,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg.quadrature import lanczos_quadrature_rows, require_probes
-from sharpscope.linalg.trace import trace_from_images_rows
+from sharpscope.linalg.trace import trace_from_images
 from sharpscope.linalg.vectors import inner, norms
 from sharpscope.measurement import Measurement
 from sharpscope.objective import Progress
@@ -77,9 +77,7 @@ def spectral_density(
     with m:
         pairs = None if known is None else _known_pairs(known, m)
         quadrature = lanczos_quadrature_rows(m.products, like, probes, steps, known=pairs, generator=m.generator)
-        sums = trace_from_images_rows(
-            m.products, quadrature.probes, quadrature.images, known=pairs, generator=m.generator
-        )
+        sums = trace_from_images(m.products, quadrature.probes, quadrature.images, known=pairs, generator=m.generator)
     num_known = 0 if pairs is None else len(pairs[0])
     steps_taken = quadrature.nodes.shape[1] - num_known
     return DensityResult(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ConvergenceWarning
-from sharpscope.linalg.block_diagonal import diagonal_blocks_rows
+from sharpscope.linalg.block_diagonal import diagonal_blocks
 from sharpscope.linalg.quadrature import require_probes
 from sharpscope.linalg.top_eigenpairs import require_arguments
 from sharpscope.measurement import Measurement
@@ -94,9 +94,7 @@ def block_spectra(
         return {i: images[: counts[i], blocks[i].part].contiguous() for i in asked}
 
     with m:
-        found = diagonal_blocks_rows(
-            products, likes, tol=tol, probes=probes, max_products=max_passes, generator=m.generator
-        )
+        found = diagonal_blocks(products, likes, tol=tol, probes=probes, max_products=max_passes, generator=m.generator)
     missing = [one.name for one, its in zip(blocks, found, strict=True) if not its.converged]
     if missing:
         warnings.warn(
