@@ -13,6 +13,9 @@ from typing import Any
 # Items of a list in a message.
 SHOWN = 3
 
+# How the allocators that have no exception of their own say it: CPU, older CPU, MPS.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
 
 class SharpscopeError(Exception):
     """Anything wrong with what sharpscope was given; the command line prints it and exits with status 1."""
@@ -68,3 +71,10 @@ def first_few(items: Sequence[str], separator: str = ", ") -> str:
 def first_line(error: BaseException) -> str:
     """What ``error`` says first, or its name where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` is an allocator's, on whatever device; by torch's name for it, since torch is not imported."""
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error).lower() for said in OUT_OF_MEMORY)

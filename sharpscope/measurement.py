@@ -19,7 +19,7 @@ from sharpscope.objective import Objective, Progress
 from sharpscope.operators import curvature
 from sharpscope.problem import Problem
 from sharpscope.results import Cost
-from sharpscope.resume import Journal, journaled_hvp, open_journal
+from sharpscope.resume import Journal, journaled_hvp, key_of
 from sharpscope.version import __version__
 
 
@@ -81,7 +81,7 @@ class Measurement:
         self.journal = Journal(None)
         self.status = ""
         self._progress, self._audited, self._products = progress, audited, products
-        self._folder, self._settings = journal, {**(settings or {}), "seed": self.generator.get_state()}
+        self._folder, self._settings = journal, dict(settings or {})
         self._pass: Callable[[Tensor], Tensor] = lambda rows: self.objective.products(rows, self.report)
         self._stack = ExitStack()
 
@@ -91,13 +91,16 @@ class Measurement:
         return self.objective.num_params
 
     def __enter__(self) -> Measurement:
+        if self._folder is not None:
+            # Before any forward pass: what a model leaves in its buffers must not change the key.
+            key = key_of(self.objective, **self._settings, seed=self.generator.get_state())
+            self.journal = Journal(self._folder, key)
         with ExitStack() as stack:
             stack.enter_context(self.objective.measuring(products=self._products))
             if self._audited:
                 # A generator of its own, so that the analysis draws the same numbers with and without it.
                 audit(self.objective, torch.Generator().manual_seed(self.generator.initial_seed()))
             if self._folder is not None:
-                self.journal = open_journal(self._folder, self.objective, **self._settings)
                 self._pass = journaled_hvp(self.objective, self.journal, self.report)
             elif self._products:
                 self.objective.settle_micro_batch()

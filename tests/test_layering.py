@@ -109,7 +109,7 @@ INSIDE: dict[str, set[str]] = {
     "objective.float64_mode": set(),
     "objective.graph": {"data", "forward"},  # of the latter types alone
     "objective.guards": {"data", "graph"},
-    "objective.forward": {"data", "float64_mode", "guards", "losses"},
+    "objective.forward": {"data", "float64_mode", "losses"},
     "objective.hessian": {"data", "forward", "graph"},
     "objective.accumulate": {"data", "forward", "graph", "guards"},
     "objective.objective": {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sharpscope import Objective, Problem, top_eigenvalues
 from sharpscope.operators import curvature
-from sharpscope.resume import journaled_hvp, key_of, open_journal
+from sharpscope.resume import Journal, journaled_hvp, key_of
 from sharpscope.resume.fingerprint import probe
 from sharpscope.train import Recipe, train
 
@@ -270,11 +270,11 @@ def test_a_stored_pass_leaves_the_objective_as_the_computed_one(tmp_path: Path) 
     def measured(blocks: int) -> tuple[list[Tensor], Objective, list[str]]:
         problem, stages = Problem(model=network(), loss=nn.CrossEntropyLoss(), data=classes()), []
         objective = Objective(problem)
-        journal = open_journal(tmp_path, objective)
+        journal = Journal(tmp_path, key_of(objective))
         with objective.measuring():
             product = journaled_hvp(objective, journal, lambda stage, done, total: stages.append(stage))
             draw = torch.Generator().manual_seed(0)
-            found = [product(torch.randn(objective.num_params, 2, generator=draw)) for _ in range(blocks)]
+            found = [product(torch.randn(2, objective.num_params, generator=draw)) for _ in range(blocks)]
         return found, objective, stages
 
     (first,), one, _ = measured(1)

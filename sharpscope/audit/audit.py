@@ -17,7 +17,7 @@ from sharpscope.objective.data import MicroBatch, leaves, map_tensors, micro_bat
 EXAMPLES = 256
 
 
-def audit(objective: Objective, generator: torch.Generator | None = None) -> Sums:
+def audit(objective: Objective, generator: torch.Generator | None = None) -> None:
     """Check on the first examples that loss and gradient repeat, that ``u'Hv = v'Hu``, and that batches add up.
 
     Products are those with ``objective.curvature``. What needs more digits than the computation may have is asked of a
@@ -25,7 +25,7 @@ def audit(objective: Objective, generator: torch.Generator | None = None) -> Sum
     data set.
 
     Cost: about 8 gradients over 256 examples and 10 over 32, and 2 whole ones for a loss that is not known here; all
-    counted in ``objective.gradients``. Returns the first of the sums that were compared.
+    counted in ``objective.gradients``.
 
     Raises: AuditError naming the likely cause (dropout, a shuffled or augmented loader) and the remedy;
     ProblemError when the mean over a batch is not the mean over its parts; DataError.
@@ -60,7 +60,6 @@ def audit(objective: Objective, generator: torch.Generator | None = None) -> Sum
             _require_same_mean(objective)
         else:
             require_additive(objective, first, 1e4 * eps)
-        return one
 
 
 def _require_symmetric(objective: Objective, first: MicroBatch, probes: Tensor, sums: Sums, tolerance: float) -> None:

@@ -59,6 +59,8 @@ class Subset:
         Cost: 2K gradients of the sample, and 1 more of what is not kept.
         """
         total = self._graphs(rows) / self._weight
+        if not bool(torch.isfinite(total).all()):
+            self._objective.locate_nonfinite()
         if self._objective.problem.weight_decay:
             total += self._objective.problem.weight_decay * rows
         return total

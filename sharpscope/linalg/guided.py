@@ -336,7 +336,7 @@ class _Search:
         rows = torch.cat([ritz.residuals[:k] / self.scale, self.spare])
         model = _model(self.guide, space, rows, self.width, needed, self.limit, self.generator)
         self.next_guided, self.beyond = _next(model, k, space.vectors)
-        self.spare = self.spare[:0]
+        self.spare = self.spare.new_empty(0, self.spare.shape[1])  # a view would hold the model's vectors
         return model.vectors[:k][(~ritz.met).to(rows.device)]
 
 

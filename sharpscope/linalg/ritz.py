@@ -108,6 +108,8 @@ def largest_relative(bounds: Tensor, values: Tensor, floor: float, tol: float) -
 
 def descending(projected: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, largest first, and eigenvectors (columns) of a small symmetric float64 matrix."""
+    if not bool(torch.isfinite(projected).all()):
+        raise ArgumentError("Products must be finite, got NaN or infinity. Look for overflow, or lift the dtype.")
     values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
     return values.flip(0), vectors.flip(1)
 

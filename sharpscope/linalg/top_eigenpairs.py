@@ -162,6 +162,8 @@ def top_eigenpairs_rows(
     if initial is not None and which in TWO_ENDED:
         raise ArgumentError(f"initial is for one end of the spectrum, got which={which!r}. Leave one of them out.")
     name = _solver(method, which, bool(guides), like.shape[1], k)
+    if initial is not None and name == "power":
+        raise ArgumentError("initial is for 'guided' and 'lanczos', got method='power'. Leave one of them out.")
     source = generator if generator is not None else torch.Generator().manual_seed(0)
 
     def solve(sign: float, limit: int | None, note: SolverProgress | None, ignore_below: float) -> RitzPairs:

@@ -71,7 +71,7 @@ def accumulate(
     """Loss, gradient and products with ``rows`` (K, n), summed over ``batches``.
 
     The graph of each micro-batch is built once, every row is multiplied with it, and it is freed. Memory: one graph,
-    and 1 + 2K vectors next to the block.
+    and 3 (1 + K) vectors next to the block.
 
     Args:
         graph: ``graph(batch, keep)``, see ``Graph``.
@@ -89,7 +89,7 @@ def accumulate(
     def differentiate(batch: MicroBatch) -> tuple[Tensor, Tensor, list[Tensor], int, Tensor]:
         # Everything of the micro-batch before any of it is added, and no reference to its graph.
         built = graph(batch, len(rows) > 0)
-        return built.loss, built.weight, list(built.gradient), built.examples, built.products(rows, last=True)
+        return built.loss, built.weight, list(built.gradient), batch.size, built.products(rows, last=True)
 
     for batch in batches:
         for loss, weight, gradient, examples, products in memory.run(batch, differentiate):
@@ -147,7 +147,7 @@ class CachedGraphs:
             for piece, graph, keep, products in self._memory.run(batch, lambda piece: self._multiplied(piece, rows)):
                 total += products
                 if first is not None:
-                    first.add(graph.loss, graph.weight, graph.gradient, graph.examples)
+                    first.add(graph.loss, graph.weight, graph.gradient, piece.size)
                 if keep:
                     self._left -= piece.size
                     self._kept.append(graph)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sharpscope import params
-from sharpscope.errors import ProblemError, SharpscopeError, first_line
+from sharpscope.errors import ProblemError, SharpscopeError, first_line, out_of_memory
 from sharpscope.objective.data import MicroBatch, arguments, leaves, map_leaves, tensors
 from sharpscope.objective.float64_mode import float64_mode
-from sharpscope.objective.guards import out_of_memory
 from sharpscope.objective.losses import described, output_tensor, term_loss
 from sharpscope.precision import compute_dtype, converted, placed, usable, wide
 from sharpscope.problem import Problem, require_problem

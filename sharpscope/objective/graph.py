@@ -29,16 +29,14 @@ class Graph:
 
     Attributes:
         loss: ``sum_i a_i l_i``, and ``weight``: ``sum_i a_i``, both times the micro-batch's scale.
-        gradient: of ``loss``, a tensor for each parameter; empty where only the loss was asked for.
+        gradient: of ``loss``, a tensor for each parameter.
         products: with the rows of a block, of the curvature of ``loss``.
-        examples: their number.
     """
 
     loss: Tensor
     weight: Tensor
     gradient: Sequence[Tensor]
     products: Products
-    examples: int
 
 
 @dataclass(frozen=True)
@@ -67,10 +65,10 @@ class Curvature:
     single: float = 0.0
 
 
-def without_terms(terms: LossTerms, batch: MicroBatch, loss: Tensor, weight: Tensor) -> Graph:
+def without_terms(terms: LossTerms, loss: Tensor, weight: Tensor) -> Graph:
     """The graph of a micro-batch without loss terms, which need not depend on the parameters: all zeros."""
 
     def products(rows: Tensor, last: bool = False) -> Tensor:
         return torch.zeros_like(rows)
 
-    return Graph(loss.detach(), weight, [torch.zeros_like(p) for p in terms.params], products, batch.size)
+    return Graph(loss.detach(), weight, [torch.zeros_like(p) for p in terms.params], products)

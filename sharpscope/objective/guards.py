@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from sharpscope.errors import ProblemError, first_line
+from sharpscope.errors import ProblemError, first_line, out_of_memory
 from sharpscope.objective.data import MicroBatch
 from sharpscope.objective.graph import Graph
 
@@ -29,9 +29,6 @@ GRADIENT = 1.0
 
 # A bare forward pass in gradients, as measured on a small CNN, a WRN, an MLP and a transformer: 0.30 to 0.41.
 FORWARD = 0.4
-
-# How the allocators that have no exception of their own say it: CPU, older CPU, MPS.
-SAYINGS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def guarded(
@@ -112,13 +109,6 @@ class Meter:
         """Restore the counters saved by an interrupted run. Call inside ``timing()``."""
         self.passes, self.hvps, self.example_gradients = passes, hvps, example_gradients
         self._before, self._started = seconds, time.perf_counter()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is an allocator's, on whatever device."""
-    if isinstance(error, MemoryError | getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(saying in str(error).lower() for saying in SAYINGS)
 
 
 class OOMHalving:

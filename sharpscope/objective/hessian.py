@@ -32,11 +32,11 @@ def hessian(terms: LossTerms, batch: MicroBatch, keep: bool) -> Graph:
     """
     loss, weight = terms.sums(batch)
     if not loss.requires_grad and not float(weight):
-        return without_terms(terms, batch, loss, weight)
+        return without_terms(terms, loss, weight)
     # materialize_grads: a parameter that the loss does not use has zero curvature, it is no error.
     gradient = torch.autograd.grad(loss, terms.params, create_graph=keep, materialize_grads=True)
     products = differentiated(gradient, terms.params)
-    return Graph(loss.detach(), weight, [g.detach() for g in gradient], products, batch.size)
+    return Graph(loss.detach(), weight, [g.detach() for g in gradient], products)
 
 
 def differentiated(gradient: Sequence[Tensor], params: Sequence[Tensor]) -> Products:

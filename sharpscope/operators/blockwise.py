@@ -77,7 +77,7 @@ def _hessian(
 ) -> Graph:
     value, weight = terms.sums(part)
     if not value.requires_grad and not float(weight):
-        return without_terms(terms, part, value, weight)
+        return without_terms(terms, value, weight)
     gradient = torch.autograd.grad(value, terms.params, create_graph=keep, materialize_grads=True)
 
     def products(rows: Tensor, last: bool = False) -> Tensor:
@@ -88,7 +88,7 @@ def _hessian(
             images[:count, block.part] = own(rows[:count, block.part], last and done == len(wanted))
         return images
 
-    return Graph(value.detach(), weight, [g.detach() for g in gradient], products, part.size)
+    return Graph(value.detach(), weight, [g.detach() for g in gradient], products)
 
 
 def _embedded(

@@ -33,7 +33,7 @@ def finite_difference(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:
     """
     value, weight = terms.sums(part)
     if not value.requires_grad and not float(weight):
-        return without_terms(terms, part, value, weight)
+        return without_terms(terms, value, weight)
     grads = torch.autograd.grad(value, terms.params, materialize_grads=True)
 
     held = held_rows(terms.model, terms.params, tied=False)
@@ -56,7 +56,7 @@ def finite_difference(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:
                 images[k] /= 2 * step.to(row)
         return images
 
-    return Graph(value.detach(), weight, list(grads), products, part.size)
+    return Graph(value.detach(), weight, list(grads), products)
 
 
 def _step(exact: list[Tensor], row: Tensor) -> Tensor:

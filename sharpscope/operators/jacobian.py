@@ -59,7 +59,7 @@ def sandwich(
     """
     split = split_at_output(terms, part, keep, name)
     if not split.outputs:
-        return without_terms(terms, part, split.loss, split.weight)
+        return without_terms(terms, split.loss, split.weight)
     seeds = [s.detach().requires_grad_(keep) for s in split.slopes]
     grads = torch.autograd.grad(
         split.outputs, terms.params, seeds, create_graph=keep, retain_graph=keep, materialize_grads=True
@@ -89,7 +89,7 @@ def sandwich(
             torch._foreach_copy_(views(images[k], terms.params), list(found))
         return images
 
-    return Graph(split.loss.detach(), split.weight, [g.detach() for g in grads], products, part.size)
+    return Graph(split.loss.detach(), split.weight, [g.detach() for g in grads], products)
 
 
 def tangent(terms: LossTerms, part: MicroBatch, vector: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from sharpscope.resume.fingerprint import key_of
 from sharpscope.resume.journal import Journal
-from sharpscope.resume.journaled_hvp import journaled_hvp, open_journal
+from sharpscope.resume.journaled_hvp import journaled_hvp
 from sharpscope.resume.points import PointLog
 
-__all__ = ["Journal", "PointLog", "journaled_hvp", "key_of", "open_journal"]
+__all__ = ["Journal", "PointLog", "journaled_hvp", "key_of"]

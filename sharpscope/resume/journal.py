@@ -78,7 +78,7 @@ class Journal:
 def discard(path: str | os.PathLike[str]) -> None:
     """Remove journal and points at ``path``, whatever their key. Other files stay, and the folder with them."""
     folder = Path(path)
-    for pattern in ("[0-9]*.entry", ".[0-9]*.entry.*.tmp", "*.points"):
+    for pattern in ("[0-9]*.entry", ".[0-9]*.entry.*.tmp", "*.points", "[0-9]*.npz"):  # the last of 0.1.0
         for state in folder.glob(pattern):
             state.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):

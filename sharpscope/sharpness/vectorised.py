@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from sharpscope.ball import Ball
+from sharpscope.errors import out_of_memory
 from sharpscope.objective import Objective
 from sharpscope.objective.data import MicroBatch, leaves, map_tensors, tensors
-from sharpscope.objective.guards import FORWARD, out_of_memory
+from sharpscope.objective.guards import FORWARD
 from sharpscope.params import select
 from sharpscope.precision import wide
 

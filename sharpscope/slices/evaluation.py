@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharpscope.errors import AuditError, ProblemError
+from sharpscope.errors import AuditError, ProblemError, out_of_memory
 from sharpscope.objective import Objective
 from sharpscope.objective.data import MicroBatch, map_tensors, micro_batches, tensors
-from sharpscope.objective.guards import OOMHalving, out_of_memory
+from sharpscope.objective.guards import OOMHalving
 from sharpscope.precision import wide
 
 # Data of no more bytes are kept on the device between points.

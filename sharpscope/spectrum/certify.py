@@ -78,8 +78,12 @@ def certified(
     return Certified(pairs, proof, run, min(1.0, spent + proof.probability))
 
 
-def require_certify(certify: float | None, which: str) -> None:
+def require_certify(certify: float | None, which: str, method: str) -> None:
     """Raise ArgumentError where a certificate cannot be asked for."""
+    if certify is not None and method == "power":
+        raise ArgumentError(
+            "certify needs a solver that can start from what it found, got method='power'. Leave it out."
+        )
     if certify is not None and which != "largest":
         raise ArgumentError(f"certify is for which='largest', got which={which!r}. Leave one of them out.")
     if certify is not None and not 0 < certify < 1:

@@ -73,6 +73,7 @@ def spectral_density(
     )
     n, like = m.num_params, m.objective.no_vectors()
     require_probes(n, probes, steps)
+    _require_vectors(known, n)
     m.status = f" of {min(steps, n) + 1 + (known is not None)}"
     with m:
         pairs = None if known is None else _known_pairs(known, m)
@@ -93,13 +94,7 @@ def spectral_density(
 
 def _known_pairs(known: EigenResult, m: Measurement) -> tuple[Tensor, Tensor]:
     """Eigenvalues (d,) and eigenvectors as rows (d, n) of ``known``, after a product that shows they belong here."""
-    if known.eigenvectors is None:
-        raise ArgumentError("Known eigenvalues must come with vectors. Measure them with vectors=True (--vectors).")
-    if known.eigenvectors.shape[0] != m.num_params:
-        raise ArgumentError(
-            f"Known eigenvectors must be as long as there are parameters ({m.num_params}), got "
-            f"{known.eigenvectors.shape[0]}. Measure the same parameters."
-        )
+    assert known.eigenvectors is not None
     vectors = torch.from_numpy(np.array(known.eigenvectors.T)).to(m.objective.no_vectors())
     images = m.products(vectors)
     values = inner(vectors, images).diagonal()
@@ -110,3 +105,16 @@ def _known_pairs(known: EigenResult, m: Measurement) -> tuple[Tensor, Tensor]:
             f"eigenvalue of {largest:.2g}. Measure them at these weights, on these data."
         )
     return values, vectors
+
+
+def _require_vectors(known: EigenResult | None, n: int) -> None:
+    """Raise ArgumentError where known eigenvalues lack vectors of length n."""
+    if known is None:
+        return
+    if known.eigenvectors is None:
+        raise ArgumentError("Known eigenvalues must come with vectors. Measure them with vectors=True (--vectors).")
+    if known.eigenvectors.shape[0] != n:
+        raise ArgumentError(
+            f"Known eigenvectors must be as long as there are parameters ({n}), got {known.eigenvectors.shape[0]}. "
+            "Measure the same parameters."
+        )

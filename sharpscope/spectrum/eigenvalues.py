@@ -109,7 +109,7 @@ def top_eigenvalues(
     computation: dict[str, Any] = {"dtype": dtype, "device": device, "micro_batch": micro_batch}
     m = Measurement(problem, generator, progress, operator=operator, journal=journal, settings=settings, **computation)
     require_arguments(m.num_params, k, tol, method, max_passes, which)
-    require_certify(certify, which)
+    require_certify(certify, which, method)
     like = _solver_vectors(m, basis_device)
     with m:
         guided = _is_guided(m, method, which, k)
