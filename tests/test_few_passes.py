@@ -109,7 +109,7 @@ def test_a_certificate_holds_or_finds_what_was_missed() -> None:
 
 def test_a_certificate_takes_in_what_the_solver_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guide that is blind to lambda_2 is made good: the probe finds it, and the values are the true ones."""
-    import sharpscope.spectrum as spectrum
+    from sharpscope.spectrum import eigenvalues
 
     model, inputs, labels = trained()
     dense = dense_hessian(model, lambda call: F.cross_entropy(call(inputs), labels))
@@ -119,10 +119,10 @@ def test_a_certificate_takes_in_what_the_solver_missed(monkeypatch: pytest.Monke
     class Blind:
         num_examples = 0
 
-        def __call__(self, block: Tensor) -> Tensor:
-            return blind @ block
+        def __call__(self, rows: Tensor) -> Tensor:
+            return rows @ blind
 
-    monkeypatch.setattr(spectrum, "sample", lambda *_: [Blind()])
+    monkeypatch.setattr(eigenvalues, "sample", lambda *_: [Blind()])
     missed = 0
     for seed in range(8):
         plain = top_eigenvalues(problem(), k=2, tol=0.05, generator=generator(seed))

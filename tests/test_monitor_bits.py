@@ -158,8 +158,9 @@ def test_a_measurement_that_fails_leaves_no_trace(
         if place == "product":
             monkeypatch.setattr(module, "tracked", lambda *args, **options: fail())
             return whole(self, step)
-        objective = self._objective()
-        with objective.measuring():
+        measurement = self._measurement()
+        objective = measurement.objective
+        with measurement:
             objective.terms.model.train()
             objective.terms.model(X[:8].to(objective.dtype))  # moves BatchNorm's statistics, draws masks
             return fail()  # type: ignore[no-any-return]

@@ -141,7 +141,7 @@ def test_progress_counts_examples_and_never_goes_back() -> None:
 
     result = top_eigenvalues(problem("mlp", 64), k=1, progress=progress, micro_batch=50)
     first = next(iter(seen))
-    assert first.startswith("about ")
+    assert first.startswith("memory ")
     assert seen.pop(first) == [0]
     assert len(seen) == result.cost.passes
     assert all(counts == [50, 100, 150, 200] for counts in seen.values())

@@ -127,7 +127,7 @@ def parts(found: Subset) -> list[MicroBatch]:
 
 def product(found: Subset, target: Objective, block: Tensor) -> Tensor:
     with target.measuring():
-        return found(block)
+        return found(block.T.contiguous()).T
 
 
 def unbiased(target: Objective, truth: Tensor, seeds: int = 60, size: int = 20) -> None:

@@ -295,11 +295,12 @@ class _Search:
     def choose_block(self, ritz: _RitzBounds) -> None:
         """The next block: corrections of the pairs that are not met, and what the probes have outside of the space."""
         probe = self.probe_images if self.probes.age == 1 else ritz.residuals[self.k : self.k + 1]
+        kth = self.space.values[self.k - 1 : self.k]  # a small space keeps fewer
         if len(self.space.values) + self.width + RANDOM > self.limit:
             self.space, self.probes.cut = self.space.leading(self.limit // 2), True
         was_helpful = self.helpful
         self._judge_guide(ritz)
-        block = self._corrections(ritz) if self.helpful else ritz.residuals[: self.k] / self.scale
+        block = self._corrections(ritz, kth) if self.helpful else ritz.residuals[: self.k] / self.scale
         if was_helpful and (ritz.surprised or not self.helpful):
             rows = random_rows(RANDOM, self.block, self.generator)
             origin = _orthonormal(rows, self.space.vectors, self.generator)
@@ -329,10 +330,10 @@ class _Search:
         self.sought = met if bool(met.all()) else ~met
         self.worst = float(lengths[self.sought].max())
 
-    def _corrections(self, ritz: _RitzBounds) -> Tensor:
-        """The model's leading eigenvectors for the pairs that are not met."""
+    def _corrections(self, ritz: _RitzBounds, kth: Tensor) -> Tensor:
+        """The model's leading eigenvectors for the pairs that are not met; ``kth`` (1,) is the k-th Ritz value."""
         k, space = self.k, self.space
-        needed = torch.cat([INNER * ritz.lengths[:k], NEXT * space.values[k - 1 : k].abs()])[: self.width]
+        needed = torch.cat([INNER * ritz.lengths[:k], NEXT * kth.abs()])[: self.width]
         rows = torch.cat([ritz.residuals[:k] / self.scale, self.spare])
         model = _model(self.guide, space, rows, self.width, needed, self.limit, self.generator)
         self.next_guided, self.beyond = _next(model, k, space.vectors)

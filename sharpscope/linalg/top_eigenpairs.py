@@ -22,6 +22,10 @@ METHODS: dict[str, Callable[..., RitzPairs]] = {"guided": guided, "lanczos": lan
 TWO_ENDED = ("both", "magnitude")
 WHICH = ("largest", "smallest", *TWO_ENDED)
 
+# Blocks in the search space of each of two solves. A network has many small eigenvalues close together: with the six
+# blocks of a single solve take many more products.
+BLOCKS = 9
+
 
 @dataclass(frozen=True)
 class Eigenpairs:
@@ -165,6 +169,8 @@ def top_eigenpairs_rows(
     if initial is not None and name == "power":
         raise ArgumentError("initial is for 'guided' and 'lanczos', got method='power'. Leave one of them out.")
     source = generator if generator is not None else torch.Generator().manual_seed(0)
+    if max_basis is None and which in TWO_ENDED:
+        max_basis = BLOCKS * (k + 1)
 
     def solve(sign: float, limit: int | None, note: SolverProgress | None, ignore_below: float) -> RitzPairs:
         """The k largest pairs of ``sign * H``."""

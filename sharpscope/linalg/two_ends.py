@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sharpscope.errors import ArgumentError
 from sharpscope.linalg.bounds import ritz_bounds
 from sharpscope.linalg.ritz import RitzPairs, SolverProgress, rayleigh_ritz, rounding, within_tolerance
 from sharpscope.linalg.vectors import combine, inner
@@ -71,7 +72,13 @@ def joined(top: RitzPairs, bottom: RitzPairs, tol: float) -> RitzPairs:
     that both ends share. Orthogonalising them magnifies the rounding of their products by ``||L^-1||``.
     """
     vectors, images = torch.cat([top.vectors, bottom.vectors]), torch.cat([top.images, -bottom.images])
-    inverse = torch.linalg.inv(torch.linalg.cholesky(inner(vectors, vectors)))
+    factor, failed = torch.linalg.cholesky_ex(inner(vectors, vectors))
+    if int(failed):
+        raise ArgumentError(
+            "The vectors of both ends must be independent, but those of one lie in the span of the other's. Raise "
+            "max_products, or solve for each end by itself."
+        )
+    inverse = torch.linalg.inv(factor)
     pairs = rayleigh_ritz(
         combine(inverse, vectors),
         combine(inverse, images),
