@@ -281,8 +281,8 @@ def _on_grid(
     slopes, curvatures = slopes_and_curvatures(objective, lines, s.curvature, Journal(s.journal, key))
     with ExitStack() as stack:
         stack.callback(log.close)
-        stack.enter_context(m)
-        for each in objectives.values():
+        stack.enter_context(m)  # the first of the objectives
+        for each in list(objectives.values())[1:]:
             stack.enter_context(each.measuring(products=False))
         others = marked(m.problem, lines, objectives, s.marks or {}, s.trajectory or {}, size)
         walk = Walk(objectives, lines, s.batchnorm, size, moved)
