@@ -132,6 +132,12 @@ class Measurement:
             "cost": Cost(objective.passes, objective.hvps, objective.gradients, objective.seconds),
         }
 
+    def unconverged(self, what: str, tol: float) -> str:
+        """A warning of ``what``, as "Eigenvalues [4, 5] have" or "lambda_max of fc has", with what helps here."""
+        lift = ", or pass dtype=torch.float64" if self.objective.dtype == torch.float32 else ""
+        passes = self.objective.passes
+        return f"{what} not converged to tol={tol:g} in {passes} passes. Raise max_passes or tol{lift}."
+
     def provenance(self, **settings: Any) -> dict[str, Any]:
         """The provenance of a result, to be asked for after the measurement; ``settings`` of the analysis included."""
         return provenance(self.problem, self.objective, self.seed, **settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import json
 import shutil
@@ -109,12 +108,26 @@ def at(values: Any, place: str) -> tuple[Any, Any]:
     return values, last
 
 
-def refused(name: str, text: str | bytes, folder: Path) -> None:
-    """Assert that a file of this text, with the arrays of ``name`` beside it, is refused."""
+def with_value(name: str, place: str, wrong: Any) -> str:
+    """The text of a record with ``wrong`` at the place."""
+    values = read(name)
+    holder, key = at(values, place)
+    holder[key] = wrong
+    return json.dumps(values)
+
+
+def saved(name: str, text: str | bytes, folder: Path) -> Path:
+    """A file of this text, with the arrays of ``name`` beside it."""
     path = folder / f"{name}.json"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     if (SAVED / f"{name}.npz").is_file():
         shutil.copy(SAVED / f"{name}.npz", folder)
+    return path
+
+
+def refused(name: str, text: str | bytes, folder: Path) -> None:
+    """Assert that a file of this text, with the arrays of ``name`` beside it, is refused."""
+    path = saved(name, text, folder)
     with pytest.raises(DataError):
         FILES[name].load(path)
 
@@ -122,10 +135,7 @@ def refused(name: str, text: str | bytes, folder: Path) -> None:
 @pytest.mark.parametrize(("name", "place"), cases(NUMBERS) + cases(NULLABLE))
 def test_text_for_a_number_is_refused(name: str, place: str, tmp_path: Path) -> None:
     """A word where the record has a number is DataError when the file is loaded, not later."""
-    values = read(name)
-    holder, key = at(values, place)
-    holder[key] = "many"
-    refused(name, json.dumps(values), tmp_path)
+    refused(name, with_value(name, place, "many"), tmp_path)
 
 
 @pytest.mark.parametrize(("name", "place"), cases(NUMBERS) + cases(NULLABLE))
@@ -135,31 +145,19 @@ def test_a_list_or_an_object_for_a_number_is_refused(name: str, place: str, tmp_
     for _ in range(100):
         deep = [deep]
     for wrong in ([[1.0, 2.0], [3.0]], deep, {"value": {}}):
-        values = read(name)
-        holder, key = at(values, place)
-        holder[key] = copy.deepcopy(wrong)
-        refused(name, json.dumps(values), tmp_path)
+        refused(name, with_value(name, place, wrong), tmp_path)
 
 
 @pytest.mark.parametrize(("name", "place"), cases(NUMBERS))
 def test_null_for_a_number_is_refused(name: str, place: str, tmp_path: Path) -> None:
     """Null is DataError wherever it does not stand for a number that is not finite or not known."""
-    values = read(name)
-    holder, key = at(values, place)
-    holder[key] = None
-    refused(name, json.dumps(values), tmp_path)
+    refused(name, with_value(name, place, None), tmp_path)
 
 
 @pytest.mark.parametrize(("name", "place"), cases(NULLABLE))
 def test_null_for_what_is_not_finite_or_not_known_is_read(name: str, place: str, tmp_path: Path) -> None:
     """A record that says null there loads, and shows its table."""
-    values = read(name)
-    holder, key = at(values, place)
-    holder[key] = None
-    if (SAVED / f"{name}.npz").is_file():
-        shutil.copy(SAVED / f"{name}.npz", tmp_path)
-    (tmp_path / f"{name}.json").write_text(json.dumps(values), encoding="utf-8")
-    assert FILES[name].load(tmp_path / f"{name}.json").summary()
+    assert FILES[name].load(saved(name, with_value(name, place, None), tmp_path)).summary()
 
 
 @pytest.mark.parametrize(("name", "place"), cases(ARRAYS))

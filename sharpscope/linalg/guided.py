@@ -18,8 +18,10 @@ from sharpscope.linalg.ritz import (
     SolverProgress,
     descending,
     largest_relative,
+    meets,
     rayleigh_ritz,
     require_symmetric,
+    residual_vectors,
     rounding,
 )
 from sharpscope.linalg.vectors import BREAKDOWN, combine, inner, norms, orthonormalise, project_out, random_rows
@@ -61,7 +63,7 @@ class _Space:
     @property
     def residuals(self) -> Tensor:
         """``H q - theta q`` (q, n)."""
-        return self.images - self.values.to(self.vectors)[:, None] * self.vectors
+        return residual_vectors(self.values, self.vectors, self.images)
 
     def leading(self, count: int) -> _Space:
         """The first ``count`` pairs."""
@@ -274,7 +276,7 @@ class _Search:
             lengths=lengths,
             bounds=bounds,
             next_above=next_above,
-            met=(bounds + floor <= tol * values[:k].abs()) | (bounds <= floor),
+            met=meets(bounds, values[:k], floor, tol),
             floor=floor,
             surprised=bool((inner(space.vectors[:k], probes.descendants).square().sum(1) > SURPRISE).any()),
         )

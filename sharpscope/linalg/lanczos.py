@@ -16,6 +16,7 @@ from sharpscope.linalg.ritz import (
     SolverProgress,
     descending,
     largest_relative,
+    meets,
     rayleigh_ritz,
     require_symmetric,
     rounding,
@@ -107,8 +108,7 @@ class _Ritz:
     def met(self, tol: float, floor: float, ignore_below: float) -> bool:
         """Whether every bound is within the relative tolerance or at rounding, or shows an eigenvalue to ignore."""
         leading, bounds = self.values[: len(self.bounds)], self.bounds
-        close = (bounds + floor <= tol * leading.abs()) | (bounds <= floor)
-        return bool((close | (leading + bounds + floor < ignore_below)).all())
+        return bool((meets(bounds, leading, floor, tol) | (leading + bounds + floor < ignore_below)).all())
 
 
 @dataclass

@@ -12,6 +12,7 @@ from sharpscope.linalg.ritz import (
     descending,
     largest_relative,
     rayleigh_ritz,
+    residual_vectors,
     rounding,
 )
 from sharpscope.linalg.vectors import BREAKDOWN, combine, inner, norms, orthonormalise, random_rows
@@ -53,7 +54,7 @@ def power_iteration(
         scale = max(scale, float(lengths.max()))
         # -||Hv|| bounds what can lie below in the span of the block; it grows to ||H|| if the negative end dominates.
         lowest = min(lowest, float(values[-1]), -float(lengths[-1]) if values[-1] < 0 else 0.0)
-        residuals = norms(image - values.to(block)[:, None] * block)
+        residuals = norms(residual_vectors(values, block, image))
         floor = rounding(scale, dtype)
         if progress is not None:
             progress(products, largest_relative(residuals[:k], values[:k], floor, tol))

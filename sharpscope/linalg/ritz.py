@@ -46,7 +46,12 @@ class RitzPairs:
 
     def residual_vectors(self) -> Tensor:
         """``H v - theta v`` (k, n)."""
-        return self.images - self.values.to(self.vectors)[:, None] * self.vectors
+        return residual_vectors(self.values, self.vectors, self.images)
+
+
+def residual_vectors(values: Tensor, vectors: Tensor, images: Tensor) -> Tensor:
+    """``H v - theta v`` (k, n) of rows ``vectors`` (k, n) with their images, for float64 ``values`` (k,)."""
+    return images - values.to(vectors)[:, None] * vectors
 
 
 def rayleigh_ritz(
@@ -70,7 +75,7 @@ def rayleigh_ritz(
     require_symmetric(projected, scale, vectors.dtype)
     values, rotation = descending(projected)
     vectors, images = combine(rotation.T, vectors), combine(rotation.T, images)
-    residuals = images - values.to(vectors)[:, None] * vectors
+    residuals = residual_vectors(values, vectors, images)
     floor = rounding(scale, vectors.dtype)
     bounds = ritz_bounds(values, inner(residuals, residuals), next_above) + floor
     return RitzPairs(
@@ -94,6 +99,11 @@ def within_tolerance(bounds: Tensor, values: Tensor, floor: float, tol: float) -
     An eigenvalue whose interval holds zero and is as narrow as rounding allows is zero, to rounding.
     """
     return (bounds <= tol * values.abs()) | ((bounds <= 2 * floor) & (values.abs() <= bounds))
+
+
+def meets(bounds: Tensor, values: Tensor, floor: float, tol: float) -> Tensor:
+    """Which bounds, without rounding yet, let a solver stop: within ``tol |theta|`` with it, or below it, ``floor``."""
+    return (bounds + floor <= tol * values.abs()) | (bounds <= floor)
 
 
 def rounding(scale: float, dtype: torch.dtype) -> float:

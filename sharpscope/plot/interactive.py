@@ -14,7 +14,7 @@ from sharpscope.plot.caption import caption, diverged, labels_of
 from sharpscope.plot.levels import heights, logarithmic, shared_levels, told
 from sharpscope.plot.marks import is_on, marks_said
 from sharpscope.results import SliceResult
-from sharpscope.results.slice import Array
+from sharpscope.results.serialization import Array
 
 # Turning one surface turns all.
 TOGETHER = """

@@ -9,7 +9,8 @@ import numpy as np
 
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.results import SliceResult
-from sharpscope.results.slice import DONE, Array
+from sharpscope.results.serialization import Array
+from sharpscope.results.slice import DONE
 
 QUANTITIES = ("loss", "accuracy")
 

@@ -15,7 +15,7 @@ from sharpscope.plot.levels import require_positive
 from sharpscope.plot.marks import is_on
 from sharpscope.plot.training import COLOURS
 from sharpscope.results import SliceResult
-from sharpscope.results.slice import Array
+from sharpscope.results.serialization import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

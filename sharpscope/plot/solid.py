@@ -10,7 +10,7 @@ from sharpscope.plot.caption import diverged
 from sharpscope.plot.figure import small
 from sharpscope.plot.levels import MAP, heights, logarithmic, norm_of, told
 from sharpscope.results import SliceResult
-from sharpscope.results.slice import Array
+from sharpscope.results.serialization import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

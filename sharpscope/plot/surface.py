@@ -15,7 +15,7 @@ from sharpscope.plot.levels import MAP, between, heights, logarithmic, norm_of, 
 from sharpscope.plot.marks import draw_marks, marks_said
 from sharpscope.plot.solid import CROSS, draw_solid, thinned
 from sharpscope.results import SliceResult
-from sharpscope.results.slice import Array
+from sharpscope.results.serialization import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

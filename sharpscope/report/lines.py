@@ -15,7 +15,7 @@ from sharpscope.report.markup import table, text
 from sharpscope.results import SliceResult
 from sharpscope.results.comparison import Comparison
 from sharpscope.results.comparison.rows import Row
-from sharpscope.results.slice import Array
+from sharpscope.results.serialization import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

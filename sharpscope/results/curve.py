@@ -6,11 +6,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sharpscope.results.estimate import student
-
-Array = NDArray[np.float64]
+from sharpscope.results.serialization import Array
 
 # The grid reaches this many widths beyond the points on it, where a Gaussian is 1e-8 of its height, in steps of a
 # tenth of the width, where the trapezoidal rule is exact for Gaussians to rounding.

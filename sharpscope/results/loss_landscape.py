@@ -11,7 +11,8 @@ import numpy as np
 
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.results.cost import Cost
-from sharpscope.results.slice import DIVERGED, DONE, PENDING, Array, SliceResult
+from sharpscope.results.serialization import Array
+from sharpscope.results.slice import DIVERGED, DONE, PENDING, SliceResult
 
 SPLITS = ("train", "test")
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,7 +141,7 @@ def value_as(hint: Any, value: Any, where: str, nan: bool = False) -> Any:
             return hint.from_dict(value)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
-    if origin is Mapping or hasattr(hint, "__required_keys__") or is_dataclass(hint):
+    if origin is Mapping or is_typeddict(hint) or is_dataclass(hint):
         return _object(hint, args, value, where)
     return _scalar(hint, value, where, nan)
 
@@ -222,7 +222,7 @@ def _object(hint: Any, args: tuple[Any, ...], value: Any, where: str) -> Any:
         raise _misfit("an object", where, value)
     if args:
         return {str(key): value_as(args[1], entry, f"{where}.{key}") for key, entry in value.items()}
-    hints, typed = hints_of(hint), not is_dataclass(hint)
+    hints, typed = hints_of(hint), is_typeddict(hint)
     kept = hints if typed else {field.name: hints[field.name] for field in fields(hint)}
     missing = sorted(name for name in kept if name not in value and (typed or _required(hint, name)))
     if missing:

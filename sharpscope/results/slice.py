@@ -17,6 +17,7 @@ from sharpscope.results.cost import Cost
 from sharpscope.results.origin import names_of, origin_notes
 from sharpscope.results.serialization import (
     IN_NPZ,
+    Array,
     MaybeNaN,
     MaybeNaNs,
     Misfit,
@@ -30,8 +31,6 @@ from sharpscope.results.serialization import (
     write,
 )
 from sharpscope.results.table import Table
-
-Array = NDArray[np.float64]
 
 PENDING, DONE, DIVERGED = 0, 1, 2
 STATUSES = ("pending", "done", "diverged")

@@ -10,7 +10,8 @@ import numpy as np
 
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.files import atomic
-from sharpscope.results.slice import PENDING, STATUSES, Array, SliceResult, described
+from sharpscope.results.serialization import Array
+from sharpscope.results.slice import PENDING, STATUSES, SliceResult, described
 
 
 def to_csv(result: SliceResult, path: str | os.PathLike[str]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg.quadrature import lanczos_quadrature_rows, require_probes
+from sharpscope.linalg.ritz import residual_vectors
 from sharpscope.linalg.trace import trace_from_images
 from sharpscope.linalg.vectors import inner, norms
 from sharpscope.measurement import Measurement
@@ -98,7 +99,7 @@ def _known_pairs(known: EigenResult, m: Measurement) -> tuple[Tensor, Tensor]:
     vectors = torch.from_numpy(np.array(known.eigenvectors.T)).to(m.objective.no_vectors())
     images = m.products(vectors)
     values = inner(vectors, images).diagonal()
-    off, largest = float(norms(images - values.to(images)[:, None] * vectors).max()), float(values.abs().max())
+    off, largest = float(norms(residual_vectors(values, vectors, images)).max()), float(values.abs().max())
     if off > KNOWN_TO * largest:
         raise ArgumentError(
             f"Known eigenvectors must be those of this problem, but ||Hv - lambda v|| is {off:.2g} at a largest "

@@ -270,12 +270,7 @@ def _warn(m: Measurement, pairs: Eigenpairs, proof: Certified | None, tol: float
     """Warn of what has not converged, and of a certificate that was not reached."""
     if not bool(pairs.converged.all()):
         missing = [i + 1 for i in range(len(pairs.converged)) if not pairs.converged[i]]
-        warnings.warn(
-            f"Eigenvalues {missing} have not converged to tol={tol:g} in {m.objective.passes} passes. Raise max_passes "
-            f"or tol{', or pass dtype=torch.float64' if m.objective.dtype == torch.float32 else ''}.",
-            ConvergenceWarning,
-            stacklevel=3,
-        )
+        warnings.warn(m.unconverged(f"Eigenvalues {missing} have", tol), ConvergenceWarning, stacklevel=3)
     if proof is not None and proof.probability > CERTAIN:
         warnings.warn(
             f"No certificate: an eigenvalue above {proof.last.above:.4g} may have been missed with probability "

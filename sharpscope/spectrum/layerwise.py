@@ -97,12 +97,7 @@ def block_spectra(
         found = diagonal_blocks(products, likes, tol=tol, probes=probes, max_products=max_passes, generator=m.generator)
     missing = [one.name for one, its in zip(blocks, found, strict=True) if not its.converged]
     if missing:
-        warnings.warn(
-            f"lambda_max of {', '.join(missing)} has not converged to tol={tol:g} in {objective.passes} passes. Raise "
-            f"max_passes or tol{', or pass dtype=torch.float64' if objective.dtype == torch.float32 else ''}.",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
+        warnings.warn(m.unconverged(f"lambda_max of {', '.join(missing)} has", tol), ConvergenceWarning, stacklevel=2)
     return BlockResult(
         names=tuple(one.name for one in blocks),
         sizes=np.array([one.size for one in blocks]),
