@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -305,6 +306,17 @@ def test_an_end_without_large_magnitudes_is_left_early() -> None:
     assert pairs.num_products == largest.num_products + 3
     assert bool(pairs.converged.all())
     assert torch.allclose(pairs.eigenvalues, torch.tensor([10.0, 8.0, 6.0], dtype=torch.float64), rtol=1e-3)
+
+
+def test_zeros_are_zero_to_rounding_in_the_order_of_magnitude() -> None:
+    """Of operators of rank 1 to 3 more pairs than that have eigenvalue zero, at either end, and all have converged."""
+    for n, seed, rank in itertools.product((5, 30), range(3), (1, 2, 3)):
+        matrix = operator([5.0, -5.0, 2.0][:rank], n, seed=seed)
+        for k in (3, 5):
+            pairs = top_eigenpairs(product(matrix), n, k, which="magnitude")
+            true = torch.tensor(([5.0, 5.0, 2.0][:rank] + [0.0] * k)[:k], dtype=torch.float64)
+            assert torch.allclose(pairs.eigenvalues.abs(), true, atol=1e-12)
+            assert bool(pairs.converged.all())
 
 
 def test_a_late_end_is_waited_for_in_the_order_of_magnitude() -> None:

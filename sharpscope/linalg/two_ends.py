@@ -42,7 +42,8 @@ def two_ends(
     rivals = [float(end.values[i] + end.bounds[i]) for end, i in ((top, first), (bottom, last)) if i < k]
     pairs = joined(leading(top, first), leading(bottom, last), tol)
     size = pairs.values.abs()
-    displaced = size * (1 + tol) + rounding(pairs.scale, pairs.vectors.dtype) < max(rivals)
+    # Rounding once for the pair's own value and once for its rivals', whose bounds hold it: no zero displaces a zero.
+    displaced = size * (1 + tol) + 2 * rounding(pairs.scale, pairs.vectors.dtype) < max(rivals)
     order = torch.argsort(size, descending=True, stable=True)
     return _in_order(replace(pairs, converged=pairs.converged & ~displaced), order)
 
