@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 from dense import dense_hessian
-from sharpscope import ArgumentError, AuditError, DataError, Objective, Problem, ProblemError, top_eigenvalues
+from sharpscope import (
+    ArgumentError,
+    AuditError,
+    DataError,
+    Objective,
+    Problem,
+    ProblemError,
+    measure_sharpness,
+    top_eigenvalues,
+)
 from sharpscope.objective.data import num_examples_hint
 from sharpscope.objective.kernels import differentiable_kernels
 from sharpscope.zoo import load_data, make_model
@@ -263,6 +272,41 @@ def test_batches_that_cannot_be_joined_are_still_weighted_right() -> None:
     expected = dense_hessian(model.body, lambda call: F.cross_entropy(call(joined), Y))
     data = [(short, Y[:10]), (long, Y[10:])]
     assert close(full_hessian(Problem(model=model, loss=nn.CrossEntropyLoss(), data=data), micro_batch=25), expected)
+
+
+def test_keys_and_not_their_order_say_what_a_column_of_a_batch_is() -> None:
+    """Batches whose keys come in another order, at any depth, give the right loss, Hessian, m-sharpness."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = net(3)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.body(10 * a - b)
+
+    class Nested(Scaled):
+        def forward(self, pair: dict[str, Tensor]) -> Tensor:
+            return super().forward(pair["a"], pair["b"])
+
+    flat = [{"a": X[i : i + 2, :3], "b": X[i : i + 2, 3:], "y": Y[i : i + 2]} for i in range(0, 40, 2)]
+    flat[1::2] = [dict(reversed(list(batch.items()))) for batch in flat[1::2]]
+    nested = [({key: value for key, value in batch.items() if key != "y"}, batch["y"]) for batch in flat]
+    model = Scaled()
+    columns = 10 * X[:, :3] - X[:, 3:]
+    loss = F.cross_entropy(model.body(columns), Y)
+    expected = dense_hessian(model.body, lambda call: F.cross_entropy(call(columns), Y))
+    whole = Problem(model=model.body, loss=nn.CrossEntropyLoss(), data=batches(2, columns, Y))
+    (rise,) = measure_sharpness(whole, ("m-sharpness",), m=(2,), rho=(0.1,)).measures
+    for network, data in ((model, flat), (Nested(), nested)):
+        network.body.load_state_dict(model.body.state_dict())
+        problem = Problem(model=network, loss=nn.CrossEntropyLoss(), data=data)
+        for micro_batch in (None, 4, 40):
+            objective = Objective(problem, micro_batch=micro_batch)
+            assert objective.loss_and_gradient()[0] == pytest.approx(loss.item(), rel=1e-12)
+            assert close(full_hessian(problem, micro_batch=micro_batch), expected)
+        (found,) = measure_sharpness(problem, ("m-sharpness",), m=(2,), rho=(0.1,)).measures
+        assert found.value == pytest.approx(rise.value, rel=1e-9)
 
 
 class Awkward(nn.Module):

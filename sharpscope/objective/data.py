@@ -191,6 +191,15 @@ def leaves(batch: Any) -> list[Any]:
     return found
 
 
+def structure(batch: Any) -> Any:
+    """What must be equal for the leaves of two batches to mean the same in the same order: types, keys, their order."""
+    if isinstance(batch, Mapping):
+        return [(key, structure(value)) for key, value in batch.items()]
+    if isinstance(batch, tuple | list):
+        return type(batch), [structure(value) for value in batch]
+    return None
+
+
 def batch_size(batch: Any) -> int:
     """Number of examples: the first dimension of the first tensor, else 1."""
     for leaf in leaves(batch):
@@ -210,10 +219,9 @@ def _flush(pending: list[MicroBatch]) -> Iterator[MicroBatch]:
 
 
 def _joinable(first: Any, second: Any) -> bool:
-    a, b = leaves(first), leaves(second)
-    if len(a) != len(b) or type(first) is not type(second):
+    if structure(first) != structure(second):
         return False
-    for left, right in zip(a, b, strict=True):
+    for left, right in zip(leaves(first), leaves(second), strict=True):
         if isinstance(left, Tensor) and left.dim():
             if not isinstance(right, Tensor) or left.shape[1:] != right.shape[1:] or left.dtype != right.dtype:
                 return False

@@ -12,7 +12,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from sharpscope.ball import Ball
 from sharpscope.errors import out_of_memory
 from sharpscope.objective import Objective
-from sharpscope.objective.data import MicroBatch, leaves, map_tensors, tensors
+from sharpscope.objective.data import MicroBatch, leaves, map_tensors, structure, tensors
 from sharpscope.objective.guards import FORWARD
 from sharpscope.params import select
 from sharpscope.precision import wide
@@ -166,11 +166,12 @@ def faster(
 
 
 def _alike(parts: Sequence[MicroBatch]) -> bool:
-    """Whether all are of the same shapes, and what has no row an example is the same in all."""
-    first = leaves(parts[0].batch)
+    """Whether all are of the same structure and shapes, and what has no row an example is the same in all."""
+    first = parts[0].batch
     return all(
-        len(other) == len(first) and all(_same(a, b) for a, b in zip(first, other, strict=True))
-        for other in (leaves(part.batch) for part in parts[1:])
+        structure(part.batch) == structure(first)
+        and all(_same(a, b) for a, b in zip(leaves(first), leaves(part.batch), strict=True))
+        for part in parts[1:]
     )
 
 
