@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -318,6 +319,16 @@ def test_auto_is_guided_where_there_is_a_guide_and_room_for_it() -> None:
     few, near = matrix[:40, :40], guide[:40, :40]
     assert solved(few, near, method="auto").method == "lanczos"
     assert solved(few, near).method == "guided"
+
+
+def test_any_number_of_eigenvalues_up_to_all_is_found() -> None:
+    """In a space of 27, or of 60, each k up to n converges to the eigenvalues, by a near guide and by the exact one."""
+    for n in (27, 60):
+        matrix, guide, values = network(8, n=n)
+        for near, k in itertools.product((guide, matrix), (n // 2, 2 * n // 3, n - 2, n - 1, n)):
+            pairs = solved(matrix, near, k, tol=1e-6)
+            assert bool(pairs.converged.all())
+            assert torch.allclose(pairs.eigenvalues, values[:k], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

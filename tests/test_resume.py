@@ -345,8 +345,8 @@ def test_more_passes_go_on_with_a_result_that_has_not_converged(tmp_path: Path) 
     assert not (tmp_path / "short.json.partial").exists()
 
 
-def test_seconds_are_those_of_the_passes_wherever_they_were_run(tmp_path: Path) -> None:
-    """Taken from disk a pass still counts the time that it took."""
+def test_a_step_costs_the_same_wherever_it_was_run(tmp_path: Path) -> None:
+    """Taken from disk a pass, and the check of float32, still count the time and the gradients that they took."""
     torch.manual_seed(0)
     inputs, labels = torch.randn(300, 4), torch.randint(3, (300,))
 
@@ -359,6 +359,7 @@ def test_seconds_are_those_of_the_passes_wherever_they_were_run(tmp_path: Path) 
     first, again = (top_eigenvalues(problem, k=2, journal=tmp_path / "state").cost for _ in range(2))
     assert first.seconds > 0.05 * first.passes
     assert again.seconds > 0.05 * first.passes
+    assert (again.passes, again.hvps, again.gradients) == (first.passes, first.hvps, first.gradients)
 
 
 def test_vectors_written_before_a_kill_are_the_runs_own(tmp_path: Path) -> None:

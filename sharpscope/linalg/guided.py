@@ -297,8 +297,9 @@ class _Search:
     def choose_block(self, ritz: _RitzBounds) -> None:
         """The next block: corrections of the pairs that are not met, and what the probes have outside of the space."""
         probe = self.probe_images if self.probes.age == 1 else ritz.residuals[self.k : self.k + 1]
-        kth = self.space.values[self.k - 1 : self.k]  # a small space keeps fewer
-        if len(self.space.values) + self.width + RANDOM > self.limit:
+        kth = self.space.values[self.k - 1 : self.k]
+        # A space that may become the whole one has no need to be cut.
+        if self.limit < self.block.shape[1] and len(self.space.values) + self.width + RANDOM > self.limit:
             self.space, self.probes.cut = self.space.leading(self.limit // 2), True
         was_helpful = self.helpful
         self._judge_guide(ritz)

@@ -26,6 +26,7 @@ from sharpscope.precision import usable
 from sharpscope.problem import Problem
 from sharpscope.results import EigenResult
 from sharpscope.results.eigen import CERTAIN
+from sharpscope.resume import once_charged
 from sharpscope.sampling import sampling_error
 from sharpscope.spectrum.certify import Certified, certified, require_certify
 
@@ -227,7 +228,9 @@ def _float32_error(m: Measurement, pairs: Eigenpairs) -> float:
         return 0.0
     error = m.objective.curvature.single * float(pairs.eigenvalues.abs().max())
     if m.objective.curvature.exact:
-        seen = m.journal.once("rounding", lambda: {"of": rounding_of(m.objective, pairs.eigenvectors)})
+        seen = once_charged(
+            m.objective, m.journal, "rounding", lambda: {"of": rounding_of(m.objective, pairs.eigenvectors)}
+        )
         error += FLOAT32_SAFETY * seen["of"]
     return error
 
