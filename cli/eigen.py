@@ -55,7 +55,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     blocks.add_options(parser)
     options.add_seed(parser, "of the solver's random start and of --examples")
-    parser.add_argument("--max-passes", type=int, metavar="N", help="give up after N passes (default 100; power 1000)")
+    parser.add_argument(
+        "--max-passes",
+        type=int,
+        metavar="N",
+        help="give up after N passes (default 100, at each of both ends; power 1000)",
+    )
     parser.add_argument(
         "--max-basis", type=int, metavar="N", help="vectors that the solver keeps (default 6 to 9 (k + 1))"
     )

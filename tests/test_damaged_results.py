@@ -238,3 +238,32 @@ def test_a_slice_with_a_damaged_file_of_arrays_is_refused(damage: str, tmp_path:
     with pytest.raises(DataError):
         SliceResult.load(tmp_path / "line.json")
     gc.collect()
+
+
+# Of another type than ours, whatever the key.
+STRANGE: tuple[Any, ...] = ("20 %", 3, -0.5, True, None, ["a", 1], {"a": [1]})
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_provenance_of_any_values_is_shown(name: str) -> None:
+    """Provenance may be a user's own: whatever is under a key of ours, the result prints, or is refused."""
+    kind, good = FILES[name], read(name)
+    inside = {
+        "comparison-checkpoints": ("subjects", 0, "provenance"),
+        "comparison-groups": ("subjects", 0, "provenance"),
+    }
+    record = good
+    for step in inside.get(name, ()):
+        record = record[step]
+    own = set(kind._keys()) | {"format", "analysis"}
+    for key in (set(record) | {"label_noise", "recipe", "weights_left_out", "left_out", "cosine", "repeated"}) - own:
+        before = record.get(key)
+        for value in STRANGE:
+            record[key] = value
+            try:
+                result = kind.from_dict(good)
+            except DataError:
+                continue
+            assert str(result)
+            assert result._repr_html_()
+        record[key] = before

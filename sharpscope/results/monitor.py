@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError
 from sharpscope.results.base import Result
 from sharpscope.results.cost import Cost
-from sharpscope.results.origin import names_of, origin_notes
+from sharpscope.results.origin import names_of, origin_notes, typed
 from sharpscope.results.serialization import MaybeNaN
 from sharpscope.results.table import Table, stacked
 from sharpscope.tables import with_bound
@@ -142,7 +142,7 @@ def _shown(records: Sequence[MonitorRecord]) -> list[MonitorRecord]:
 def _notes(result: MonitorResult, name: str) -> list[str]:
     p, cost = result.provenance, result.cost
     notes = origin_notes(name, p)
-    drawn, total = p.get("num_examples"), p.get("split_examples")
+    drawn, total = (typed(p, key, int) for key in ("num_examples", "split_examples"))
     if drawn and total and drawn < total:
         notes.append(
             f"{name}: lambda_max of these {drawn} of {total} examples, often above that of all; intervals are the "

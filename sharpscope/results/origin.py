@@ -12,6 +12,12 @@ from sharpscope.results.cost import Cost
 POINT_AND_PRICE = ("loss", "|grad|", "gradients", "passes", "seconds")
 
 
+def typed(provenance: Mapping[str, Any], key: str, kind: Any) -> Any:
+    """The value under ``key``, None where it is of another type: a provenance may be anyone's, and is shown anyway."""
+    value = provenance.get(key)
+    return value if isinstance(value, kind) else None
+
+
 def names_of(provenances: Sequence[Mapping[str, Any]]) -> list[str]:
     """The checkpoints' file names, or whole paths where names come twice; models without a file are numbered."""
     paths = [str(provenance.get("checkpoint") or "model") for provenance in provenances]
@@ -26,7 +32,7 @@ def examples_of(provenance: Mapping[str, Any]) -> str:
     """How many examples of which data: "1000 examples of digits (train)"."""
     where = f"{provenance.get('num_examples', '?')} examples"
     if provenance.get("data") and provenance.get("split"):
-        noise = provenance.get("label_noise")
+        noise = typed(provenance, "label_noise", int | float)
         wrong = f", {100 * noise:.3g}% wrong labels" if noise else ""
         where += f" of {provenance['data']} ({provenance['split']}{wrong})"
     return where
@@ -51,7 +57,8 @@ def origin_notes(name: str, provenance: Mapping[str, Any]) -> list[str]:
 
 def _taken(name: str, provenance: Mapping[str, Any]) -> list[str]:
     """Which of a file's weights were taken, where that is not all."""
-    key, prefix, left = (provenance.get(key) for key in ("weights_key", "weights_prefix", "weights_left_out"))
+    key, prefix = (provenance.get(key) for key in ("weights_key", "weights_prefix"))
+    left = typed(provenance, "weights_left_out", list | tuple)
     if not (key or prefix or left):
         return []
     said = [f"weights under {key!r}"] if key else []
@@ -69,10 +76,10 @@ def point_and_price(loss: float, gradient_norm: float, cost: Cost) -> list[str]:
 
 def _training(provenance: Mapping[str, Any]) -> str:
     """How the weights came about, as far as the checkpoint says."""
-    recipe, epoch = provenance.get("recipe") or {}, provenance.get("epoch")
+    recipe, epoch = typed(provenance, "recipe", Mapping) or {}, provenance.get("epoch")
     said = ""
     if recipe.get("optimizer"):
-        rho = recipe.get("rho")
+        rho = typed(recipe, "rho", int | float)
         variant, m = str(recipe.get("variant", "sam")).upper(), recipe.get("m")
         said += f", {recipe['optimizer']}" if rho is None else f", {variant} around {recipe['optimizer']}, rho {rho:g}"
         said += "" if m is None else f", m {m}"

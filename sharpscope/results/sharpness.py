@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from sharpscope.errors import DataError, nearest
 from sharpscope.results.base import Result
 from sharpscope.results.cost import Cost
-from sharpscope.results.origin import names_of, origin_notes
+from sharpscope.results.origin import names_of, origin_notes, typed
 from sharpscope.results.serialization import MaybeNaN
 from sharpscope.results.table import Table
 from sharpscope.tables import with_bound
@@ -214,7 +214,7 @@ def _notes(results: Sequence[SharpnessResult]) -> list[str]:
             if m.name in ("edge", "pac-bayes"):
                 said = [f"{key} {short(value)}" for key, value in m.settings.items() if key != "converged"]
                 notes.append(f"{name}: {m.name}: {', '.join(said)}.")
-        for left_out, why in (r.provenance.get("left_out") or {}).items():
+        for left_out, why in (typed(r.provenance, "left_out", Mapping) or {}).items():
             notes.append(f"{name}: {left_out} was left out. {why}")
         if any(m.settings.get("order") == "as loaded" for m in r.measures):
             notes.append(f"{name}: subsets are of neighbours in the loader's order, which must not be sorted by class.")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError
 from sharpscope.results.base import Result
 from sharpscope.results.cost import Cost
-from sharpscope.results.origin import names_of, origin_notes
+from sharpscope.results.origin import names_of, origin_notes, typed
 from sharpscope.results.serialization import (
     IN_NPZ,
     Array,
@@ -331,7 +331,7 @@ def _notes(results: Sequence[SliceResult]) -> list[str]:
     for name, r in zip(names_of([r.provenance for r in results]), results, strict=True):
         notes += origin_notes(name, r.provenance)
         grid = " x ".join(f"{len(a)} points from {a[0]:.3g} to {a[-1]:.3g}" for a in r.axes)
-        kept = r.provenance.get("repeated") or 0
+        kept = typed(r.provenance, "repeated", int) or 0
         known = f", {kept} of them from disk" if kept else ""
         lines = f"{len(r.directions)} lines of " if len(r.directions) > 1 else ""
         notes.append(
@@ -341,7 +341,7 @@ def _notes(results: Sequence[SliceResult]) -> list[str]:
         pending = int((r.status == PENDING).sum())
         if pending:
             notes.append(f"{name}: {pending} points are still to be measured; the same command goes on with them.")
-        cosine = r.provenance.get("cosine")
+        cosine = typed(r.provenance, "cosine", int | float)
         if cosine is not None and abs(cosine) > 1e-6:
             notes.append(f"{name}: the axes have a cosine of {cosine:.3g}, and a picture draws them at right angles.")
         if misleads(r):

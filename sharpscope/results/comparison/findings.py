@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sharpscope.results.comparison.intervals import EXACT, KINDS, NONE, Reading
 from sharpscope.results.comparison.rows import Row
 from sharpscope.results.comparison.statistics import PAIRS, Difference
 from sharpscope.results.comparison.subject import Subject, Way, groups_of
+from sharpscope.results.origin import typed
 from sharpscope.results.slice import PENDING, SliceResult
 
 # Twenty intervals of 95 % leave out what they should hold once in the mean.
@@ -106,7 +107,7 @@ def _shown(one: Reading, two: Reading, apart: bool | None, first: str, second: s
 
 
 def _by_sam(subject: Subject) -> bool:
-    return (subject.provenance.get("recipe") or {}).get("rho") is not None
+    return (typed(subject.provenance, "recipe", Mapping) or {}).get("rho") is not None
 
 
 def _ways(between: Sequence[Way]) -> list[str]:

@@ -22,7 +22,7 @@ from sharpscope.results.comparison.statistics import Difference, Spread, contras
 from sharpscope.results.comparison.subject import Subject, groups_of, pairs_of
 from sharpscope.results.eigen import EigenResult
 from sharpscope.results.estimate import wilson
-from sharpscope.results.origin import examples_of, origin
+from sharpscope.results.origin import examples_of, origin, typed
 from sharpscope.results.sharpness import Measure, SharpnessResult
 from sharpscope.results.trace import TraceResult
 
@@ -183,7 +183,7 @@ def _performance(split: str, what: str) -> Callable[[Subject], Reading | None]:
         value = None if found is None else getattr(found, what)
         if found is None or value is None:
             return None
-        noise = subject.provenance.get("label_noise") if split == "train" else None
+        noise = typed(subject.provenance, "label_noise", int | float) if split == "train" else None
         said = {**subject.provenance, "split": split, "label_noise": noise, "num_examples": found.examples}
         where = examples_of(said) if said.get("data") else f"{found.examples} examples of the {split} split"
         if what == "accuracy":

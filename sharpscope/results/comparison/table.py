@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sharpscope.results.comparison.rows import Row, contrasted
 from sharpscope.results.comparison.subject import Subject, groups_of
+from sharpscope.results.origin import typed
 from sharpscope.results.table import Table
 
 
@@ -43,7 +44,7 @@ def _notes(rows: Sequence[Row], subjects: Sequence[Subject]) -> list[str]:
             measured.setdefault(data, []).append(row.label)
     notes += [f"On {data}: {_together(labels)}." for data, labels in measured.items() if data]
     for subject in subjects:
-        left_out = subject.provenance.get("left_out") or {}
+        left_out = typed(subject.provenance, "left_out", Mapping) or {}
         notes += [f"{subject.name}: no {what}. {why}" for what, why in left_out.items()]
     if any(r is not None and not r.converged for row in rows for r in row.readings):
         notes.append("? marks what did not converge to its tolerance.")
