@@ -21,7 +21,7 @@ from report import aligned
 from torch import Tensor
 
 import sharpscope
-from sharpscope.sampling import sampling_error
+from sharpscope.sampling.sampling_error import sampling_error
 
 
 def subset(inputs: Tensor, targets: Tensor, examples: int, seed: int) -> tuple[Tensor, Tensor]:

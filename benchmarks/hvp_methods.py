@@ -15,7 +15,7 @@ from torch import Tensor
 from sharpscope import Objective
 from sharpscope.objective.data import MicroBatch, micro_batches
 from sharpscope.operators import curvature
-from sharpscope.params import views
+from sharpscope.weights.parameters import views
 
 # (n, K) to H V (n, K); K = 1 for the single ones.
 Product = Callable[[Tensor], Tensor]

@@ -31,9 +31,9 @@ from report import aligned, machine
 from torch import Tensor, nn
 
 import sharpscope
-from sharpscope.perturbation import Perturbation
 from sharpscope.slices import random_directions
-from sharpscope.slices.walk import Walk
+from sharpscope.slices.evaluation import Walk
+from sharpscope.weights.perturbation import Perturbation
 from sharpscope.zoo import load_data, make_model
 
 # Model, arguments, number of Fashion-MNIST images, and points on each axis.

@@ -150,7 +150,7 @@ def _require_free(args: argparse.Namespace, paths: list[str], folder: Path, aske
 
 
 def _write(folder: Path, comparison: Any) -> None:
-    from sharpscope.files import atomic
+    from sharpscope.atomic_io import atomic
     from sharpscope.report import page
 
     with atomic(folder / "index.html") as temporary:

@@ -60,8 +60,8 @@ def names(paths: Sequence[str]) -> list[str]:
 
 def has_test(args: argparse.Namespace) -> bool:
     """Whether there are test data: of a bundled set, or of a problem() that takes ``split``."""
+    from sharpscope.checkpoint.problem_file import problem_of
     from sharpscope.errors import ArgumentError
-    from sharpscope.problem_file import problem_of
 
     if args.problem is None:
         return True
@@ -85,7 +85,7 @@ def test_data(args: argparse.Namespace, named: Mapping[str, str]) -> Any:
 
     Raises: DataError where they differ.
     """
-    from sharpscope.comparing.entrants import SharedData
+    from sharpscope.comparing.checkpoints import SharedData
 
     shared = SharedData("test")
     if has_test(args):

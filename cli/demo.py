@@ -41,8 +41,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Train, measure, and write table, figure, JSON and checkpoints."""
-    from sharpscope.files import atomic, require_writable
-    from sharpscope.train import Recipe
+    from sharpscope.atomic_io import atomic, require_writable
+    from sharpscope.training import Recipe
 
     folder = Path(args.out)
     require_writable(folder / "demo.json")
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(label: str, recipe: Any, out: Path, overwrite: bool) -> list[Path]:
     """Train, or go on with, one run; the checkpoints at its start, middle and end."""
-    from sharpscope.train import parse_epochs, snapshot_path, train
+    from sharpscope.training import parse_epochs, snapshot_path, train
 
     epochs = sorted(parse_epochs("0,50%,last", recipe.epochs))
     with terminal.steps_bar(f"train {label}") as progress:
@@ -107,7 +107,7 @@ def _slice(label: str, path: Path, top: Any) -> Any:
 
 
 def _table(results: dict[str, Any]) -> str:
-    from sharpscope.tables import aligned, with_bound
+    from sharpscope.formatting import aligned, with_bound
 
     rows = [["run", "epoch", "train loss", "test accuracy", "lambda_max", "lambda_max/lambda_5", "2/eta"]]
     for label, measured in results.items():

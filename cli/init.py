@@ -33,24 +33,24 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Write the problem file and say what is left to do."""
-    from sharpscope import scaffold
+    from sharpscope import templates
+    from sharpscope.atomic_io import atomic
     from sharpscope.errors import OutputError
-    from sharpscope.files import atomic
 
     out = Path(args.out)
     if out.suffix != ".py":
         raise OutputError(f"A problem is a Python file, got {out}. Name it .py.")
-    seen = scaffold.look(args.checkpoints[0], args.weights)
+    seen = templates.look(args.checkpoints[0], args.weights)
     options.require_new(args, out)
-    text = scaffold.problem_text(seen, out)
+    text = templates.problem_text(seen, out)
     with atomic(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     lines = [
-        f"{out} is written. Fill in {' and '.join(scaffold.open_lines(text))}, then run",
-        f"  {scaffold.command(seen, out)}",
+        f"{out} is written. Fill in {' and '.join(templates.open_lines(text))}, then run",
+        f"  {templates.command(seen, out)}",
     ]
     if seen.zoo_model is not None:
         lines.append(f"It is not needed if the data are {' or '.join(seen.zoo_model.data)}:")
-        lines.append(f"  {scaffold.command_without_file(seen)}")
+        lines.append(f"  {templates.command_without_file(seen)}")
     terminal.emit("\n".join(lines))
     return 0

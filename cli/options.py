@@ -194,7 +194,7 @@ def load_all(args: argparse.Namespace) -> None:
     Raises: DataError where a problem() gives other data for one checkpoint than for another.
     """
     from sharpscope.errors import DataError
-    from sharpscope.resume.fingerprint import fingerprint
+    from sharpscope.resume.key import fingerprint
 
     import_from_here(args)
     first, known = "", ""
@@ -292,8 +292,8 @@ def require_new(args: argparse.Namespace, *files: Path, own: bool = False) -> No
 
 def require_apart(checkpoints: Sequence[str], *files: Path) -> None:
     """Raise OutputError where a file that is to be written is a checkpoint, or cannot be written."""
+    from sharpscope.atomic_io import require_writable
     from sharpscope.errors import OutputError
-    from sharpscope.files import require_writable
 
     for file in files:
         if file.resolve() in {Path(path).resolve() for path in checkpoints}:

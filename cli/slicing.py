@@ -70,7 +70,7 @@ def run(
 ) -> int:
     """Measure one checkpoint after another by ``measure(problem, out, progress, **options)``, and draw them all."""
     from sharpscope import ArgumentError
-    from sharpscope.files import atomic
+    from sharpscope.atomic_io import atomic
     from sharpscope.results import SliceResult
     from sharpscope.resume.journal import discard
 

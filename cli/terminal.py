@@ -73,7 +73,7 @@ def save_figure(draw: Callable[[], Any], path: Path) -> None:
     matplotlib.use("Agg")  # a file, on a machine that may have no screen
     import matplotlib.pyplot as plt
 
-    from sharpscope.files import atomic
+    from sharpscope.atomic_io import atomic
 
     axes = draw()
     with atomic(path) as temporary:

@@ -71,7 +71,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Train with a bar on stderr and print the last epoch's metrics, and what the monitor measured."""
     from sharpscope.results import MonitorResult
-    from sharpscope.train import Recipe, monitor_path, train
+    from sharpscope.training import Recipe, monitor_path, train
 
     recipe = Recipe(
         model=args.model,

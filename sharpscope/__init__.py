@@ -122,7 +122,18 @@ _HOMES |= dict.fromkeys(
 
 
 # Subpackages that the reference names in full are imported when first used too.
-_SUBPACKAGES = ("comparing", "edges", "linalg", "operators", "optim", "plot", "report", "results", "slices")
+_SUBPACKAGES = (
+    "comparing",
+    "edge_of_stability",
+    "edges",
+    "linalg",
+    "operators",
+    "optim",
+    "plot",
+    "report",
+    "results",
+    "slices",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -13,12 +13,12 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from sharpscope.checkpoint import Checkpoint, load_weights, read_checkpoint
+from sharpscope.checkpoint.problem_file import problem_of
 from sharpscope.errors import ArgumentError, CheckpointError, ProblemError, first_line, nearest
-from sharpscope.examples import count_examples, some_examples
 from sharpscope.importing import imported
 from sharpscope.objective import TokenCrossEntropy
 from sharpscope.problem import Problem
-from sharpscope.problem_file import problem_of
+from sharpscope.subsample import count_examples, some_examples
 from sharpscope.zoo import MODELS, DataSet, load_data, make_model, model_arguments
 
 Factory = Callable[..., nn.Module]

@@ -14,8 +14,8 @@ import scipy
 import torch
 from torch import Tensor
 
-from sharpscope.audit import audit
 from sharpscope.objective import Objective, Progress
+from sharpscope.objective.audit import audit
 from sharpscope.operators import curvature
 from sharpscope.problem import Problem
 from sharpscope.results import Cost

@@ -29,9 +29,9 @@ from sharpscope import (
 from sharpscope.cli import blocks, eigen
 from sharpscope.operators import curvature
 from sharpscope.operators.blockwise import blocks_of, blockwise
-from sharpscope.params import select
 from sharpscope.results import side_by_side
-from sharpscope.train import Recipe, train
+from sharpscope.training import Recipe, train
+from sharpscope.weights.parameters import select
 from sharpscope.zoo import load_data, make_model
 
 SMALL: dict[str, dict[str, Any]] = {

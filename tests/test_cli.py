@@ -15,7 +15,7 @@ import torch
 
 import sharpscope
 from sharpscope.cli import main, options
-from sharpscope.train import Recipe, train
+from sharpscope.training import Recipe, train
 from sharpscope.zoo import make_model
 
 KEYS = [

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import sharpscope
 from sharpscope.cli import comparing, main
 from sharpscope.comparing import LEVELS, levels
-from sharpscope.comparing.samples import sampled
+from sharpscope.comparing.steps import sampled
 from sharpscope.results.comparison.statistics import difference
-from sharpscope.train import Recipe, train
+from sharpscope.training import Recipe, train
 
 QUICK, DEFAULT = LEVELS["quick"], LEVELS["default"]
 

@@ -20,7 +20,7 @@ from comparisons import groups, subject, two
 from sharpscope import Comparison, Problem
 from sharpscope.cli import comparing, main, parser
 from sharpscope.comparing import LEVELS, compare, steps
-from sharpscope.comparing.parts import Parts
+from sharpscope.comparing.run import Parts
 from sharpscope.errors import ArgumentError, DataError, SharpscopeError
 from sharpscope.report import page
 from sharpscope.results import SliceResult

@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from sharpscope.results.comparison.intervals import EXACT, PROBED, SUBSETS, Reading
-from sharpscope.results.comparison.statistics import Difference, contrast
+from sharpscope.results.comparison.statistics import EXACT, PROBED, SUBSETS, Difference, Reading, contrast
 
 
 def of(one: Reading, two: Reading, factor: bool = True) -> Difference:

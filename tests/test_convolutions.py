@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dense import dense_hessian
 from sharpscope import Objective, Problem
-from sharpscope.objective import convolutions
-from sharpscope.objective.kernels import faster_kernels
+from sharpscope.weights import double_backward as convolutions
+from sharpscope.weights.kernels import faster_kernels
 
 FORMS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "1d": (F.conv1d, (2, 3, 7), (4, 3, 3), {"stride": 2, "padding": 1}),

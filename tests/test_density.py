@@ -34,7 +34,7 @@ from sharpscope.cli import main
 from sharpscope.linalg import lanczos_quadrature
 from sharpscope.plot import density_curve
 from sharpscope.results.estimate import student
-from sharpscope.train import Recipe, train
+from sharpscope.training import Recipe, train
 from sharpscope.zoo import load_data, make_model
 
 

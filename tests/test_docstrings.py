@@ -16,7 +16,7 @@ import pytest
 import sharpscope
 
 PACKAGE = Path(sharpscope.__file__).parent
-PLACES = ("sharpscope", *(f"sharpscope.{name}" for name in ("edges", "linalg", "optim", "plot", "slices")))
+PLACES = ("sharpscope", *(f"sharpscope.{name}" for name in ("edge_of_stability", "linalg", "optim", "plot", "slices")))
 
 # Dataclasses of these are records, which other functions make and whose examples show them.
 RECORDS = ("sharpscope.results.", "sharpscope.linalg.")

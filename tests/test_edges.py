@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sharpscope.edges import descent_edge, sam_edge
-from sharpscope.monitor.optimizer import edges_of
+from sharpscope.edge_of_stability import descent_edge, sam_edge
+from sharpscope.monitor.unwrap import edges_of
 from sharpscope.optim import ASAM, GSAM, SAM, FriendlySAM, LookSAM
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
 from sharpscope.errors import ArgumentError
-from sharpscope.examples import count_examples, some_examples
+from sharpscope.subsample import count_examples, some_examples
 
 INPUTS, LABELS = torch.arange(30.0).reshape(15, 2), torch.arange(15)
 FORMS: dict[str, Any] = {

@@ -19,8 +19,8 @@ from dense import dense_hessian, top
 from sharpscope import EigenResult, TokenCrossEntropy, load
 from sharpscope.cli import main
 from sharpscope.errors import CheckpointError, OutputError
-from sharpscope.scaffold import look, problem_text
-from sharpscope.train import Recipe, train
+from sharpscope.templates import look, problem_text
+from sharpscope.training import Recipe, train
 from sharpscope.zoo import load_data, make_model
 
 MINE = """
@@ -253,7 +253,7 @@ def test_a_bundled_model_is_recognised(
 
 def test_the_bundled_data_are_those_that_the_recognition_knows() -> None:
     """The shape and classes of digits, which it does not read."""
-    from sharpscope.scaffold.zoo_model import INPUTS
+    from sharpscope.templates import INPUTS
 
     digits = load_data("digits")
     assert INPUTS["digits"] == (digits.shape, digits.classes)

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sharpscope import ArgumentError, DataError, OutputError
 from sharpscope.linalg import top_eigenpairs
-from sharpscope.resume.fingerprint import fingerprint
 from sharpscope.resume.journal import ALIGNMENT, Journal, discard
+from sharpscope.resume.key import fingerprint
 
 # Runs Lanczos through a journal in a child that is killed three times, then once to its end; all in one process, since
 # importing torch takes longer than all of it.

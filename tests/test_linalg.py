@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharpscope import ArgumentError
 from sharpscope.linalg import METHODS, top_eigenpairs
-from sharpscope.linalg.bounds import ritz_bounds
+from sharpscope.linalg.ritz import ritz_bounds
 from sharpscope.linalg.vectors import inner, orthonormalise, project_out, random_rows
 
 DTYPES = (torch.float64, torch.float32)

@@ -31,7 +31,7 @@ from sharpscope import (
     top_eigenvalues,
 )
 from sharpscope.objective.data import num_examples_hint
-from sharpscope.objective.kernels import differentiable_kernels
+from sharpscope.weights.kernels import differentiable_kernels
 from sharpscope.zoo import load_data, make_model
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -18,10 +18,10 @@ from torch.func import functional_call, hessian, jacrev
 
 from dense import dense_hessian
 from sharpscope import ArgumentError, AuditError, Objective, Problem, ProblemError, top_eigenvalues
-from sharpscope.audit import audit
+from sharpscope.objective.audit import audit
 from sharpscope.objective.data import MicroBatch, micro_batches
 from sharpscope.operators import NAMES, curvature
-from sharpscope.operators.draws import uniform
+from sharpscope.operators.fisher import uniform
 
 X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.randint(0, 3, (24,), generator=torch.Generator().manual_seed(1))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sharpscope.ball import Ball
 from sharpscope.errors import ArgumentError
-from sharpscope.perturbation import Perturbation
+from sharpscope.weights.norm_ball import Ball
+from sharpscope.weights.perturbation import Perturbation
 
 INF = math.inf
 

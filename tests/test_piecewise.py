@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from sharpscope.objective.kernels import faster_kernels
+from sharpscope.weights.kernels import faster_kernels
 
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "F.relu": F.relu,

@@ -12,11 +12,11 @@ import pytest
 
 import sharpscope
 from sharpscope import Cost, DataError, EigenResult, OutputError, Ratio
-from sharpscope.files import atomic, require_writable
+from sharpscope.atomic_io import atomic, require_writable
+from sharpscope.formatting import with_bound
 from sharpscope.plot import sharpness_over_training
 from sharpscope.results import side_by_side
 from sharpscope.results.serialization import Array, Shape
-from sharpscope.tables import with_bound
 
 
 def result(values: list[float], half: float = 0.01, converged: bool = True, **provenance: object) -> EigenResult:

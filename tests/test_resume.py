@@ -23,7 +23,7 @@ from sharpscope import Objective, Problem, top_eigenvalues
 from sharpscope.operators import curvature
 from sharpscope.resume import Journal, journaled_hvp, key_of
 from sharpscope.resume.key import probe
-from sharpscope.train import Recipe, train
+from sharpscope.training import Recipe, train
 
 
 def entries(folder: Path) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dense import dense_hessian, top
 from sharpscope import AuditError, Objective, Problem, top_eigenvalues
-from sharpscope.audit import rounding_of
+from sharpscope.objective.audit import rounding_of
 
 LOSS = nn.CrossEntropyLoss()
 ROWS = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sharpscope import ArgumentError, Objective, Problem, top_eigenvalues
 from sharpscope.objective.accumulate import PerBatch
-from sharpscope.sampling import FEWEST, Sampling, _bias, sampling_error, sampling_of
+from sharpscope.sampling.sampling_error import FEWEST, Sampling, _bias, sampling_error, sampling_of
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = torch.randn(120, 3, generator=GENERATOR).double() * torch.tensor([2.0, 1.2, 0.7]).double()

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 import sharpscope
 from dense import dense_hessian
 from sharpscope import Ascent, Problem, TokenCrossEntropy, measure_sharpness, sharpness
-from sharpscope.edges import descent_edge, sam_edge
+from sharpscope.edge_of_stability import descent_edge, sam_edge
 from sharpscope.errors import ArgumentError, DataError, ProblemError
 from sharpscope.plot import m_sharpness_curves
 from sharpscope.results import InvarianceResult, SharpnessResult
-from sharpscope.sharpness import curvature, vectorised, worst
+from sharpscope.sharpness import hessian as curvature
+from sharpscope.sharpness import worst_case as vectorised
+from sharpscope.sharpness import worst_case as worst
 
 INF = math.inf
 N, RHO = 24, 0.3

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from sharpscope.errors import ArgumentError, DataError
-from sharpscope.plot.caption import caption
+from sharpscope.plot.figure import caption
 from sharpscope.plot.interactive import interactive_surface, surface_traces
 from sharpscope.plot.levels import shared_levels
 from sharpscope.plot.slice import slice_curves

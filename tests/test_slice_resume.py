@@ -23,7 +23,7 @@ from sharpscope.objective import microbatch
 from sharpscope.resume import PointLog
 from sharpscope.resume.journal import discard
 from sharpscope.slices import Direction, random_directions
-from sharpscope.slices.walk import Walk
+from sharpscope.slices.evaluation import Walk
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

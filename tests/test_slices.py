@@ -28,9 +28,9 @@ from sharpscope.slices import (
     towards,
     trajectory_plane,
 )
-from sharpscope.slices.axes import axis, coarse_to_fine, refined
-from sharpscope.slices.direction import coordinates, cosine
+from sharpscope.slices.directions import coordinates, cosine
 from sharpscope.slices.evaluation import Evaluation
+from sharpscope.slices.grid import axis, coarse_to_fine, refined
 
 LAMBDAS = torch.tensor([9.0, 4.0, 1.0, 0.25], dtype=torch.float64)
 

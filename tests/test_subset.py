@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dense import dense_hessian
 from sharpscope import DataError, Objective, Problem
-from sharpscope.guide import subset as module
-from sharpscope.guide.subset import Subset, sample, worthwhile
 from sharpscope.objective.data import MicroBatch
+from sharpscope.sampling import importance_sample as module
+from sharpscope.sampling.importance_sample import Subset, sample, worthwhile
 
 N = 60
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sharpscope import Problem, TraceResult, trace
 from sharpscope.objective.accumulate import PerBatch
-from sharpscope.sampling import FEWEST, trace_error
+from sharpscope.sampling.sampling_error import FEWEST, trace_error
 
 GENERATOR = torch.Generator().manual_seed(0)
 # Curvatures of 20,000 examples along 12 axes, of heavy tails, as those of a trained network are.

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from sharpscope.checkpoint import Checkpoint, read_checkpoint
 from sharpscope.errors import ArgumentError, CheckpointError, DataError, OutputError, SharpscopeError
-from sharpscope.recipe import learning_rate, make_optimizer
 from sharpscope.results import MonitorResult
-from sharpscope.train import Recipe, evaluate, monitor_path, parse_epochs, snapshot_path, train
+from sharpscope.training import Recipe, evaluate, monitor_path, parse_epochs, snapshot_path, train
+from sharpscope.training.recipe import learning_rate, make_optimizer
 from sharpscope.zoo import DataSet, load_data, make_model
 
 LINEAR = {"model": "mlp", "model_args": {"hidden": ()}}
@@ -159,7 +159,7 @@ def test_resume_is_bit_identical(tmp_path: Path, changes: dict[str, Any]) -> Non
 
 KILLED = """
 import os, signal, sys
-from sharpscope import files
+from sharpscope import atomic_io
 from sharpscope.train import Recipe, train
 
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -171,7 +171,7 @@ else:
     replace = os.replace
     calls = []
     # The third file is that of epoch 2, after the snapshot of epoch 0 and the file of epoch 1.
-    files.os.replace = lambda *names: die() if calls.append(1) or len(calls) == 3 else replace(*names)
+    atomic_io.os.replace = lambda *names: die() if calls.append(1) or len(calls) == 3 else replace(*names)
 recipe = Recipe(model="mlp", model_args={"hidden": (8,)}, epochs=3, batch_size=256, rho=0.05)
 train(recipe, out, save_epochs="0", progress=progress)
 """

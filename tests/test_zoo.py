@@ -11,7 +11,7 @@ from torch import nn
 
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.zoo import MODELS, load_data, make_model, model_arguments
-from sharpscope.zoo.wide_resnet import Block, wide_resnet
+from sharpscope.zoo.networks import Block, wide_resnet
 
 
 def parameters(model: nn.Module) -> int:

@@ -1,25 +1,20 @@
-"""Self-describing checkpoint files, as ``sharpscope train`` writes them.
-
-A sharpscope file is what ``torch.save`` makes of ``{"sharpscope": 1, "state_dict": ..., "model": {"name", "args"},
-"data": {...}, "loss": ..., "recipe": {...}, "epoch": ..., "metrics": {...}}``, and ``"training"`` (the optimizer's
-state) while a run is not finished. It holds tensors and plain values only, so that reading it runs no code.
-"""
+"""Self-describing checkpoint files: what they contain, how they are written and recognised."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sharpscope.checkpoint.contents import Checkpoint
+from sharpscope.atomic_io import atomic
 from sharpscope.checkpoint.layouts import is_state_dict
 from sharpscope.errors import ArgumentError, CheckpointError
-from sharpscope.files import atomic
 
 FORMAT = 1
 
@@ -123,3 +118,32 @@ def _storable(value: Any, where: str) -> Any:
     if value is None or type(value) in (bool, int, float):
         return value
     raise ArgumentError(f"A checkpoint holds tensors and plain values, got {type(value).__name__} in {where[1:]!r}.")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Checkpoint:
+    """What a checkpoint file says.
+
+    ``model`` is None for a plain state dict, whose other fields are empty too. ``training`` is the optimizer's state
+    of an unfinished run, None for a finished one. ``sha256`` is the digest of the very bytes that were read.
+    ``weights`` is the key that the state dict was under, ``others`` are those of further ones in the file. ``foreign``
+    names the classes of pickled objects that were not run; ``module`` is the pickled model of a file that is trusted.
+    ``hyper_parameters`` are those of a file that Lightning wrote, None for another file.
+    """
+
+    path: Path
+    sha256: str
+    state_dict: Mapping[str, Tensor]
+    weights: str = ""
+    others: Sequence[str] = ()
+    foreign: Sequence[str] = ()
+    module: nn.Module | None = None
+    hyper_parameters: Mapping[str, Any] | None = None
+    model: str | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    loss: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    epoch: int | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] | None = None

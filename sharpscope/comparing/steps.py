@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,17 +11,18 @@ from typing import Any
 import torch
 
 from sharpscope.comparing.levels import K, Level
-from sharpscope.comparing.samples import sampled
-from sharpscope.examples import count_examples
+from sharpscope.measurement import Measurement
 from sharpscope.objective import Progress
-from sharpscope.params import select
 from sharpscope.problem import Problem
 from sharpscope.results import DensityResult, EigenResult, SharpnessResult, SliceResult, TraceResult
+from sharpscope.results.comparison import Performance
 from sharpscope.sharpness import measure_sharpness
 from sharpscope.slices import loss_slice, loss_surface, random_directions, towards
-from sharpscope.slices.running_statistics import running_norms
+from sharpscope.slices.evaluation import Evaluation, running_norms, usual_micro_batch
 from sharpscope.spectrum import spectral_density, top_eigenvalues
 from sharpscope.spectrum import trace as trace_of
+from sharpscope.subsample import count_examples, some_examples
+from sharpscope.weights.parameters import select
 
 M = (1, 4, 16, 64, 256)
 BETWEEN = (-0.2, 1.2)
@@ -183,3 +185,31 @@ def _statistics(problem: Problem) -> str:
 
 def _num_params(problem: Problem) -> int:
     return sum(weight.numel() for weight in select(problem.model, problem.params).values())
+
+
+def performance(
+    problem: Problem, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Performance:
+    """``L(w)`` and the share of right answers, None for a loss without labels; cost, a forward pass.
+
+    The model and all random states are left bit for bit as they were.
+
+    Raises: ProblemError, DataError, AuditError.
+    """
+    m = Measurement(problem, dtype=dtype, device=device, audited=False, products=False)
+    with m:
+        evaluation = Evaluation(m.objective, usual_micro_batch(m.objective))
+        loss, accuracy = evaluation()
+    return Performance(loss, None if math.isnan(accuracy) else accuracy, evaluation.examples, evaluation.answers)
+
+
+def sampled(problem: Problem, examples: int | None, seed: int) -> Problem:
+    """``problem`` on ``examples`` of its examples, drawn without replacement, the same from the same seed.
+
+    On all of them where there are no more, or where they cannot be counted.
+    """
+    count = count_examples(problem.data)
+    if examples is None or count is None or examples >= count:
+        return problem
+    said = {"split_examples": count, **problem.provenance, "examples_seed": seed}
+    return replace(problem, data=some_examples(problem.data, examples, seed), provenance=said)

@@ -1,6 +1,6 @@
 """What a Lanczos run from a random start supports about eigenvalues that were missed.
 
-The bounds on the eigenvalues that were found are in ``bounds.py``.
+The bounds on the eigenvalues that were found are in ``ritz.py`` (``ritz_bounds``).
 
 No residual proves that the k eigenvalues found are the k largest. A start x that was drawn at random, independently of
 what was found, has a part of known distribution along whatever is left, and a run from it that shows no trace of a

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.bounds import ritz_bounds
 from sharpscope.linalg.lanczos import PRODUCTS
 from sharpscope.linalg.missed_eigenvalue_bound import RandomStart, random_start
 from sharpscope.linalg.ritz import (
@@ -22,6 +21,7 @@ from sharpscope.linalg.ritz import (
     rayleigh_ritz,
     require_symmetric,
     residual_vectors,
+    ritz_bounds,
     rounding,
 )
 from sharpscope.linalg.vectors import BREAKDOWN, combine, inner, norms, orthonormalise, project_out, random_rows
@@ -130,7 +130,7 @@ class _RitzBounds:
 
     Attributes:
         residuals: ``H q - theta q`` (q, n) of all pairs of the space, with their ``lengths`` (q,).
-        bounds: (k,) by ``bounds.ritz_bounds``, ``next_above`` the estimate of ``lambda_{k+1}`` from above in them.
+        bounds: (k,) by ``ritz_bounds``, ``next_above`` the estimate of ``lambda_{k+1}`` from above in them.
         met: (k,) whether the bound is within tolerance, or at rounding, ``floor``.
         surprised: whether a wanted vector stems from a random vector.
     """

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.bounds import ritz_bounds
 from sharpscope.linalg.missed_eigenvalue_bound import random_start
 from sharpscope.linalg.ritz import (
     Matmat,
@@ -19,6 +18,7 @@ from sharpscope.linalg.ritz import (
     meets,
     rayleigh_ritz,
     require_symmetric,
+    ritz_bounds,
     rounding,
 )
 from sharpscope.linalg.vectors import BREAKDOWN, combine, norms, orthonormalise, project_out, random_rows
@@ -51,7 +51,7 @@ def lanczos(
 
     The block has k + 1 random vectors, so that an eigenvalue of multiplicity up to k is found with it, and one more.
     Each step multiplies the block, takes Ritz pairs of the basis so far (``_Krylov``), and bounds their errors by
-    ``bounds.ritz_bounds``. Once the bounds meet ``tol``, one product with the k Ritz vectors gives their true
+    ``ritz_bounds``. Once the bounds meet ``tol``, one product with the k Ritz vectors gives their true
     residuals, from which the bounds returned come. Cost: k + 1 products a step, k for the last.
 
     Args: as ``top_eigenpairs_rows``; ``initial``: rows (b, n) to start from; random ones fill the block.

@@ -1,4 +1,4 @@
-"""Rayleigh-Ritz pairs from true products, with the bounds that are returned: where every solver ends."""
+"""Rayleigh-Ritz pairs from true products, with bounds on their errors: every solver ends here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.bounds import ROUNDING, ritz_bounds
 from sharpscope.linalg.missed_eigenvalue_bound import RandomStart
 from sharpscope.linalg.vectors import combine, inner, norms
 
@@ -25,7 +24,7 @@ class RitzPairs:
 
     Attributes:
         images: (k, n) the true products of the vectors; ``residuals`` (k,) are ``||H v - theta v||``.
-        bounds: (k,) ``|lambda_i - theta_i|`` is at most this, by ``bounds.ritz_bounds`` and with rounding.
+        bounds: (k,) ``|lambda_i - theta_i|`` is at most this, by ``ritz_bounds`` and with rounding.
         next_above: the estimate from above of ``lambda_{k+1}`` that the bounds use, None where they use none.
         scale: the norm of H as far as it is known, to which rounding is relative.
         num_matvecs, num_products: products with one vector, and with a block.
@@ -68,7 +67,7 @@ def rayleigh_ritz(
     """The Ritz pairs of the span of orthonormal rows ``vectors``, given their true products ``images``.
 
     Every solver ends here; ``two_ends`` joins the pairs of two solves, and bounds them anew in the same way. The bound
-    on ``|lambda_i - theta_i|`` is that of ``bounds.ritz_bounds`` from the residuals and ``next_above``, widened by the
+    on ``|lambda_i - theta_i|`` is that of ``ritz_bounds`` from the residuals and ``next_above``, widened by the
     rounding of a product, ``ROUNDING * eps * scale``.
     """
     projected = inner(vectors, images)
@@ -137,3 +136,50 @@ def require_little_apart(apart: float, scale: float, dtype: torch.dtype) -> None
             "Check what makes products change from call to call; where H is much smaller than what it is summed from, "
             "lift the computation to float64."
         )
+
+
+# Rounding of a product with a vector, in units of eps times the operator's norm: what no residual can undercut.
+ROUNDING = 32.0
+
+
+def ritz_bounds(ritz_values: Tensor, residual_gram: Tensor, next_above: float | None) -> Tensor:
+    """``e_i`` (k,) with ``|lambda_i - theta_i| <= e_i``, in exact arithmetic.
+
+    No Ritz value exceeds its eigenvalue (Cauchy), so what is bounded is how far it lies below. Each s from i to k gives
+    a bound from the leading s pairs, with residuals ``R = H V - V Theta`` and an estimate rho from above of
+    ``lambda_{s+1}``; the smallest is returned.
+
+    - With a gap, rho < theta_s: ``lambda_i <= rho + tau_i``, tau the eigenvalues of ``D + D^-1/2 R'R D^-1/2``,
+      ``D = Theta - rho`` (Lehmann 1949; Parlett 1998, ch. 10). For one pair that is Kato's and Temple's
+      ``||r||^2 / (theta - rho)``.
+    - Without one: ``lambda_i <= max(theta_i, rho) + ||R||`` (Weyl); for s = k, ``theta_i + ||R||``.
+
+    rho is ``theta_{s+1} + ||r_{s+1}||`` for s < k, and ``next_above`` for s = k.
+
+    Args:
+        ritz_values: descending, float64 (k,).
+        residual_gram: ``R' R`` (k, k), R the residual vectors.
+        next_above: an estimate from above of ``lambda_{k+1}`` (a Ritz value and its residual), -inf where there is none
+            left; None where there is no estimate: then gaps are not used.
+
+    ``lambda_{s+1}`` within the k is taken to be at most the Ritz value and its residual. The bounds presume that the k
+    pairs stand for the k largest eigenvalues: no residual can prove that.
+    """
+    k = len(ritz_values)
+    lengths = residual_gram.diagonal().clamp_min(0).sqrt()
+    last = float("-inf") if next_above is None else next_above
+    rhos = torch.cat([ritz_values[1:] + lengths[1:], torch.tensor([last], dtype=torch.float64)])
+    bounds = torch.full((k,), float("inf"), dtype=torch.float64)
+    for s in range(1, k + 1):
+        gram, gaps = residual_gram[:s, :s], ritz_values[:s] - rhos[s - 1]  # the gaps are D
+        size = torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt()
+        found = size + (-gaps).clamp_min(0) if s < k else size.expand(k)
+        if next_above is not None and 0 < float(gaps[-1]) < float("inf"):
+            scale = gaps.rsqrt()
+            # rho + tau_i - theta_i
+            moved = torch.linalg.eigvalsh(torch.diag(gaps) + scale[:, None] * gram * scale).flip(0) - gaps
+            found = found.minimum(moved.clamp_min(0))
+        elif next_above == float("-inf") and s == k:
+            found = torch.zeros_like(found)
+        bounds[:s] = bounds[:s].minimum(found)
+    return bounds

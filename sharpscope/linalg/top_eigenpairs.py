@@ -37,7 +37,7 @@ class Eigenpairs:
         eigenvectors: (n, k), or (n, 2k), orthonormal columns in the dtype of the computation.
         residuals: ``||H v - lambda v||`` (k,), from true products, not from a recurrence; with "lanczos" from one more.
         lower, upper: float64 (k,), an interval for each eigenvalue from its residual and gap, with rounding
-            (``sharpscope.linalg.bounds.ritz_bounds``).
+            (``sharpscope.linalg.ritz.ritz_bounds``).
         converged: bool (k,), whether the interval's half-width is at most ``tol |lambda|``, or lambda is zero to
             rounding.
         num_matvecs: products with one vector, in all.

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.bounds import ritz_bounds
-from sharpscope.linalg.ritz import RitzPairs, SolverProgress, rayleigh_ritz, rounding, within_tolerance
+from sharpscope.linalg.ritz import RitzPairs, SolverProgress, rayleigh_ritz, ritz_bounds, rounding, within_tolerance
 from sharpscope.linalg.vectors import combine, inner
 
 # The second solve leaves what is this much smaller than the first's pairs. Early on its bounds may hold for a smaller

@@ -17,18 +17,16 @@ from torch import Tensor
 from sharpscope.errors import ArgumentError, DataError, first_line, require_count
 from sharpscope.linalg.warm_lanczos import Tracked, tracked
 from sharpscope.measurement import Measurement, provenance, seeded
-from sharpscope.monitor.adapters import huggingface_callback, lightning_callback
-from sharpscope.monitor.model import bare, eagerly
-from sharpscope.monitor.optimizer import edges_of, unwrapped
+from sharpscope.monitor.loggers import huggingface_callback, lightning_callback, sink_of
 from sharpscope.monitor.sample import SIZE, Sample, drawn
-from sharpscope.monitor.sink import sink_of
+from sharpscope.monitor.unwrap import bare, eagerly, edges_of, unwrapped
 from sharpscope.objective import Objective
 from sharpscope.objective.accumulate import KEPT, CachedGraphs, Point, point_of
 from sharpscope.objective.data import MicroBatch, micro_batches
 from sharpscope.objective.guards import OOMHalving
-from sharpscope.preserve import preserved
 from sharpscope.problem import Problem, require_problem
 from sharpscope.results import MonitorRecord, MonitorResult
+from sharpscope.weights.restore import preserved
 
 # Examples in the sample unless told otherwise.
 EXAMPLES = 32

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
 from sharpscope.errors import DataError
-from sharpscope.examples import dataset_of
 from sharpscope.objective.data import MicroBatch, map_tensors, micro_batches, rows, walkable
-from sharpscope.preserve import preserved
+from sharpscope.subsample import dataset_of
+from sharpscope.weights.restore import preserved
 
 # Examples a graph.
 SIZE = 256

@@ -13,8 +13,8 @@ from sharpscope.objective.data import MicroBatch, leaves
 from sharpscope.objective.forward import LossTerms
 from sharpscope.objective.graph import Graph
 from sharpscope.objective.guards import OOMHalving
-from sharpscope.params import views
 from sharpscope.precision import CHUNK, wide
+from sharpscope.weights.parameters import views
 
 # Bytes of graphs that are kept; those beyond are built again for every block, at 1 gradient of theirs.
 KEPT = 1 << 30

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sharpscope import params
 from sharpscope.errors import ProblemError, SharpscopeError, first_line, out_of_memory
 from sharpscope.objective.data import MicroBatch, arguments, leaves, map_leaves, tensors
 from sharpscope.objective.float64_mode import float64_mode
 from sharpscope.objective.losses import described, output_tensor, term_loss
 from sharpscope.precision import compute_dtype, converted, placed, usable, wide
 from sharpscope.problem import Problem, require_problem
+from sharpscope.weights import parameters
 
 T = TypeVar("T")
 
@@ -44,14 +44,14 @@ class LossTerms:
         preferred: torch.dtype | None = None,
     ) -> None:
         require_problem(problem)
-        chosen = params.select(problem.model, problem.params)
+        chosen = parameters.select(problem.model, problem.params)
         self.problem = problem
         self.device = usable(device) if device is not None else next(iter(chosen.values())).device
         if dtype is None and self.device.type != "mps":  # which has no float64
             dtype = preferred
         self.dtype = compute_dtype(chosen.values(), dtype)
         self.model, self.loss_function = placed(problem.model, problem.loss, self.dtype, self.device)
-        self.params: list[Tensor] = list(params.select(self.model, problem.params).values())
+        self.params: list[Tensor] = list(parameters.select(self.model, problem.params).values())
         self.num_params = sum(p.numel() for p in self.params)
         self.loss = term_loss(self.loss_function)
         self.checked = False

@@ -19,7 +19,7 @@ from torch import Tensor
 from sharpscope.objective.data import MicroBatch
 from sharpscope.objective.forward import LossTerms
 from sharpscope.objective.graph import Curvature, Graph, Products, without_terms
-from sharpscope.params import views
+from sharpscope.weights.parameters import views
 
 
 def hessian(terms: LossTerms, batch: MicroBatch, keep: bool) -> Graph:

@@ -25,10 +25,10 @@ from sharpscope.objective.forward import LossTerms
 from sharpscope.objective.graph import Curvature, Graph
 from sharpscope.objective.guards import Meter, OOMHalving, guarded
 from sharpscope.objective.hessian import HESSIAN
-from sharpscope.objective.kernels import differentiable_kernels
-from sharpscope.preserve import preserved
 from sharpscope.problem import Problem
 from sharpscope.progress import Progress
+from sharpscope.weights.kernels import differentiable_kernels
+from sharpscope.weights.restore import preserved
 
 
 class Objective:

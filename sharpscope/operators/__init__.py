@@ -7,7 +7,7 @@ import torch
 from sharpscope.errors import ArgumentError, nearest
 from sharpscope.objective.graph import Curvature
 from sharpscope.objective.hessian import HESSIAN
-from sharpscope.operators.difference import FINITE_DIFFERENCE
+from sharpscope.operators.finite_difference import FINITE_DIFFERENCE
 from sharpscope.operators.fisher import EMPIRICAL_FISHER, fisher
 from sharpscope.operators.gauss_newton import GAUSS_NEWTON
 

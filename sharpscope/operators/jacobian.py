@@ -15,7 +15,7 @@ from sharpscope.objective.data import MicroBatch
 from sharpscope.objective.forward import LossTerms
 from sharpscope.objective.graph import Graph, without_terms
 from sharpscope.objective.losses import find_logits, output_tensor
-from sharpscope.params import views
+from sharpscope.weights.parameters import views
 
 # Gradients a product on the kept graph, counted in matrix products: of a gradient's three (forward, and backward into
 # inputs and weights) J takes two and J' takes two.

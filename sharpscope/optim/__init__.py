@@ -1,6 +1,6 @@
 """Sharpness-aware minimisation as honest ``torch.optim`` optimizers."""
 
-from sharpscope.optim.passes import frozen_buffers
+from sharpscope.optim.replay import frozen_buffers
 from sharpscope.optim.sam import SAM
 from sharpscope.optim.variants import ASAM, GSAM, FriendlySAM, LookSAM
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from sharpscope.ball import Ball, norm_on_device, settled_norm
 from sharpscope.errors import ArgumentError, require_count
-from sharpscope.optim.arguments import check_base, check_rho, dense_gradients
-from sharpscope.optim.climb import Climb
-from sharpscope.optim.passes import Pass
-from sharpscope.optim.pieces import GradientSum, pieces_of
-from sharpscope.perturbation import cosine
+from sharpscope.optim.ascent import Climb
+from sharpscope.optim.m_sharpness_chunks import GradientSum, pieces_of
+from sharpscope.optim.replay import Pass, check_base, check_rho, dense_gradients
+from sharpscope.weights.norm_ball import Ball, norm_on_device, settled_norm
+from sharpscope.weights.perturbation import cosine
 
 Loss = TypeVar("Loss")
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from sharpscope.ball import inner_of, norm_of, widened
 from sharpscope.errors import ArgumentError, require_count
-from sharpscope.optim.pieces import GradientSum
+from sharpscope.optim.m_sharpness_chunks import GradientSum
 from sharpscope.optim.sam import SAM
+from sharpscope.weights.norm_ball import inner_of, norm_of, widened
 
 
 class ASAM(SAM):

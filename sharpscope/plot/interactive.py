@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from sharpscope.errors import ArgumentError, DataError
-from sharpscope.plot.alike import require_alike
-from sharpscope.plot.caption import caption, diverged, labels_of
+from sharpscope.plot.figure import caption, diverged, labels_of, require_alike
 from sharpscope.plot.levels import heights, logarithmic, shared_levels, told
-from sharpscope.plot.marks import is_on, marks_said
+from sharpscope.plot.surface import is_on, marks_said
 from sharpscope.results import SliceResult
 from sharpscope.results.serialization import Array
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sharpscope.errors import DataError
 from sharpscope.plot.training import COLOURS
 from sharpscope.results import Measure, SharpnessResult
-from sharpscope.results.origin import names_of
+from sharpscope.results.provenance import names_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

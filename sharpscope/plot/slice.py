@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sharpscope.errors import ArgumentError, DataError
-from sharpscope.plot.alike import require_alike
-from sharpscope.plot.caption import caption, diverged, labels_of, short_name
-from sharpscope.plot.figure import column_width, draw_caption, new_figure, small
+from sharpscope.plot.figure import (
+    caption,
+    column_width,
+    diverged,
+    draw_caption,
+    labels_of,
+    new_figure,
+    require_alike,
+    short_name,
+    small,
+)
 from sharpscope.plot.levels import require_positive
-from sharpscope.plot.marks import is_on
+from sharpscope.plot.surface import is_on
 from sharpscope.plot.training import COLOURS
 from sharpscope.results import SliceResult
 from sharpscope.results.serialization import Array

@@ -1,4 +1,4 @@
-"""Loss and accuracy over planes: contours and surfaces, alone and side by side."""
+"""Loss and accuracy over planes: contours and surfaces, with checkpoints marked."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sharpscope.errors import ArgumentError, DataError
-from sharpscope.plot.alike import require_alike
-from sharpscope.plot.caption import caption, diverged, labels_of
-from sharpscope.plot.figure import draw_caption, new_figure, small
+from sharpscope.plot.figure import (
+    caption,
+    diverged,
+    draw_caption,
+    labels_of,
+    new_figure,
+    require_alike,
+    short_name,
+    small,
+)
 from sharpscope.plot.levels import MAP, between, heights, logarithmic, norm_of, shared_levels, told
-from sharpscope.plot.marks import draw_marks, marks_said
-from sharpscope.plot.solid import CROSS, draw_solid, thinned
-from sharpscope.results import SliceResult
+from sharpscope.results import Mark, SliceResult
 from sharpscope.results.serialization import Array
 
 if TYPE_CHECKING:
@@ -296,3 +301,135 @@ def _said(
     scale = f"{'logarithmic' if logarithmic(log, quantity) else 'linear'} scale"
     name = results[0].splits[results[0].split(split)]
     return caption(results, splits=[name], scale=scale, clip=clip, also=[] if solid else marks_said(results))
+
+
+CROSS = "#CC0000"
+
+
+def draw_solid(axes: Any, r: SliceResult, at: Array, split: str | None, quantity: str, log: bool, line: int) -> Any:
+    """One plane as a surface; returns what the colours are of."""
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    log = logarithmic(log, quantity)
+    (x, y), z = r.axes, heights(r, split, quantity, line)
+    height = np.log10 if log else np.asarray
+    top, bottom = float(height(at[-1])), float(height(min(at[0], np.nanmin(z))))
+    norm, cut = norm_of(at, log), np.minimum(z, at[-1])
+    colours = plt.get_cmap(MAP)(norm(_corners(cut)))
+    mesh = np.meshgrid(x, y)
+    axes.plot_surface(*mesh, height(cut), facecolors=colours, rstride=1, cstride=1, linewidth=0.2, shade=False)
+    wrong = diverged(r, r.split(split), line)
+    if wrong.any():
+        label = f"diverged ({wrong.sum()} of {wrong.size})"
+        axes.scatter(*(m[wrong] for m in mesh), top, marker="x", color=CROSS, label=label, depthshade=False)
+        axes.legend(loc="upper left", frameon=False, fontsize=small(axes))
+    labels = [str(d["label"]) for d in r.directions[line]]
+    axes.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), zlim=(bottom, top))
+    axes.set_xlabel(f"x: {labels[0]}", fontsize=small(axes), labelpad=2)
+    axes.set_ylabel(f"y: {labels[1]}", fontsize=small(axes), labelpad=2)
+    axes.xaxis.set_major_locator(MaxNLocator(4, prune="upper"))  # which would lie on the lowest of y
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    marked = thinned(at, axes, 0.45)
+    axes.set_zticks([float(height(level)) for level in marked], [told(level, quantity) for level in marked])
+    axes.set_box_aspect(None, zoom=0.88)  # the layout knows too little of 3D labels
+    axes.tick_params(labelsize=small(axes), pad=0)
+    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
+        axis.set_pane_color((0, 0, 0, 0))
+    return plt.cm.ScalarMappable(norm=norm, cmap=MAP)
+
+
+def _corners(z: Array) -> Array:
+    """The mean of the four corners of each cell, NaN on the far edges, where no cell begins."""
+    cells = np.full_like(z, np.nan)
+    cells[:-1, :-1] = (z[:-1, :-1] + z[1:, :-1] + z[:-1, 1:] + z[1:, 1:]) / 4
+    return cells
+
+
+def thinned(levels: Array, axes: Axes, share: float) -> Array:
+    """Every level, or every other, or so, as ``share`` of the height of ``axes`` has room for their labels."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    room = share * axes.get_window_extent().height / figure.dpi * 72 / (1.4 * small(axes))
+    return levels[:: max(1, int(np.ceil(len(levels) / max(room, 2))))]
+
+
+# A network nearer to the line or plane than this share of its distance from the centre lies on it.
+ON_IT = 1e-3
+
+
+def is_on(mark: Mark) -> bool:
+    """Whether the network lies on the line or plane, as far as a picture can tell."""
+    return mark.distance <= ON_IT * mark.length or mark.distance < 1e-9
+
+
+def marks_said(results: Sequence[SliceResult]) -> list[str]:
+    """What a caption must say of networks that are beside the plane, or outside of the picture."""
+    said = []
+    marks = [mark for r in results for mark in r.marks]
+    off = [mark for mark in marks if not is_on(mark)]
+    if off:
+        furthest = max(off, key=lambda m: m.distance)
+        of = f", {furthest.distance / furthest.length:.0%} of its distance from the centre" if furthest.length else ""
+        where = f"{furthest.distance:.3g} ({short_name(furthest.name)}{of})"
+        said.append(f"open points are off the plane, by up to {where}, so that their own loss is not the picture's")
+    outside = sum(not _inside(mark, r) for r in results for mark in r.marks)
+    if outside:
+        said.append(f"{outside} network{'s lie' if outside > 1 else ' lies'} outside of the picture")
+    return said
+
+
+def draw_marks(axes: Axes, r: SliceResult, split: str | None, quantity: str, norm: Any) -> list[Any]:
+    """The centre, the path of a training run in order, and other networks by name; returns entries for the legend."""
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.patheffects import withStroke
+
+    name = r.splits[r.split(split)]
+    colours = plt.get_cmap(MAP)
+    entries: list[Any] = []
+    stroke = [withStroke(linewidth=2, foreground="black")]
+    if all(a[0] <= 0 <= a[-1] for a in r.axes) and not any(is_on(m) and m.length < 1e-9 for m in r.marks):
+        axes.plot(0, 0, "+", color="white", markersize=7, markeredgewidth=1.2, path_effects=stroke, zorder=4)
+    path = [m for m in r.marks if m.on_path]
+    if path:
+        xs, ys = zip(*(m.coordinates for m in path), strict=True)
+        axes.plot(xs, ys, color="white", linewidth=1, path_effects=stroke, zorder=3.5, label="training path")
+        grey: dict[str, Any] = {"color": "grey", "marker": "o", "markersize": 4}
+        entries.append(Line2D([], [], label="training", fillstyle="none" if not is_on(path[-1]) else "full", **grey))
+    for m in r.marks:
+        if not _inside(m, r):
+            continue
+        own = (m.loss if quantity == "loss" else m.accuracy)[name]
+        face = colours(norm(own)) if is_on(m) and np.isfinite(own) else "none"
+        size = 4 if m.on_path else 6
+        style: dict[str, Any] = {"markersize": size, "markerfacecolor": face, "markeredgecolor": "white", "zorder": 4}
+        axes.plot(*m.coordinates, "o" if m.on_path else "D", path_effects=stroke, **style)
+    for m in _named(r):
+        own = (m.loss if quantity == "loss" else m.accuracy)[name]
+        told = f"{short_name(m.name)}, {f'loss {own:.3g}' if quantity == 'loss' else f'{own:.1%}'}"
+        x, y = m.coordinates
+        right = x < (r.axes[0][0] + r.axes[0][-1]) / 2
+        axes.annotate(
+            told,
+            (x, y),
+            xytext=(6 if right else -6, 5),
+            textcoords="offset points",
+            ha="left" if right else "right",
+            color="white",
+            fontsize=small(axes),
+            path_effects=stroke,
+            zorder=5,
+        )
+    return entries
+
+
+def _named(r: SliceResult) -> list[Mark]:
+    """The networks with room for their name: all but the steps between the ends of a path."""
+    path = [m for m in r.marks if m.on_path]
+    ends = path[:1] + path[-1:]
+    return [m for m in r.marks if (not m.on_path or any(m is end for end in ends)) and _inside(m, r)]
+
+
+def _inside(mark: Mark, r: SliceResult) -> bool:
+    return all(a[0] <= c <= a[-1] for a, c in zip(r.axes, mark.coordinates, strict=True))

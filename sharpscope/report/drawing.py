@@ -1,15 +1,17 @@
-"""A matplotlib figure as a piece of a page: in the page's type and the colours of its theme."""
+"""Draw figures for the page: HTML helpers, the style of each checkpoint, and inline SVG."""
 
 from __future__ import annotations
 
+import html
 import io
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sharpscope.plot import COLOURS
-from sharpscope.report.markup import text
+from sharpscope.results.comparison import Comparison, Subject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -181,3 +183,117 @@ def _power(value: float) -> str:
     mantissa, _, exponent = f"{value:e}".partition("e")
     raised = f"10{str(int(exponent)).translate(_RAISED)}"
     return raised if float(mantissa) == 1 else f"{float(mantissa):g}·{raised}"
+
+
+# Dashes in units of the line's width, as matplotlib and SVG both take them.
+DASHES: tuple[tuple[float, ...], ...] = ((), (4, 1.6), (1, 1.4), (6, 1.4, 1, 1.4))
+# Of matplotlib, and as polygons about the middle of a key's entry, (14, 6).
+MARKERS = {
+    "o": "",
+    "s": "11,3 17,3 17,9 11,9",
+    "^": "14,2 18,9.5 10,9.5",
+    "D": "14,1.5 18.5,6 14,10.5 9.5,6",
+    "v": "14,10 18,2.5 10,2.5",
+    "P": "12.5,2 15.5,2 15.5,4.5 18,4.5 18,7.5 15.5,7.5 15.5,10 12.5,10 12.5,7.5 10,7.5 10,4.5 12.5,4.5",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """Of a checkpoint, or of all of a group: the place of its colour in COLOURS, its dashes and its marker."""
+
+    place: int
+    dashes: tuple[float, ...] = ()
+    marker: str = "o"
+
+    @property
+    def colour(self) -> str:
+        """As matplotlib draws it; the page then has a darker or lighter one of its theme in its place."""
+        return COLOURS[self.place]
+
+    @property
+    def linestyle(self) -> Any:
+        """For matplotlib."""
+        return (0, self.dashes) if self.dashes else "-"
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Keywords of ``Axes.plot``."""
+        return {"color": self.colour, "linestyle": self.linestyle, "marker": self.marker}
+
+
+def together(subjects: Iterable[Subject]) -> list[tuple[str, list[Subject]]]:
+    """What looks alike, in order: each group with its runs, each checkpoint of no group by itself."""
+    found: dict[tuple[str | None, str | None], list[Subject]] = {}
+    for subject in subjects:
+        found.setdefault((subject.group, None if subject.group else subject.name), []).append(subject)
+    return [(group or name or "", members) for (group, name), members in found.items()]
+
+
+def looks_of(comparison: Comparison) -> dict[str, Look]:
+    """By name of the subject; runs of a group look alike."""
+    markers, count = list(MARKERS), len(COLOURS)
+    looks: dict[str, Look] = {}
+    for i, (_, members) in enumerate(together(comparison.subjects)):
+        look = Look(i % count, DASHES[i // count % len(DASHES)], markers[(i + i // count) % len(markers)])
+        looks |= {subject.name: look for subject in members}
+    return looks
+
+
+def key(comparison: Comparison, looks: dict[str, Look], only: Sequence[str] | None = None) -> str:
+    """Which checkpoint or group looks how, as a list; ``only`` of the subjects of these names."""
+    shown = [s for s in comparison.subjects if only is None or s.name in only]
+    items = []
+    for name, members in together(shown):
+        runs = f" ({len(members)} run{'s' * (len(members) > 1)})"
+        counted = tag("span", runs, class_="quiet") if members[0].group else ""
+        items.append(tag("li", swatch(looks[members[0].name]), tag("span", text(name)), counted))
+    return tag("ul", *items, class_="key", aria_label="Key")
+
+
+def swatch(look: Look) -> str:
+    """A short line with its marker."""
+    colour = f"var(--c{look.place + 1})"
+    dashes = " ".join(f"{2 * dash:g}" for dash in look.dashes)
+    line = tag(
+        "line", x1="0", y1="6", x2="28", y2="6", stroke=colour, stroke_width="2", stroke_dasharray=dashes or None
+    )
+    corners = MARKERS[look.marker]
+    shape = (
+        tag("polygon", points=corners, fill=colour) if corners else tag("circle", cx="14", cy="6", r="3.4", fill=colour)
+    )
+    return tag("svg", line, shape, viewBox="0 0 28 12", class_="swatch", aria_hidden="true")
+
+
+def text(value: object) -> str:
+    """``value`` as HTML shows it, whatever is in it, between tags or in a quoted attribute."""
+    return html.escape(str(value))
+
+
+def tag(name: str, *inside: str, **attributes: object) -> str:
+    """An element around HTML; ``class_`` is class, ``aria_label`` is aria-label, None leaves an attribute out."""
+    said = []
+    for key, value in attributes.items():
+        if value is not None and value is not False:
+            written = key.rstrip("_").replace("_", "-")
+            said.append(f" {written}" if value is True else f' {written}="{text(value)}"')
+    return f"<{name}{''.join(said)}>{''.join(inside)}</{name}>"
+
+
+def table(head: list[str], body: list[list[str]], caption: str, class_: str = "") -> str:
+    """A table of HTML cells, or whole ``td``, in a focusable region that scrolls; a row's first cell heads it."""
+    first, *others = head
+    heads = tag("th", first, scope="col") + "".join(tag("th", cell, scope="col") for cell in others)
+    rows = "".join(
+        tag("tr", tag("th", row[0], scope="row"), *(cell if cell[:3] == "<td" else tag("td", cell) for cell in row[1:]))
+        for row in body
+    )
+    inside = tag("caption", caption) + tag("thead", tag("tr", heads)) + tag("tbody", rows)
+    whole = tag("table", inside, class_=class_ or None)
+    return tag("div", whole, class_="scroll", tabindex="0", role="group", aria_label=caption)
+
+
+def data(value: Any, name: str) -> str:
+    """``value`` as JSON in a block that no browser runs; a "<" in it is written so that none ends the block."""
+    written = json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{written}</script>'

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from sharpscope.report.look import Look, swatch
-from sharpscope.report.markup import table, tag, text
+from sharpscope.report.drawing import Look, swatch, table, tag, text
 from sharpscope.results.comparison import Comparison
-from sharpscope.results.comparison.intervals import Reading
 from sharpscope.results.comparison.rows import Row, contrasted
-from sharpscope.results.comparison.statistics import ENDS, PAIRS, Difference, Spread
+from sharpscope.results.comparison.statistics import ENDS, PAIRS, Difference, Reading, Spread
 
 # Columns that fit side by side on paper, interval beside value.
 FEW = 6

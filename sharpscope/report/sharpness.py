@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from sharpscope.report.drawing import PAIR, QUIET, Drawn, Panel, panel, powers
-from sharpscope.report.look import Look, key, together
+from sharpscope.report.drawing import PAIR, QUIET, Drawn, Look, Panel, key, panel, powers, together
 from sharpscope.report.spectra import name_rows
 from sharpscope.results.comparison import Comparison, Subject
 from sharpscope.results.comparison.rows import Row

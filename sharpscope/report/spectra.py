@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sharpscope.errors import DataError
+from sharpscope.formatting import with_bound
 from sharpscope.plot.density import broken, density_curve, height_of_one
-from sharpscope.report.drawing import PAIR, QUIET, THIRD, Drawn, Panel, panel, powers
-from sharpscope.report.look import Look, key, together
+from sharpscope.report.drawing import PAIR, QUIET, THIRD, Drawn, Look, Panel, key, panel, powers, together
 from sharpscope.results.comparison import Comparison, Subject
-from sharpscope.results.comparison.intervals import Reading
 from sharpscope.results.comparison.rows import Row
+from sharpscope.results.comparison.statistics import Reading
 from sharpscope.results.density import DensityResult
-from sharpscope.tables import with_bound
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import Field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 from sharpscope.results.serialization import (
@@ -129,3 +129,31 @@ class Result(ABC):
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a measurement took.
+
+    Attributes:
+        passes: full walks over the data.
+        hvps: Hessian-vector products over the whole data set.
+        gradients: everything done, audit included, in units of one gradient (forward and backward) over the data set.
+        seconds: wall-clock.
+    """
+
+    passes: int
+    hvps: int
+    gradients: float
+    seconds: float
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """The sum of costs."""
+    kept = list(costs)
+    return Cost(
+        passes=sum(c.passes for c in kept),
+        hvps=sum(c.hvps for c in kept),
+        gradients=sum(c.gradients for c in kept),
+        seconds=sum(c.seconds for c in kept),
+    )

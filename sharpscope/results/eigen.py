@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
-from sharpscope.results.base import Result
-from sharpscope.results.cost import Cost
-from sharpscope.results.origin import POINT_AND_PRICE, names_of, origin_notes, point_and_price
+from sharpscope.formatting import narrower, with_bound
+from sharpscope.results.base import Cost, Result
+from sharpscope.results.provenance import POINT_AND_PRICE, names_of, origin_notes, point_and_price
 from sharpscope.results.serialization import IN_NPZ, Array, Like, MaybeNaNs, Shape, arrays_beside, read_arrays, write
 from sharpscope.results.table import Table
-from sharpscope.tables import narrower, with_bound
 
 # Above this probability of a miss there is no certificate.
 CERTAIN = 0.01

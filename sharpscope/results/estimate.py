@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sharpscope.tables import with_bound
+from sharpscope.formatting import with_bound
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
-from sharpscope.results.base import Result
-from sharpscope.results.cost import Cost
-from sharpscope.results.origin import names_of, origin_notes, typed
+from sharpscope.formatting import with_bound
+from sharpscope.results.base import Cost, Result
+from sharpscope.results.provenance import names_of, origin_notes, typed
 from sharpscope.results.serialization import MaybeNaN
 from sharpscope.results.table import Table, stacked
-from sharpscope.tables import with_bound
 
 # Rows of the table, evenly spread over the run, the first and the last among them.
 ROWS = 20

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, 
 import numpy as np
 from numpy.typing import NDArray
 
+from sharpscope.atomic_io import atomic
 from sharpscope.errors import DataError, OutputError, first_line
-from sharpscope.files import atomic
 
 # The layout of the saved JSON; a reader refuses a later one.
 FORMAT = 1

@@ -7,12 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from sharpscope.errors import DataError
-from sharpscope.results.blocks import BlockResult, block_table
 from sharpscope.results.density import DensityResult, density_table
 from sharpscope.results.eigen import EigenResult, eigen_table
-from sharpscope.results.invariance import InvarianceResult, invariance_table
+from sharpscope.results.layerwise import BlockResult, block_table
 from sharpscope.results.monitor import MonitorResult, monitor_table
-from sharpscope.results.sharpness import SharpnessResult, sharpness_table
+from sharpscope.results.sharpness import InvarianceResult, SharpnessResult, invariance_table, sharpness_table
 from sharpscope.results.slice import SliceResult, slice_table
 from sharpscope.results.table import Table
 from sharpscope.results.trace import TraceResult, trace_table

@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
-from sharpscope.results.base import Result
-from sharpscope.results.cost import Cost
-from sharpscope.results.origin import names_of, origin_notes, typed
+from sharpscope.results.base import Cost, Result
+from sharpscope.results.provenance import names_of, origin_notes, typed
 from sharpscope.results.serialization import (
     IN_NPZ,
     Array,

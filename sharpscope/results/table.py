@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sharpscope.tables import aligned
+from sharpscope.formatting import aligned
 
 Rows = Sequence[Sequence[str]]
 

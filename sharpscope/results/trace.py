@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sharpscope.results.base import Result
-from sharpscope.results.cost import Cost
+from sharpscope.formatting import narrower
+from sharpscope.results.base import Cost, Result
 from sharpscope.results.estimate import Estimate
-from sharpscope.results.origin import POINT_AND_PRICE, names_of, origin_notes, point_and_price
+from sharpscope.results.provenance import POINT_AND_PRICE, names_of, origin_notes, point_and_price
 from sharpscope.results.table import Table
-from sharpscope.tables import narrower
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
-"""The finished steps of a long computation on disk, so that the same call resumes after a kill."""
+"""Store the finished steps of a long computation on disk, so that the same call resumes after a kill."""
 
 from __future__ import annotations
 
 import json
 import os
+import struct
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpscope.atomic_io import atomic
 from sharpscope.errors import ArgumentError, OutputError
-from sharpscope.files import atomic
-from sharpscope.resume.fingerprint import fingerprint
+from sharpscope.objective import Objective, Progress
+from sharpscope.objective.accumulate import Point
+from sharpscope.resume.key import fingerprint
 
 Entry = dict[str, Any]
 
@@ -129,3 +133,181 @@ def _owned(tensor: Tensor) -> Tensor:
     """
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole and tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+# The counters of the cost that are stored with a step.
+COUNTERS = ("passes", "hvps", "example_gradients", "seconds")
+
+
+def journaled_hvp(objective: Objective, journal: Journal, progress: Progress) -> Callable[[Tensor], Tensor]:
+    """``objective.products`` that reads finished passes from ``journal``, with their loss, gradient and cost.
+
+    The micro-batch is settled first, and stored: the last bits depend on it.
+    """
+    settled = journal.once("micro-batch", lambda: _settled(objective))
+    objective.micro_batch = settled["size"]
+
+    def products(rows: Tensor) -> Tensor:
+        before = journal.replayed
+        entry = once_charged(objective, journal, "pass", lambda: _pass(objective, rows, progress), given=[rows])
+        if journal.replayed > before:
+            _restore(objective, entry)
+            progress(f"pass {objective.passes} is on disk", 0, objective.num_examples)
+        images: Tensor = entry["products"]
+        return images
+
+    return products
+
+
+def once_charged(
+    objective: Objective,
+    journal: Journal,
+    label: str,
+    compute: Callable[[], Mapping[str, Any]],
+    *,
+    given: Sequence[Any] = (),
+) -> Entry:
+    """``journal.once``, where a stored step leaves the cost as it was after it was computed."""
+
+    def charged() -> Entry:
+        values = compute()
+        return {**values, "cost": {name: getattr(objective.meter, name) for name in COUNTERS}}
+
+    before = journal.replayed
+    entry = journal.once(label, charged, given=given)
+    if journal.replayed > before:
+        objective.meter.recall(**entry["cost"])
+    return entry
+
+
+def _settled(objective: Objective) -> Entry:
+    objective.settle_micro_batch()
+    return {"size": objective.micro_batch}
+
+
+def _pass(objective: Objective, rows: Tensor, progress: Progress) -> Entry:
+    """One pass over the data: the products, and what it leaves in ``objective``."""
+    products = objective.products(rows, progress)
+    return {"products": products, **vars(objective.point), "micro_batch": objective.micro_batch}
+
+
+def _restore(objective: Objective, entry: Entry) -> None:
+    """Leave ``objective`` as the stored pass left it."""
+    objective.point = Point(entry["loss"], entry["gradient"], entry["spread"], entry["examples"])
+    objective.num_examples, objective.terms.checked = entry["examples"], True
+    objective.micro_batch = entry["micro_batch"]
+
+
+# The layout of a file; files of another are not read.
+FORMAT = 1
+
+_CHECK = struct.Struct("<I")
+
+Place = tuple[float, ...]
+
+
+class PointLog:
+    """Values by the coordinates of the point, appended to a file in ``folder``; each is a whole record or none.
+
+    What any file there holds under the same ``key`` (other weights, data, directions or configuration have another)
+    counts as finished, whatever process wrote it: each writes to the file of its ``name``. A file of another key gives
+    way when the first point of this one is added. A record that a kill cut short is dropped.
+
+    Args:
+        folder: made when the first point is added; None keeps points in memory alone.
+        key: what the values depend on beside the coordinates, from ``fingerprint``.
+        coordinates, values: how many numbers of each.
+        name: of this process's file.
+
+    Raises: OutputError when a file cannot be written.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str] | None, key: str, coordinates: int, values: int, name: str = "points"
+    ) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._name, self._coordinates = name, coordinates
+        layout = {"format": FORMAT, "key": key, "coordinates": coordinates, "values": values}
+        self._head = json.dumps(layout).encode() + b"\n"
+        self._record = struct.Struct(f"<{coordinates + values}d")
+        self._found: dict[Place, tuple[float, ...]] = {}
+        self._whole = 0
+        self._open: int | None = None
+        self.read()
+        self.replayed = len(self._found)
+
+    def __contains__(self, point: Place) -> bool:
+        return point in self._found
+
+    def __getitem__(self, point: Place) -> tuple[float, ...]:
+        return self._found[point]
+
+    def read(self) -> None:
+        """Take in what other processes have finished meanwhile."""
+        if self._folder is None or not self._folder.is_dir():
+            return
+        for path in sorted(self._folder.glob("*.points")):
+            whole = self._read(path)
+            if path == self._path:
+                self._whole = whole
+
+    def add(self, point: Place, values: Sequence[float]) -> None:
+        """Keep the values of a point: they survive a kill from now on."""
+        self._found[point] = tuple(map(float, values))
+        if self._folder is None:
+            return
+        record = self._record.pack(*point, *self._found[point])
+        try:
+            if self._open is None:
+                self._open = self._append()
+            os.write(self._open, record + _CHECK.pack(self._check(record)))
+        except OSError as error:
+            raise OutputError(f"Cannot write {self._path}: {error.strerror}. Choose another place.") from error
+
+    def clear(self) -> None:
+        """Forget every point; the first that is added replaces this process's file."""
+        self._found, self._whole = {}, 0
+
+    def close(self) -> None:
+        """Close the file; what is in it stays."""
+        if self._open is not None:
+            os.close(self._open)
+            self._open = None
+
+    @property
+    def _path(self) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{self._name}.points"
+
+    def _check(self, record: bytes) -> int:
+        """A checksum under this head, which a record of another key fails, whoever wrote it into this file."""
+        return zlib.crc32(record, zlib.crc32(self._head))
+
+    def _append(self) -> int:
+        """The file, open at the end of its last whole record."""
+        assert self._folder is not None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        opened = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        os.ftruncate(opened, self._whole)
+        if not self._whole:
+            os.write(opened, self._head)
+        return opened
+
+    def _read(self, path: Path) -> int:
+        """Take in a file's records; returns where the last whole one ends, 0 for a file of another key."""
+        try:
+            data = path.read_bytes()
+        except OSError:
+            return 0
+        position = len(self._head)
+        if data[:position] != self._head:
+            return 0
+        size = self._record.size
+        while len(data) >= position + size + _CHECK.size:
+            record = data[position : position + size]
+            if _CHECK.unpack_from(data, position + size)[0] != self._check(record):
+                break
+            numbers = self._record.unpack(record)
+            self._found.setdefault(numbers[: self._coordinates], numbers[self._coordinates :])
+            position += size + _CHECK.size
+        return position

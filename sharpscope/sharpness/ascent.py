@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharpscope.ball import Ball, norm_of
 from sharpscope.errors import ArgumentError
-from sharpscope.perturbation import Perturbation
 from sharpscope.sharpness.losses import LossOn
+from sharpscope.weights.norm_ball import Ball, norm_of
+from sharpscope.weights.perturbation import Perturbation
 
 # Croce and Hein 2020: the first step is the ball's diameter, the memory of the last move, the share of steps that must
 # climb between two checkpoints, and where these are.

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharpscope.audit.twin import reads
 from sharpscope.errors import ArgumentError, ProblemError
 from sharpscope.objective import Objective, Progress
+from sharpscope.objective.audit import reads
 from sharpscope.objective.data import leaves
 from sharpscope.precision import placed
 from sharpscope.problem import Problem
 from sharpscope.results import InvarianceResult, SharpnessResult
-from sharpscope.results.cost import total
+from sharpscope.results.base import total
 from sharpscope.sharpness.ascent import Ascent
 from sharpscope.sharpness.measures import measure_sharpness
 

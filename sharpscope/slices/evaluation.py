@@ -1,9 +1,9 @@
-"""Loss and accuracy of a data set at whatever the weights now are, by bare forward passes."""
+"""Evaluate loss and accuracy at the points of a slice, with BatchNorm's statistics for those weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharpscope.errors import AuditError, ProblemError, out_of_memory
+from sharpscope.errors import ArgumentError, AuditError, ProblemError, out_of_memory
 from sharpscope.objective import Objective
 from sharpscope.objective.data import MicroBatch, map_tensors, micro_batches, tensors
-from sharpscope.objective.guards import OOMHalving
+from sharpscope.objective.guards import FORWARD, OOMHalving
 from sharpscope.precision import wide
+from sharpscope.slices.directions import Direction
+from sharpscope.weights.parameters import views
+from sharpscope.weights.perturbation import Perturbation
 
 # Data of no more bytes are kept on the device between points.
 KEPT = 1 << 31
@@ -184,3 +187,164 @@ def _total(values: list[Tensor]) -> float:
 def _same(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
     """Whether two looks agree but for the rounding of other kernels."""
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-8, equal_nan=True) for a, b in zip(one, two, strict=True))
+
+
+Walked = Callable[[Callable[[int], None]], None]
+
+TREATMENTS = ("frozen", "interpolate", "recalibrate")
+
+
+def running_norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    """The modules that normalise by running statistics in eval mode, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    }
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Running means and variances by name, float64 on the CPU."""
+    return {
+        f"{name}.{kind}" if name else kind: getattr(module, kind).detach().to("cpu", torch.float64, copy=True)
+        for name, module in running_norms(model).items()
+        for kind in ("running_mean", "running_var")
+    }
+
+
+class Statistics:
+    """The running statistics at the point ``w + sum_k c_k d_k``.
+
+    - "frozen": those at w. Away from w the network normalises by the statistics of another one.
+    - "interpolate": ``s(w) + sum_k c_k ds_k`` where d_k leads to another checkpoint, whose statistics are known; a
+      variance that would be negative beyond it is 0.
+    - "recalibrate": the means over the micro-batches of the data, each by its examples, of what BatchNorm in train mode
+      sees at the point; one more forward pass a point. As in SWA (Izmailov et al. 2018, section 3.2).
+
+    ``model``'s buffers are written in place; ``sharpscope.preserve`` puts them back.
+
+    Raises: ArgumentError for an unknown treatment, or one that the model or the directions have no statistics for.
+    """
+
+    def __init__(
+        self, model: nn.Module, treatment: str, changes: Sequence[Mapping[str, Tensor]], mode: str = "eval"
+    ) -> None:
+        if treatment not in TREATMENTS:
+            raise ArgumentError(f"batchnorm must be one of {', '.join(TREATMENTS)}, got {treatment!r}.")
+        self._norms = list(running_norms(model).values())
+        if treatment != "frozen" and not self._norms:
+            raise ArgumentError(
+                f"batchnorm={treatment!r} needs running statistics, but the model has none. Leave it out."
+            )
+        if treatment != "frozen" and mode != "eval":
+            raise ArgumentError(
+                f"batchnorm={treatment!r} is for eval mode; in train mode the batch decides. Leave it out."
+            )
+        self.treatment, self._changes = treatment, changes
+        self._centre = running_statistics(model) if treatment == "interpolate" else {}
+        if self._centre:
+            self._require_changes()
+        buffers = dict(model.named_buffers())
+        self._written = [buffers[name] for name in self._centre]
+
+    def _require_changes(self) -> None:
+        if not all(self._changes):
+            raise ArgumentError(
+                "batchnorm='interpolate' needs directions towards other checkpoints, whose statistics are known. "
+                "Pass batchnorm='recalibrate'."
+            )
+        if any(set(change) != set(self._centre) for change in self._changes):
+            raise ArgumentError(
+                "batchnorm='interpolate' needs running statistics in the same layers of all networks, but one lacks "
+                "some. Pass batchnorm='recalibrate'."
+            )
+
+    @torch.no_grad()
+    def move_to(self, coefficients: Sequence[float], walk: Walked) -> None:
+        """Set the statistics for the point; ``walk(before)`` runs the model on the data, see ``Evaluation.run``."""
+        if self.treatment == "interpolate":
+            for (name, centre), buffer in zip(self._centre.items(), self._written, strict=True):
+                value = centre + sum(c * change[name] for c, change in zip(coefficients, self._changes, strict=True))
+                buffer.copy_(value.clamp(min=0) if name.endswith("running_var") else value)
+        elif self.treatment == "recalibrate":
+            self._recalibrate(walk)
+
+    def _recalibrate(self, walk: Walked) -> None:
+        before = [(norm, norm.momentum, norm.track_running_stats) for norm in self._norms]
+        seen = 0
+
+        def weigh(examples: int) -> None:
+            nonlocal seen
+            seen += examples
+            for norm in self._norms:
+                norm.momentum = examples / seen  # the first takes the place of what was there
+
+        try:
+            for norm in self._norms:
+                norm.track_running_stats = norm.training = True
+            walk(weigh)
+        finally:
+            for norm, momentum, tracks in before:
+                norm.momentum, norm.track_running_stats, norm.training = momentum, tracks, False
+
+
+class Walk:
+    """Loss and accuracy of each split at points ``w + sum_k c_k d_k``.
+
+    To be used within ``measuring()`` of each objective. Each point is written from the stored centre, so nothing
+    drifts. Memory: each direction once more.
+
+    Args:
+        objectives: by the name of the split, of one model.
+        lines: the directions of each line or plane.
+        batchnorm: see ``Statistics``.
+        micro_batch: examples a forward pass.
+        moved: of the weights, whose owner puts them back.
+    """
+
+    def __init__(
+        self,
+        objectives: Mapping[str, Objective],
+        lines: Sequence[Sequence[Direction]],
+        batchnorm: str,
+        micro_batch: int,
+        moved: Perturbation,
+    ) -> None:
+        self._objectives = list(objectives.values())
+        first = self._objectives[0]
+        self._terms = first.terms
+        self._evaluations = [Evaluation(objective, micro_batch) for objective in self._objectives]
+        changes = [[d.statistics for d in line] for line in lines]
+        self._statistics = [Statistics(first.terms.model, batchnorm, change, first.problem.mode) for change in changes]
+        self._lines = [[self._moves(d) for d in line] for line in lines]
+        self._moved = moved
+
+    def at(self, line: int, coefficients: Sequence[float]) -> list[float]:
+        """Loss and accuracy of each split, in turn; cost, a forward pass over each, another with "recalibrate"."""
+        self._move(line, coefficients)
+        statistics = self._statistics[line]
+        statistics.move_to(coefficients, self._evaluations[0].run)
+        values = [value for evaluation in self._evaluations for value in evaluation()]
+        for objective, evaluation in zip(self._objectives, self._evaluations, strict=True):
+            objective.num_examples = evaluation.examples
+            objective.charge(FORWARD * evaluation.examples)
+            objective.meter.passes += 1
+        if statistics.treatment == "recalibrate":
+            self._objectives[0].charge(FORWARD * self._evaluations[0].examples)
+            self._objectives[0].meter.passes += 1
+        return values
+
+    def _moves(self, direction: Direction) -> list[Tensor]:
+        """d as tensors like the weights."""
+        return views(direction.vector.to(self._terms.device, self._terms.dtype), self._terms.params)
+
+    @torch.no_grad()
+    def _move(self, line: int, coefficients: Sequence[float]) -> None:
+        moves = [(d, c) for d, c in zip(self._lines[line], coefficients, strict=True) if c]
+        if not moves:
+            self._moved.restore()
+            return
+        (direction, scale), *others = moves
+        self._moved.move_to(direction, scale)
+        for direction, scale in others:
+            self._moved.add(self._moved.weights, direction, scale)

@@ -1,17 +1,18 @@
-"""A grid that fills, from coarse to fine."""
+"""The points of a slice: axes, spacing, and the order from coarse to fine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sharpscope.errors import DataError
+from sharpscope.errors import ArgumentError, DataError
 from sharpscope.results.slice import DIVERGED, DONE, PENDING
 from sharpscope.resume import PointLog
-from sharpscope.slices.axes import Array, coarse_to_fine, refined
-from sharpscope.slices.walk import Walk
+from sharpscope.slices.evaluation import Walk
 
 
 class Grid:
@@ -103,3 +104,123 @@ class Grid:
         point = (float(line), *coordinates)
         if point not in self._log:
             self._log.add(point, self._walk.at(line, coordinates))
+
+
+Array = NDArray[np.float64]
+Span = tuple[float, float]
+
+SPACINGS = ("linear", "log")
+
+# The first step away from 0 of a log-spaced axis, over its end.
+SMALLEST = 1e-3
+
+# Beyond it a coordinate may leave float32.
+FARTHEST = 1e30
+
+
+def axis(points: int = 21, span: Span = (-1.0, 1.0), spacing: str = "linear") -> Array:
+    """Ascending coordinates t from ``span[0]`` to ``span[1]``, both of them exactly, and 0 exactly if it lies between.
+
+    With "log" they lie in geometric progression away from 0, from 1/1000 of an end to the end, on each side that the
+    span has. An even number of points about the middle has none at 0; it gets it in addition, since the centre is the
+    one point that is known to be a minimum.
+
+    Raises: ArgumentError for fewer than 2 points or a span that is empty or not finite.
+    """
+    if len(span) != 2:
+        raise ArgumentError(f"The range of an axis must be two numbers, got {span!r}.")
+    low, high = map(float, span)
+    if not isinstance(points, int) or points < 2:
+        raise ArgumentError(f"An axis must have at least 2 points, got {points}.")
+    if not -FARTHEST <= low < high <= FARTHEST:
+        raise ArgumentError(
+            f"The range of an axis must go from a lower to a higher number, at most {FARTHEST:g}, got {low:g} to "
+            f"{high:g}."
+        )
+    if spacing not in SPACINGS:
+        raise ArgumentError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}.")
+    if spacing == "log":
+        return _logarithmic(points, low, high)
+    steps = np.arange(points)
+    # Symmetric to the bit about the middle, which linspace is not.
+    found: Array = (low * (points - 1 - steps) + high * steps) / (points - 1)
+    found[0], found[-1] = low, high
+    return with_point(found, 0.0) if low <= 0 <= high else found
+
+
+def custom_axis(values: Sequence[float] | Array) -> Array:
+    """``values`` as coordinates.
+
+    Raises: ArgumentError unless they are at least 2, finite and ascending.
+    """
+    found = np.array(values, dtype=np.float64)
+    if found.ndim != 1 or len(found) < 2 or not (abs(found) <= FARTHEST).all() or not (np.diff(found) > 0).all():
+        raise ArgumentError(f"Coordinates must be at least 2 finite, ascending numbers, got {values!r}.")
+    return found
+
+
+def _logarithmic(points: int, low: float, high: float) -> Array:
+    if low > 0 or high < 0:
+        return np.geomspace(low, high, points)
+    sides = [end for end in (low, high) if end]
+    count = points // 2 if len(sides) == 2 else points - 1
+    away = [end * (np.geomspace(SMALLEST, 1.0, count) if count > 1 else np.ones(1)) for end in sides]
+    return np.sort(np.concatenate([np.zeros(1), *away]))
+
+
+def with_point(coordinates: Array, value: float) -> Array:
+    """``coordinates`` with one that is exactly ``value``: the nearest one where that is it but for rounding."""
+    near = int(np.abs(coordinates - value).argmin())
+    if abs(coordinates[near] - value) < 1e-9 * (coordinates[-1] - coordinates[0]):
+        return np.concatenate([coordinates[:near], [value], coordinates[near + 1 :]])
+    return np.sort(np.append(coordinates, value))
+
+
+def coarse_to_fine(axes: Sequence[Array]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The flat indices of the grid's points, nearest to a picture first, and the level of each.
+
+    The grid has the last axis slowest: (points of y, points of x). Level 0 is the corners and the centre, and each
+    level puts a point into the middle of each gap of the one before, so that whatever has been finished is a coarser
+    grid of the same picture.
+    """
+    levels = [_levels(a) for a in reversed(axes)]
+    level = levels[0] if len(levels) == 1 else np.maximum(levels[0][:, None], levels[1][None, :])
+    order = np.argsort(level.reshape(-1), kind="stable")
+    return order, level.reshape(-1)[order]
+
+
+def _levels(coordinates: Array) -> NDArray[np.int64]:
+    level = np.full(len(coordinates), -1)
+    known = sorted({0, len(coordinates) - 1, int(np.abs(coordinates).argmin())})
+    level[known] = now = 0
+    while (level < 0).any():
+        now += 1
+        middles = [(a + b) // 2 for a, b in pairwise(known) if b - a > 1]
+        level[middles] = now
+        known = sorted({*known, *middles})
+    return level
+
+
+def refined(coordinates: Array, values: NDArray[np.float64], count: int) -> Array:
+    """``coordinates`` and the midpoints of at most ``count`` intervals where ``values`` bend most.
+
+    ``values`` (..., points) may be of many lines; the one that bends most decides. The measure is how far a chord
+    misses the curve, ``h^2/8 |f''|`` with the mean of the f'' of three points about either end, on the logarithm of
+    positive values: what a picture of losses over several decades shows. Where a value is not finite there is no bend
+    to measure.
+    """
+    lines = values.reshape(-1, values.shape[-1])
+    finite = lines[np.isfinite(lines)]
+    if finite.size and finite.min() > 0:
+        with np.errstate(invalid="ignore"):
+            lines = np.log(lines)
+    h = np.diff(coordinates)
+    slopes = np.diff(lines, axis=1) / h
+    second = 2 * np.abs(np.diff(slopes, axis=1)) / (h[1:] + h[:-1])
+    second[~np.isfinite(second)] = 0.0
+    at = np.zeros(len(coordinates))
+    at[1:-1] = second.max(axis=0)
+    score = h**2 / 8 * (at[1:] + at[:-1]) / 2
+    chosen = np.argsort(-score, kind="stable")[:count]
+    chosen = chosen[score[chosen] > 0]
+    return np.sort(np.concatenate([coordinates, (coordinates[chosen] + coordinates[chosen + 1]) / 2]))

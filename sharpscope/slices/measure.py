@@ -1,4 +1,4 @@
-"""From a problem to its loss along lines and over planes."""
+"""Measure the loss along lines and over planes of weight space."""
 
 from __future__ import annotations
 
@@ -8,23 +8,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from sharpscope.errors import ArgumentError
 from sharpscope.measurement import Measurement
 from sharpscope.objective import Objective, Progress
-from sharpscope.perturbation import Perturbation
 from sharpscope.problem import Problem
 from sharpscope.results import Cost, SliceResult
 from sharpscope.resume import Journal, PointLog, key_of
-from sharpscope.slices.axes import Array, Span, axis, custom_axis, with_point
-from sharpscope.slices.curvature import slopes_and_curvatures
-from sharpscope.slices.direction import Direction, cosine
-from sharpscope.slices.evaluation import usual_micro_batch
-from sharpscope.slices.grid import Grid
-from sharpscope.slices.marks import marked
-from sharpscope.slices.random_directions import random_directions
-from sharpscope.slices.walk import Walk
+from sharpscope.slices.checkpoint_directions import marked
+from sharpscope.slices.directions import Direction, cosine, random_directions
+from sharpscope.slices.evaluation import Walk, usual_micro_batch
+from sharpscope.slices.grid import Array, Grid, Span, axis, custom_axis, with_point
+from sharpscope.weights.perturbation import Perturbation
 
 Preview = Callable[[Callable[[], SliceResult]], None]
 
@@ -368,3 +365,29 @@ def _report(progress: Progress | None, objectives: Mapping[str, Objective]) -> C
             progress(f"{points} points", done * each, points * each)
 
     return report
+
+
+def slopes_and_curvatures(
+    objective: Objective, lines: Sequence[Sequence[Direction]], wanted: bool | None, journal: Journal
+) -> tuple[Array, Array]:
+    """``g'd`` (lines, q) and ``d'Hd`` (lines, q, q) for the q directions of each line or plane, in float64.
+
+    NaN where they are not ``wanted``; None wants them where a direction is an eigenvector. Cost: 1 + 2 gradients a
+    direction, in one pass; none where ``journal`` has them.
+    """
+    q = len(lines[0])
+    if wanted is None:
+        wanted = any(d.settings.get("kind") == "eigenvector" for line in lines for d in line)
+    if not wanted:
+        return np.full((len(lines), q), np.nan), np.full((len(lines), q, q), np.nan)
+    entry = journal.once("curvature", lambda: _slopes_measured(objective, lines))
+    return entry["slopes"].numpy(), entry["curvatures"].numpy()
+
+
+def _slopes_measured(objective: Objective, lines: Sequence[Sequence[Direction]]) -> dict[str, torch.Tensor]:
+    d = torch.stack([torch.stack([direction.vector for direction in line]) for line in lines])
+    rows = d.flatten(0, 1).to(objective.device, objective.dtype)
+    images = objective.products(rows).cpu().double().reshape(d.shape)
+    assert objective.gradient is not None
+    h = d @ images.transpose(1, 2)
+    return {"slopes": d @ objective.gradient.cpu().double(), "curvatures": (h + h.transpose(1, 2)) / 2}

@@ -13,22 +13,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sharpscope.audit import rounding_of
 from sharpscope.errors import ArgumentError, ConvergenceWarning
-from sharpscope.guide.subset import FEWEST, Subset, sample, usual_size, worthwhile
 from sharpscope.linalg import Eigenpairs
 from sharpscope.linalg.certificate import STEPS, kuczynski_wozniakowski
 from sharpscope.linalg.top_eigenpairs import guidable, require_arguments, top_eigenpairs_rows
 from sharpscope.measurement import Measurement
 from sharpscope.objective import Progress
 from sharpscope.objective.accumulate import KEPT
+from sharpscope.objective.audit import rounding_of
 from sharpscope.precision import usable
 from sharpscope.problem import Problem
 from sharpscope.results import EigenResult
 from sharpscope.results.eigen import CERTAIN
 from sharpscope.resume import once_charged
-from sharpscope.sampling import sampling_error
-from sharpscope.spectrum.certify import Certified, certified, require_certify
+from sharpscope.sampling.importance_sample import FEWEST, Subset, sample, usual_size, worthwhile
+from sharpscope.sampling.sampling_error import sampling_error
+from sharpscope.spectrum.certified import Certified, certified, require_certify
 
 # Intervals are longer by so many times the rounding in float32 that some examples show, since others may show more.
 FLOAT32_SAFETY = 4.0
@@ -61,7 +61,7 @@ def top_eigenvalues(
     norm come with it. What has not converged is marked in the result and warned of. The model and all random states are
     left bit for bit as they were.
 
-    The bounds come from residuals and gaps (``sharpscope.linalg.bounds.ritz_bounds``) of true products, with rounding
+    The bounds come from residuals and gaps (``sharpscope.linalg.ritz.ritz_bounds``) of true products, with rounding
     (``linalg.ritz.rayleigh_ritz``). In float32 they are then widened by what float32 does to the model itself, as some
     examples show in float64 (``_float32_error``), and held to ``tol`` again.
 

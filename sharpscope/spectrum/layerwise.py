@@ -16,9 +16,9 @@ from sharpscope.linalg.top_eigenpairs import require_arguments
 from sharpscope.measurement import Measurement
 from sharpscope.objective import Progress
 from sharpscope.operators.blockwise import blocks_of, blockwise
-from sharpscope.params import select
 from sharpscope.problem import Problem
 from sharpscope.results import BlockResult
+from sharpscope.weights.parameters import select
 
 
 def block_spectra(

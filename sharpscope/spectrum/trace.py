@@ -14,7 +14,7 @@ from sharpscope.objective import Progress
 from sharpscope.objective.accumulate import PerBatch
 from sharpscope.problem import Problem
 from sharpscope.results import Estimate, TraceResult
-from sharpscope.sampling import in_units, trace_error
+from sharpscope.sampling.sampling_error import in_units, trace_error
 
 
 def trace(

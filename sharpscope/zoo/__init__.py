@@ -11,12 +11,8 @@ import torch
 from torch import nn
 
 from sharpscope.errors import ArgumentError, nearest
-from sharpscope.zoo.cnn import cnn
-from sharpscope.zoo.dataset import DataSet, with_label_noise
-from sharpscope.zoo.digits import digits
-from sharpscope.zoo.fashion_mnist import fashion_mnist
-from sharpscope.zoo.mlp import mlp
-from sharpscope.zoo.wide_resnet import wide_resnet
+from sharpscope.zoo.data import DataSet, digits, fashion_mnist, with_label_noise
+from sharpscope.zoo.networks import cnn, mlp, wide_resnet
 
 __all__ = ["DATASETS", "MODELS", "DataSet", "load_data", "make_model", "model_arguments"]
 

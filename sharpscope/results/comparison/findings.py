@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from sharpscope.results.comparison.intervals import EXACT, KINDS, NONE, Reading
 from sharpscope.results.comparison.rows import Row
-from sharpscope.results.comparison.statistics import PAIRS, Difference
+from sharpscope.results.comparison.statistics import EXACT, KINDS, NONE, PAIRS, Difference, Reading
 from sharpscope.results.comparison.subject import Subject, Way, groups_of
-from sharpscope.results.origin import typed
+from sharpscope.results.provenance import typed
 from sharpscope.results.slice import PENDING, SliceResult
 
 # Twenty intervals of 95 % leave out what they should hold once in the mean.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sharpscope.results.comparison.intervals import (
+from sharpscope.results.comparison.statistics import (
     BINOMIAL,
     NONE,
     NUMERICAL,
@@ -16,13 +16,17 @@ from sharpscope.results.comparison.intervals import (
     PROBED_SAMPLED,
     SAMPLED,
     SUBSETS,
+    Difference,
     Reading,
+    Spread,
+    contrast,
+    difference,
+    spread,
 )
-from sharpscope.results.comparison.statistics import Difference, Spread, contrast, difference, spread
 from sharpscope.results.comparison.subject import Subject, groups_of, pairs_of
 from sharpscope.results.eigen import EigenResult
 from sharpscope.results.estimate import wilson
-from sharpscope.results.origin import examples_of, origin, typed
+from sharpscope.results.provenance import examples_of, origin, typed
 from sharpscope.results.sharpness import Measure, SharpnessResult
 from sharpscope.results.trace import TraceResult
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from sharpscope.results.cost import Cost, total
+from sharpscope.results.base import Cost, total
 from sharpscope.results.density import DensityResult
 from sharpscope.results.eigen import EigenResult
 from sharpscope.results.serialization import MaybeNaN, as_json

@@ -1,0 +1,262 @@
+"""Measure several checkpoints alike, step by step, and resume from the steps that are cached."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sharpscope.comparing.checkpoints import Checkpoints, Entrant, Field
+from sharpscope.comparing.levels import Level, level_of
+from sharpscope.comparing.steps import STEPS, How, Place, Step, between, performance, sampled
+from sharpscope.errors import ArgumentError, DataError, ProblemError
+from sharpscope.objective import Objective, Progress
+from sharpscope.problem import Problem
+from sharpscope.results import Comparison, SliceResult
+from sharpscope.results.comparison import ANALYSES, Performance, Subject
+from sharpscope.results.serialization import Misfit, as_json, head, opened, read, value_as, write
+from sharpscope.resume import key_of
+from sharpscope.resume.journal import discard
+from sharpscope.resume.key import fingerprint
+from sharpscope.sharpness.hessian import edge_of
+from sharpscope.weights.parameters import select
+
+
+def compare(
+    checkpoints: Checkpoints,
+    *,
+    test: Any = None,
+    level: str | Level = "default",
+    seed: int = 0,
+    rho: float = 0.05,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Loss, accuracy, eigenvalues, density, trace, m-sharpness and slices of each, and the loss on the lines between.
+
+    All are measured alike: on the same samples, from the same random numbers. Loss and accuracy of all come first: they
+    are cheap, and show what has diverged. What one checkpoint cannot have (a line without a weight that may move,
+    subsets of batches that cannot be cut) is left out, and its provenance's ``left_out`` says why. Groups are compared
+    by their runs, which are paired where both have the same ``provenance["recipe"]["seed"]``.
+
+    Args:
+        checkpoints: by name, each a ``Problem`` on the training data, or a function of no argument that returns one,
+            so that many need not be in memory at once: it is called again for each pass over the checkpoints. A list of
+            these, or a mapping by name, is a group of runs; all are compared with the first.
+        test: data of the test split, in any form that ``Problem`` takes; without them nothing is said of test.
+        level: "quick", "default" or "thorough", or a ``sharpscope.comparing.Level``.
+        seed: of samples, starts, probes and directions.
+        rho: the radius of m-sharpness.
+        dtype, device: as for ``top_eigenvalues``.
+        folder: where finished parts are kept, so that the same call goes on after a kill; parts of other weights, data
+            or settings give way.
+        progress: called as ``progress(stage, done, total)``, the stage with the checkpoint's name before it.
+
+    Cost: of the zoo's cnn on Fashion-MNIST 36 s a checkpoint at "quick", 200 s at "default" and some 1,500 s at
+        "thorough", on one core.
+
+    Raises: ArgumentError for checkpoints that cannot be compared, DataError for other data, or weights or a loss that
+        are not finite; what the analyses raise.
+
+    >>> import sharpscope
+    >>> import torch
+    >>> def product(a, b):  # L = (a b - 1)^2, whose Hessian at a b = 1 has the eigenvalues 2 (a^2 + b^2) and 0
+    ...     model = torch.nn.Sequential(*(torch.nn.Linear(1, 1, bias=False) for _ in range(2)))
+    ...     torch.nn.utils.vector_to_parameters(torch.tensor([a, b]), model.parameters())
+    ...     return sharpscope.Problem(model=model, loss=torch.nn.MSELoss(), data=(torch.ones(1, 1), torch.ones(1, 1)))
+    >>> comparison = sharpscope.compare({"even": product(1.0, 1.0), "uneven": product(2.0, 0.5)}, level="quick")
+    >>> for subject in comparison.subjects:
+    ...     print(f"{subject.name}: {subject.eigen.lambda_max:.2f}")
+    even: 4.00
+    uneven: 8.50
+    """
+    if isinstance(test, Problem):
+        raise ArgumentError("test must be data, got a Problem. Pass its data.")
+    how = How(level=level_of(level), test=test, seed=seed, rho=rho, dtype=dtype, device=device)
+    return _Run(Field(checkpoints), how, Parts(folder), progress).comparison()
+
+
+class _Run:
+    """One comparison at work: its arguments, so that no part has to be handed all of them."""
+
+    def __init__(self, field: Field, how: How, parts: Parts, progress: Progress | None) -> None:
+        self._field, self._how, self._parts, self._progress = field, how, parts, progress
+        self._keys: dict[str, str] = {}
+
+    def comparison(self) -> Comparison:
+        """Everything that the level asks for, of each entrant and of the lines between them."""
+        performances = [self.performance(entrant) for entrant in self._field.entrants]
+        subjects, ways = [], []
+        for entrant, known in zip(self._field.entrants, performances, strict=True):
+            subjects.append(self.subject(entrant, known))
+            ways += self.way_to(entrant)
+        return Comparison(subjects=tuple(subjects), between=tuple(ways), level=self._how.level.name)
+
+    def performance(self, entrant: Entrant) -> dict[str, Performance]:
+        """By split; cheap."""
+        problem, how = self._field.problem(entrant), self._how
+        splits = {"train": problem}
+        if how.test is not None:
+            splits["test"] = replace(problem, data=how.test)
+
+        def measure(journal: Place) -> dict[str, Performance]:
+            found = {}
+            for split, one in splits.items():
+                self._report(entrant.name, "loss and accuracy")(split, 0, None)
+                drawn = sampled(one, how.level.performance_examples, how.seed)
+                found[split] = performance(drawn, **how.computation)
+            return found
+
+        found: dict[str, Performance] = self._parts.keep(
+            entrant.name, "performance", lambda: self._key(entrant, problem, "performance"), measure
+        )
+        for split, known in found.items():
+            if not math.isfinite(known.loss):
+                raise DataError(
+                    f"Losses must be finite, but {entrant.name} has diverged: its {split} loss is {known.loss}. Leave "
+                    "it out, and say so."
+                )
+        return found
+
+    def subject(self, entrant: Entrant, performances: Mapping[str, Performance]) -> Subject:
+        """All analyses of one checkpoint."""
+        problem = self._field.problem(entrant)
+        found: dict[str, Any] = {}
+        left_out: dict[str, str] = {}
+        for name, (stage, step) in STEPS.items():
+            try:
+                found[name] = self._part(entrant, problem, name, step, self._report(entrant.name, stage))
+            except (ArgumentError, ProblemError, DataError) as error:
+                if name == "eigen":
+                    raise
+                left_out[name] = str(error)
+        edge = edge_of(found["eigen"])
+        if edge is not None and "sharpness" in found:
+            found["sharpness"] = replace(found["sharpness"], measures=(*found["sharpness"].measures, edge))
+        seed = (problem.provenance.get("recipe") or {}).get("seed", problem.provenance.get("pair"))
+        return Subject(
+            name=entrant.name,
+            group=entrant.group,
+            pair=None if seed is None else str(seed),
+            performance=performances,
+            provenance={**problem.provenance, **({"left_out": left_out} if left_out else {})},
+            **found,
+        )
+
+    def way_to(self, entrant: Entrant) -> list[tuple[str, str, SliceResult]]:
+        """From the first entrant to this one, or of groups from first run to first run; of one architecture."""
+        first, *others = self._field.ends
+        if entrant not in others:
+            return []
+        problem, end = self._field.problem(first), self._field.problem(entrant)
+        if not _alike(problem, end):
+            return []
+        report = self._report(f"{first.name} to {entrant.name}", "line")
+        theirs = fingerprint(dict(end.model.state_dict()))
+        step = between(entrant.name, end)
+        return [
+            (first.name, entrant.name, self._part(first, problem, f"to-{entrant.name}", step, report, other=theirs))
+        ]
+
+    def _part(self, entrant: Entrant, problem: Problem, part: str, step: Step, report: Progress, **also: Any) -> Any:
+        """What the step returns, now or in an earlier run."""
+        return self._parts.keep(
+            entrant.name,
+            part,
+            lambda: self._key(entrant, problem, part, **also),
+            lambda journal: step(problem, self._how, journal, report),
+        )
+
+    def _key(self, entrant: Entrant, problem: Problem, part: str, **also: Any) -> str:
+        """Of all that decides the part's numbers; what all of the entrant share is hashed once: it walks the data."""
+        if entrant.name not in self._keys:
+            # Where the file lies is no part of what is in it.
+            said = {k: str(v) for k, v in problem.provenance.items() if k != "checkpoint"}
+            h = self._how
+            self._keys[entrant.name] = key_of(
+                Objective(problem, **h.computation),
+                name=entrant.name,
+                level={**asdict(h.level), "name": ""},
+                seed=h.seed,
+                rho=h.rho,
+                said=said,
+                test=h.test,
+            )
+        return fingerprint(self._keys[entrant.name], part, also)
+
+    def _report(self, name: str, what: str) -> Progress:
+        def report(stage: str, done: int, total: int | None) -> None:
+            if self._progress is not None:
+                self._progress(f"{name}, {what}: {stage}", done, total)
+
+        return report
+
+
+def _alike(one: Problem, two: Problem) -> bool:
+    """Whether a straight line leads from one network to the other: the same weights, and those that stay are equal."""
+    ours, theirs = (dict(problem.model.named_parameters()) for problem in (one, two))
+    if {name: w.shape for name, w in ours.items()} != {name: w.shape for name, w in theirs.items()}:
+        return False
+    moving = {id(weight) for weight in select(one.model, one.params).values()}
+    return all(id(w) in moving or torch.equal(w.cpu(), theirs[name].cpu()) for name, w in ours.items())
+
+
+class Parts:
+    """The finished parts of a comparison in a folder, each with the key of what it is of.
+
+    A part is used again only under its own key; a killed one goes on in its journal.
+
+    Args:
+        folder: made when the first part is written; None keeps nothing.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        self._folder = None if folder is None else Path(folder)
+
+    def keep(self, name: str, part: str, key: Callable[[], str], measure: Callable[[Path | None], Any]) -> Any:
+        """``measure(journal)``, or what it returned under this key; on disk always as it is read back.
+
+        Args:
+            name: of the checkpoint.
+            part: "performance", a key of ANALYSES, or "to-" and the name of another checkpoint.
+            key: the hash of what decides the part, which walks the data.
+        """
+        if self._folder is None:
+            return measure(None)
+        now, path = key(), self._folder / f"{_plain(name)}-{_plain(part)}.json"
+        journal = path.with_suffix(".partial")
+        found = _read(path, part, now)
+        if found is None:
+            write(path, {**head("part", {"key": now}), "holds": as_json(measure(journal))})
+            found = _read(path, part, now)
+            assert found is not None
+        discard(journal)  # also one that was left by a kill just here
+        return found
+
+
+def _read(path: Path, part: str, key: str) -> Any:
+    """The part at ``path``, None where there is none of this key."""
+    try:
+        said = opened(read(path), "part")
+        if said["key"] != key:
+            return None
+        if part == "performance":
+            return value_as(Mapping[str, Performance], said["holds"], "holds")
+        return (ANALYSES[part].result if part in ANALYSES else SliceResult).from_dict(said["holds"])
+    except (DataError, KeyError, Misfit):
+        return None
+
+
+def _plain(name: str) -> str:
+    """A name as part of a file name, another for each: what had to be replaced is told apart by a hash."""
+    plain = re.sub(r"[^\w.+-]", "-", name)
+    return plain if plain == name else f"{plain}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"

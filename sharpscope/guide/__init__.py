@@ -1,1 +1,0 @@
-"""Cheap operators that resemble a data set's curvature and guide the few-pass solver."""

@@ -1,0 +1,110 @@
+"""The user's model and optimizer without wrappers, and the optimizer's edges of stability."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from sharpscope.edge_of_stability import descent_edge, sam_edge
+from sharpscope.errors import ArgumentError, ProblemError
+from sharpscope.optim import SAM
+from sharpscope.problem import Problem
+
+
+def bare(problem: Problem) -> Problem:
+    """``problem`` of the module inside DataParallel, DistributedDataParallel and ``torch.compile``.
+
+    Their forward pass has hooks and collectives of its own, and a compiled graph has no second derivative. The weights
+    are the same tensors; ``params`` may name them either way.
+
+    Raises: ProblemError for a model that lies in shards on several processes.
+    """
+    model, prefix = problem.model, ""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model, prefix = model.module, f"{prefix}module."
+        elif "_orig_mod" in model._modules and type(model).__name__ == "OptimizedModule":
+            model, prefix = model._modules["_orig_mod"], f"{prefix}_orig_mod."  # type: ignore[assignment]
+        else:
+            break
+    sharded = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+    if sharded or any(type(p).__name__ == "DTensor" for p in model.parameters()):
+        raise ProblemError(
+            "The model must be whole on one process to be monitored, but its parameters are sharded. Measure its "
+            "checkpoints instead."
+        )
+    given = problem.params
+    params = given.removeprefix(prefix) if isinstance(given, str) else [p.removeprefix(prefix) for p in given]
+    return replace(problem, model=model, params=params)
+
+
+@contextmanager
+def eagerly(model: nn.Module) -> Iterator[None]:
+    """What ``Module.compile`` or ``torch.compile`` made of ``model`` or of modules in it is not used in the block."""
+    own = [m for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None]
+    compiled = bool(own) or any(type(m).__name__ == "OptimizedModule" for m in model.modules())
+    stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    if not compiled or stance is None:
+        yield
+        return
+    with stance("force_eager"):
+        yield
+
+
+@dataclass(frozen=True)
+class Edges:
+    """What lambda_max is held against, as ``MonitorRecord`` has it; NaN where it means nothing."""
+
+    learning_rate: float = math.nan
+    two_over_eta: float = math.nan
+    momentum_edge: float = math.nan
+    sam_edge: float = math.nan
+
+
+def edges_of(optimizer: Any, gradient_norm: float) -> Edges:
+    """The largest learning rate and the lowest edges over the parameter groups, as their options are now."""
+    inner = unwrapped(optimizer)
+    groups = [] if inner is None else [group for group in inner.param_groups if group["params"]]
+    if not groups:
+        return Edges()
+    rate = max(float(group["lr"]) for group in groups)
+    base = inner.base_optimizer if isinstance(inner, SAM) else inner
+    descends = type(base) is torch.optim.SGD
+    heavy = descends and inner is base and any(group["momentum"] for group in groups)
+    aware = descends and isinstance(inner, SAM) and inner.plain
+    return Edges(
+        learning_rate=rate,
+        two_over_eta=descent_edge(rate),
+        momentum_edge=min(descent_edge(**_of_sgd(g)) for g in groups) if heavy else math.nan,
+        sam_edge=min(sam_edge(rho=g["rho"], gradient_norm=gradient_norm, **_of_sgd(g)) for g in groups)
+        if aware
+        else math.nan,
+    )
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The torch optimizer itself, out of what Lightning and Accelerate put around it; None for None.
+
+    Raises: ArgumentError when there is none in it.
+    """
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise ArgumentError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}.")
+    return optimizer
+
+
+def _of_sgd(group: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "lr": float(group["lr"]),
+        "momentum": float(group["momentum"]),
+        "dampening": float(group["dampening"]),
+        "nesterov": bool(group["nesterov"]),
+    }

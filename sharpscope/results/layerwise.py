@@ -1,0 +1,175 @@
+"""lambda_max and trace of each diagonal block: the result that holds them, and the table that shows results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharpscope.errors import DataError
+from sharpscope.formatting import with_bound
+from sharpscope.results.base import Cost, Result
+from sharpscope.results.estimate import Estimate
+from sharpscope.results.provenance import names_of, origin
+from sharpscope.results.serialization import Array, Shape, as_json, hints_of, notes_of, value_as
+from sharpscope.results.table import Table, stacked
+
+# A field of this shape is a key of each block's object in the JSON, of the same name or this one.
+BLOCKS = Shape("L")
+PerBlock = Annotated[Array, BLOCKS]
+_RENAMED = {
+    "names": "name",
+    "sizes": "num_params",
+    "residuals": "residual",
+    "traces": "trace",
+    "trace_errors": "trace_error",
+}
+
+# Standard errors that the whole trace must be away from zero before shares of it are told.
+SURELY = 4.0
+
+RULES = {
+    "module": "a block is the parameters that one module holds itself, named as in model.named_modules()",
+    "parameter": "a block is one parameter tensor",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class BlockResult(Result):
+    """lambda_max and trace of each diagonal block ``H_ll`` of the Hessian of a data set's mean loss; L blocks.
+
+    Attributes:
+        names: (L,) of the blocks, in the parameters' order; provenance ``by`` says whether of modules or parameters.
+            A tied parameter belongs to the first of its names.
+        sizes: (L,), each block's number of parameters.
+        lambda_max: (L,), each block's largest algebraic eigenvalue, in units of the loss over squared weights.
+        residuals: ``||H_ll v - lambda v||`` (L,), from true products.
+        lower, upper: an interval (L,) for each lambda_max.
+        converged: bool (L,), whether the interval is within the tolerance.
+        traces, trace_errors: ``tr H_ll`` (L,) with standard errors, independent of each other.
+        loss: L(w), with the weight decay if it was asked for.
+        gradient_norm: ``||grad L(w)||``.
+        cost: what it took; a product with a vector of one block counts as a whole one.
+        provenance: as EigenResult's, with ``by``, ``operator``, ``probes``.
+    """
+
+    analysis = "blocks"
+    derived = ("trace",)
+
+    names: Annotated[tuple[str, ...], BLOCKS]
+    sizes: Annotated[NDArray[np.int64], BLOCKS]
+    lambda_max: PerBlock
+    residuals: PerBlock
+    lower: PerBlock
+    upper: PerBlock
+    converged: Annotated[NDArray[np.bool_], BLOCKS]
+    traces: PerBlock
+    trace_errors: PerBlock
+    loss: float
+    gradient_norm: float
+    cost: Cost
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.names:
+            raise DataError("A blocks result needs at least one block, got none. Measure it again.")
+
+    @property
+    def trace(self) -> Estimate:
+        """``tr H``, the sum over the blocks."""
+        return Estimate(float(self.traces.sum()), float(np.linalg.norm(self.trace_errors)))
+
+    @property
+    def shares(self) -> list[Estimate] | None:
+        """``tr H_ll / tr H`` of each block, with standard errors to first order.
+
+        None where ``tr H`` is not positive beyond doubt, and shares of it would mean nothing.
+        """
+        whole = self.trace
+        if whole.value <= SURELY * whole.standard_error:
+            return None
+        parts = self.traces / whole.value
+        others = whole.standard_error**2 - self.trace_errors**2
+        errors = np.sqrt((1 - parts) ** 2 * self.trace_errors**2 + parts**2 * np.maximum(others, 0)) / whole.value
+        return [Estimate(float(part), float(error)) for part, error in zip(parts, errors, strict=True)]
+
+    @classmethod
+    def _columns(cls) -> dict[str, str]:
+        """The fields with an entry a block, and each one's key in a block's object."""
+        hints = hints_of(cls)
+        return {name: _RENAMED.get(name, name) for name in cls._fields() if BLOCKS in notes_of(hints[name])}
+
+    @classmethod
+    def _keys(cls) -> tuple[str, ...]:
+        return ("blocks", *(key for key in super()._keys() if key not in cls._columns()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values: an object a block, with its share of the trace."""
+        values, columns = super().to_dict(), self._columns()
+        rows = zip(*(values.pop(name) for name in columns), strict=True)
+        blocks = [dict(zip(columns.values(), row, strict=True)) for row in rows]
+        shares = self.shares
+        for i, block in enumerate(blocks):
+            block["share"] = None if shares is None else as_json(shares[i])
+        return {**values, "blocks": blocks}
+
+    @classmethod
+    def _read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        blocks = value_as(tuple[Mapping[str, Any], ...], values["blocks"], "blocks")
+        known = {name: key for name, key in cls._columns().items() if any(key in block for block in blocks)}
+        columns = {name: [block[key] for block in blocks] for name, key in known.items()}
+        return super()._read({**values, **columns})
+
+    def table(self) -> Table:
+        """The result as rows and notes."""
+        return block_table([self])
+
+
+def block_table(results: Sequence[BlockResult]) -> Table:
+    """A table a result, one row a block, each with its notes below."""
+    names = names_of([r.provenance for r in results])
+    return stacked([Table(_rows(r), _notes(r, name)) for r, name in zip(results, names, strict=True)])
+
+
+def _rows(r: BlockResult) -> list[list[str]]:
+    rows = [["block", "parameters", "lambda_max", "trace", "share"]]
+    shares = r.shares
+    for i, name in enumerate(r.names):
+        top = with_bound(r.lambda_max[i], r.lower[i], r.upper[i]) + ("" if r.converged[i] else " ?")
+        trace = Estimate(float(r.traces[i]), float(r.trace_errors[i]))
+        rows.append([name, f"{r.sizes[i]:,}", top, str(trace), "-" if shares is None else _percent(shares[i])])
+    return [*rows, ["all", f"{r.sizes.sum():,}", "", str(r.trace), ""]]
+
+
+def _percent(share: Estimate) -> str:
+    # 0.0 is added, lest a share of -1e-9 be shown as -0.0.
+    return f"{round(100 * share.value, 1) + 0.0:.1f} %"
+
+
+def _notes(r: BlockResult, name: str) -> list[str]:
+    p, cost = r.provenance, r.cost
+    notes = [
+        f"{name}: {origin(p)}",
+        f"{name}: loss {r.loss:.4g}, |grad| {r.gradient_norm:.2g}; {cost.gradients:.1f} gradients in {cost.passes} "
+        f"passes, {cost.seconds:.1f} seconds.",
+    ]
+    rule = RULES.get(str(p.get("by")))
+    if rule:
+        notes.append(f"{rule[0].upper()}{rule[1:]}; a tied parameter counts under the first of its names.")
+    if p.get("operator", "hessian") != "hessian":
+        about = "approximate, and their intervals leave its error out" if p["operator"] == "finite-difference" else ""
+        notes.append(f"Blocks of the operator {p['operator']}, {about or 'not of the Hessian'}.")
+    notes.append("± of lambda_max is half an interval, of a trace one standard error over the random vectors.")
+    if r.shares is None:
+        notes.append("No shares, since the whole trace is not positive beyond doubt.")
+    if not r.converged.all():
+        missing = ", ".join(one for one, sure in zip(r.names, r.converged, strict=True) if not sure)
+        notes.append(
+            f"NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?): {missing}. Allow more passes "
+            "(--max-passes), a larger tolerance (--tol), or lift to float64 (--dtype float64)."
+        )
+    return notes
