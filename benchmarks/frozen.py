@@ -357,7 +357,7 @@ def products(problem: Problem, operator: str = "hessian", **options: Any) -> dic
     block = torch.randn(objective.num_params, 3, generator=source(), dtype=torch.float64)
     loss, gradient = objective.loss_and_gradient()
     whole = objective.hvp(block)
-    again, parts = objective.hvp_partwise(block)
+    again, parts = objective.hvp_per_batch(block)
     return {
         "loss": loss,
         "gradient": gradient,

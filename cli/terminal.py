@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sharpscope.progress import at_a_terminal, progress_bar
+from sharpscope.progress import progress_bar, terminal_bar_options
 
 
 def emit(text: str) -> None:
@@ -93,7 +93,7 @@ def steps_bar(what: str | None = None) -> Iterator[Callable[[int, int, dict[str,
     """A bar of training steps with the epoch's mean loss and accuracy so far, for the ``progress`` of ``train``."""
     from tqdm import tqdm
 
-    with tqdm(desc=what, unit=" steps", **at_a_terminal()) as bar:
+    with tqdm(desc=what, unit=" steps", **terminal_bar_options()) as bar:
 
         def show(done: int, total: int, metrics: dict[str, float]) -> None:
             bar.total = total

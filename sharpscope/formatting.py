@@ -43,7 +43,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def narrower(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+def transpose_if_narrower(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
     """``rows``, or with rows for columns where that takes less width as text: few results of many numbers fit so."""
     return min((list(zip(*rows, strict=True)), list(rows)), key=lambda each: _width(aligned(each)))
 

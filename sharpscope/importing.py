@@ -18,7 +18,7 @@ def imported(source: str) -> Callable[..., Any]:
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if not is_of(error, module):
+        if not is_missing_module(error, module):
             raise
         raise ArgumentError(f"There is no module {error.name} to import {source} from. Check PYTHONPATH.") from error
     named: Callable[..., Any] | None = getattr(found, function, None)
@@ -27,7 +27,7 @@ def imported(source: str) -> Callable[..., Any]:
     return named
 
 
-def is_of(error: ModuleNotFoundError, module: str) -> bool:
+def is_missing_module(error: ModuleNotFoundError, module: str) -> bool:
     """Whether ``module`` itself is missing, or a package that it is in.
 
     What it fails to import in turn is another matter, which keeps its traceback.

@@ -18,7 +18,7 @@ from sharpscope.errors import ArgumentError, CheckpointError, ProblemError, firs
 from sharpscope.importing import imported
 from sharpscope.objective import TokenCrossEntropy
 from sharpscope.problem import Problem
-from sharpscope.subsample import count_examples, some_examples
+from sharpscope.sampling.subsample import count_examples, random_subset
 from sharpscope.zoo import MODELS, DataSet, load_data, make_model, model_arguments
 
 Factory = Callable[..., nn.Module]
@@ -131,7 +131,7 @@ def load(
         )
     return replace(
         found,
-        data=found.data if examples is None else some_examples(found.data, examples, seed),
+        data=found.data if examples is None else random_subset(found.data, examples, seed),
         provenance={
             "split_examples": count_examples(found.data),
             **found.provenance,

@@ -103,7 +103,7 @@ class Measurement:
             if self._folder is not None:
                 self._pass = journaled_hvp(self.objective, self.journal, self.report)
             elif self._products:
-                self.objective.settle_micro_batch()
+                self.objective.choose_micro_batch()
             self._stack = stack.pop_all()
         return self
 

@@ -45,7 +45,9 @@ def progress_bar(what: str = "") -> Iterator[Progress]:
             bar.close()
             stage = now
             described = f"{what}: {now}" if what else now
-            bar = tqdm(total=total, desc=described, unit=" examples", **(place.look if place else at_a_terminal()))
+            bar = tqdm(
+                total=total, desc=described, unit=" examples", **(place.look if place else terminal_bar_options())
+            )
         bar.update(done - bar.n)
 
     try:
@@ -56,7 +58,7 @@ def progress_bar(what: str = "") -> Iterator[Progress]:
             place.clear()
 
 
-def at_a_terminal() -> dict[str, Any]:
+def terminal_bar_options() -> dict[str, Any]:
     """The options of a tqdm bar on stderr."""
     # disable=None: silent where stderr is no terminal. At a terminal that reports no size tqdm would show nothing.
     size = {"dynamic_ncols": True} if _columns() else {"ncols": 80, "nrows": 20}

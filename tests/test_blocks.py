@@ -28,7 +28,7 @@ from sharpscope import (
 )
 from sharpscope.cli import blocks, eigen
 from sharpscope.operators import curvature
-from sharpscope.operators.blockwise import blocks_of, blockwise
+from sharpscope.operators.blockwise import blockwise, parameter_blocks
 from sharpscope.results import side_by_side
 from sharpscope.training import Recipe, train
 from sharpscope.weights.parameters import select
@@ -127,15 +127,15 @@ def test_float32_intervals_hold_the_true_values() -> None:
 @pytest.mark.parametrize("name", ["hessian", "ggn"])
 def test_a_blockwise_product_is_the_diagonal_of_whole_ones(name: str) -> None:
     """``diag(H_11, ..., H_LL) V`` for each block's own number of vectors, whatever the micro-batch; zero beyond."""
-    parts, counts = blocks_of(select(small("cnn")), "module"), [2, 0, 3, 1]
+    parts, counts = parameter_blocks(select(small("cnn")), "module"), [2, 0, 3, 1]
     for size in (100, 32):
         objective = Objective(problem("cnn"), micro_batch=size, curvature=curvature(name))
         vectors = torch.randn(objective.num_params, 3, dtype=torch.float64)
         wanted = torch.zeros_like(vectors)
         for one, count in zip(parts, counts, strict=True):
             alone = torch.zeros_like(vectors)
-            alone[one.part, :count] = vectors[one.part, :count]
-            wanted[one.part] = objective.hvp(alone)[one.part]
+            alone[one.entries, :count] = vectors[one.entries, :count]
+            wanted[one.entries] = objective.hvp(alone)[one.entries]
         objective.curvature = blockwise(objective.curvature, parts, counts)
         assert (objective.hvp(vectors) - wanted).abs().max() < 1e-13
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
 from sharpscope.errors import ArgumentError
-from sharpscope.subsample import count_examples, some_examples
+from sharpscope.sampling.subsample import count_examples, random_subset
 
 INPUTS, LABELS = torch.arange(30.0).reshape(15, 2), torch.arange(15)
 FORMS: dict[str, Any] = {
@@ -36,17 +36,17 @@ def test_every_form_gives_the_same_examples(form: str) -> None:
     """A seed means the same examples whether they come as tensors, batches, a Dataset or a loader, each once."""
     data = FORMS[form]
     assert count_examples(data) == 15
-    found = labels_of(some_examples(data, 6, seed=3))
-    assert found == labels_of(some_examples(FORMS["tensors"], 6, seed=3))
+    found = labels_of(random_subset(data, 6, seed=3))
+    assert found == labels_of(random_subset(FORMS["tensors"], 6, seed=3))
     assert len(set(found)) == 6
-    assert found != labels_of(some_examples(data, 6, seed=4))
-    assert labels_of(some_examples(data, 15, seed=0)) == list(range(15))
+    assert found != labels_of(random_subset(data, 6, seed=4))
+    assert labels_of(random_subset(data, 15, seed=0)) == list(range(15))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_inputs_stay_with_their_labels(form: str) -> None:
     """What is drawn of the inputs belongs to what is drawn of the labels."""
-    drawn = some_examples(FORMS[form], 6, seed=1)
+    drawn = random_subset(FORMS[form], 6, seed=1)
     for batch in [drawn] if isinstance(drawn, tuple | dict) else list(drawn):
         x, y = batch.values() if isinstance(batch, dict) else batch
         assert torch.equal(torch.atleast_2d(x)[:, 0], 2.0 * torch.atleast_1d(y))
@@ -65,14 +65,14 @@ def test_inputs_stay_with_their_labels(form: str) -> None:
 def test_data_without_a_known_number_are_refused(data: Any) -> None:
     """Where only a walk would tell which examples there are, the sentence says what would do."""
     with pytest.raises(ArgumentError, match="whose number of examples is known"):
-        some_examples(data, 3, seed=0)
+        random_subset(data, 3, seed=0)
 
 
 def test_too_many_are_refused() -> None:
     """More examples than there are, and none, are errors."""
     for examples in (0, 16):
         with pytest.raises(ArgumentError, match="from 1 to the 15"):
-            some_examples(FORMS["batches"], examples, seed=0)
+            random_subset(FORMS["batches"], examples, seed=0)
 
 
 def test_a_list_in_a_loader_is_of_examples() -> None:
@@ -80,7 +80,7 @@ def test_a_list_in_a_loader_is_of_examples() -> None:
     texts = [{"input_ids": 10 * i + torch.arange(5), "labels": torch.arange(5)} for i in range(8)]
     data: Any = DataLoader(texts, batch_size=2)  # type: ignore[arg-type]
     assert count_examples(data) == 8
-    drawn = torch.cat([batch["input_ids"] for batch in some_examples(data, 3, seed=0)])
+    drawn = torch.cat([batch["input_ids"] for batch in random_subset(data, 3, seed=0)])
     assert drawn.shape == (3, 5)
     assert torch.equal(drawn % 10, torch.arange(5).expand(3, 5))
 
@@ -91,7 +91,7 @@ def test_ragged_batches_keep_their_lengths() -> None:
         (torch.ones(3, 5), torch.zeros(3, 5)),
         (torch.ones(4, 2), torch.zeros(4, 2)),
     ]
-    drawn = some_examples(batches, 5, seed=0)
+    drawn = random_subset(batches, 5, seed=0)
     assert {x.shape[1] for x, _ in drawn} == {5, 2}
     assert sum(len(x) for x, _ in drawn) == 5
 

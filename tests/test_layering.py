@@ -33,7 +33,6 @@ ALLOWED: dict[str, set[str]] = {
     "operators": {"objective", "precision", "weights"},
     "resume": {"atomic_io", "objective", "weights"},
     "sampling": {"objective", "results"},
-    "subsample": {"objective"},
     "measurement": {"objective", "operators", "problem", "results", "resume"},
     "spectrum": {
         *("linalg", "measurement", "objective", "operators", "precision", "problem", "results", "resume", "sampling"),
@@ -44,17 +43,17 @@ ALLOWED: dict[str, set[str]] = {
     },
     "slices": {"atomic_io", "measurement", "objective", "precision", "problem", "results", "resume", "weights"},
     "comparing": {
-        *("measurement", "objective", "problem", "results", "resume", "sharpness", "slices", "spectrum", "subsample"),
+        *("measurement", "objective", "problem", "results", "resume", "sampling", "sharpness", "slices", "spectrum"),
         "weights",
     },
     "optim": {"weights"},
     "monitor": {
         *("edge_of_stability", "importing", "linalg", "measurement", "objective", "optim", "problem", "results"),
-        *("subsample", "weights"),
+        *("sampling", "weights"),
     },
     "zoo": set(),
     "checkpoint": {"atomic_io", "importing", "problem"},
-    "loading": {"checkpoint", "importing", "objective", "problem", "subsample", "zoo"},
+    "loading": {"checkpoint", "importing", "objective", "problem", "sampling", "zoo"},
     "templates": {"checkpoint", "zoo"},
     "training": {"atomic_io", "checkpoint", "monitor", "optim", "precision", "problem", "results", "zoo"},
     "edges": {"edge_of_stability"},  # former names

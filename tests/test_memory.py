@@ -157,7 +157,7 @@ def test_parts_by_themselves_are_their_own_matrices(operator: str) -> None:
     chosen = curvature(operator)
     objective = Objective(problem(weight_decay=0.5), micro_batch=16, curvature=chosen)
     block = torch.randn(objective.num_params, 3, generator=torch.Generator().manual_seed(0)).double()
-    product, parts = objective.hvp_partwise(block)
+    product, parts = objective.hvp_per_batch(block)
     assert parts.sizes == (16, 16, 8)
     assert torch.allclose(parts.weights, torch.stack([WEIGHT[y].sum() for y in Y.split(16)]))
     total = parts.forms.sum(0) / parts.weights.sum() + 0.5 * block.T @ block
@@ -175,7 +175,7 @@ def test_parts_that_were_halved_are_told_apart(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Hungry, "most", 7)
     objective = Objective(problem(), micro_batch=24)
     block = torch.eye(objective.num_params, dtype=torch.float64)[:, :2]
-    product, parts = objective.hvp_partwise(block)
+    product, parts = objective.hvp_per_batch(block)
     assert sum(parts.sizes) == 40
     assert torch.allclose(parts.forms.sum(0) / parts.weights.sum(), block.T @ product)
 

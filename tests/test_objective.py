@@ -31,6 +31,7 @@ from sharpscope import (
     top_eigenvalues,
 )
 from sharpscope.objective.data import num_examples_hint
+from sharpscope.objective.objective import RENAMED
 from sharpscope.weights.kernels import differentiable_kernels
 from sharpscope.zoo import load_data, make_model
 
@@ -54,6 +55,23 @@ def batches(size: int, *columns: Tensor) -> list[tuple[Tensor, ...]]:
 def full_hessian(problem: Problem, **options: Any) -> Tensor:
     objective = Objective(problem, **options)
     return objective.hvp(torch.eye(objective.num_params, dtype=objective.dtype))
+
+
+def test_former_names_of_an_objective_warn_and_work() -> None:
+    """Methods and attributes that were renamed are found under their former names, with a FutureWarning."""
+    objective = Objective(Problem(model=net(), loss=nn.CrossEntropyLoss(), data=(X, Y)), micro_batch=7)
+    block = torch.ones(objective.num_params, 1, dtype=objective.dtype)
+    with pytest.warns(FutureWarning, match="hvp_partwise is now Objective.hvp_per_batch") as caught:
+        product, per_batch = objective.hvp_partwise(block)  # type: ignore[attr-defined]
+    assert len(caught) == 1
+    expected, expected_per_batch = objective.hvp_per_batch(block)
+    assert torch.equal(product, expected)
+    assert torch.equal(per_batch.forms, expected_per_batch.forms)
+    for old, new in RENAMED.items():
+        with pytest.warns(FutureWarning, match=f"Objective.{old} is now Objective.{new}"):
+            assert getattr(objective, old) == getattr(objective, new)
+    with pytest.raises(AttributeError, match="no attribute 'hvp_piecewise'"):
+        objective.hvp_piecewise(block)  # type: ignore[attr-defined]
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-12) -> bool:

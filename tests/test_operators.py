@@ -176,8 +176,8 @@ def test_fisher_is_that_of_drawn_targets(name: str) -> None:
     }
     term = plain.get(name, lambda z: F.cross_entropy(z, drawn[:, 0], reduction="none"))
     rows = jacrev(lambda w: term(output(w)).flatten())(w)
-    mass = likelihood.mass(z, target).expand(shape).flatten()
-    expected = torch.einsum("in,i,im->nm", rows, mass, rows) / weight
+    curvature_weight = likelihood.curvature_weight(z, target).expand(shape).flatten()
+    expected = torch.einsum("in,i,im->nm", rows, curvature_weight, rows) / weight
     for micro_batch in (24, 5):
         assert close(product(problem, "fisher", micro_batch=micro_batch), expected)
 

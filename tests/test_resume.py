@@ -219,7 +219,7 @@ def test_a_probe_leaves_no_trace(operator: str, dtype: torch.dtype | None) -> No
     assert (float(weight), gradient.shape, products.shape) == (32, (objective.num_params,), (1, objective.num_params))
     assert float(products.norm()) > 0
     assert (objective.passes, objective.hvps, objective.gradients) == (0, 0, 0)
-    assert (objective.micro_batch, objective.point, objective.loss) == (None, None, None)
+    assert (objective.micro_batch, objective.last_pass, objective.loss) == (None, None, None)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), drawn)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dense import dense_hessian, top
 from sharpscope import AuditError, Objective, Problem, top_eigenvalues
-from sharpscope.objective.audit import rounding_of
+from sharpscope.objective.audit import float32_rounding
 
 LOSS = nn.CrossEntropyLoss()
 ROWS = torch.Generator().manual_seed(0)
@@ -58,7 +58,7 @@ def test_the_rounding_is_that_of_the_models_own_numbers() -> None:
     vectors = torch.linalg.qr(torch.randn(len(torch.nn.utils.parameters_to_vector(model.parameters())), 3))[0]
     single = Objective(problem(model))
     with single.measuring():
-        found = rounding_of(single, vectors)
+        found = float32_rounding(single, vectors)
         forms = (vectors * single.hvp(vectors)).double().sum(0).numpy()
     exact = dense_hessian(copy.deepcopy(model), lambda call: LOSS(call(X.double()), Y)).numpy()
     v = vectors.double().numpy()
@@ -66,7 +66,7 @@ def test_the_rounding_is_that_of_the_models_own_numbers() -> None:
     assert found == pytest.approx(expected, rel=0.2)
     double = Objective(problem(model), dtype=torch.float64)
     with double.measuring():
-        assert rounding_of(double, vectors) < 1e-15
+        assert float32_rounding(double, vectors) < 1e-15
 
 
 def test_a_loss_of_zero_is_not_blamed_on_a_derivative() -> None:

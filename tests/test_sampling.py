@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sharpscope import ArgumentError, Objective, Problem, top_eigenvalues
 from sharpscope.objective.accumulate import PerBatch
-from sharpscope.sampling.sampling_error import FEWEST, Sampling, _bias, sampling_error, sampling_of
+from sharpscope.sampling.sampling_error import MIN_BATCHES, Sampling, _bias, sampling_error, sampling_error_of_batches
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = torch.randn(120, 3, generator=GENERATOR).double() * torch.tensor([2.0, 1.2, 0.7]).double()
@@ -140,8 +140,8 @@ def test_only_relative_weights_matter() -> None:
     """Weights of loss terms all times 8 with curvatures times 8 change nothing."""
     units = np.stack([np.diag(row) for row in INPUTS.square().numpy()])
     weights = np.linspace(0.5, 2, 120)
-    plain = sampling_of(parts_of(units, np.eye(3)[:, :2], weights))
-    scaled = sampling_of(parts_of(8 * units, np.eye(3)[:, :2], 8 * weights))
+    plain = sampling_error_of_batches(parts_of(units, np.eye(3)[:, :2], weights))
+    scaled = sampling_error_of_batches(parts_of(8 * units, np.eye(3)[:, :2], 8 * weights))
     for name in ("se", "lower", "upper", "bias"):
         assert np.array_equal(getattr(plain, name), getattr(scaled, name))
 
@@ -150,7 +150,7 @@ def test_errors_scale_with_the_loss() -> None:
     """Twice the loss has twice the eigenvalues, errors and intervals, and the same ratio."""
     units = np.stack([np.outer(x, x) for x in INPUTS.numpy()])
     vectors = np.linalg.eigh(units.sum(0))[1][:, ::-1][:, :2]
-    plain, double = (sampling_of(parts_of(f * units, vectors)) for f in (1, 2))
+    plain, double = (sampling_error_of_batches(parts_of(f * units, vectors)) for f in (1, 2))
     for name in ("se", "lower", "upper", "bias"):
         assert np.allclose(2 * getattr(plain, name), getattr(double, name), rtol=1e-12)
     assert plain.ratio is not None
@@ -178,7 +178,7 @@ def test_weight_decay_shifts_the_interval() -> None:
 def test_a_common_factor_leaves_the_ratio_sure() -> None:
     """Where every example's Hessian is a multiple of one matrix, eigenvalues scatter and their ratio does not."""
     factors = np.random.default_rng(0).gamma(2.0, size=200)
-    result = sampling_of(parts_of(factors[:, None, None] * np.diag([9.0, 1.0, 0.2]), np.eye(3)[:, :2]))
+    result = sampling_error_of_batches(parts_of(factors[:, None, None] * np.diag([9.0, 1.0, 0.2]), np.eye(3)[:, :2]))
     assert result.ratio is not None
     assert result.se[0] > 0.4
     assert result.ratio.se == pytest.approx(0, abs=1e-12)
@@ -203,7 +203,7 @@ def test_intervals_lie_about_the_corrected_values() -> None:
     units = np.stack([np.outer(x, x) for x in INPUTS.numpy()])
     mean = units.mean(0)
     values, vectors = (part[..., ::-1][..., :2] for part in np.linalg.eigh(mean))
-    result = sampling_of(parts_of(units, vectors))
+    result = sampling_error_of_batches(parts_of(units, vectors))
     t, off = stats.t.ppf(0.975, 119), result.bias / values
     assert (off[0] > 0.01, off[0] != off[1]) == (True, True)
     lower, upper = np.log(result.lower / values), np.log(result.upper / values)
@@ -248,7 +248,7 @@ def test_the_bias_is_that_of_many_samples() -> None:
         # The projection on the true first direction is the part of the error with mean zero.
         parts, values = sample_of(rows, np.arange(200), 50, 1)
         excess.append(values[0] - (rows[:, 0] ** 2).mean())
-        stated.append(sampling_of(parts).bias[0])
+        stated.append(sampling_error_of_batches(parts).bias[0])
     assert np.mean(excess) > 0.1
     assert np.mean(stated) == pytest.approx(np.mean(excess), rel=0.25)
 
@@ -269,7 +269,7 @@ def test_intervals_cover_the_population(tails: str) -> None:
     hits = np.zeros(5, int)
     for _ in range(100):
         parts, _ = sample_of(rows, rng.choice(20000, 400, replace=False), 50, 4)
-        result = sampling_of(parts)
+        result = sampling_error_of_batches(parts)
         assert result.ratio is not None
         lower, upper = np.r_[result.lower, result.ratio.lower], np.r_[result.upper, result.ratio.upper]
         hits += (lower <= wanted) & (wanted <= upper)
@@ -299,20 +299,20 @@ def test_a_real_result_takes_it() -> None:
 
 def test_too_few_units_are_said() -> None:
     """Fewer than ten units give no number, but a sentence, and plain JSON."""
-    result, _ = measured(problem(INPUTS[: FEWEST - 1]))
+    result, _ = measured(problem(INPUTS[: MIN_BATCHES - 1]))
     assert np.isnan(result.se).all()
     assert result.ratio is None
     assert result.reason is not None
     assert "at least 10 micro-batches" in result.reason
     assert "got 9" in result.reason
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["se"] is None
-    assert np.isfinite(measured(problem(INPUTS[:FEWEST]))[0].se).all()
+    assert np.isfinite(measured(problem(INPUTS[:MIN_BATCHES]))[0].se).all()
 
 
 def test_a_ratio_to_nothing_is_not_stated() -> None:
     """Where lambda_k may be zero its interval is symmetric, holds zero, and the ratio has a reason instead."""
     units = np.stack([np.diag([9.0 + row[0], row[1]]) for row in INPUTS.numpy()])
-    result = sampling_of(parts_of(units, np.eye(2)))
+    result = sampling_error_of_batches(parts_of(units, np.eye(2)))
     assert result.lower[1] < 0 < result.upper[1]
     value = float(INPUTS[:, 1].mean())
     assert (result.lower[1] + result.upper[1]) / 2 == pytest.approx(value - result.bias[1])

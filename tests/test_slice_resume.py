@@ -267,7 +267,7 @@ def test_a_clock_that_chose_otherwise_loses_no_point(
     options = ["--quadratic"] if kind == "curvature" else ["--directions", "gradient"]
     command = ["slice", "sgd.pt", *options, "--points", "5", "--out", str(tmp_path / "s.json"), "--shard"]
     for shard, size in (("1/2", 64), ("2/2", 256)):
-        monkeypatch.setattr(microbatch, "autotuned", lambda *args, size=size: size)
+        monkeypatch.setattr(microbatch, "autotune", lambda *args, size=size: size)
         assert run(checkpoints, *command, shard) == 0
     assert SliceResult.load(tmp_path / "s.json").complete
 

@@ -20,7 +20,7 @@ from dense import dense_hessian
 from sharpscope import DataError, Objective, Problem
 from sharpscope.objective.data import MicroBatch
 from sharpscope.sampling import importance_sample as module
-from sharpscope.sampling.importance_sample import Subset, sample, worthwhile
+from sharpscope.sampling.importance_sample import ImportanceSample, importance_samples, worthwhile
 
 N = 60
 
@@ -116,16 +116,16 @@ def objective(model: nn.Module, loss: Any, data: Any, micro_batch: int = 9, **op
     return Objective(Problem(model=model, loss=loss, data=data, **options), micro_batch=micro_batch)
 
 
-def drawn(target: Objective, seed: int = 0, size: int = 20) -> Subset:
-    return sample(target, torch.Generator().manual_seed(seed), size=size)[-1]
+def drawn(target: Objective, seed: int = 0, size: int = 20) -> ImportanceSample:
+    return importance_samples(target, torch.Generator().manual_seed(seed), size=size)[-1]
 
 
-def parts(found: Subset) -> list[MicroBatch]:
+def parts(found: ImportanceSample) -> list[MicroBatch]:
     """The micro-batches of a sample that has made no products yet."""
     return found._graphs._rebuilt
 
 
-def product(found: Subset, target: Objective, block: Tensor) -> Tensor:
+def product(found: ImportanceSample, target: Objective, block: Tensor) -> Tensor:
     with target.measuring():
         return found(block.T.contiguous()).T
 
@@ -252,17 +252,17 @@ def test_kept_and_rebuilt_graphs_give_the_same_products_at_the_stated_cost(
     block = normal(target.num_params, 3)
     expected = product(drawn(target), target, block)
     each = target.graph_bytes(20) // 20
-    monkeypatch.setattr(module, "KEPT", 10 * each if kept == "half" else kept)
-    before, passes = target.meter.example_gradients, target.passes
+    monkeypatch.setattr(module, "MAX_CACHED_BYTES", 10 * each if kept == "half" else kept)
+    before, passes = target.cost_counter.example_gradients, target.passes
     found = drawn(target)
     # The first 256, which are all here, then all, and a count of bytes on 24.
-    assert target.meter.example_gradients - before == pytest.approx(2 * module.FORWARD * N + 24)
+    assert target.cost_counter.example_gradients - before == pytest.approx(2 * module.OUTPUT_DERIVATIVES_COST * N + 24)
     assert target.passes == passes + 1
     costs = []
     for _ in range(3):
-        before = target.meter.example_gradients
+        before = target.cost_counter.example_gradients
         assert torch.allclose(product(found, target, block), expected, atol=1e-14)
-        costs.append(target.meter.example_gradients - before)
+        costs.append(target.cost_counter.example_gradients - before)
     assert costs[0] == pytest.approx(20 * (1 + 2 * 3))
     rebuilt = sum(part.size for part in parts(found))
     assert {0: rebuilt == 20, "half": 0 < rebuilt < 20, 1 << 30: rebuilt == 0}[kept]
@@ -352,7 +352,7 @@ def test_the_micro_batch_does_not_change_the_sample() -> None:
     for size in (1, 7, 60):
         target = Objective(Problem(model=net(), loss=nn.CrossEntropyLoss(), data=(X, Y)), micro_batch=size)
         with target.measuring():
-            guides = sample(target, torch.Generator().manual_seed(4), size=20)
+            guides = importance_samples(target, torch.Generator().manual_seed(4), size=20)
             found.append(torch.stack([guide(eye) for guide in guides]))
     assert torch.allclose(found[0], found[1], rtol=1e-10, atol=1e-12)
     assert torch.allclose(found[0], found[2], rtol=1e-10, atol=1e-12)
@@ -362,9 +362,9 @@ def test_what_need_not_or_cannot_be_sampled_gives_none() -> None:
     """As many examples as the data have, or batches that cannot be cut, give None; a sample of one less does not."""
     target = objective(net(), nn.MSELoss(), pieces(X, SOFT))
     generator = torch.Generator().manual_seed(0)
-    assert sample(target, generator, size=N) == []
-    assert sample(target, generator, size=2 * N) == []
-    assert sample(target, generator) == []  # the default is no fewer than 512
+    assert importance_samples(target, generator, size=N) == []
+    assert importance_samples(target, generator, size=2 * N) == []
+    assert importance_samples(target, generator) == []  # the default is no fewer than 512
     assert drawn(target, size=N - 1).num_examples == N - 1
 
     class Graph(nn.Module):
@@ -376,7 +376,7 @@ def test_what_need_not_or_cannot_be_sampled_gives_none() -> None:
             return self.net(nodes)
 
     tied = [(x, torch.zeros(2, dtype=torch.float64), y) for x, y in pieces(X, SOFT)]
-    assert sample(objective(Graph(), nn.MSELoss(), tied), generator, size=20) == []
+    assert importance_samples(objective(Graph(), nn.MSELoss(), tied), generator, size=20) == []
 
 
 def test_few_data_or_kept_batches_are_not_worth_a_sample() -> None:
@@ -418,7 +418,7 @@ def test_progress_reports_the_examples_seen() -> None:
     """progress gets "scouting", the number seen, which ends at all of them, and their number."""
     seen: list[tuple[str, int, int | None]] = []
     target = objective(net(), nn.MSELoss(), pieces(X, SOFT))
-    sample(target, torch.Generator().manual_seed(0), lambda *news: seen.append(news), size=20)
+    importance_samples(target, torch.Generator().manual_seed(0), lambda *news: seen.append(news), size=20)
     assert {news[0] for news in seen} == {"scouting"}
     assert [news[1] for news in seen] == [min(N, 9 * (i + 1)) for i in range(7)]
     assert {news[2] for news in seen} == {N}

@@ -16,12 +16,12 @@ from sharpscope.objective import Progress
 from sharpscope.problem import Problem
 from sharpscope.results import DensityResult, EigenResult, SharpnessResult, SliceResult, TraceResult
 from sharpscope.results.comparison import Performance
+from sharpscope.sampling.subsample import count_examples, random_subset
 from sharpscope.sharpness import measure_sharpness
 from sharpscope.slices import loss_slice, loss_surface, random_directions, towards
 from sharpscope.slices.evaluation import Evaluation, running_norms, usual_micro_batch
 from sharpscope.spectrum import spectral_density, top_eigenvalues
 from sharpscope.spectrum import trace as trace_of
-from sharpscope.subsample import count_examples, some_examples
 from sharpscope.weights.parameters import select
 
 M = (1, 4, 16, 64, 256)
@@ -212,4 +212,4 @@ def sampled(problem: Problem, examples: int | None, seed: int) -> Problem:
     if examples is None or count is None or examples >= count:
         return problem
     said = {"split_examples": count, **problem.provenance, "examples_seed": seed}
-    return replace(problem, data=some_examples(problem.data, examples, seed), provenance=said)
+    return replace(problem, data=random_subset(problem.data, examples, seed), provenance=said)

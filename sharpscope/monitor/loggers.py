@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sharpscope.errors import ArgumentError
-from sharpscope.importing import is_of
+from sharpscope.importing import is_missing_module
 
 LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
 
@@ -56,7 +56,7 @@ def _imported(names: Sequence[str], package: str) -> Any:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if not is_of(error, name):
+            if not is_missing_module(error, name):
                 raise
     raise ArgumentError(f"{' or '.join(names)} must be installed for this callback. Install it: pip install {package}.")
 

@@ -21,7 +21,7 @@ from sharpscope.monitor.loggers import huggingface_callback, lightning_callback,
 from sharpscope.monitor.sample import SIZE, Sample, drawn
 from sharpscope.monitor.unwrap import bare, eagerly, edges_of, unwrapped
 from sharpscope.objective import Objective
-from sharpscope.objective.accumulate import KEPT, CachedGraphs, Point, point_of
+from sharpscope.objective.accumulate import MAX_CACHED_BYTES, CachedGraphs, LossAndGradient, mean_loss_and_gradient
 from sharpscope.objective.data import MicroBatch, micro_batches
 from sharpscope.objective.guards import OOMHalving
 from sharpscope.problem import Problem, require_problem
@@ -225,7 +225,7 @@ class SharpnessMonitor:
         m = self._measurement(data=[first.batch])
         objective = m.objective
         with eagerly(objective.terms.model), m:
-            objective.graph(first).products(torch.ones(1, objective.num_params).to(objective.no_vectors()), last=True)
+            objective.graph(first).products(torch.ones(1, objective.num_params).to(objective.empty_block()), last=True)
         self._note(objective)
 
     def _note(self, objective: Objective) -> None:
@@ -245,7 +245,7 @@ class SharpnessMonitor:
         objective = m.objective
         with eagerly(objective.terms.model), m:
             graphs = self._graphs(objective)
-            point = point_of(graphs.sums, objective.terms)
+            point = mean_loss_and_gradient(graphs.sums, objective.terms)
             if not (math.isfinite(point.loss) and bool(torch.isfinite(point.gradient).all())):
                 raise DataError(f"The loss and its gradient must be finite, got a loss of {point.loss:g}.")
             found = self._top(objective, graphs)
@@ -254,15 +254,15 @@ class SharpnessMonitor:
         return self._record(step, point, found, objective.gradients)
 
     def _graphs(self, objective: Objective) -> CachedGraphs:
-        """The sample's graphs, of which at most KEPT bytes stay for the next product."""
+        """The sample's graphs, of which at most MAX_CACHED_BYTES bytes stay for the next product."""
         if self._most_kept is None:
             # Of one micro-batch any pass holds the graph, and to count its bytes costs 24 examples.
             several = self._sample.examples > SIZE
             each = objective.graph_bytes(SIZE) // SIZE if several else 0
-            self._most_kept = KEPT // max(1, each)
+            self._most_kept = MAX_CACHED_BYTES // max(1, each)
         parts: list[MicroBatch] = list(micro_batches(objective.data, SIZE))
         room = OOMHalving(device=objective.device)
-        return CachedGraphs(objective.graph, parts, objective.no_vectors(), room, self._most_kept)
+        return CachedGraphs(objective.graph, parts, objective.empty_block(), room, self._most_kept)
 
     def _top(self, objective: Objective, graphs: CachedGraphs) -> Tracked:
         weight, decay = float(graphs.sums.weight), objective.problem.weight_decay
@@ -273,7 +273,7 @@ class SharpnessMonitor:
                 raise DataError("The Hessian's products must be finite, got NaN or infinity.")
             return found
 
-        like, known = objective.no_vectors(), self._known
+        like, known = objective.empty_block(), self._known
         if known is not None and known.shape[1] != like.shape[1]:
             known = None  # parameters were frozen or thawed
         return tracked(
@@ -285,7 +285,7 @@ class SharpnessMonitor:
             generator=self._generator,
         )
 
-    def _record(self, step: int, point: Point, found: Tracked, gradients: float) -> MonitorRecord:
+    def _record(self, step: int, point: LossAndGradient, found: Tracked, gradients: float) -> MonitorRecord:
         norm = float(torch.linalg.vector_norm(point.gradient))
         return MonitorRecord(
             step=step,

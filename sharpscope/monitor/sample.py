@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
 from sharpscope.errors import DataError
-from sharpscope.objective.data import MicroBatch, map_tensors, micro_batches, rows, walkable
-from sharpscope.subsample import dataset_of
+from sharpscope.objective.data import MicroBatch, as_batches, map_tensors, micro_batches, rows
+from sharpscope.sampling.subsample import underlying_dataset
 from sharpscope.weights.restore import preserved
 
 # Examples a graph.
@@ -43,9 +43,9 @@ def drawn(data: Any, examples: int | None, generator: torch.Generator) -> Sample
     Raises: DataError for data that cannot be walked, or hold no example.
     """
     with preserved(data=data):
-        dataset = dataset_of(data, SequentialSampler, RandomSampler, DistributedSampler)
+        dataset = underlying_dataset(data, SequentialSampler, RandomSampler, DistributedSampler)
         if dataset is None:
-            found, total = _walked(micro_batches(walkable(data), None), examples, generator)
+            found, total = _walked(micro_batches(as_batches(data), None), examples, generator)
         else:
             total, collate = len(dataset), data.collate_fn if isinstance(data, DataLoader) else None
             chosen = torch.arange(total) if examples is None else torch.randperm(total, generator=generator)[:examples]

@@ -1,8 +1,8 @@
 """The mean loss of a data set, its gradient and its curvature products, in full passes over the data.
 
-Where to read: ``hessian.py`` is H v of one micro-batch (two calls of ``torch.autograd.grad``), ``losses.py`` how a loss
-counts its terms, ``forward.py`` the forward pass, ``accumulate.py`` the sum over micro-batches, ``guards.py`` what is
-wrapped around a micro-batch's graph, ``objective.py`` the public class.
+Start with ``hessian.py``: H v of one micro-batch in two calls of ``torch.autograd.grad``. ``losses.py`` writes losses
+as sums over their terms, ``forward.py`` runs the forward pass, ``accumulate.py`` sums over micro-batches, ``guards.py``
+wraps a micro-batch's graph, and ``objective.py`` has the public class.
 """
 
 from sharpscope.objective.losses import TokenCrossEntropy

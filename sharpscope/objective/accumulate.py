@@ -1,4 +1,4 @@
-"""Loss, gradient and products summed over micro-batches, and what each micro-batch contributes to them."""
+"""Loss, gradient and products summed over micro-batches, and statistics of each micro-batch."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ from sharpscope.objective.guards import OOMHalving
 from sharpscope.precision import CHUNK, wide
 from sharpscope.weights.parameters import views
 
-# Bytes of graphs that are kept; those beyond are built again for every block, at 1 gradient of theirs.
-KEPT = 1 << 30
+# Limit for the bytes of cached graphs. The others are rebuilt for every block, at a cost of 1 gradient.
+MAX_CACHED_BYTES = 1 << 30
 
 
 class Sums:
-    """Sums over examples, not means; ``add`` takes in one micro-batch after another.
+    """Running sums over examples, not means; ``add`` adds one micro-batch.
 
     Args:
-        rows: the vectors (K, n) that products are of; (0, n) for loss and gradient alone.
+        rows: the vectors (K, n) to multiply; (0, n) for loss and gradient only.
 
     Attributes:
-        loss: ``sum_i a_i l_i``, and ``weight``: ``sum_i a_i``, both in float64 where the device has it.
-        gradient: (n,), and ``products``: (K, n), of the loss.
-        spread: the sum of the micro-batches' gradient norms: what rounding errors of the gradient are relative to.
-        examples: their number.
-        per_batch: the products' numbers batch by batch, where asked for.
+        loss: ``sum_i a_i l_i``, in float64 where the device has it.
+        weight: ``sum_i a_i``, in float64 where the device has it.
+        gradient: (n,), of the loss.
+        products: (K, n), with the curvature of the loss.
+        spread: the sum of the micro-batches' gradient norms, the scale of the gradient's rounding errors.
+        examples: number of examples.
+        per_batch: statistics of each micro-batch, None if not asked for.
     """
 
     def __init__(self, rows: Tensor) -> None:
@@ -45,7 +47,7 @@ class Sums:
     def add(
         self, loss: Tensor, weight: Tensor, gradient: Sequence[Tensor], examples: int, products: Tensor | None = None
     ) -> None:
-        """Add one micro-batch's sums, the gradient as a tensor for each parameter."""
+        """Add the sums of one micro-batch; the gradient is a tensor for each parameter."""
         self.loss += loss
         self.weight += weight
         torch._foreach_add_(views(self.gradient, gradient), list(gradient))
@@ -70,16 +72,16 @@ def accumulate(
 ) -> Sums:
     """Loss, gradient and products with ``rows`` (K, n), summed over ``batches``.
 
-    The graph of each micro-batch is built once, every row is multiplied with it, and it is freed. Memory: one graph,
-    and 3 (1 + K) vectors next to the block.
+    The graph of each micro-batch is built once, multiplied with every row, and freed. Memory: one graph, and
+    3 (1 + K) vectors besides the block.
 
     Args:
         graph: ``graph(batch, keep)``, see ``Graph``.
         batches: in the order of summation.
-        rows: vectors to multiply; (0, n) for loss and gradient alone.
+        rows: vectors to multiply; (0, n) for loss and gradient only.
         memory: halves a micro-batch that does not fit into memory.
         progress: called with the number of examples so far.
-        per_batch: keep what each micro-batch contributes, see ``PerBatch``.
+        per_batch: also collect statistics of each micro-batch, see ``PerBatch``.
 
     Raises: ProblemError, see ``graph`` and ``OOMHalving``.
     """
@@ -87,7 +89,7 @@ def accumulate(
     record = PerBatchRecord(rows) if per_batch else None
 
     def differentiate(batch: MicroBatch) -> tuple[Tensor, Tensor, list[Tensor], int, Tensor]:
-        # Everything of the micro-batch before any of it is added, and no reference to its graph.
+        # All results of the micro-batch before any of them is added, without a reference to its graph.
         built = graph(batch, len(rows) > 0)
         return built.loss, built.weight, list(built.gradient), batch.size, built.products(rows, last=True)
 
@@ -103,16 +105,16 @@ def accumulate(
 
 
 class CachedGraphs:
-    """``rows -> sum_b (sum_i a_i H_i) rows`` (K, n) over ``batches`` whose graphs are kept from call to call.
+    """Products ``sum_b (sum_i a_i H_i) rows`` (K, n) over ``batches`` whose graphs are cached between calls.
 
-    Cost of the first call: 1 + 2K gradients; of the others 2K, and 1 more of the graphs that are not kept.
+    Cost of the first call: 1 + 2K gradients; of later calls 2K, and 1 more of the examples whose graphs are not cached.
 
     Args:
         graph: differentiates a micro-batch.
-        batches: in the order of summation; they are held.
-        like: (0, n), for n, dtype and device.
+        batches: in the order of summation; references to them are held.
+        like: an empty block (0, n), for n, dtype and device.
         memory: halves a micro-batch that does not fit into memory.
-        most: examples whose graphs may be kept.
+        max_examples: number of examples whose graphs may be cached.
     """
 
     def __init__(
@@ -121,17 +123,17 @@ class CachedGraphs:
         batches: Iterable[MicroBatch],
         like: Tensor,
         memory: OOMHalving,
-        most: int,
+        max_examples: int,
     ) -> None:
-        self._graph, self._memory, self._left = graph, memory, most
+        self._graph, self._memory, self._capacity = graph, memory, max_examples
         self._rebuilt = list(batches)
-        self._kept: list[Graph] = []
+        self._cached: list[Graph] = []
         self._like = like
         self._sums: Sums | None = None
 
     @property
     def sums(self) -> Sums:
-        """Loss and gradient, from the first call's graphs, at the cost of 1 gradient where there was none."""
+        """Loss and gradient from the graphs of the first call; costs 1 gradient if there was none."""
         if self._sums is None:
             self(self._like)
         assert self._sums is not None
@@ -139,43 +141,42 @@ class CachedGraphs:
 
     def __call__(self, rows: Tensor) -> Tensor:
         total = torch.zeros_like(rows)
-        for kept in self._kept:
-            total += kept.products(rows)
+        for cached in self._cached:
+            total += cached.products(rows)
         first = Sums(self._like) if self._sums is None else None
         batches, self._rebuilt = self._rebuilt, []
-        for batch in batches:
-            for piece, graph, keep, products in self._memory.run(batch, lambda piece: self._multiplied(piece, rows)):
+        for whole in batches:
+            for batch, graph, keep, products in self._memory.run(whole, lambda batch: self._multiply(batch, rows)):
                 total += products
                 if first is not None:
-                    first.add(graph.loss, graph.weight, graph.gradient, piece.size)
+                    first.add(graph.loss, graph.weight, graph.gradient, batch.size)
                 if keep:
-                    self._left -= piece.size
-                    self._kept.append(graph)
+                    self._capacity -= batch.size
+                    self._cached.append(graph)
                 else:
-                    self._rebuilt.append(piece)
+                    self._rebuilt.append(batch)
         if first is not None:
             self._sums = first
         return total
 
-    def _multiplied(self, batch: MicroBatch, rows: Tensor) -> tuple[MicroBatch, Graph, bool, Tensor]:
-        """A micro-batch, its graph, whether that is to be kept, and its products."""
-        graph, keep = self._graph(batch), batch.size <= self._left
+    def _multiply(self, batch: MicroBatch, rows: Tensor) -> tuple[MicroBatch, Graph, bool, Tensor]:
+        """A micro-batch, its graph, whether to cache it, and its products."""
+        graph, keep = self._graph(batch), batch.size <= self._capacity
         return batch, graph, keep, graph.products(rows, last=not keep)
 
 
 @dataclass(frozen=True)
 class PerBatch:
-    """Numbers of B micro-batches and K vectors ``v_k``, ``H_b = sum_i a_i H_i`` over micro-batch b, no mean.
+    """Statistics of B micro-batches for K vectors ``v_k``, where ``H_b = sum_i a_i H_i`` over micro-batch b.
 
-    They tell how far what the sum over all micro-batches says would scatter from sample to sample. In float64, on the
-    device (float32 on MPS). Weight decay, which no example carries, is left out. A micro-batch that did not fit into
-    memory counts as its halves.
+    Their scatter gives sampling errors. In float64, on the device (float32 on MPS). Weight decay is not included. A
+    micro-batch that did not fit into memory counts as its halves.
 
     Attributes:
         weights: (B,), ``A_b = sum_i a_i``.
         forms: (B, K, K), ``v_j' H_b v_k``.
         squares: (B, K), ``||H_b v_k||^2``.
-        sizes: the examples of each micro-batch.
+        sizes: the number of examples of each micro-batch.
     """
 
     weights: Tensor
@@ -185,7 +186,7 @@ class PerBatch:
 
 
 class PerBatchRecord:
-    """Collects ``PerBatch`` for ``rows`` (K, n), at K^2 + K inner products a micro-batch, and waits for no device."""
+    """Collects ``PerBatch`` for ``rows`` (K, n), with K^2 + K inner products a micro-batch and no device sync."""
 
     def __init__(self, rows: Tensor) -> None:
         self._rows = rows
@@ -194,7 +195,7 @@ class PerBatchRecord:
         self._sizes: list[int] = []
 
     def add(self, weight: Tensor, products: Tensor, size: int) -> None:
-        """One micro-batch's sums; ``products`` is (K, n)."""
+        """Add the sums of one micro-batch; ``products`` is (K, n)."""
         count = len(self._rows)
         forms = torch.zeros(count, count, dtype=self._dtype, device=self._rows.device)
         squares = forms.new_zeros(count)
@@ -207,7 +208,7 @@ class PerBatchRecord:
         self._sizes.append(size)
 
     def result(self) -> PerBatch:
-        """Everything added so far."""
+        """The statistics of all micro-batches added so far."""
         columns = [torch.stack(column) for column in zip(*self._batches, strict=True)]
         if not columns:
             count, empty = len(self._rows), torch.zeros(0, dtype=self._dtype, device=self._rows.device)
@@ -217,14 +218,14 @@ class PerBatchRecord:
 
 
 @dataclass(frozen=True)
-class Point:
+class LossAndGradient:
     """Loss and gradient at w from one pass over all the data, weight decay included.
 
     Attributes:
         loss: ``L(w)``.
         gradient: (n,) of L.
-        spread: what rounding errors of the gradient are relative to.
-        examples: their number.
+        spread: the scale of the gradient's rounding errors.
+        examples: number of examples.
     """
 
     loss: float
@@ -233,10 +234,10 @@ class Point:
     examples: int
 
 
-def point_of(sums: Sums, terms: LossTerms) -> Point:
-    """The means of ``sums``, and weight decay.
+def mean_loss_and_gradient(sums: Sums, terms: LossTerms) -> LossAndGradient:
+    """The means of ``sums``, including weight decay.
 
-    Raises: DataError when there is nothing to take the mean of.
+    Raises: DataError when the total weight is not positive.
     """
     weight = float(sums.weight)
     if weight <= 0:
@@ -248,11 +249,11 @@ def point_of(sums: Sums, terms: LossTerms) -> Point:
     if decay:
         loss += terms.decay()
         gradient += decay * torch.cat([p.detach().reshape(-1) for p in terms.params])
-    return Point(loss, gradient, float(sums.spread) / weight, sums.examples)
+    return LossAndGradient(loss, gradient, float(sums.spread) / weight, sums.examples)
 
 
-def require_same_point(before: Point, now: Point) -> None:
-    """Two passes over the same data must agree.
+def require_same_loss(before: LossAndGradient, now: LossAndGradient) -> None:
+    """Two passes over the same data must give the same loss and gradient, up to nondeterministic kernels.
 
     Raises: AuditError.
     """
@@ -263,12 +264,12 @@ def require_same_point(before: Point, now: Point) -> None:
         )
     # The order of summation is the same in every pass, so only nondeterministic kernels may differ.
     eps = torch.finfo(now.gradient.dtype).eps
-    apart = float(torch.linalg.vector_norm(now.gradient - before.gradient))
-    moved = abs(now.loss - before.loss) > 1e-3 * abs(before.loss) + 1e3 * eps
-    if moved or apart > 1e3 * eps * max(now.spread, before.spread):
+    difference = float(torch.linalg.vector_norm(now.gradient - before.gradient))
+    changed = abs(now.loss - before.loss) > 1e-3 * abs(before.loss) + 1e3 * eps
+    if changed or difference > 1e3 * eps * max(now.spread, before.spread):
         raise AuditError(
             f"Every pass must see the same loss, but it was {before.loss:.6g} and is {now.loss:.6g} and the gradient "
-            f"moved by {apart:.2g}: the data change from pass to pass. Turn off shuffling and augmentation."
+            f"moved by {difference:.2g}: the data change from pass to pass. Turn off shuffling and augmentation."
         )
 
 
@@ -276,16 +277,16 @@ def locate_nonfinite(batches: Iterable[MicroBatch], sums: Callable[[MicroBatch],
     """Raise DataError for the first of ``batches`` whose data, loss or derivatives are not finite.
 
     Args:
-        batches: single examples, or those that the loader keeps.
-        sums: loss, gradient and a product of one of them.
-        products: what the products are called.
+        batches: single examples, or the loader's batches where those are kept.
+        sums: computes loss, gradient and a product of one of them.
+        products: the name of the products in messages.
     """
     for batch in batches:
-        where = batch.where(0) if batch.size == 1 else f"batch {batch.pieces[0][0]}"
+        where = batch.where(0) if batch.size == 1 else f"batch {batch.sources[0][0]}"
         if any(isinstance(leaf, Tensor) and not bool(torch.isfinite(leaf).all()) for leaf in leaves(batch.batch)):
             raise DataError(f"The data must be finite, but {where} holds NaN or infinity. Drop or mend it.")
-        found = sums(batch)
-        for name, value in (("loss", found.loss), ("gradient", found.gradient), (products, found.products)):
+        result = sums(batch)
+        for name, value in (("loss", result.loss), ("gradient", result.gradient), (products, result.products)):
             if not bool(torch.isfinite(value).all()):
                 raise DataError(f"The {name} must be finite, but that of {where} is NaN or infinite at these weights.")
     raise DataError("Loss and derivatives must be finite: those of each example are, but not their sum. Lift dtype.")

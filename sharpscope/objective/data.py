@@ -1,4 +1,4 @@
-"""Walking a data set in micro-batches whose size is independent of the loader's."""
+"""Iterating over a data set in micro-batches, independently of the loader's batch size."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ TARGET_KEYS = ("target", "targets", "label", "labels", "y")
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some consecutive examples, and where in the loader's batches they came from.
+    """Consecutive examples, and their positions in the loader's batches.
 
     Attributes:
-        batch: the same structure as the loader's batches.
+        batch: the data, with the same structure as the loader's batches.
         size: number of examples.
-        pieces: ``(loader batch, first example in it, number)`` of each run of examples.
-        scale: what each of its loss terms counts, 1 unless it stands for others in a weighted subset.
+        sources: ``(loader batch, first example in it, number of examples)`` of each run of examples.
+        scale: weight of each loss term, 1 except in an importance sample.
     """
 
     batch: Any
     size: int
-    pieces: tuple[tuple[int, int, int], ...]
+    sources: tuple[tuple[int, int, int], ...]
     scale: float = 1.0
 
     @property
     def splittable(self) -> bool:
-        """Whether every tensor has one row an example, so that the batch may be cut and joined."""
+        """Whether every tensor has one row per example, so that the batch can be cut and joined."""
         for leaf in leaves(self.batch):
             if isinstance(leaf, Tensor):
                 if leaf.dim() and len(leaf) != self.size:
@@ -46,28 +46,28 @@ class MicroBatch:
 
     def where(self, example: int) -> str:
         """ "example 17 of batch 3", both counted from 0 in the loader's terms."""
-        for batch, start, count in self.pieces:
+        for batch, start, count in self.sources:
             if example < count:
                 return f"example {start + example} of batch {batch}"
             example -= count
-        return f"batch {self.pieces[0][0]}"
+        return f"batch {self.sources[0][0]}"
 
-    def part(self, start: int, stop: int) -> MicroBatch:
-        """Examples ``start`` to ``stop`` of this micro-batch, as views."""
-        pieces, position = [], 0
-        for batch, first, count in self.pieces:
+    def slice(self, start: int, stop: int) -> MicroBatch:
+        """The micro-batch of examples ``start`` to ``stop`` (exclusive), as views."""
+        sources, position = [], 0
+        for batch, first, count in self.sources:
             low, high = max(start, position), min(stop, position + count)
             if low < high:
-                pieces.append((batch, first + low - position, high - low))
+                sources.append((batch, first + low - position, high - low))
             position += count
         cut = map_tensors(self.batch, lambda t: t[start:stop])
-        return MicroBatch(cut, stop - start, tuple(pieces), self.scale)
+        return MicroBatch(cut, stop - start, tuple(sources), self.scale)
 
 
-def walkable(data: Any) -> Iterable[Any]:
-    """``data`` as an iterable of batches that gives the same batches at every walk.
+def as_batches(data: Any) -> Iterable[Any]:
+    """``data`` as an iterable that gives the same batches at every pass.
 
-    Raises: DataError for a generator, which can be walked only once, a shuffled loader, or what is no data at all.
+    Raises: DataError for an iterator, which gives its batches only once, a shuffling loader, or an unknown type.
     """
     if isinstance(data, tuple | Mapping) and all(isinstance(t, Tensor | np.ndarray) for t in _values(data)):
         return [data]
@@ -90,10 +90,10 @@ def walkable(data: Any) -> Iterable[Any]:
 
 
 def num_examples_hint(batches: Iterable[Any]) -> int | None:
-    """The number of examples where it is known without a walk, for a progress bar and the choice of sizes."""
+    """The number of examples where it is known without a pass over the data, else None."""
     if isinstance(batches, DataLoader):
         if batches.batch_size is None or isinstance(batches.dataset, IterableDataset):
-            return None  # batches of the user's own making
+            return None  # the user makes the batches
         try:
             count = len(batches.sampler)  # type: ignore[arg-type]
         except TypeError:
@@ -105,13 +105,13 @@ def num_examples_hint(batches: Iterable[Any]) -> int | None:
 
 
 def micro_batches(batches: Iterable[Any], size: int | None) -> Iterator[MicroBatch]:
-    """Regroup ``batches`` into micro-batches of ``size`` examples, the last one smaller; None keeps the loader's.
+    """Regroup ``batches`` into micro-batches of ``size`` examples, the last one smaller; None keeps the batches.
 
-    Batches that cannot be joined (padded to other lengths, say) are only split, and what has no common first
-    dimension is kept whole.
+    Batches that cannot be joined (for example padded to different lengths) are only split. Batches without a common
+    first dimension are kept whole.
     """
     pending: list[MicroBatch] = []
-    held = 0  # examples in it
+    pending_size = 0
     for index, raw in enumerate(batches):
         batch = map_leaves(raw, lambda leaf: torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf)
         count = batch_size(batch)
@@ -120,28 +120,28 @@ def micro_batches(batches: Iterable[Any], size: int | None) -> Iterator[MicroBat
             continue
         if size is None or not whole.splittable:
             yield from _flush(pending)
-            held = 0
+            pending_size = 0
             yield whole
             continue
         if pending and not _joinable(pending[0].batch, batch):
             yield from _flush(pending)
-            held = 0
+            pending_size = 0
         start = 0
         while start < count:
-            take = min(size - held, count - start)
-            pending.append(whole if take == count else whole.part(start, start + take))
-            start, held = start + take, held + take
-            if held == size:
+            take = min(size - pending_size, count - start)
+            pending.append(whole if take == count else whole.slice(start, start + take))
+            start, pending_size = start + take, pending_size + take
+            if pending_size == size:
                 yield from _flush(pending)
-                held = 0
-        if pending:  # what is held over is a copy: a loader may fill the same tensors again
+                pending_size = 0
+        if pending:  # copied, since a loader may reuse the memory of its batches
             last = pending[-1]
             pending[-1] = replace(last, batch=map_tensors(last.batch, torch.clone))
     yield from _flush(pending)
 
 
-def arguments(batch: Any, accepts: Callable[[str], bool]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """``(args, kwargs, target)`` for ``loss(model(*args, **kwargs), target)``.
+def forward_arguments(batch: Any, accepts: Callable[[str], bool]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Split a batch into ``(args, kwargs, target)`` for ``loss(model(*args, **kwargs), target)``.
 
     Raises: ProblemError when the batch is neither a pair nor a dict with a target.
     """
@@ -160,8 +160,8 @@ def arguments(batch: Any, accepts: Callable[[str], bool]) -> tuple[tuple[Any, ..
                 "Wrap them in a DataLoader with a batch_size."
             )
         return tuple(batch[:-1]), {}, batch[-1]
-    came = f"a {type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
-    raise ProblemError(f"A batch must be (input, ..., target) or a dict with a target, got {came}.")
+    given = f"a {type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
+    raise ProblemError(f"A batch must be (input, ..., target) or a dict with a target, got {given}.")
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
@@ -179,20 +179,20 @@ def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
     return function(batch)
 
 
-def rows(batch: Any, places: Tensor) -> Any:
-    """The examples of ``batch`` at ``places`` (int64), as copies without autograd's graph."""
-    return map_tensors(batch, lambda t: t.detach()[places.to(t.device)])
+def rows(batch: Any, indices: Tensor) -> Any:
+    """The examples of ``batch`` at ``indices`` (int64), as copies without autograd's graph."""
+    return map_tensors(batch, lambda t: t.detach()[indices.to(t.device)])
 
 
 def leaves(batch: Any) -> list[Any]:
-    """The leaves of ``batch`` in order."""
-    found: list[Any] = []
-    map_leaves(batch, found.append)
-    return found
+    """All entries of ``batch`` that are not mappings, tuples or lists, in order."""
+    result: list[Any] = []
+    map_leaves(batch, result.append)
+    return result
 
 
 def structure(batch: Any) -> Any:
-    """What must be equal for the leaves of two batches to mean the same in the same order: types, keys, their order."""
+    """Types and keys of a batch in order; where they are equal, the leaves of two batches correspond."""
     if isinstance(batch, Mapping):
         return [(key, structure(value)) for key, value in batch.items()]
     if isinstance(batch, tuple | list):
@@ -209,16 +209,18 @@ def batch_size(batch: Any) -> int:
 
 
 def _flush(pending: list[MicroBatch]) -> Iterator[MicroBatch]:
+    """Yield ``pending`` joined into one micro-batch, and empty it."""
     if len(pending) == 1:
         yield pending[0]
     elif pending:
-        columns = iter([torch.cat(parts) for parts in zip(*(tensors(p.batch) for p in pending), strict=True)])
-        pieces = tuple(piece for p in pending for piece in p.pieces)
-        yield MicroBatch(map_tensors(pending[0].batch, lambda _: next(columns)), sum(p.size for p in pending), pieces)
+        joined = iter([torch.cat(parts) for parts in zip(*(tensors(p.batch) for p in pending), strict=True)])
+        sources = tuple(source for p in pending for source in p.sources)
+        yield MicroBatch(map_tensors(pending[0].batch, lambda _: next(joined)), sum(p.size for p in pending), sources)
     pending.clear()
 
 
 def _joinable(first: Any, second: Any) -> bool:
+    """Whether the tensors of two batches can be concatenated and everything else is identical."""
     if structure(first) != structure(second):
         return False
     for left, right in zip(leaves(first), leaves(second), strict=True):
@@ -231,7 +233,7 @@ def _joinable(first: Any, second: Any) -> bool:
 
 
 def tensors(batch: Any) -> list[Tensor]:
-    """The tensors that ``map_tensors`` maps, in its order."""
+    """The tensors of ``batch`` that have a first dimension, in order."""
     return [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
 
 

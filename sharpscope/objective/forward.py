@@ -1,4 +1,4 @@
-"""The loss terms of one micro-batch, summed on the device and in the dtype of the computation."""
+"""The forward pass: the loss terms of one micro-batch, summed on the device and in the dtype of the computation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sharpscope.errors import ProblemError, SharpscopeError, first_line, out_of_memory
-from sharpscope.objective.data import MicroBatch, arguments, leaves, map_leaves, tensors
+from sharpscope.objective.data import MicroBatch, forward_arguments, leaves, map_leaves, tensors
 from sharpscope.objective.float64_mode import float64_mode
 from sharpscope.objective.losses import described, output_tensor, term_loss
-from sharpscope.precision import compute_dtype, converted, placed, usable, wide
+from sharpscope.precision import available_device, cast_model, compute_dtype, matching_dtype, wide
 from sharpscope.problem import Problem, require_problem
 from sharpscope.weights import parameters
 
@@ -24,14 +24,19 @@ T = TypeVar("T")
 class LossTerms:
     """``sum_i a_i l_i(w)`` and ``sum_i a_i`` over any micro-batch of ``problem``, differentiable in ``params``.
 
-    ``preferred`` is the dtype where ``dtype`` is None and the device has it.
+    Args:
+        problem: model, loss and data.
+        dtype: of the computation. Default: ``preferred``, or that of the parameters.
+        device: of the computation. Default: that of the parameters.
+        preferred: the dtype where ``dtype`` is None and the device supports it.
 
     Attributes:
-        model, loss_function: the user's own, or copies in ``dtype`` on ``device``.
+        model: the user's model, or a copy in ``dtype`` on ``device``.
+        loss_function: the user's loss, or such a copy.
         loss: ``loss_function`` as a sum over its terms.
-        params: the tensors that form w, and ``num_params``: how many numbers they hold.
-        checked: set once every example has been seen. Later walks see the same data, and each check waits for the
-            device.
+        params: the tensors that form w.
+        num_params: number of entries of w.
+        checked: whether a whole pass has validated the data. Later passes skip the checks, which wait for the device.
 
     Raises: ArgumentError, ProblemError.
     """
@@ -46,17 +51,17 @@ class LossTerms:
         require_problem(problem)
         chosen = parameters.select(problem.model, problem.params)
         self.problem = problem
-        self.device = usable(device) if device is not None else next(iter(chosen.values())).device
-        if dtype is None and self.device.type != "mps":  # which has no float64
+        self.device = available_device(device) if device is not None else next(iter(chosen.values())).device
+        if dtype is None and self.device.type != "mps":  # MPS has no float64
             dtype = preferred
         self.dtype = compute_dtype(chosen.values(), dtype)
-        self.model, self.loss_function = placed(problem.model, problem.loss, self.dtype, self.device)
+        self.model, self.loss_function = cast_model(problem.model, problem.loss, self.dtype, self.device)
         self.params: list[Tensor] = list(parameters.select(self.model, problem.params).values())
         self.num_params = sum(p.numel() for p in self.params)
         self.loss = term_loss(self.loss_function)
         self.checked = False
         self._differentiates = False
-        self._accepts = _forward_names(problem.model)
+        self._accepts = _accepts_argument(problem.model)
 
     @property
     def batchnorm(self) -> str:
@@ -68,23 +73,23 @@ class LossTerms:
         return "batch statistics" if from_batch else "running statistics"
 
     def problem_with(self, data: Any) -> Problem:
-        """The problem of ``data`` for the very tensors that are computed with, which share their weights with it."""
+        """The problem with other ``data`` for the same model and loss objects that this object computes with."""
         return replace(self.problem, model=self.model, loss=self.loss_function, data=data)
 
-    def forward(self, part: MicroBatch) -> tuple[Any, Any, Any]:
+    def forward(self, micro_batch: MicroBatch) -> tuple[Any, Any, Any]:
         """``(output, target, batch)`` of one micro-batch; cost one forward pass.
 
         Raises: ProblemError when the model cannot take the data.
         """
-        return self.forward_on(self.placed(part.batch))
+        return self.forward_on(self.to_device(micro_batch.batch))
 
-    def placed(self, batch: Any) -> Any:
+    def to_device(self, batch: Any) -> Any:
         """A copy of ``batch`` on the device and in the dtype of the computation."""
-        return map_leaves(batch, self._placed)
+        return map_leaves(batch, self._to_device)
 
     def forward_on(self, batch: Any) -> tuple[Any, Any, Any]:
-        """``forward`` of a batch that ``placed`` gave, which the model may write into."""
-        args, kwargs, target = arguments(batch, self._accepts)
+        """``forward`` for a batch from ``to_device``, which the model may write into."""
+        args, kwargs, target = forward_arguments(batch, self._accepts)
         try:
             with float64_mode(self.dtype):
                 output = self.model(*args, **kwargs)
@@ -98,20 +103,20 @@ class LossTerms:
             ) from error
         return output, target, batch
 
-    def sums(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
-        """``(sum_i a_i l_i, sum_i a_i)`` over one micro-batch, both times ``part.scale``, the first differentiable."""
-        return self.sums_of(part, *self.forward(part))
+    def sums(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """``(sum_i a_i l_i, sum_i a_i)`` over one micro-batch, times its ``scale``; the first is differentiable."""
+        return self.sums_from_output(micro_batch, *self.forward(micro_batch))
 
-    def sums_of(self, part: MicroBatch, output: Any, target: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        """``sums(part)`` of an output that ``forward(part)`` gave."""
+    def sums_from_output(self, micro_batch: MicroBatch, output: Any, target: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        """``sums(micro_batch)`` from the results of ``forward(micro_batch)``."""
         if not self.checked:
-            self.loss.check(output, target, part.where)
+            self.loss.check(output, target, micro_batch.where)
         try:
             with float64_mode(self.dtype):
-                value, weight = self.loss.sums(output, target, batch, part.size)
+                value, weight = self.loss.sums(output, target, batch, micro_batch.size)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            # Errors from autograd are translated by guards.readable_errors.
             known = isinstance(error, SharpscopeError) or out_of_memory(error)
-            # What autograd says is told apart by those who differentiate.
             if (
                 self.checked
                 or known
@@ -122,12 +127,12 @@ class LossTerms:
                 f"The loss cannot take {described(output)} as output and {described(target)} as target: "
                 f"{first_line(error)}. It is called as loss(output, target)."
             ) from error
-        return (value, weight) if part.scale == 1 else (value * part.scale, weight * part.scale)
+        return (value, weight) if micro_batch.scale == 1 else (value * micro_batch.scale, weight * micro_batch.scale)
 
-    def bare(self, work: Callable[[], T]) -> T:
-        """``work()`` without autograd's graph, unless model or loss are seen to differentiate by themselves.
+    def without_graph(self, work: Callable[[], T]) -> T:
+        """``work()`` under ``torch.no_grad``, unless model or loss compute derivatives themselves.
 
-        A physics-informed loss takes derivatives in its inputs, which are there only with a graph.
+        For example, a physics-informed loss takes derivatives in its inputs, which need a graph.
         """
         if not self._differentiates:
             try:
@@ -140,42 +145,42 @@ class LossTerms:
         with torch.enable_grad():
             return work()
 
-    def answers(self, output: Any, target: Any) -> tuple[Tensor, Tensor]:
-        """How many labels are the place of the largest output, and how many there are; none where a loss has none."""
-        ignored = self.loss.ignored
-        if ignored is None or not isinstance(target, Tensor) or target.is_floating_point():
-            return (none := torch.zeros((), dtype=torch.long, device=self.device)), none
+    def count_correct(self, output: Any, target: Any) -> tuple[Tensor, Tensor]:
+        """The number of correct argmax predictions and the number of labels; 0 for losses without labels."""
+        ignore_index = self.loss.ignore_index
+        if ignore_index is None or not isinstance(target, Tensor) or target.is_floating_point():
+            return (zero := torch.zeros((), dtype=torch.long, device=self.device)), zero
         target = self.loss.aligned(target)
-        right = output_tensor(output).argmax(self.loss.class_dim) == target
-        # A place of an output is never negative, so that a negative label that is ignored is never right.
-        known = (target != ignored).sum()
-        return (right if ignored < 0 else right & (target != ignored)).sum(), known
+        correct = output_tensor(output).argmax(self.loss.class_dim) == target
+        labels = (target != ignore_index).sum()
+        # An argmax is never negative, so a negative ignored label is never counted as correct.
+        return (correct if ignore_index < 0 else correct & (target != ignore_index)).sum(), labels
 
     @torch.no_grad()
     def decay(self) -> float:
-        """``c/2 ||w||^2``, what a weight decay c adds to the mean loss."""
+        """``c/2 ||w||^2``, the term that a weight decay c adds to the mean loss."""
         if not self.problem.weight_decay:
             return 0.0
         squares = [p.detach().to(wide(self.device)).square().sum() for p in self.params]
         return self.problem.weight_decay / 2 * float(torch.stack(squares).sum())
 
-    def _placed(self, leaf: Any) -> Any:
+    def _to_device(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.dim():
             return leaf
-        # A copy: a model may write into its input, or ask for its gradient, and the user's data must not change.
-        return leaf.detach().to(self.device, converted(leaf, self.dtype), copy=True)
+        # A copy, since a model may write to its input or require its gradient, and the user's data must not change.
+        return leaf.detach().to(self.device, matching_dtype(leaf, self.dtype), copy=True)
 
 
 def _if_examples(data: Any) -> str:
-    """A hint where the entries of a list look like single examples."""
-    vectors = isinstance(data, list) and bool(data) and all(t.dim() == 1 for t in tensors(data[0]))
-    return " If each entry of the list is one example, pass DataLoader(data, batch_size=32)." if vectors else ""
+    """A hint for a message where the entries of a list look like single examples."""
+    single_examples = isinstance(data, list) and bool(data) and all(t.dim() == 1 for t in tensors(data[0]))
+    return " If each entry of the list is one example, pass DataLoader(data, batch_size=32)." if single_examples else ""
 
 
-def _forward_names(model: nn.Module) -> Callable[[str], bool]:
-    """Whether ``model.forward`` names an argument, so that a dict batch's target is passed on."""
+def _accepts_argument(model: nn.Module) -> Callable[[str], bool]:
+    """A function that tells whether ``model.forward`` has an argument of a given name."""
     try:
-        named = set(inspect.signature(model.forward).parameters)
+        names = set(inspect.signature(model.forward).parameters)
     except (TypeError, ValueError):
-        named = set()
-    return named.__contains__
+        names = set()
+    return names.__contains__

@@ -1,4 +1,4 @@
-"""The seam of the objective: one micro-batch, differentiated, as loss, gradient and products."""
+"""The interface between operators and everything else: one micro-batch as loss, gradient and products."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Products(Protocol):
     """``products(rows, last=False)``: the matrix times each row of ``rows`` (K, n), as a new tensor (K, n).
 
-    ``last`` frees the graph on the way, which saves memory; the graph cannot be used again.
+    ``last`` frees the graph during the call, which saves memory; the graph cannot be used again.
     """
 
     def __call__(self, rows: Tensor, last: bool = False) -> Tensor: ...
@@ -25,12 +25,13 @@ class Products(Protocol):
 
 @dataclass(frozen=True)
 class Graph:
-    """One micro-batch, differentiated once and kept, so that any number of vectors can be multiplied. Sums, not means.
+    """One micro-batch, differentiated once and kept, to multiply with any number of vectors. Sums, not means.
 
     Attributes:
-        loss: ``sum_i a_i l_i``, and ``weight``: ``sum_i a_i``, both times the micro-batch's scale.
+        loss: ``sum_i a_i l_i``, times the micro-batch's scale.
+        weight: ``sum_i a_i``, times the micro-batch's scale.
         gradient: of ``loss``, a tensor for each parameter.
-        products: with the rows of a block, of the curvature of ``loss``.
+        products: multiplies the curvature of ``loss`` with the rows of a block.
     """
 
     loss: Tensor
@@ -44,29 +45,31 @@ class Curvature:
     """A symmetric matrix that is a sum over loss terms, as a function of one micro-batch.
 
     Attributes:
-        name: what to call it as an argument, and ``title``: in a sentence.
-        graph: ``graph(terms, batch, keep)`` differentiates a micro-batch; ``keep`` says that products will be wanted.
-        cost: gradients a product on a kept graph.
-        twice: whether the model's second derivative enters.
-        tangent: ``tangent(terms, batch, vector)`` is the model's output and J v, J its Jacobian, where J is used.
-        dtype: the precision that it is computed in where none is asked for, None for the parameters' own.
-        exact: whether a product is right to rounding, so that a result need not be called approximate.
-        single: what a product in float32 may be off by beyond rounding, relative to the matrix's norm.
+        name: the value of the argument ``operator``.
+        title: the name in sentences.
+        graph: ``graph(terms, batch, keep)`` differentiates a micro-batch; ``keep`` if products will be asked for.
+        cost: of a product on a kept graph, in gradients.
+        uses_second_derivatives: whether the matrix depends on the model's second derivative.
+        tangent: ``tangent(terms, batch, vector)`` gives the model's output and J v, J its Jacobian; None where J is
+            not used.
+        dtype: the default precision; None for the parameters' own.
+        exact: whether products are exact up to rounding; False marks results as approximate.
+        float32_error: the error of a product in float32 beyond rounding, relative to the matrix's norm.
     """
 
     name: str
     title: str
     graph: Callable[[LossTerms, MicroBatch, bool], Graph]
     cost: float
-    twice: bool = False
+    uses_second_derivatives: bool = False
     tangent: Callable[[LossTerms, MicroBatch, Tensor], tuple[Tensor, Tensor]] | None = None
     dtype: torch.dtype | None = None
     exact: bool = True
-    single: float = 0.0
+    float32_error: float = 0.0
 
 
-def without_terms(terms: LossTerms, loss: Tensor, weight: Tensor) -> Graph:
-    """The graph of a micro-batch without loss terms, which need not depend on the parameters: all zeros."""
+def zero_graph(terms: LossTerms, loss: Tensor, weight: Tensor) -> Graph:
+    """The all-zero graph of a micro-batch without loss terms, whose loss may not depend on the parameters."""
 
     def products(rows: Tensor, last: bool = False) -> Tensor:
         return torch.zeros_like(rows)

@@ -1,10 +1,9 @@
-"""What is wrapped around a micro-batch's graph: readable errors, the count of its cost, and what memory allows.
+"""Wrappers around a micro-batch's graph: error messages, cost counting, and recovery from out-of-memory errors.
 
-``guarded`` takes a function ``graph(batch, keep) -> Graph`` and returns another of the same kind, so the core
-(``hessian.py`` and the other operators) knows nothing of its guards; ``Objective.graph`` applies it, in one place.
-``OOMHalving`` runs the whole use of a graph, whose memory is free only after the products. Two guards stand elsewhere:
-the journal of long runs around whole passes over the data (``sharpscope.measurement``), and float64 where the model's
-own code asks for float32 around each forward pass (``forward.py``), since not every forward pass belongs to a graph.
+``guarded`` wraps a function ``graph(batch, keep) -> Graph``, so that ``hessian.py`` and the other operators need not
+know their guards; ``Objective.graph`` is the one place that applies it. ``OOMHalving`` runs all that uses a graph,
+because the graph's memory is free only after the products. Two other guards are elsewhere: ``sharpscope.measurement``
+journals whole passes over the data, and ``forward.py`` runs each forward pass in ``float64_mode``.
 """
 
 from __future__ import annotations
@@ -24,30 +23,33 @@ from sharpscope.objective.graph import Graph
 
 T = TypeVar("T")
 
-# The unit of cost: forward and backward, which is also the price of building a kept graph.
+# The unit of cost: forward and backward pass. Building a kept graph costs the same.
 GRADIENT = 1.0
 
-# A bare forward pass in gradients, as measured on a small CNN, a WRN, an MLP and a transformer: 0.30 to 0.41.
+# Cost of a forward pass without graph in gradients: measured 0.30 to 0.41 on a small CNN, a WRN, an MLP, a transformer.
 FORWARD = 0.4
 
 
 def guarded(
-    graph: Callable[[MicroBatch, bool], Graph], meter: Meter, cost: float
+    graph: Callable[[MicroBatch, bool], Graph], counter: CostCounter, cost: float
 ) -> Callable[[MicroBatch, bool], Graph]:
-    """``graph`` with readable errors, which adds its cost to ``meter``.
+    """Wrap ``graph`` with readable errors and cost counting.
 
-    A graph costs 1 gradient for each example, and ``cost`` for each product.
+    Args:
+        graph: differentiates a micro-batch.
+        counter: gets 1 gradient per example for each graph, and ``cost`` per example for each product.
+        cost: of a product, in gradients.
     """
 
     def build(batch: MicroBatch, keep: bool) -> Graph:
         with readable_errors():
             built = graph(batch, keep)
-        meter.example_gradients += batch.size * GRADIENT
+        counter.example_gradients += batch.size * GRADIENT
 
         def products(rows: Tensor, last: bool = False) -> Tensor:
             with readable_errors():
                 images = built.products(rows, last)
-            meter.example_gradients += batch.size * cost * len(rows)
+            counter.example_gradients += batch.size * cost * len(rows)
             return images
 
         return replace(built, products=products)
@@ -57,7 +59,7 @@ def guarded(
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Raise ProblemError where torch says that the loss cannot be differentiated, once or twice."""
+    """Raise ProblemError with a remedy where torch reports that the loss cannot be differentiated once or twice."""
     try:
         yield
     except RuntimeError as error:
@@ -77,12 +79,13 @@ def readable_errors() -> Iterator[None]:
 
 
 @dataclass
-class Meter:
-    """The bill, added to as work is done.
+class CostCounter:
+    """Counters of the work done so far.
 
     Attributes:
-        passes: full walks over the data, and ``hvps``: products with a vector over all of them.
-        example_gradients: everything done, in units of one gradient (forward and backward) of one example.
+        passes: full passes over the data.
+        hvps: products with a vector over all the data.
+        example_gradients: the cost of all work, in units of one gradient (forward and backward) of one example.
     """
 
     passes: int = 0
@@ -98,76 +101,78 @@ class Meter:
 
     @contextmanager
     def timing(self) -> Iterator[None]:
-        """Add the block's wall-clock time, however it ends."""
+        """Add the block's wall-clock time, also on exceptions."""
         self._started = time.perf_counter()
         try:
             yield
         finally:
             self._before, self._started = self.seconds, None
 
-    def recall(self, *, passes: int, hvps: int, example_gradients: float, seconds: float) -> None:
+    def restore(self, *, passes: int, hvps: int, example_gradients: float, seconds: float) -> None:
         """Restore the counters saved by an interrupted run. Call inside ``timing()``."""
         self.passes, self.hvps, self.example_gradients = passes, hvps, example_gradients
         self._before, self._started = seconds, time.perf_counter()
 
 
 class OOMHalving:
-    """Runs work on micro-batches, halving their size, for later ones too, whenever it runs out of memory.
+    """Run work on micro-batches, halving the micro-batch size whenever the work runs out of memory.
 
     Args:
-        largest: examples that are tried at once, or None for whatever comes.
-        fixed: why no micro-batch may be cut, or "".
+        largest: largest number of examples to try at once, None for no limit.
+        fixed: the reason why micro-batches must not be cut, "" if they may be.
         device: where the graphs are.
     """
 
     def __init__(self, largest: int | None = None, fixed: str = "", device: torch.device | str = "cpu") -> None:
         self.largest = largest
         self.fixed = fixed
-        # Older than any graph, see _forget.
+        # A node that is older than any graph, see _release_memory.
         with torch.enable_grad():
-            self._old = torch.ones((), device=device, requires_grad=True).exp()
+            self._oldest = torch.ones((), device=device, requires_grad=True).exp()
 
     def run(self, batch: MicroBatch, work: Callable[[MicroBatch], T]) -> Iterator[T]:
-        """``work(batch)``, or that of its halves where the whole does not fit; each example is in one of the results.
+        """Yield ``work(batch)``, or the results of smaller parts where the whole does not fit into memory.
+
+        Each example is in exactly one part.
 
         Raises: ProblemError when a batch that cannot be cut does not fit.
         """
         pending = [batch]
         while pending:
-            now = pending.pop()
-            if self.largest is not None and now.size > self.largest and not self.fixed and now.splittable:
-                # The rest is cut later: what comes before it may have to be halved again.
-                pending.append(now.part(self.largest, now.size))
-                now = now.part(0, self.largest)
+            current = pending.pop()
+            if self.largest is not None and current.size > self.largest and not self.fixed and current.splittable:
+                # The rest is cut later, since its first part may have to be halved again.
+                pending.append(current.slice(self.largest, current.size))
+                current = current.slice(0, self.largest)
             try:
-                done = work(now)
+                result = work(current)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                self._require_cuttable(now, error)
+                self._require_cuttable(current, error)
             else:
-                yield done
-                del done  # it may hold a graph
+                yield result
+                del result  # it may hold a graph
                 continue
-            # Out here the exception is gone, and with it the frames that hold the graph which did not fit.
-            self._forget()
-            self.largest = (now.size + 1) // 2
-            pending.append(now)
+            # Outside of the except block the exception is gone, and with it the frames that hold the failed graph.
+            self._release_memory()
+            self.largest = (current.size + 1) // 2
+            pending.append(current)
 
-    def _forget(self) -> None:
-        """Give back what the failed attempt held.
+    def _release_memory(self) -> None:
+        """Free the memory of the failed attempt.
 
-        After an exception autograd's queue keeps operations that it has not come to, and through them a part of the
-        graph. It passes over them in its next run, but takes younger ones first: so run one that is older than all.
+        After an exception autograd's queue still holds operations that were not run, and through them part of the
+        graph. The next backward pass drops them, but runs newer nodes first; so run a node that is older than all.
         """
-        self._old.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        self._oldest.backward(retain_graph=True)  # type: ignore[no-untyped-call]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _require_cuttable(self, batch: MicroBatch, error: BaseException) -> None:
         if batch.size > 1 and not self.fixed and batch.splittable:
             return
-        what = batch.where(0) if batch.size == 1 else f"batch {batch.pieces[0][0]} of {batch.size} examples"
+        what = batch.where(0) if batch.size == 1 else f"batch {batch.sources[0][0]} of {batch.size} examples"
         why = "" if batch.size == 1 else f", and it may not be cut: {self.fixed or 'its tensors have unequal lengths'}"
         raise ProblemError(
             f"The graph of {what} must fit into memory, but does not{why} ({first_line(error)}). "

@@ -3,9 +3,9 @@
     g = autograd.grad(loss, w, create_graph=True)    1 gradient, and a graph of g as a function of w
     H v = autograd.grad(g, w, grad_outputs=v)        2 gradients for each vector v (Pearlmutter 1994)
 
-This is all there is to H v of a micro-batch. The forward pass is in ``forward.py``. ``accumulate.py`` sums over
-micro-batches; ``Objective`` divides by the weight ``sum_i a_i`` of all terms and adds weight decay. What guards a graph
-(readable errors, the count of its cost) is wrapped around it in ``guards.py``. From the top:
+The forward pass is in ``forward.py``. ``accumulate.py`` sums over micro-batches; ``Objective`` divides by the weight
+``sum_i a_i`` of all terms and adds weight decay. ``guards.py`` wraps the graph with error messages and cost counting.
+The call path from the top:
 ``top_eigenvalues -> Measurement.products -> Objective.products -> accumulate -> Objective.graph -> hessian``.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sharpscope.objective.data import MicroBatch
 from sharpscope.objective.forward import LossTerms
-from sharpscope.objective.graph import Curvature, Graph, Products, without_terms
+from sharpscope.objective.graph import Curvature, Graph, Products, zero_graph
 from sharpscope.weights.parameters import views
 
 
@@ -28,20 +28,20 @@ def hessian(terms: LossTerms, batch: MicroBatch, keep: bool) -> Graph:
     Args:
         terms: model and loss at the weights ``terms.params``.
         batch: the micro-batch.
-        keep: whether products will be asked for; without it the graph is freed at once.
+        keep: whether products will be asked for; if not, the graph is freed at once.
     """
     loss, weight = terms.sums(batch)
     if not loss.requires_grad and not float(weight):
-        return without_terms(terms, loss, weight)
-    # materialize_grads: a parameter that the loss does not use has zero curvature, it is no error.
+        return zero_graph(terms, loss, weight)
+    # materialize_grads: a parameter that the loss does not use has zero curvature and is not an error.
     gradient = torch.autograd.grad(loss, terms.params, create_graph=keep, materialize_grads=True)
     products = differentiated(gradient, terms.params)
     return Graph(loss.detach(), weight, [g.detach() for g in gradient], products)
 
 
 def differentiated(gradient: Sequence[Tensor], params: Sequence[Tensor]) -> Products:
-    """Products with the derivative in ``params`` of ``gradient``, a graph of the same shapes: H v for each row v."""
-    # A gradient that is constant in the weights has no graph, and adds nothing to H v.
+    """H v for each row v: products with the derivative of ``gradient``, which has a graph, in ``params``."""
+    # A gradient that is constant in the weights has no graph, and contributes nothing to H v.
     curved = [i for i, g in enumerate(gradient) if g.requires_grad]
 
     def products(rows: Tensor, last: bool = False) -> Tensor:
@@ -63,4 +63,4 @@ def differentiated(gradient: Sequence[Tensor], params: Sequence[Tensor]) -> Prod
     return products
 
 
-HESSIAN = Curvature("hessian", "Hessian", hessian, cost=2.0, twice=True)
+HESSIAN = Curvature("hessian", "Hessian", hessian, cost=2.0, uses_second_derivatives=True)

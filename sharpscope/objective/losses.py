@@ -1,6 +1,6 @@
-"""How a loss counts its terms: ``sum_i a_i l_i`` and ``sum_i a_i``, so that batches of any size add up.
+"""Losses as sums over their terms, ``sum_i a_i l_i`` and ``sum_i a_i``, so that batches of any size add up.
 
-Each known loss is a function below; ``_total_label_weight`` counts labels, ignored ones and class weights.
+Each known loss is a function below; ``_total_label_weight`` handles ignored labels and class weights.
 """
 
 from __future__ import annotations
@@ -16,32 +16,33 @@ from torch import Tensor, nn
 
 from sharpscope.errors import ArgumentError, DataError, ProblemError
 
+# Describes the position of an example of a batch in the data, for a message.
 Where = Callable[[int], str]
 
 
 @dataclass(frozen=True)
 class TermLoss:
-    """A loss that knows its terms.
+    """A loss as a sum over its terms.
 
     Attributes:
-        name: what to call it in a result.
+        name: the name in results.
         sums: ``sums(output, target, batch, size) -> (sum_i a_i l_i, sum_i a_i)``, the first differentiable.
         check: ``check(output, target, where)`` raises DataError for a target that the loss cannot take.
-        counted: whether the terms are counted here, not stated or implied by the loss's author.
-        stated: whether the author states their number, so that they need not be the examples.
+        counts_terms: whether this module counts the terms; False for losses that are not known here.
+        has_terms_method: whether the number of terms comes from ``loss.terms(batch)``.
         likelihood: the distribution whose negative log-likelihood it is, None where that is not known.
-        ignored: of a loss of labels, the label that is no loss term; None for other losses.
+        ignore_index: of a loss of labels, the label that is not a loss term; None for other losses.
         class_dim: of a loss of labels, the output's dimension of classes.
-        aligned: the target in the place of the output that it belongs to.
+        aligned: shifts the target so that each entry is the label of the output at the same position.
     """
 
     name: str
     sums: Callable[[Any, Any, Any, int], tuple[Tensor, Tensor]]
     check: Callable[[Any, Any, Where], None] = lambda output, target, where: None
-    counted: bool = True
-    stated: bool = False
+    counts_terms: bool = True
+    has_terms_method: bool = False
     likelihood: Likelihood | None = None
-    ignored: int | None = None
+    ignore_index: int | None = None
     class_dim: int = 1
     aligned: Callable[[Any], Any] = lambda target: target
 
@@ -49,21 +50,23 @@ class TermLoss:
 def term_loss(loss: Callable[..., Any]) -> TermLoss:
     """``loss`` as sums over its terms.
 
-    A module or functional form that is known here is summed whatever its ``reduction``; anything else must return
-    the mean over ``loss.terms(batch)`` terms, or over the examples where it has no such method.
+    A known module or functional form is summed whatever its ``reduction``. Any other loss must return the mean over
+    ``loss.terms(batch)`` terms, or over the examples where it has no such method.
 
     Raises: ProblemError for an option of a known loss whose terms do not add up over batches.
     """
     if hasattr(loss, "terms"):
-        return TermLoss(_name(loss), functools.partial(_mean_times_terms, loss), counted=False, stated=True)
+        return TermLoss(
+            _name(loss), functools.partial(_mean_times_terms, loss), counts_terms=False, has_terms_method=True
+        )
     for module, build in _MODULES.items():
-        # A subclass with a forward of its own is another loss.
+        # A subclass that overrides forward is a different loss.
         if isinstance(loss, module) and type(loss).forward is module.forward:
             return build(**{option: getattr(loss, option) for option in _OPTIONS[build]})
     if type(loss) is TokenCrossEntropy:
         return _token_cross_entropy(loss)
     function, options = (loss.func, loss.keywords) if isinstance(loss, functools.partial) else (loss, {})
-    # By identity: a callable need not be hashable.
+    # Compared by identity, since a callable may not be hashable.
     known = next((build for known, build in _FUNCTIONS.items() if known is function), None)
     if known is not None:
         if isinstance(loss, functools.partial) and loss.args:
@@ -75,19 +78,19 @@ def term_loss(loss: Callable[..., Any]) -> TermLoss:
                 "Pass a callable that returns the mean, with a terms(batch) method."
             )
         return known(**{name: value for name, value in options.items() if name != "reduction"})
-    return TermLoss(_name(loss), functools.partial(_mean_times_examples, loss), counted=False)
+    return TermLoss(_name(loss), functools.partial(_mean_times_examples, loss), counts_terms=False)
 
 
 class TokenCrossEntropy(nn.Module):
     """``-log softmax(z_bt)[y_bt]`` (nats), the mean over the tokens t of all sequences b that are not ignored.
 
-    Takes logits (B, T, V), or an output with ``.logits``, and labels (B, T), on which torch's own cross-entropy wants
-    (B, V, T). A batch counts by its tokens that are not ignored, whatever the padding.
+    Takes logits (B, T, V), or an output with ``.logits``, and labels (B, T); torch's own cross-entropy takes logits
+    (B, V, T). A batch has the weight of its tokens that are not ignored, whatever the padding.
 
     Args:
-        shift: compare the logits of a token with the label of the next, as a causal language model does whose labels
-            are its input; the first label is then no loss term.
-        ignore_index: the label that is no loss term.
+        shift: compare the logits of a token with the label of the next token, for a causal language model whose labels
+            are its inputs; the first label is then not a loss term.
+        ignore_index: the label that is not a loss term.
         label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
 
     Raises: ArgumentError for a smoothing outside 0..1.
@@ -106,19 +109,19 @@ class TokenCrossEntropy(nn.Module):
         self.shift, self.ignore_index, self.label_smoothing = shift, ignore_index, label_smoothing
 
     def forward(self, output: Any, target: Tensor) -> Tensor:
-        """The mean over the tokens of one batch."""
+        """The mean over the tokens of one batch (nats)."""
         flat, labels = output_tensor(output).flatten(0, -2), self.aligned(target).flatten()
         return F.cross_entropy(flat, labels, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing)
 
     def aligned(self, target: Tensor) -> Tensor:
-        """The label (B, T) of each of the logits: with ``shift`` that of the next token, and none for the last."""
+        """The label (B, T) of each position: with ``shift`` that of the next token, the last one ignored."""
         return F.pad(target[:, 1:], (0, 1), value=self.ignore_index) if self.shift else target
 
 
 def _cross_entropy(weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> TermLoss:
     def sums(output: Any, target: Tensor, batch: Any, size: int) -> tuple[Tensor, Tensor]:
         logits = output_tensor(output)
-        scale = _like(weight, logits)
+        scale = _to_like(weight, logits)
         target = target if target.is_floating_point() else target.long()
         total = F.cross_entropy(
             logits, target, scale, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
@@ -135,15 +138,15 @@ def _cross_entropy(weight: Tensor | None = None, ignore_index: int = -100, label
         sums,
         check,
         likelihood=categorical(weight, ignore_index, label_smoothing),
-        ignored=ignore_index,
+        ignore_index=ignore_index,
     )
 
 
 def _token_cross_entropy(loss: TokenCrossEntropy) -> TermLoss:
-    each = _cross_entropy(None, loss.ignore_index, loss.label_smoothing)
+    flat = _cross_entropy(None, loss.ignore_index, loss.label_smoothing)
 
     def sums(output: Any, target: Tensor, batch: Any, size: int) -> tuple[Tensor, Tensor]:
-        return each.sums(output_tensor(output).flatten(0, -2), loss.aligned(target).flatten(), batch, size)
+        return flat.sums(output_tensor(output).flatten(0, -2), loss.aligned(target).flatten(), batch, size)
 
     def check(output: Any, target: Any, where: Where) -> None:
         logits = output_tensor(output)
@@ -152,19 +155,19 @@ def _token_cross_entropy(loss: TokenCrossEntropy) -> TermLoss:
                 f"The loss of tokens must have logits (B, T, V) and labels (B, T), got {tuple(logits.shape)} and "
                 f"{described(target)}. Take torch.nn.CrossEntropyLoss for another form."
             )
-        each.check(logits.movedim(-1, 1), target, where)
+        flat.check(logits.movedim(-1, 1), target, where)
 
-    of_tokens = categorical(None, loss.ignore_index, loss.label_smoothing, dim=-1)
+    per_token = categorical(None, loss.ignore_index, loss.label_smoothing, dim=-1)
     return TermLoss(
         "token_cross_entropy",
         sums,
         check,
         likelihood=replace(
-            of_tokens,
-            weight=lambda output, target: of_tokens.weight(output, loss.aligned(target)),
-            mass=lambda output, target: of_tokens.mass(output, loss.aligned(target)),
+            per_token,
+            weight=lambda output, target: per_token.weight(output, loss.aligned(target)),
+            curvature_weight=lambda output, target: per_token.curvature_weight(output, loss.aligned(target)),
         ),
-        ignored=loss.ignore_index,
+        ignore_index=loss.ignore_index,
         class_dim=-1,
         aligned=loss.aligned,
     )
@@ -173,7 +176,7 @@ def _token_cross_entropy(loss: TokenCrossEntropy) -> TermLoss:
 def _nll(weight: Tensor | None = None, ignore_index: int = -100) -> TermLoss:
     def sums(output: Any, target: Tensor, batch: Any, size: int) -> tuple[Tensor, Tensor]:
         log_probabilities = output_tensor(output)
-        scale, target = _like(weight, log_probabilities), target.long()
+        scale, target = _to_like(weight, log_probabilities), target.long()
         total = F.nll_loss(log_probabilities, target, scale, ignore_index=ignore_index, reduction="sum")
         return total, _total_label_weight(target, scale, ignore_index, total)
 
@@ -181,7 +184,7 @@ def _nll(weight: Tensor | None = None, ignore_index: int = -100) -> TermLoss:
         _check_labels(output_tensor(output), target, ignore_index, where)
 
     return TermLoss(
-        "nll", sums, check, likelihood=categorical(weight, ignore_index, logarithms=True), ignored=ignore_index
+        "nll", sums, check, likelihood=categorical(weight, ignore_index, logarithms=True), ignore_index=ignore_index
     )
 
 
@@ -200,8 +203,8 @@ def _bce_with_logits(weight: Tensor | None = None, pos_weight: Tensor | None = N
         total = F.binary_cross_entropy_with_logits(
             logits,
             target.to(logits),
-            _like(weight, logits),
-            pos_weight=_like(pos_weight, logits),
+            _to_like(weight, logits),
+            pos_weight=_to_like(pos_weight, logits),
             reduction="sum",
         )
         # torch's mean divides by the elements, not by their weights.
@@ -246,7 +249,7 @@ def _mean_times_terms(loss: Any, output: Any, target: Any, batch: Any, size: int
     count = value.new_tensor(terms) if not isinstance(terms, Tensor) else terms.detach().to(value)
     if count.numel() != 1:
         raise ProblemError(f"terms(batch) must return one number, got shape {tuple(count.shape)}.")
-    # The mean over no terms is 0/0; a batch without terms counts for nothing.
+    # The mean over no terms is 0/0; a batch without terms has weight 0.
     return (value * count if float(count) else torch.zeros_like(value)), count.reshape(())
 
 
@@ -267,7 +270,7 @@ def _scalar(loss: Any, output: Any, target: Any) -> Tensor:
 def _total_label_weight(target: Tensor, weight: Tensor | None, ignore_index: int, like: Tensor) -> Tensor:
     """``sum_i a_i``: a_i is 0 for ``ignore_index``, else the label's class weight, 1 without weights.
 
-    ``likelihoods.categorical`` has the same a_i term by term.
+    ``categorical`` has the same a_i term by term.
     """
     counted = target != ignore_index
     if weight is None:
@@ -275,7 +278,7 @@ def _total_label_weight(target: Tensor, weight: Tensor | None, ignore_index: int
     return weight[target.clamp(0, len(weight) - 1)].mul(counted).sum()
 
 
-def _like(weight: Tensor | None, output: Tensor) -> Tensor | None:
+def _to_like(weight: Tensor | None, output: Tensor) -> Tensor | None:
     return None if weight is None else weight.detach().to(output)
 
 
@@ -319,7 +322,7 @@ def _check_same_shape(output: Any, target: Any, where: Where) -> None:
 
 
 def described(value: Any) -> str:
-    """The shape of a tensor, or what else ``value`` is, for a message."""
+    """The shape of a tensor, or the type of any other ``value``, for a message."""
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
@@ -328,13 +331,13 @@ def _name(loss: Any) -> str:
 
 
 def output_tensor(output: Any) -> Tensor:
-    """The tensor of ``output`` that a known loss takes.
+    """The tensor in ``output`` that a known loss is applied to: itself, or its "logits".
 
-    Raises: ProblemError for an output that is no tensor and has none called "logits".
+    Raises: ProblemError for an output that is not a tensor and has no logits.
     """
-    found = output if isinstance(output, Tensor) else find_logits(output)
-    if found is not None:
-        return found
+    tensor = output if isinstance(output, Tensor) else find_logits(output)
+    if tensor is not None:
+        return tensor
     raise ProblemError(
         f"The model must return a tensor, or an object with .logits, for this loss; got {type(output).__name__}. "
         "Pass a loss(output, target) that picks what it needs."
@@ -342,9 +345,9 @@ def output_tensor(output: Any) -> Tensor:
 
 
 def find_logits(output: Any) -> Tensor | None:
-    """The tensor called "logits" in an output that is an object or a mapping, if there is one."""
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    return found if isinstance(found, Tensor) else None
+    """The tensor ``output.logits`` or ``output["logits"]``, None where there is none."""
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) else None
 
 
 Terms = Callable[[Tensor, Tensor], Tensor]
@@ -352,29 +355,31 @@ Terms = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Likelihood:
-    """``-log p(y | z)`` of one loss term, z its share of the output.
+    """The distribution ``p(y | z)`` whose ``-log p`` is one loss term, z the part of the output it depends on.
 
-    Shapes: "of terms" is that of the output with ``dim`` of size 1, or the output's own where ``dim`` is None.
+    "Of terms" below is the shape of the output with ``dim`` of size 1, or the output's own where ``dim`` is None.
 
     Attributes:
-        dim: the output's dimension that belongs to one term, None where each element is a term.
+        dim: the output's dimension over which one term extends, None where each element is a term.
         weight: ``weight(output, target)``: ``a_i``, of terms.
-        mass: ``mass(output, target)``: the factor ``f_i`` with which term i's curvature in z is that of ``-log p``.
-            It is not ``a_i`` where the curvature depends on the target: label smoothing with class weights, pos_weight.
-        draw: ``draw(output, uniform)``: a target drawn from p by uniform numbers, of terms.
-        score: ``score(output, drawn)``: the derivative of ``-log p(drawn | z)`` in z, like the output.
-        link: what the output passes through before the loss without being changed by it.
+        curvature_weight: ``curvature_weight(output, target)``: the factor ``f_i`` by which term i's curvature in z is
+            that of ``-log p``. It differs from ``a_i`` where the curvature depends on the target: label smoothing with
+            class weights, pos_weight.
+        draw: ``draw(output, uniform)``: targets sampled from p with uniform numbers, of terms.
+        score: ``score(output, target)``: the derivative of ``-log p(target | z)`` in z, like the output.
+        link: a function that leaves valid outputs unchanged and is applied before the loss, so that the loss is
+            differentiated as a function of logits.
     """
 
     dim: int | None
     weight: Terms
-    mass: Terms
+    curvature_weight: Terms
     draw: Terms
     score: Terms
     link: Callable[[Tensor], Tensor] = lambda output: output
 
-    def along(self, left: Tensor, right: Tensor) -> Tensor:
-        """The inner product over each term's share of the output, of terms."""
+    def inner(self, left: Tensor, right: Tensor) -> Tensor:
+        """The inner product over ``dim``, one number per term."""
         product = left * right
         return product if self.dim is None else product.sum(self.dim, keepdim=True)
 
@@ -384,11 +389,11 @@ def categorical(
 ) -> Likelihood:
     """y is class c with probability softmax(z)_c; f_i is the total weight of the classes in the target.
 
-    ``logarithms``: the output holds log-probabilities, which log_softmax does not change. ``dim`` is that of classes.
-    Its ``weight`` is, term by term, what ``losses._total_label_weight`` sums.
+    ``logarithms``: the output holds log-probabilities, which log_softmax does not change. ``dim``: that of classes.
+    Its ``weight`` is the summand of ``_total_label_weight``.
     """
 
-    def of(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    def label_weights(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
         scale = torch.ones(output.shape[dim]).to(output) if weight is None else weight.detach().to(output)
         if target.is_floating_point():
             smooth = target * (1 - smoothing) + smoothing / output.shape[dim]
@@ -399,34 +404,38 @@ def categorical(
 
     def weights(output: Tensor, target: Tensor) -> Tensor:
         # torch divides class probabilities by the examples, weighted or not.
-        return torch.ones_like(output.narrow(dim, 0, 1)) if target.is_floating_point() else of(output, target, 0.0)
+        return (
+            torch.ones_like(output.narrow(dim, 0, 1))
+            if target.is_floating_point()
+            else label_weights(output, target, 0.0)
+        )
 
     def draw(output: Tensor, uniform: Tensor) -> Tensor:
         below = torch.softmax(output, dim).cumsum(dim) < uniform.to(output)
         return below.sum(dim, keepdim=True).clamp(max=output.shape[dim] - 1)
 
-    def score(output: Tensor, drawn: Tensor) -> Tensor:
-        return torch.softmax(output, dim).scatter_add(dim, drawn, torch.full_like(output.narrow(dim, 0, 1), -1.0))
+    def score(output: Tensor, target: Tensor) -> Tensor:
+        return torch.softmax(output, dim).scatter_add(dim, target, torch.full_like(output.narrow(dim, 0, 1), -1.0))
 
     link = (lambda output: F.log_softmax(output, dim)) if logarithms else (lambda output: output)
-    return Likelihood(dim, weights, lambda o, t: of(o, t, label_smoothing), draw, score, link)
+    return Likelihood(dim, weights, lambda o, t: label_weights(o, t, label_smoothing), draw, score, link)
 
 
 def gaussian() -> Likelihood:
-    """y is normal with mean z and variance 1/2, of which the squared error ``(z - y)^2`` is the ``-log p``."""
+    """y is normal with mean z and variance 1/2; its ``-log p`` is the squared error ``(z - y)^2``."""
     return Likelihood(
         None,
         lambda output, target: torch.ones_like(output),
         lambda output, target: torch.ones_like(output),
         lambda output, uniform: output + (torch.special.ndtri(uniform) * 0.5**0.5).to(output),
-        lambda output, drawn: 2 * (output - drawn),
+        lambda output, target: 2 * (output - target),
     )
 
 
 def bernoulli(weight: Tensor | None, pos_weight: Tensor | None) -> Likelihood:
     """y is 1 with probability sigmoid(z), else 0; f_i is the element's weight, times 1 + (pos_weight - 1) target."""
 
-    def mass(output: Tensor, target: Tensor) -> Tensor:
+    def curvature_weight(output: Tensor, target: Tensor) -> Tensor:
         factor = torch.ones_like(output)
         if pos_weight is not None:
             factor = 1 + (pos_weight.detach().to(output) - 1) * target.to(output)
@@ -435,7 +444,7 @@ def bernoulli(weight: Tensor | None, pos_weight: Tensor | None) -> Likelihood:
     return Likelihood(
         None,
         lambda output, target: torch.ones_like(output),  # torch's mean divides by the elements, not by their weights
-        mass,
+        curvature_weight,
         lambda output, uniform: (uniform.to(output) < torch.sigmoid(output)).to(output),
-        lambda output, drawn: torch.sigmoid(output) - drawn,
+        lambda output, target: torch.sigmoid(output) - target,
     )

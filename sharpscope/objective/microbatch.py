@@ -1,4 +1,4 @@
-"""The size of a micro-batch: chosen by measuring, and how much memory its graph takes."""
+"""Auto-tuning of the micro-batch size, and the memory that a graph takes."""
 
 from __future__ import annotations
 
@@ -10,39 +10,45 @@ from torch import Tensor
 
 from sharpscope.objective.data import MicroBatch
 
-# One product with each of these micro-batches. It must have ended on the device when it returns.
+# Multiplies one vector with each of these micro-batches, and returns when the device has finished.
 Work = Callable[[Sequence[MicroBatch]], object]
 
-# Sizes tried, each on DEFAULT examples at least, and the choice where the data set is too small for the measurement to
-# pay.
+# Sizes that are timed, each on at least DEFAULT examples. Data sets of fewer than SMALL_DATA examples get DEFAULT
+# without timing, which would cost more than it saves.
 CANDIDATES = (64, 128, 256, 512)
 SMALL_DATA = 4096
 DEFAULT = 256
 
-# A candidate that takes more than this many times the best time ends the search.
-WORSE = 1.2
+# The search ends at a candidate that takes more than this many times the best time.
+STOP_RATIO = 1.2
 
-# Sizes tried after the last of these has won, as in a network of matrices alone whose weights outweigh its activations:
-# an mlp of 269,322 parameters is fastest at some thousand examples. None is tried whose graph takes more bytes, nor one
-# that is more than this share of the data.
-LARGE = (1024, 2048, 4096)
-GRAPH, SHARE = 1 << 28, 1 / 16
+# Sizes that are timed if the largest candidate is the fastest, as in a fully connected network with more weights than
+# activations: an mlp of 269,322 parameters is fastest at some thousand examples. Limited by the bytes of the graph and
+# by a fraction of the data.
+LARGE_CANDIDATES = (1024, 2048, 4096)
+MAX_GRAPH_BYTES, MAX_FRACTION = 1 << 28, 1 / 16
 
-# Seconds below which one run says little, and the runs that are then made, of which the fastest counts.
-SHORT, RUNS = 0.05, 3
+# A candidate is timed until it has run this many seconds or times; the fastest run counts.
+MIN_SECONDS, MAX_RUNS = 0.05, 3
 
-# Examples of the small graph whose bytes are counted; its half is counted too, so that what does not grow with the
-# examples is known.
-SAMPLE = 16
+# The bytes of a graph are counted for this many examples and for half as many, and extrapolated linearly.
+COUNTED_EXAMPLES = 16
 
 
-def autotuned(
+def autotune(
     work: Work,
     first_examples: Callable[[int], MicroBatch],
     num_examples: int | None,
     graph_bytes: Callable[[int], int],
 ) -> int:
-    """The micro-batch size in which ``work`` takes the least time an example, DEFAULT for small data."""
+    """The micro-batch size at which ``work`` takes the least time per example; DEFAULT for small data.
+
+    Args:
+        work: multiplies one vector with a sequence of micro-batches.
+        first_examples: gives the first examples of the data, as many as asked for.
+        num_examples: of the data set, None where it is not known.
+        graph_bytes: gives the bytes of the graph of a number of examples.
+    """
     if num_examples is None or num_examples < SMALL_DATA:
         return DEFAULT
     sample = first_examples(CANDIDATES[-1])
@@ -50,54 +56,54 @@ def autotuned(
         return DEFAULT
     best = fastest_size(work, sample)
     if best == CANDIDATES[-1]:
-        most = min(SHARE * num_examples, best * GRAPH / max(1, graph_bytes(best)))
-        larger = [size for size in LARGE if size <= most]
+        largest = min(MAX_FRACTION * num_examples, best * MAX_GRAPH_BYTES / max(1, graph_bytes(best)))
+        larger = [size for size in LARGE_CANDIDATES if size <= largest]
         if larger:
             best = fastest_size(work, first_examples(larger[-1]), (best, *larger))
     return best
 
 
 def fastest_size(work: Work, sample: MicroBatch, candidates: Sequence[int] = CANDIDATES) -> int:
-    """The size of ``candidates`` in which an example's product takes the least time, growing while it helps."""
+    """The one of ``candidates`` (ascending) with the least time per example on ``sample``; stops at STOP_RATIO."""
     best, least = DEFAULT, float("inf")
     for size in candidates:
         if size > sample.size:
             break
-        trial = sample.part(0, min(sample.size, max(size, DEFAULT)))
+        trial = sample.slice(0, min(sample.size, max(size, DEFAULT)))
         times: list[float] = []
-        while not times or (sum(times) < SHORT and len(times) < RUNS):
+        while not times or (sum(times) < MIN_SECONDS and len(times) < MAX_RUNS):
             started = time.perf_counter()
-            work([trial.part(i, min(i + size, trial.size)) for i in range(0, trial.size, size)])
+            work([trial.slice(i, min(i + size, trial.size)) for i in range(0, trial.size, size)])
             times.append(time.perf_counter() - started)
         seconds = min(times) / trial.size
-        if seconds > WORSE * least:
+        if seconds > STOP_RATIO * least:
             break
         if seconds < least:
             best, least = size, seconds
     return best
 
 
-def saved_bytes(build: Callable[[], object], besides: Iterable[Tensor] = ()) -> int:
-    """Bytes of all distinct storages that autograd saves while ``build`` runs, without those of ``besides``.
+def saved_bytes(build: Callable[[], object], excluded: Iterable[Tensor] = ()) -> int:
+    """Bytes of all distinct storages that autograd saves while ``build`` runs, except those of ``excluded``.
 
-    Everything that a kept graph holds. What operations need only while they run is not counted: most often about the
-    largest layer's inputs and outputs.
+    This is what a kept graph holds. Temporary memory of operations is not counted: typically the inputs and outputs of
+    the largest layer.
     """
-    known = {t.untyped_storage().data_ptr() for t in besides}
-    kept: dict[int, Tensor] = {}
+    known = {t.untyped_storage().data_ptr() for t in excluded}
+    saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        # The tensor is held, so that no address is given out twice while we count.
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        # The tensor is held, so that no address is reused during the count.
+        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         build()
-    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in known)
+    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in saved.items() if pointer not in known)
 
 
-def extrapolated(count: Callable[[int], int], sample: int, size: int) -> int:
-    """``count(size)`` from ``count`` at ``sample`` examples and at half as many, as a straight line."""
+def extrapolate(count: Callable[[int], int], sample: int, size: int) -> int:
+    """``count(size)``, extrapolated linearly from ``count`` at ``sample`` examples and at half as many."""
     half = sample // 2
     whole = count(sample)
     if half < 1 or size == sample:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from sharpscope.objective.data import MicroBatch
 from sharpscope.objective.forward import LossTerms
-from sharpscope.objective.graph import Curvature, Graph, without_terms
+from sharpscope.objective.graph import Curvature, Graph, zero_graph
 from sharpscope.precision import wide
-from sharpscope.weights.parameters import held_rows, views
+from sharpscope.weights.parameters import padding_rows, views
 from sharpscope.weights.perturbation import Perturbation
 
 # Balances rounding against the third derivative, which is large along the top eigenvectors: eps^(1/3) alone, for
@@ -33,10 +33,10 @@ def finite_difference(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:
     """
     value, weight = terms.sums(part)
     if not value.requires_grad and not float(weight):
-        return without_terms(terms, value, weight)
+        return zero_graph(terms, value, weight)
     grads = torch.autograd.grad(value, terms.params, materialize_grads=True)
 
-    held = held_rows(terms.model, terms.params, tied=False)
+    held = padding_rows(terms.model, terms.params, tied=False)
 
     def products(rows: Tensor, last: bool = False) -> Tensor:
         images = torch.empty_like(rows)
@@ -76,5 +76,5 @@ FINITE_DIFFERENCE = Curvature(
     2.0,
     dtype=torch.float64,
     exact=False,
-    single=SINGLE,
+    float32_error=SINGLE,
 )

@@ -11,7 +11,7 @@ from sharpscope.errors import ProblemError
 from sharpscope.objective.data import MicroBatch
 from sharpscope.objective.forward import LossTerms
 from sharpscope.objective.graph import Curvature, Graph
-from sharpscope.operators.jacobian import COST, Push, Split, sandwich, tangent
+from sharpscope.operators.jacobian import COST, OutputMatrix, Split, graph_through_output, tangent
 
 NAME, EMPIRICAL = "fisher", "empirical-fisher"
 
@@ -29,12 +29,12 @@ def fisher(seed: int) -> Curvature:
     """
 
     def graph(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:
-        return sandwich(terms, part, keep, lambda terms, split: _drawn(terms, split, seed), NAME)
+        return graph_through_output(terms, part, keep, lambda terms, split: _drawn(terms, split, seed), NAME)
 
     return Curvature(NAME, "Fisher matrix", graph, COST, tangent=tangent)
 
 
-def _drawn(terms: LossTerms, split: Split, seed: int) -> Push:
+def _drawn(terms: LossTerms, split: Split, seed: int) -> OutputMatrix:
     likelihood = terms.loss.likelihood
     if likelihood is None:
         raise ProblemError(
@@ -42,12 +42,12 @@ def _drawn(terms: LossTerms, split: Split, seed: int) -> Push:
             "none. Use cross_entropy, nll, mse or bce_with_logits, or operator='ggn'."
         )
     z = split.outputs[0].detach()
-    scale = likelihood.mass(z, split.target) * split.part.scale
+    scale = likelihood.curvature_weight(z, split.target) * split.part.scale
     shape = z.shape if likelihood.dim is None else z.narrow(likelihood.dim, 0, 1).shape
     score = likelihood.score(z, likelihood.draw(z, uniform(seed, split.part, shape)))
 
     def push(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        return [score * (scale * likelihood.along(score, tangents[0]))]
+        return [score * (scale * likelihood.inner(score, tangents[0]))]
 
     return push
 
@@ -62,14 +62,14 @@ def empirical_fisher(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:
     Raises: ProblemError for a loss with terms(batch), whose single terms are not known, or one of the examples of an
     output that has not one row an example.
     """
-    return sandwich(terms, part, keep, _outer_products, EMPIRICAL)
+    return graph_through_output(terms, part, keep, _outer_products, EMPIRICAL)
 
 
-def _outer_products(terms: LossTerms, split: Split) -> Push:
+def _outer_products(terms: LossTerms, split: Split) -> OutputMatrix:
     slope, likelihood = split.slopes[0].detach(), terms.loss.likelihood
     if likelihood is not None:
         weight = likelihood.weight(split.outputs[0].detach(), split.target) * split.part.scale
-        if not terms.checked and bool(((weight == 0) & (likelihood.along(slope, slope) != 0)).any()):
+        if not terms.checked and bool(((weight == 0) & (likelihood.inner(slope, slope) != 0)).any()):
             raise ProblemError(
                 "Every term of a loss must have a positive weight where its gradient is not zero: label smoothing "
                 f"gives a loss to labels of class weight 0. operator={EMPIRICAL!r} is infinite there."
@@ -78,10 +78,10 @@ def _outer_products(terms: LossTerms, split: Split) -> Push:
         inverse = torch.where(weight == 0, weight, 1 / weight)
 
         def push(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-            return [slope * (inverse * likelihood.along(slope, tangents[0]))]
+            return [slope * (inverse * likelihood.inner(slope, tangents[0]))]
 
         return push
-    if terms.loss.stated or len(split.slopes) != 1 or slope.shape[:1] != (split.part.size,):
+    if terms.loss.has_terms_method or len(split.slopes) != 1 or slope.shape[:1] != (split.part.size,):
         raise ProblemError(
             f"operator={EMPIRICAL!r} needs each loss term's gradient, but {terms.loss.name} gives only their mean. "
             "Use a loss that is known here, or one that is a mean over the rows of one output tensor."
@@ -110,7 +110,7 @@ def uniform(seed: int, part: MicroBatch, shape: torch.Size) -> Tensor:
     ``shape`` has one row an example. Where it has not, the batch is one that cannot be cut, and is drawn as a whole.
     """
     batches, examples = [], []
-    for batch, start, count in part.pieces:
+    for batch, start, count in part.sources:
         batches.append(torch.full((count,), batch))
         examples.append(torch.arange(start, start + count))
     rows = _mixed(_mixed(torch.cat(batches) + seed) + torch.cat(examples))

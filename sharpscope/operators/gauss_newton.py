@@ -11,7 +11,7 @@ from sharpscope.errors import ProblemError
 from sharpscope.objective.data import MicroBatch
 from sharpscope.objective.forward import LossTerms
 from sharpscope.objective.graph import Curvature, Graph
-from sharpscope.operators.jacobian import COST, Push, Split, sandwich, tangent
+from sharpscope.operators.jacobian import COST, OutputMatrix, Split, graph_through_output, tangent
 
 NAME = "ggn"
 
@@ -25,10 +25,10 @@ def gauss_newton(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:
 
     Raises: ProblemError when the loss sees the weights elsewhere than in the output, or is linear in it.
     """
-    return sandwich(terms, part, keep, _hessian_in_output, NAME)
+    return graph_through_output(terms, part, keep, _hessian_in_output, NAME)
 
 
-def _hessian_in_output(terms: LossTerms, split: Split) -> Push:
+def _hessian_in_output(terms: LossTerms, split: Split) -> OutputMatrix:
     live = [s for s in split.slopes if s.requires_grad]
     if not live:
         raise ProblemError(

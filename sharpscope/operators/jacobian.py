@@ -13,7 +13,7 @@ from torch import Tensor
 from sharpscope.errors import ProblemError
 from sharpscope.objective.data import MicroBatch
 from sharpscope.objective.forward import LossTerms
-from sharpscope.objective.graph import Graph, without_terms
+from sharpscope.objective.graph import Graph, zero_graph
 from sharpscope.objective.losses import find_logits, output_tensor
 from sharpscope.weights.parameters import views
 
@@ -44,11 +44,11 @@ class Split:
     part: MicroBatch
 
 
-Push = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+OutputMatrix = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
-def sandwich(
-    terms: LossTerms, part: MicroBatch, keep: bool, middle: Callable[[LossTerms, Split], Push], name: str
+def graph_through_output(
+    terms: LossTerms, part: MicroBatch, keep: bool, middle: Callable[[LossTerms, Split], OutputMatrix], name: str
 ) -> Graph:
     """The graph of gradient and products ``J' M J v``; cost 1 gradient, and 4/3 a product.
 
@@ -59,7 +59,7 @@ def sandwich(
     """
     split = split_at_output(terms, part, keep, name)
     if not split.outputs:
-        return without_terms(terms, split.loss, split.weight)
+        return zero_graph(terms, split.loss, split.weight)
     seeds = [s.detach().requires_grad_(keep) for s in split.slopes]
     grads = torch.autograd.grad(
         split.outputs, terms.params, seeds, create_graph=keep, retain_graph=keep, materialize_grads=True
@@ -112,7 +112,7 @@ def tangent(terms: LossTerms, part: MicroBatch, vector: Tensor) -> tuple[Tensor,
 def split_at_output(terms: LossTerms, part: MicroBatch, keep: bool, name: str) -> Split:
     """Model and loss of one micro-batch, cut apart; no ``outputs`` where there are no loss terms."""
     output, target, batch = terms.forward(part)
-    found, rebuild = _taken_apart(output, known=terms.loss.counted)
+    found, rebuild = _taken_apart(output, known=terms.loss.counts_terms)
     outputs = [z for z in found if z.requires_grad]
     leaves = [z.detach().requires_grad_() for z in outputs]
     given = iter(leaves)
@@ -122,7 +122,7 @@ def split_at_output(terms: LossTerms, part: MicroBatch, keep: bool, name: str) -
     if not terms.checked:
         _require_unchanged(link, found)
     try:
-        value, weight = terms.sums_of(part, rebuild([link(z) for z in whole]), target, batch)
+        value, weight = terms.sums_from_output(part, rebuild([link(z) for z in whole]), target, batch)
     except RuntimeError as error:
         if "not have been used in the graph" not in str(error):
             raise

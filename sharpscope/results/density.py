@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from sharpscope.errors import DataError
-from sharpscope.formatting import narrower
+from sharpscope.formatting import transpose_if_narrower
 from sharpscope.results.base import Cost, Result
 from sharpscope.results.estimate import Estimate, student
 from sharpscope.results.provenance import POINT_AND_PRICE, names_of, origin_notes, point_and_price
@@ -145,7 +145,7 @@ class DensityResult(Result):
 
 def density_table(results: Sequence[DensityResult]) -> Table:
     """A row a result, or a column where that is narrower."""
-    return Table(narrower(_rows(results)), _notes(results))
+    return Table(transpose_if_narrower(_rows(results)), _notes(results))
 
 
 def _rows(results: Sequence[DensityResult]) -> list[list[str]]:

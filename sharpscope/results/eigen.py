@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
-from sharpscope.formatting import narrower, with_bound
+from sharpscope.formatting import transpose_if_narrower, with_bound
 from sharpscope.results.base import Cost, Result
 from sharpscope.results.provenance import POINT_AND_PRICE, names_of, origin_notes, point_and_price
 from sharpscope.results.serialization import IN_NPZ, Array, Like, MaybeNaNs, Shape, arrays_beside, read_arrays, write
@@ -212,7 +212,7 @@ class EigenResult(Result):
 
 def eigen_table(results: Sequence[EigenResult]) -> Table:
     """A row a result, or a column where that is narrower."""
-    return Table(narrower(_rows(results)), _notes(results))
+    return Table(transpose_if_narrower(_rows(results)), _notes(results))
 
 
 def _rows(results: Sequence[EigenResult]) -> list[list[str]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sharpscope.formatting import narrower
+from sharpscope.formatting import transpose_if_narrower
 from sharpscope.results.base import Cost, Result
 from sharpscope.results.estimate import Estimate
 from sharpscope.results.provenance import POINT_AND_PRICE, names_of, origin_notes, point_and_price
@@ -50,7 +50,7 @@ class TraceResult(Result):
 
 def trace_table(results: Sequence[TraceResult]) -> Table:
     """A row a result, or a column where that is narrower."""
-    return Table(narrower(_rows(results)), _notes(results))
+    return Table(transpose_if_narrower(_rows(results)), _notes(results))
 
 
 def _rows(results: Sequence[TraceResult]) -> list[list[str]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sharpscope.atomic_io import atomic
 from sharpscope.errors import ArgumentError, OutputError
 from sharpscope.objective import Objective, Progress
-from sharpscope.objective.accumulate import Point
+from sharpscope.objective.accumulate import LossAndGradient
 from sharpscope.resume.key import fingerprint
 
 Entry = dict[str, Any]
@@ -149,7 +149,7 @@ def journaled_hvp(objective: Objective, journal: Journal, progress: Progress) ->
 
     def products(rows: Tensor) -> Tensor:
         before = journal.replayed
-        entry = once_charged(objective, journal, "pass", lambda: _pass(objective, rows, progress), given=[rows])
+        entry = once_with_cost(objective, journal, "pass", lambda: _pass(objective, rows, progress), given=[rows])
         if journal.replayed > before:
             _restore(objective, entry)
             progress(f"pass {objective.passes} is on disk", 0, objective.num_examples)
@@ -159,7 +159,7 @@ def journaled_hvp(objective: Objective, journal: Journal, progress: Progress) ->
     return products
 
 
-def once_charged(
+def once_with_cost(
     objective: Objective,
     journal: Journal,
     label: str,
@@ -171,29 +171,29 @@ def once_charged(
 
     def charged() -> Entry:
         values = compute()
-        return {**values, "cost": {name: getattr(objective.meter, name) for name in COUNTERS}}
+        return {**values, "cost": {name: getattr(objective.cost_counter, name) for name in COUNTERS}}
 
     before = journal.replayed
     entry = journal.once(label, charged, given=given)
     if journal.replayed > before:
-        objective.meter.recall(**entry["cost"])
+        objective.cost_counter.restore(**entry["cost"])
     return entry
 
 
 def _settled(objective: Objective) -> Entry:
-    objective.settle_micro_batch()
+    objective.choose_micro_batch()
     return {"size": objective.micro_batch}
 
 
 def _pass(objective: Objective, rows: Tensor, progress: Progress) -> Entry:
     """One pass over the data: the products, and what it leaves in ``objective``."""
     products = objective.products(rows, progress)
-    return {"products": products, **vars(objective.point), "micro_batch": objective.micro_batch}
+    return {"products": products, **vars(objective.last_pass), "micro_batch": objective.micro_batch}
 
 
 def _restore(objective: Objective, entry: Entry) -> None:
     """Leave ``objective`` as the stored pass left it."""
-    objective.point = Point(entry["loss"], entry["gradient"], entry["spread"], entry["examples"])
+    objective.last_pass = LossAndGradient(entry["loss"], entry["gradient"], entry["spread"], entry["examples"])
     objective.num_examples, objective.terms.checked = entry["examples"], True
     objective.micro_batch = entry["micro_batch"]
 

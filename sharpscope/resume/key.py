@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from sharpscope.errors import ArgumentError, SharpscopeError
 from sharpscope.objective import Objective
-from sharpscope.objective.data import walkable
+from sharpscope.objective.data import as_batches
 from sharpscope.version import __version__
 from sharpscope.weights.restore import preserved
 
@@ -69,11 +69,11 @@ def probe(objective: Objective) -> list[Tensor]:
         return [sums.loss, sums.weight, sums.gradient, sums.products]
 
     def loss() -> list[Tensor]:
-        return list(own.terms.bare(lambda: own.terms.sums(own.first_examples(EXAMPLES))))
+        return list(own.terms.without_graph(lambda: own.terms.sums(own.first_examples(EXAMPLES))))
 
     attempts: list[Callable[[], list[Tensor]]] = [
         lambda: derivatives(vector),
-        lambda: derivatives(own.no_vectors()),
+        lambda: derivatives(own.empty_block()),
         loss,
     ]
     with own.measuring(), _deterministic_kernels():
@@ -176,7 +176,7 @@ def _add(digest: hashlib.blake2b, value: Any) -> None:
             _add(digest, entry)
     elif not isinstance(value, Tensor) and (isinstance(value, Dataset) or hasattr(value, "__iter__")):
         with preserved(data=value):
-            for batch in walkable(value):
+            for batch in as_batches(value):
                 _add(digest, batch)
         _tag(digest, "end of data")
     else:

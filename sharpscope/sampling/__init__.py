@@ -1,5 +1,5 @@
-"""Samples of the data: weighted draws that guide a solver, and what a sample says of the population."""
+"""Samples of the data: random subsets, importance samples that guide a solver, and sampling errors."""
 
-from sharpscope.sampling.sampling_error import sampling_error, sampling_of, trace_error
+from sharpscope.sampling.sampling_error import sampling_error, sampling_error_of_batches, trace_error
 
-__all__ = ["sampling_error", "sampling_of", "trace_error"]
+__all__ = ["sampling_error", "sampling_error_of_batches", "trace_error"]

@@ -1,4 +1,4 @@
-"""How far eigenvalues and trace of a sample of the data may lie from those of the population it was drawn from."""
+"""Sampling errors of eigenvalues and trace: from the data set to the population it was drawn from."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from sharpscope.results.estimate import student
 
 Array = NDArray[np.float64]
 
-# The micro-batches wanted: of 50 the standard error is known to 10 %.
-UNITS = 50
+# Micro-batches to aim at: with 50 the standard error is accurate to 10 %.
+TARGET_BATCHES = 50
 
-# With fewer of them the standard error itself is off by a quarter and more, and nothing is stated.
-FEWEST = 10
+# With fewer micro-batches the standard error is inaccurate by 25 % and more, and none is given.
+MIN_BATCHES = 10
 
-# |v'Hv - lambda| of what is given, in units of the largest: eigenvectors to a residual of a fifth are off by less.
-KNOWN_TO = 0.05
+# Tolerance for |v'Hv - lambda| of given eigenpairs, relative to the largest; a residual of 0.2 gives less.
+MAX_MISMATCH = 0.05
 
 
 @dataclass(frozen=True)
 class RatioSampling:
-    """The sampling error of ``lambda_1 / lambda_r``; fields as in Sampling, ``bias`` relative to the ratio."""
+    """The sampling error of ``lambda_1 / lambda_r``; fields as in Sampling, ``bias`` as a fraction of the ratio."""
 
     se: float
     lower: float
@@ -42,16 +42,17 @@ class RatioSampling:
 
 @dataclass(frozen=True, eq=False)
 class Sampling:
-    """The sampling error over the data of k eigenvalues, in their units and order.
+    """The sampling error of k eigenvalues, in their units and order.
 
     Attributes:
         se: (k,), the standard error from the scatter of ``v_i'H_b v_i`` over micro-batches.
         lower, upper: (k,), a confidence interval for each eigenvalue of the population's Hessian.
-        bias: (k,), by how much the sample's eigenvalue is estimated to exceed the population's in the mean; the
-            interval takes it off.
+        bias: (k,), the expected excess of the sample's eigenvalue over the population's, estimated; the interval is
+            corrected for it.
         ratio: the same for lambda_1/lambda_r, where one was asked for, or None.
-        confidence: of each interval by itself.
-        examples, parts: the examples, and the micro-batches that served as units.
+        confidence: of each interval separately.
+        examples: number of examples.
+        parts: number of micro-batches, the sampling units.
         reason: why numbers are NaN, or the ratio None.
     """
 
@@ -66,7 +67,7 @@ class Sampling:
     reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, None for what is not known."""
+        """Plain JSON values, None for unknown numbers."""
         known = bool(np.isfinite(self.se).all())
         arrays = {name: getattr(self, name).tolist() if known else None for name in ("se", "lower", "upper", "bias")}
         plain = {name: getattr(self, name) for name in ("confidence", "examples", "parts", "reason")}
@@ -82,191 +83,202 @@ def sampling_error(
     *,
     ratio: int | None = None,
 ) -> Sampling:
-    """Confidence intervals for the population's ``lambda_i``, from one more pass; see ``sampling_of``.
+    """Confidence intervals for the population's ``lambda_i``, from one more pass; see ``sampling_error_of_batches``.
 
-    The examples of ``objective`` are taken as drawn at random, one by one and in random order, from a population much
-    larger than they are: of a share f of it the true error is smaller by sqrt(1 - f). Units are micro-batches, at least
-    UNITS of them where the data can be cut so, single examples where these are few; where the loader's batches are
-    kept, those. Of data sorted by class, micro-batches say more scatter than there is.
+    The examples of ``objective`` are assumed to be drawn independently and in random order from a much larger
+    population; for a sample of a fraction f of the population the true error is smaller by sqrt(1 - f). The sampling
+    units are micro-batches: at least TARGET_BATCHES where the data can be cut so, single examples for small data, and
+    the loader's batches where those are kept. For data sorted by class the scatter is overestimated.
 
     Args:
         objective: of the sample, at the weights where the eigenpairs were measured.
         vectors: (n, k), orthonormal eigenvectors as columns.
-        eigenvalues: (k,), theirs, the weight decay included.
-        confidence: of each interval by itself.
+        eigenvalues: (k,), their eigenvalues, including weight decay.
+        confidence: of each interval separately, between 0 and 1.
         progress: as in ``Objective.hvp``.
-        ratio: the r of ``lambda_1 / lambda_r``, where the first r are the r largest, descending; by default k, 0 for
-            none.
+        ratio: the r of ``lambda_1 / lambda_r``; the first r eigenvalues must be the r largest, descending. Default: k;
+            0 for none.
+
+    Raises: ArgumentError when ``v'Hv`` are not the eigenvalues; as ``Objective.hvp``.
 
     Cost: ``1 + 2k`` gradients, one pass.
-
-    Raises: ArgumentError when ``v'Hv`` are not the eigenvalues; what Objective.hvp raises.
     """
     if not 0 < confidence < 1:
         raise ArgumentError(f"confidence must lie between 0 and 1, got {confidence!r}.")
-    # Copies, since torch shares no memory with a read-only array without a warning.
+    # Copies, because torch warns when it shares memory with a read-only array.
     block, given = (x if isinstance(x, Tensor) else torch.from_numpy(np.array(x)) for x in (vectors, eigenvalues))
     values = given.double().cpu().numpy()
     if block.dim() != 2 or values.shape != (block.shape[1],):
         raise ArgumentError(
             f"vectors must be (n, k) and eigenvalues (k,), got {tuple(block.shape)} and {tuple(values.shape)}."
         )
-    with in_units(objective, progress):
-        _, parts = objective.hvp_partwise(block, progress)
-    found = (parts.forms.sum(0) / parts.weights.sum()).diagonal().cpu().numpy() + objective.problem.weight_decay
-    off, largest = float(np.abs(found - values).max(initial=0)), float(np.abs(values).max(initial=0))
-    if not off <= KNOWN_TO * largest:
+    with sampling_units(objective, progress):
+        _, per_batch = objective.hvp_per_batch(block, progress)
+    measured = (
+        per_batch.forms.sum(0) / per_batch.weights.sum()
+    ).diagonal().cpu().numpy() + objective.problem.weight_decay
+    mismatch, largest = float(np.abs(measured - values).max(initial=0)), float(np.abs(values).max(initial=0))
+    if not mismatch <= MAX_MISMATCH * largest:
         raise ArgumentError(
-            f"Eigenvalues and vectors must be those of this objective, but v'Hv is off by {off:.2g} at a largest "
+            f"Eigenvalues and vectors must be those of this objective, but v'Hv is off by {mismatch:.2g} at a largest "
             f"eigenvalue of {largest:.2g}. Measure them at these weights, on these data."
         )
-    return sampling_of(parts, confidence, objective.problem.weight_decay, ratio)
+    return sampling_error_of_batches(per_batch, confidence, objective.problem.weight_decay, ratio)
 
 
 @contextmanager
-def in_units(objective: Objective, progress: Progress | None = None) -> Iterator[None]:
-    """The data in UNITS micro-batches or more, where they can be cut so; in those of the loader where it keeps them."""
+def sampling_units(objective: Objective, progress: Progress | None = None) -> Iterator[None]:
+    """Use at least TARGET_BATCHES micro-batches within the block, where the data can be cut so.
+
+    Where the loader's batches are kept, nothing changes.
+    """
     if objective.keeps_batches:
         yield
         return
     if objective.num_examples is None:
         objective.loss_and_gradient(progress)
-    most, kept = objective.settle_micro_batch(), objective.micro_batch
-    assert most is not None
-    objective.micro_batch = min(most, max(1, (objective.num_examples or 0) // UNITS))
+    chosen, before = objective.choose_micro_batch(), objective.micro_batch
+    assert chosen is not None
+    objective.micro_batch = min(chosen, max(1, (objective.num_examples or 0) // TARGET_BATCHES))
     try:
         yield
     finally:
-        objective.micro_batch = kept
+        objective.micro_batch = before
 
 
-def trace_error(parts: PerBatch, n: int) -> float | None:
-    """One standard error over the examples of ``tr H``, where these were drawn from many more.
+def trace_error(per_batch: PerBatch, n: int) -> float | None:
+    """The standard error of ``tr H`` as an estimate of the population's trace.
 
-    ``n v_k' H_b v_k`` of K random unit vectors stands for ``tr H_b`` of each micro-batch, and the trace is a ratio of
-    sums over micro-batches (Cochran 1977, ch. 6). It is an estimate itself: of 16 vectors and a Hessian of rank one 0.4
-    to 1.6 times what it should be, closer for more vectors or a slower decay. Where every micro-batch has nearly the
-    same trace in many directions the vectors' own scatter shows, and it is several times too large.
+    ``tr H_b`` of each micro-batch is estimated by the mean of ``n v_k' H_b v_k`` over K random unit vectors, and the
+    trace is a ratio of sums over micro-batches (Cochran 1977, ch. 6). The standard error is itself an estimate: with 16
+    vectors and a Hessian of rank one it is 0.4 to 1.6 times the true one, and closer with more vectors or slower decay
+    of the spectrum. Where every micro-batch has nearly the same trace in many directions, the scatter of the vectors
+    dominates and the estimate is several times too large.
 
     Args:
-        parts: of ``Objective.hvp_partwise`` with the K vectors, (B, K, K).
-        n: parameters.
+        per_batch: from ``Objective.hvp_per_batch`` with the K vectors.
+        n: number of parameters.
 
-    Returns None with fewer than FEWEST micro-batches with loss terms.
+    Returns: the standard error; None with fewer than MIN_BATCHES micro-batches with loss terms.
     """
-    counted = parts.weights > 0
-    weights, forms = (t[counted].double().cpu().numpy() for t in (parts.weights, parts.forms))
+    with_terms = per_batch.weights > 0
+    weights, forms = (t[with_terms].double().cpu().numpy() for t in (per_batch.weights, per_batch.forms))
     units = len(weights)
-    if units < FEWEST or not weights.sum() > 0:
+    if units < MIN_BATCHES or not weights.sum() > 0:
         return None
     sums = n * forms.diagonal(axis1=1, axis2=2).mean(1)
     scatter = sums - weights * sums.sum() / weights.sum()
     return math.sqrt(units / (units - 1) * float(scatter @ scatter)) / float(weights.sum())
 
 
-def sampling_of(
-    parts: PerBatch, confidence: float = 0.95, weight_decay: float = 0.0, ratio_of: int | None = None
+def sampling_error_of_batches(
+    per_batch: PerBatch, confidence: float = 0.95, weight_decay: float = 0.0, ratio_of: int | None = None
 ) -> Sampling:
-    """Confidence intervals from what each of B micro-batches says of the eigenvectors ``v_i`` of their sum.
+    """Confidence intervals for eigenvalues from the quadratic forms ``v_i'H_b v_j`` of B micro-batches.
 
     With ``A_b = sum a`` and ``H_b = sum a H`` over micro-batch b, ``lambda_i = sum_b v_i'H_b v_i / sum_b A_b``, and its
     error is to first order the mean of ``d_b = v_i'H_b v_i - A_b lambda_i``: the delta method for a ratio of sums
-    (Cochran 1977, ch. 6), with Student's t of B - 1 degrees of freedom. Three more things matter.
+    (Cochran 1977, ch. 6), with Student's t of B - 1 degrees of freedom. Three corrections are made.
 
-    The bias. Eigenvectors are fitted to the sample, so its eigenvalues repel each other more than the population's. Of
-    a random symmetric 2 x 2 matrix M the squared gap is in the mean larger than the mean matrix's by exactly ``4 Var
-    M_12 + Var(M_11 - M_22)``, the second of which lets two trade places. So each gap D to another of the k is taken
-    back to ``sqrt(max(D^2 - 4 Var M_ij - Var(M_ii - M_jj), 0))``, half by either, the last term only for
-    neighbours in order. What ``H_b v_i`` scatters outside of the k directions, R in squared norm, counts as a gap of
-    ``|lambda_i|`` to zero with ``4 R``. For wide gaps this is second-order perturbation, ``sum_j Var M_ij / (lambda_i -
-    lambda_j)`` (Lawley 1956), and for the rest that of a spiked matrix (Benaych-Georges and Nadakuditi 2011, of a bulk
-    about zero); in clusters it is bounded by half the gaps.
+    Bias. The eigenvectors are fitted to the sample, so its eigenvalues repel each other more than the population's. For
+    a random symmetric 2 x 2 matrix M the expected squared gap exceeds that of the mean matrix by exactly ``4 Var M_12 +
+    Var(M_11 - M_22)``, where the second term is for two eigenvalues that change order. So each gap D to another of the
+    k is reduced to ``sqrt(max(D^2 - 4 Var M_ij - Var(M_ii - M_jj), 0))``, half of it at either eigenvalue, with the
+    last term for neighbours in order only. The scatter of ``H_b v_i`` outside of the k directions, R in squared norm,
+    is treated as a gap of ``|lambda_i|`` to zero with ``4 R``. For wide gaps this is second-order perturbation,
+    ``sum_j Var M_ij / (lambda_i - lambda_j)`` (Lawley 1956), and for the rest that of a spiked matrix (Benaych-Georges
+    and Nadakuditi 2011, for a bulk around zero); in clusters it is bounded by half the gaps.
 
-    Its uncertainty: as large as itself, added in squares to the standard error.
+    Uncertainty of the bias: as large as the bias, added in quadrature to the standard error.
 
-    The skewness: eigenvalues of heavy-tailed data scatter like their own size, so the interval is symmetric about
-    log lambda where the symmetric one would exclude zero. The ratio's is so always, and only stated where lambda_k is
-    surely positive. Weight decay shifts every eigenvalue of sample and population alike.
+    Skewness. Eigenvalues of heavy-tailed data scatter in proportion to their size, so the interval is symmetric in
+    log lambda wherever the symmetric interval would exclude zero. The interval of the ratio always is, and is given
+    only where lambda_k is positive with confidence. Weight decay shifts the eigenvalues of sample and population
+    equally.
 
     In simulations (60 and 250 parameters, light and heavy tails, wide gaps and a cluster of five) 95 % intervals from
-    1,000 of 20,000 examples covered 92 to 100 % of the time and from 200 of them 88 to 100 %, without bias and its
-    uncertainty 20 to 100 %. Within a cluster they are wide, since its eigenvalues in order scatter less than each.
+    1,000 of 20,000 examples had a coverage of 92 to 100 % and from 200 examples 88 to 100 %; without the bias and its
+    uncertainty 20 to 100 %. Within a cluster the intervals are wide, because ordered eigenvalues scatter less.
 
     Args:
-        parts: of ``Objective.hvp_partwise`` with the eigenvectors, B at least FEWEST for numbers other than NaN.
-        confidence: of each interval by itself.
-        weight_decay: a constant that parts leave out.
+        per_batch: from ``Objective.hvp_per_batch`` with the eigenvectors; with B below MIN_BATCHES the result is NaN.
+        confidence: of each interval separately.
+        weight_decay: added to every eigenvalue, because ``per_batch`` leaves it out.
+        ratio_of: the r of ``lambda_1 / lambda_r``. Default: k; below 2 for none.
     """
-    counted = parts.weights > 0  # one without loss terms says nothing
-    weights, forms, squares = (t[counted].double().cpu().numpy() for t in (parts.weights, parts.forms, parts.squares))
+    with_terms = per_batch.weights > 0
+    weights, forms, squares = (
+        t[with_terms].double().cpu().numpy() for t in (per_batch.weights, per_batch.forms, per_batch.squares)
+    )
     units, k = squares.shape
-    examples = sum(parts.sizes)
-    if units < FEWEST or not weights.sum() > 0:
-        nothing = np.full(k, np.nan)
-        why = f"a sampling error needs at least {FEWEST} micro-batches with loss terms, got {units}"
-        return Sampling(nothing, nothing, nothing, nothing, None, confidence, examples, units, why)
+    examples = sum(per_batch.sizes)
+    if units < MIN_BATCHES or not weights.sum() > 0:
+        unknown = np.full(k, np.nan)
+        too_few = f"a sampling error needs at least {MIN_BATCHES} micro-batches with loss terms, got {units}"
+        return Sampling(unknown, unknown, unknown, unknown, None, confidence, examples, units, too_few)
     mean = forms.sum(0) / weights.sum()
     values = mean.diagonal().copy()
     scatter = forms - weights[:, None, None] * mean
     scale = units / (units - 1) / weights.sum() ** 2
-    own = scatter.diagonal(axis1=1, axis2=2)
-    covariance = scale * own.T @ own
-    known = scatter**2
+    diagonal = scatter.diagonal(axis1=1, axis2=2)
+    covariance = scale * diagonal.T @ diagonal
+    inside = scatter**2
     level = weights[:, None] * values
-    outside = squares - 2 * level * forms.diagonal(axis1=1, axis2=2) + level**2 - known.sum(2)
-    bias = _bias(values, scale * known.sum(0), covariance, scale * np.maximum(outside, 0).sum(0))
+    outside = squares - 2 * level * forms.diagonal(axis1=1, axis2=2) + level**2 - inside.sum(2)
+    bias = _bias(values, scale * inside.sum(0), covariance, scale * np.maximum(outside, 0).sum(0))
     se = np.sqrt(covariance.diagonal())
     t = student(confidence, units - 1)
     lower, upper = _interval(values, bias, t * np.hypot(se, bias))
     shifted, lower, upper = values + weight_decay, lower + weight_decay, upper + weight_decay
-    ratio, why_none = None, None
+    ratio: RatioSampling | None = None
+    reason: str | None = None
     ratio_of = k if ratio_of is None else ratio_of
     if ratio_of < 2:
-        why_none = "a ratio needs k of at least 2"
+        reason = "a ratio needs k of at least 2"
     elif min(shifted[ratio_of - 1], lower[ratio_of - 1], shifted[0]) <= 0:
-        why_none = f"the sampling interval of lambda_{ratio_of} reaches zero"
+        reason = f"the sampling interval of lambda_{ratio_of} reaches zero"
     else:
         ends = [0, ratio_of - 1]
-        ratio = _ratio(shifted[ends], bias[ends], math.sqrt(scale) * own[:, ends], t)
-    return Sampling(se, lower, upper, bias, ratio, confidence, examples, units, why_none)
+        ratio = _ratio(shifted[ends], bias[ends], math.sqrt(scale) * diagonal[:, ends], t)
+    return Sampling(se, lower, upper, bias, ratio, confidence, examples, units, reason)
 
 
 def _bias(values: Array, mixing: Array, covariance: Array, outside: Array) -> Array:
-    """By how much each of ``values`` (k,) was pushed away from the others and from zero.
+    """The estimated bias of each of ``values`` (k,) away from the others and from zero.
 
     ``mixing`` (k, k) is ``Var M_ij``, ``covariance`` (k, k) that of the diagonal, ``outside`` (k,) is R.
     """
     gaps = values[:, None] - values
-    place = np.argsort(np.argsort(-values))
-    neighbours = np.abs(place[:, None] - place) == 1
-    own = covariance.diagonal()
-    trading = own[:, None] + own - 2 * covariance
-    pushed = np.sign(gaps) * _half_excess(np.abs(gaps), 4 * mixing + np.where(neighbours, trading, 0.0))
-    return np.asarray(pushed.sum(1) + np.sign(values) * _half_excess(np.abs(values), 4 * outside))
+    rank = np.argsort(np.argsort(-values))
+    neighbours = np.abs(rank[:, None] - rank) == 1
+    variances = covariance.diagonal()
+    reordering = variances[:, None] + variances - 2 * covariance
+    repulsion = np.sign(gaps) * _half_excess(np.abs(gaps), 4 * mixing + np.where(neighbours, reordering, 0.0))
+    return np.asarray(repulsion.sum(1) + np.sign(values) * _half_excess(np.abs(values), 4 * outside))
 
 
 def _half_excess(gap: Array, excess: Array) -> Array:
-    """Half of what must be taken off ``gap`` so that its square falls by ``excess``, or to zero."""
+    """Half of the reduction of ``gap`` that lowers its square by ``excess``, at most to zero."""
     return np.asarray((gap - np.sqrt(np.maximum(gap**2 - excess, 0.0))) / 2)
 
 
 def _interval(values: Array, bias: Array, half: Array) -> tuple[Array, Array]:
-    """About ``values - bias``, symmetric by factors where ``half`` is less than the value, else by differences."""
+    """Intervals around ``values - bias``, symmetric in the logarithm where ``half`` is less than the value."""
     size = np.abs(values)
-    sure = half < size
-    size = np.where(sure, size, 1.0)
-    centre, reach = -np.sign(values) * np.where(sure, bias, 0.0) / size, np.where(sure, half, 0.0) / size
+    signed = half < size  # the sign of the eigenvalue is certain
+    size = np.where(signed, size, 1.0)
+    centre, reach = -np.sign(values) * np.where(signed, bias, 0.0) / size, np.where(signed, half, 0.0) / size
     ends = np.stack([values * np.exp(centre - reach), values * np.exp(centre + reach)])
-    lower = np.where(sure, ends.min(0), values - bias - half)
-    return lower, np.where(sure, ends.max(0), values - bias + half)
+    lower = np.where(signed, ends.min(0), values - bias - half)
+    return lower, np.where(signed, ends.max(0), values - bias + half)
 
 
 def _ratio(values: Array, bias: Array, scatter: Array, t: float) -> RatioSampling:
-    """Of the first to the second of two positive values, by the delta method for the logarithm.
+    """The sampling error of the ratio of two positive values, by the delta method for its logarithm.
 
     ``scatter`` (B, 2) has their covariance as ``scatter' scatter``.
     """
-    ratio, slopes, off = float(values[0] / values[1]), np.array([1.0, -1.0]) / values, bias / values
-    error, centre = float(np.linalg.norm(scatter @ slopes)), float(off[0] - off[1])
-    half = t * math.sqrt(error**2 + float(off @ off))
+    ratio, slopes, relative_bias = float(values[0] / values[1]), np.array([1.0, -1.0]) / values, bias / values
+    error, centre = float(np.linalg.norm(scatter @ slopes)), float(relative_bias[0] - relative_bias[1])
+    half = t * math.sqrt(error**2 + float(relative_bias @ relative_bias))
     return RatioSampling(ratio * error, ratio * math.exp(-centre - half), ratio * math.exp(-centre + half), centre)

@@ -39,7 +39,7 @@ def largest_eigenvalue(
 ) -> Eigenpairs:
     """``lambda_max(DHD)`` and the next eigenvalue with their vectors, by block Lanczos; cost 7 gradients a pass."""
     products, k = scaled_products(objective, ball, progress), min(2, objective.num_params)
-    return top_eigenpairs_rows(products, objective.no_vectors(), k, tol=tol, method="lanczos", generator=generator)
+    return top_eigenpairs_rows(products, objective.empty_block(), k, tol=tol, method="lanczos", generator=generator)
 
 
 def scaled_trace(
@@ -47,7 +47,7 @@ def scaled_trace(
 ) -> Estimate:
     """``tr(DHD)`` by XTrace; cost ``2 (1 + 2 probes)`` gradients."""
     products = scaled_products(objective, ball, progress)
-    found = trace_and_frobenius_rows(products, objective.no_vectors(), probes, generator=generator)
+    found = trace_and_frobenius_rows(products, objective.empty_block(), probes, generator=generator)
     return Estimate(found.trace, found.trace_error)
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sharpscope.errors import ArgumentError, ProblemError
 from sharpscope.objective import Objective, Progress
-from sharpscope.objective.audit import reads
+from sharpscope.objective.audit import depends_on
 from sharpscope.objective.data import leaves
-from sharpscope.precision import placed
+from sharpscope.precision import cast_model
 from sharpscope.problem import Problem
 from sharpscope.results import InvarianceResult, SharpnessResult
 from sharpscope.results.base import total
@@ -132,14 +132,14 @@ def rescalable(problem: Problem, factor: float) -> list[tuple[str, str]]:
     found = []
     with objective.measuring():
         part = objective.first_examples(EXAMPLES)
-        expected = _flat(objective.terms.bare(lambda: objective.terms.forward(part))[0])
+        expected = _flat(objective.terms.without_graph(lambda: objective.terms.forward(part))[0])
         for pair in pairwise(names):
             one, two = (problem.model.get_submodule(name).get_parameter("weight") for name in pair)
             if one.data_ptr() == two.data_ptr():  # tied: what is multiplied would be divided again
                 continue
             other = Objective(rescaled(problem, [pair], factor), dtype=torch.float64)
             with other.measuring():
-                got = _flat(other.terms.bare(lambda: other.terms.forward(part))[0])  # noqa: B023  called at once
+                got = _flat(other.terms.without_graph(lambda: other.terms.forward(part))[0])  # noqa: B023  called at once
             if float((got - expected).abs().max()) <= SAME * float(expected.abs().max()):
                 found.append(pair)
     return found
@@ -161,7 +161,7 @@ def rescaled(problem: Problem, pairs: Sequence[tuple[str, str]], factor: float) 
 def _doubled(problem: Problem) -> Problem:
     """A copy in float64; model and loss together, since a loss may hold the model."""
     device = next(iter(problem.model.parameters())).device
-    model, loss = placed(problem.model, problem.loss, torch.float64, device, copied=True)
+    model, loss = cast_model(problem.model, problem.loss, torch.float64, device, copied=True)
     return replace(problem, model=model, loss=loss)
 
 
@@ -170,7 +170,7 @@ def _require_outputs_alone(problem: Problem, side: Problem) -> None:
     objective = Objective(side, dtype=torch.float64)
     originals = [p for p in problem.model.parameters() if p.requires_grad]
     with objective.measuring():
-        if reads(objective, objective.first_examples(EXAMPLES), originals):
+        if depends_on(objective, objective.first_examples(EXAMPLES), originals):
             raise ProblemError("The loss reads the model's own parameters, which a rescaled copy does not have.")
 
 

@@ -54,7 +54,7 @@ class LossOn:
             for value, terms in self._room.run(part, self._summed):
                 loss += value
                 weight += terms
-        self._objective.charge(FORWARD * self.examples)
+        self._objective.add_cost(FORWARD * self.examples)
         return float(loss / weight) + self._objective.terms.decay()
 
     def gradient(self) -> tuple[float, list[Tensor]]:
@@ -82,11 +82,11 @@ class LossOn:
         for part in self._parts():
             for right, known in self._room.run(part, self._right):
                 correct, counted = correct + right, counted + known
-        self._objective.charge(FORWARD * self.examples)
+        self._objective.add_cost(FORWARD * self.examples)
         return float(correct) / max(1, int(counted))
 
     def _summed(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
-        value, weight = self._objective.terms.bare(lambda: self._objective.terms.sums(part))
+        value, weight = self._objective.terms.without_graph(lambda: self._objective.terms.sums(part))
         return value.detach(), weight
 
     def _differentiated(self, part: MicroBatch) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -99,12 +99,12 @@ class LossOn:
         require_classes(self._objective)
         if not isinstance(target, Tensor) or target.is_floating_point():
             raise ArgumentError("An accuracy needs labels, got probabilities. Leave pac-bayes out.")
-        return self._objective.terms.answers(output, target)
+        return self._objective.terms.count_correct(output, target)
 
 
 def require_classes(objective: Objective) -> None:
     """Raise ArgumentError unless the loss is of classes."""
-    if objective.terms.loss.ignored is None:
+    if objective.terms.loss.ignore_index is None:
         raise ArgumentError(
             f"An accuracy needs labels and a loss of classes (cross_entropy, nll), got {objective.loss_name}. Leave "
             "pac-bayes out."
@@ -135,7 +135,7 @@ def subsets(objective: Objective, m: int | None, generator: torch.Generator) -> 
         start = 0
         while start < part.size:
             take = min(m - sum(piece.size for piece in pieces), part.size - start)
-            piece = part if take == part.size else part.part(start, start + take)
+            piece = part if take == part.size else part.slice(start, start + take)
             # A loader may fill the same tensors again.
             pieces.append(piece if kept else replace(piece, batch=map_tensors(piece.batch, torch.clone)))
             start += take
@@ -152,7 +152,7 @@ def whole(objective: Objective) -> LossOn:
     size = None if objective.keeps_batches else piece_size(objective)
 
     def walk() -> Iterator[MicroBatch]:
-        objective.meter.passes += 1
+        objective.cost_counter.passes += 1
         return micro_batches(objective.data, size)
 
     assert objective.num_examples is not None
@@ -161,7 +161,7 @@ def whole(objective: Objective) -> LossOn:
 
 def _subset(objective: Objective, pieces: list[MicroBatch], size: int) -> LossOn:
     """The loss on ``pieces``, several where batches that are padded to other lengths cannot be joined."""
-    parts = [p.part(i, min(i + size, p.size)) if p.size > size else p for p in pieces for i in range(0, p.size, size)]
+    parts = [p.slice(i, min(i + size, p.size)) if p.size > size else p for p in pieces for i in range(0, p.size, size)]
     return LossOn(objective, lambda: parts, sum(part.size for part in parts))
 
 

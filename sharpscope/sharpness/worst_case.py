@@ -106,7 +106,7 @@ def worst_rises(
     if not examples:
         raise DataError("There are no loss terms in any subset. Check the targets.")
     if m is not None:
-        objective.meter.passes += 1
+        objective.cost_counter.passes += 1
     return [Rises(up, slope, examples, together is not None) for up, slope in zip(rises, first, strict=True)]
 
 
@@ -168,9 +168,9 @@ class Vectorised:
         def one(*rows: Tensor) -> Found:
             given = iter(rows)
             batch = map_tensors(parts[0].batch, lambda _: next(given))
-            return self._rises(MicroBatch(batch, size, parts[0].pieces))
+            return self._rises(MicroBatch(batch, size, parts[0].sources))
 
-        self._objective.charge(self._cost * size * len(parts))
+        self._objective.add_cost(self._cost * size * len(parts))
         found: Found = vmap(one)(*stacked)
         return found
 

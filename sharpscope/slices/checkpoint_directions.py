@@ -195,7 +195,7 @@ def marked(
                 theirs = Objective(own, dtype=objective.dtype, device=objective.device, micro_batch=kept)
                 with theirs.measuring(products=False):
                     values[split] = Evaluation(theirs, micro_batch)()
-                objective.charge(FORWARD * (theirs.num_examples or 0))
+                objective.add_cost(FORWARD * (theirs.num_examples or 0))
             losses, accuracies = ({split: value[i] for split, value in values.items()} for i in range(2))
             length = math.hypot(float(torch.linalg.vector_norm(vector)), beside)
             found.append(Mark(name, tuple(place), math.hypot(distance, beside), length, losses, accuracies, on_path))

@@ -127,7 +127,7 @@ class Evaluation:
                 pass
 
     def _placed(self, part: MicroBatch) -> MicroBatch:
-        return replace(part, batch=self._terms.placed(part.batch))
+        return replace(part, batch=self._terms.to_device(part.batch))
 
     def _forward(self, part: MicroBatch) -> Any:
         """Output, target and batch; what is kept for other points is handed over as a copy where the model writes."""
@@ -145,8 +145,8 @@ class Evaluation:
         """Loss, loss terms, right answers and answers of one micro-batch."""
         output, target, batch = self._forward(part)
         with self._mode():
-            loss, weight = self._terms.sums_of(part, output, target, batch)
-            right, known = self._terms.answers(output, target)
+            loss, weight = self._terms.sums_from_output(part, output, target, batch)
+            right, known = self._terms.count_correct(output, target)
         return loss.detach(), weight, right, known
 
     def _settle(self) -> None:
@@ -327,11 +327,11 @@ class Walk:
         values = [value for evaluation in self._evaluations for value in evaluation()]
         for objective, evaluation in zip(self._objectives, self._evaluations, strict=True):
             objective.num_examples = evaluation.examples
-            objective.charge(FORWARD * evaluation.examples)
-            objective.meter.passes += 1
+            objective.add_cost(FORWARD * evaluation.examples)
+            objective.cost_counter.passes += 1
         if statistics.treatment == "recalibrate":
-            self._objectives[0].charge(FORWARD * self._evaluations[0].examples)
-            self._objectives[0].meter.passes += 1
+            self._objectives[0].add_cost(FORWARD * self._evaluations[0].examples)
+            self._objectives[0].cost_counter.passes += 1
         return values
 
     def _moves(self, direction: Direction) -> list[Tensor]:

@@ -354,7 +354,7 @@ def _described(direction: Direction) -> dict[str, Any]:
 def _cost(objectives: Sequence[Objective]) -> Cost:
     """All splits together; gradients are over the first one's examples."""
     first = objectives[0]
-    gradients = sum(o.meter.example_gradients for o in objectives) / max(1, first.num_examples or 1)
+    gradients = sum(o.cost_counter.example_gradients for o in objectives) / max(1, first.num_examples or 1)
     return Cost(sum(o.passes for o in objectives), first.hvps, gradients, first.seconds)
 
 

@@ -72,7 +72,7 @@ def spectral_density(
     m = Measurement(
         problem, generator, progress, operator=operator, dtype=dtype, device=device, micro_batch=micro_batch
     )
-    n, like = m.num_params, m.objective.no_vectors()
+    n, like = m.num_params, m.objective.empty_block()
     require_probes(n, probes, steps)
     _require_vectors(known, n)
     m.status = f" of {min(steps, n) + 1 + (known is not None)}"
@@ -96,7 +96,7 @@ def spectral_density(
 def _known_pairs(known: EigenResult, m: Measurement) -> tuple[Tensor, Tensor]:
     """Eigenvalues (d,) and eigenvectors as rows (d, n) of ``known``, after a product that shows they belong here."""
     assert known.eigenvectors is not None
-    vectors = torch.from_numpy(np.array(known.eigenvectors.T)).to(m.objective.no_vectors())
+    vectors = torch.from_numpy(np.array(known.eigenvectors.T)).to(m.objective.empty_block())
     images = m.products(vectors)
     values = inner(vectors, images).diagonal()
     off, largest = float(norms(residual_vectors(values, vectors, images)).max()), float(values.abs().max())

@@ -19,14 +19,20 @@ from sharpscope.linalg.certificate import STEPS, kuczynski_wozniakowski
 from sharpscope.linalg.top_eigenpairs import guidable, require_arguments, top_eigenpairs_rows
 from sharpscope.measurement import Measurement
 from sharpscope.objective import Progress
-from sharpscope.objective.accumulate import KEPT
-from sharpscope.objective.audit import rounding_of
-from sharpscope.precision import usable
+from sharpscope.objective.accumulate import MAX_CACHED_BYTES
+from sharpscope.objective.audit import float32_rounding
+from sharpscope.precision import available_device
 from sharpscope.problem import Problem
 from sharpscope.results import EigenResult
 from sharpscope.results.eigen import CERTAIN
-from sharpscope.resume import once_charged
-from sharpscope.sampling.importance_sample import FEWEST, Subset, sample, usual_size, worthwhile
+from sharpscope.resume import once_with_cost
+from sharpscope.sampling.importance_sample import (
+    MIN_SIZE,
+    ImportanceSample,
+    default_size,
+    importance_samples,
+    worthwhile,
+)
 from sharpscope.sampling.sampling_error import sampling_error
 from sharpscope.spectrum.certified import Certified, certified, require_certify
 
@@ -166,7 +172,7 @@ def _solver_vectors(m: Measurement, basis_device: torch.device | str | None) -> 
     """An empty block (0, n) in the dtype and on the device of the solver's vectors."""
     # Finite differences in float64 have the digits of float32.
     dtype = m.objective.dtype if m.objective.curvature.exact else torch.float32
-    device = m.objective.device if basis_device is None else usable(basis_device)
+    device = m.objective.device if basis_device is None else available_device(basis_device)
     return torch.empty(0, m.num_params, dtype=dtype, device=device)
 
 
@@ -182,12 +188,12 @@ def _is_guided(m: Measurement, method: str, which: str, k: int) -> bool:
     return guidable(which, m.num_params, k) and worthwhile(m.objective)
 
 
-def _guides(m: Measurement, method: str) -> list[Subset]:
+def _guides(m: Measurement, method: str) -> list[ImportanceSample]:
     """The samples, the coarse one first; none where "auto" meets batches that cannot be cut."""
-    found = [] if m.objective.keeps_batches else sample(m.objective, m.generator, m.report)
+    found = [] if m.objective.keeps_batches else importance_samples(m.objective, m.generator, m.report)
     if not found and method == "guided":
         raise ArgumentError(
-            f"method='guided' needs more than {FEWEST} examples, in batches that may be cut. Pass method='lanczos'."
+            f"method='guided' needs more than {MIN_SIZE} examples, in batches that may be cut. Pass method='lanczos'."
         )
     return found
 
@@ -205,7 +211,7 @@ def _memory(m: Measurement, k: int, max_basis: int | None, guided: bool, certify
         held = max(held, 2 * k + STEPS + 8)
     bytes_of = {"vectors": each * held, "graph": m.objective.graph_bytes()}
     if guided:
-        bytes_of["subset"] = min(KEPT, m.objective.graph_bytes(usual_size(m.objective)))
+        bytes_of["subset"] = min(MAX_CACHED_BYTES, m.objective.graph_bytes(default_size(m.objective)))
     return bytes_of
 
 
@@ -226,10 +232,10 @@ def _float32_error(m: Measurement, pairs: Eigenpairs) -> float:
     """
     if m.objective.dtype != torch.float32:
         return 0.0
-    error = m.objective.curvature.single * float(pairs.eigenvalues.abs().max())
+    error = m.objective.curvature.float32_error * float(pairs.eigenvalues.abs().max())
     if m.objective.curvature.exact:
-        seen = once_charged(
-            m.objective, m.journal, "rounding", lambda: {"of": rounding_of(m.objective, pairs.eigenvectors)}
+        seen = once_with_cost(
+            m.objective, m.journal, "rounding", lambda: {"of": float32_rounding(m.objective, pairs.eigenvectors)}
         )
         error += FLOAT32_SAFETY * seen["of"]
     return error

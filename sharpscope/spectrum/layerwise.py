@@ -15,7 +15,7 @@ from sharpscope.linalg.quadrature import require_probes
 from sharpscope.linalg.top_eigenpairs import require_arguments
 from sharpscope.measurement import Measurement
 from sharpscope.objective import Progress
-from sharpscope.operators.blockwise import blocks_of, blockwise
+from sharpscope.operators.blockwise import blockwise, parameter_blocks
 from sharpscope.problem import Problem
 from sharpscope.results import BlockResult
 from sharpscope.weights.parameters import select
@@ -75,23 +75,23 @@ def block_spectra(
         problem, generator, progress, operator=operator, dtype=dtype, device=device, micro_batch=micro_batch
     )
     objective, matrix = m.objective, m.objective.curvature
-    blocks = blocks_of(select(problem.model, problem.params), by)
+    blocks = parameter_blocks(select(problem.model, problem.params), by)
     require_arguments(m.num_params, 1, tol, "lanczos", max_passes)
     require_probes(max(m.num_params, 2), probes if probes < 2 else 2)
-    likes = [objective.no_vectors()[:, one.part] for one in blocks]
+    likes = [objective.empty_block()[:, one.entries] for one in blocks]
 
     def products(asked: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """The products of each block that asks with its own vectors, as rows, in one pass."""
         counts = [len(asked[i]) if i in asked else 0 for i in range(len(blocks))]
         packed = torch.zeros(max(counts), m.num_params, dtype=objective.dtype, device=objective.device)
         for i, rows in asked.items():
-            packed[: counts[i], blocks[i].part] = rows
+            packed[: counts[i], blocks[i].entries] = rows
         m.status = f", {len(asked)} of {len(blocks)} blocks"
         objective.curvature = blockwise(matrix, blocks, counts)
         images = m.products(packed)
         # A product with a vector of one block counts as one, where the pass has counted rows.
-        objective.meter.hvps += sum(counts) - max(counts)
-        return {i: images[: counts[i], blocks[i].part].contiguous() for i in asked}
+        objective.cost_counter.hvps += sum(counts) - max(counts)
+        return {i: images[: counts[i], blocks[i].entries].contiguous() for i in asked}
 
     with m:
         found = diagonal_blocks(products, likes, tol=tol, probes=probes, max_products=max_passes, generator=m.generator)

@@ -14,7 +14,7 @@ from sharpscope.objective import Progress
 from sharpscope.objective.accumulate import PerBatch
 from sharpscope.problem import Problem
 from sharpscope.results import Estimate, TraceResult
-from sharpscope.sampling.sampling_error import in_units, trace_error
+from sharpscope.sampling.sampling_error import sampling_units, trace_error
 
 
 def trace(
@@ -58,13 +58,13 @@ def trace(
         """The products; those with the probes, which come first, batch by batch where the population is asked for."""
         if not population or per_batch:
             return m.products(rows)
-        with in_units(m.objective, m.report):
+        with sampling_units(m.objective, m.report):
             images, found = m.objective.products_per_batch(rows, m.report)
         per_batch.append(found)
         return images
 
     with m:
-        sums = trace_and_frobenius_rows(products, m.objective.no_vectors(), probes, generator=m.generator)
+        sums = trace_and_frobenius_rows(products, m.objective.empty_block(), probes, generator=m.generator)
     return TraceResult(
         trace=Estimate(sums.trace, sums.trace_error),
         frobenius=frobenius_norm(sums),

@@ -22,7 +22,7 @@ from sharpscope.checkpoint import Checkpoint, load_weights, read_checkpoint, wri
 from sharpscope.errors import ArgumentError, SharpscopeError
 from sharpscope.monitor import EXAMPLES, SharpnessMonitor
 from sharpscope.optim import SAM
-from sharpscope.precision import usable
+from sharpscope.precision import available_device
 from sharpscope.problem import Problem
 from sharpscope.results import MonitorResult
 from sharpscope.training.recipe import (
@@ -86,7 +86,7 @@ def train(
     earlier = earlier_run(recipe, target, beside, resume=resume, overwrite=overwrite)
     if earlier is not None and earlier.training is None:
         return earlier
-    run = _start(recipe, data_root, usable(device))
+    run = _start(recipe, data_root, available_device(device))
     done = 0
     with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
         if earlier is not None and earlier.training is not None and earlier.epoch is not None:

@@ -69,7 +69,7 @@ def _require_apart(chosen: dict[str, nn.Parameter]) -> None:
             )
 
 
-def held_rows(model: nn.Module, params: Sequence[Tensor], *, tied: bool) -> list[tuple[int, int]]:
+def padding_rows(model: nn.Module, params: Sequence[Tensor], *, tied: bool) -> list[tuple[int, int]]:
     """``(i, row)`` of each row of ``params[i]`` that is an embedding's ``padding_idx``, which torch holds still.
 
     It has no gradient, though the loss may well depend on it: a constant of the loss. Without ``tied`` none is given

@@ -1,4 +1,4 @@
-"""Some examples of a data set, drawn at random without replacement."""
+"""Random subsets of a data set, without replacement."""
 
 from __future__ import annotations
 
@@ -14,36 +14,43 @@ from sharpscope.objective.data import batch_size, leaves, rows
 
 
 def count_examples(data: Any) -> int | None:
-    """The number of examples of whatever ``Problem`` takes as data, None where only a walk would tell."""
+    """The number of examples of a ``Problem``'s data, None where it is not known without iterating over them."""
     if _is_batch(data):
         return batch_size(data)
     if isinstance(data, list) and data and all(_is_batch(batch) for batch in data):
         return sum(batch_size(batch) for batch in data)
-    dataset = dataset_of(data, SequentialSampler)
+    dataset = underlying_dataset(data, SequentialSampler)
     return None if dataset is None or (isinstance(data, DataLoader) and data.drop_last) else len(dataset)
 
 
-def dataset_of(data: Any, *samplers: type[Sampler[Any]]) -> Any:
-    """The dataset of which ``data`` gives each example once, where each can be read by itself; None for other data.
+def underlying_dataset(data: Any, *samplers: type[Sampler[Any]]) -> Any:
+    """The map-style dataset whose examples ``data`` gives once each, None for other data.
 
-    ``data`` is that dataset, or a DataLoader that puts it into batches in the order of one of ``samplers``. A list is a
-    dataset only in a loader: by itself it is a list of batches.
+    Args:
+        data: the dataset itself, or a DataLoader that batches it in the order of one of ``samplers``. A list is a
+            dataset only in a loader; otherwise it is a list of batches.
+        samplers: the classes of samplers that are accepted.
     """
-    found: Any = None
+    dataset: Any = None
     if not isinstance(data, DataLoader):
-        found = data if isinstance(data, Dataset) else None
-    # Another sampler, or one of other data, says which examples count; batches of the user's own making are his, and a
-    # loader that iterates in its own way may change them.
+        dataset = data if isinstance(data, Dataset) else None
+    # Not where another sampler selects or weights the examples, the user makes the batches, or a subclass of DataLoader
+    # iterates in its own way.
     elif type(data).__iter__ is DataLoader.__iter__ and data.batch_size is not None:
         source = getattr(data.sampler, "data_source", getattr(data.sampler, "dataset", None))
-        found = data.dataset if isinstance(data.sampler, samplers) and source is data.dataset else None
-    return found if isinstance(found, Sized) and not isinstance(found, IterableDataset) else None
+        dataset = data.dataset if isinstance(data.sampler, samplers) and source is data.dataset else None
+    return dataset if isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset) else None
 
 
-def some_examples(data: Any, examples: int, seed: int) -> Any:
-    """``examples`` of ``data``, in the same form; batches keep their order and lose what was not drawn.
+def random_subset(data: Any, examples: int, seed: int) -> Any:
+    """A uniform random subset of ``data`` without replacement, in the same form.
 
-    Raises: ArgumentError where their number is not known, or too few, or the seed is out of range.
+    Args:
+        data: data of a ``Problem`` whose number of examples is known. Batches keep their order and the chosen rows.
+        examples: number of examples to draw.
+        seed: of the draw, from 0 to 2^63 - 1.
+
+    Raises: ArgumentError where the number of examples is not known or too small, or the seed is out of range.
     """
     total = count_examples(data)
     if total is None:
@@ -68,18 +75,18 @@ def some_examples(data: Any, examples: int, seed: int) -> Any:
         )
     if isinstance(data, Dataset):
         return Subset(data, chosen.tolist())
-    found, start = [], 0
+    chosen_batches, start = [], 0
     for batch in data:
         stop = start + batch_size(batch)
         inside = chosen[(chosen >= start) & (chosen < stop)].sort().values - start
         if len(inside):
-            found.append(rows(batch, inside))
+            chosen_batches.append(rows(batch, inside))
         start = stop
-    return found
+    return chosen_batches
 
 
 def _is_batch(data: Any) -> bool:
     """Whether ``data`` is a tuple or a dict of tensors with a row for each example."""
     tensors = leaves(data) if isinstance(data, tuple | Mapping) else []
-    whole = bool(tensors) and all(isinstance(tensor, Tensor) and tensor.dim() for tensor in tensors)
-    return whole and len({len(tensor) for tensor in tensors}) == 1
+    have_rows = bool(tensors) and all(isinstance(tensor, Tensor) and tensor.dim() for tensor in tensors)
+    return have_rows and len({len(tensor) for tensor in tensors}) == 1
