@@ -1,4 +1,4 @@
-"""Curvature operators: the Hessian and its relatives, each a function of one micro-batch, one matrix a file."""
+"""Curvature operators: Hessian, Gauss-Newton and Fisher matrices, each as a function of one micro-batch."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from sharpscope.operators.gauss_newton import GAUSS_NEWTON
 
 __all__ = ["NAMES", "curvature"]
 
-FIXED = {one.name: one for one in (HESSIAN, GAUSS_NEWTON, EMPIRICAL_FISHER, FINITE_DIFFERENCE)}
-NAMES = (*FIXED, "fisher")
+BY_NAME = {matrix.name: matrix for matrix in (HESSIAN, GAUSS_NEWTON, EMPIRICAL_FISHER, FINITE_DIFFERENCE)}
+NAMES = (*BY_NAME, "fisher")
 
 
 def curvature(name: str, generator: torch.Generator | None = None) -> Curvature:
     """The curvature called ``name``, for ``Objective(curvature=)``.
 
-    "hessian", "ggn" (generalised Gauss-Newton), "fisher" (targets drawn from the model), "empirical-fisher" (the
-    data's own targets) or "finite-difference" (an approximate Hessian of a model without second derivatives).
-    ``generator`` (default: seeded with 0) is drawn from once, for "fisher" alone: its targets stay the same in every
-    pass and whatever the micro-batches.
+    Args:
+        name: "hessian", "ggn" (generalised Gauss-Newton), "fisher" (targets sampled from the model),
+            "empirical-fisher" (the data's own targets) or "finite-difference" (an approximate Hessian for models
+            without second derivatives).
+        generator: source of the seed of "fisher"; not used by the others. The sampled targets are the same in every
+            pass and for every micro-batch size. Default: seeded with 0.
 
     Raises: ArgumentError for an unknown name.
     """
     if name == "fisher":
         source = generator if generator is not None else torch.Generator().manual_seed(0)
         return fisher(int(torch.randint(2**62, (), generator=source)))
-    if name not in FIXED:
+    if name not in BY_NAME:
         raise ArgumentError(nearest("operator", name, NAMES))
-    return FIXED[name]
+    return BY_NAME[name]

@@ -16,33 +16,35 @@ from sharpscope.operators.jacobian import COST, OutputMatrix, Split, graph_throu
 NAME = "ggn"
 
 
-def gauss_newton(terms: LossTerms, part: MicroBatch, keep: bool) -> Graph:
+def gauss_newton(terms: LossTerms, batch: MicroBatch, keep: bool) -> Graph:
     """``G = J' H_L J``: J the Jacobian of the model's output, H_L the Hessian of the loss in the output.
 
-    The Hessian without the model's own curvature (Schraudolph 2002); positive semidefinite for a convex loss. Any loss
-    that is a function of output and target will do. NLLLoss, linear in its log-probabilities, is taken as the function
-    of logits that it is. Cost: 1 gradient, and 4/3 a product.
+    The Hessian without the model's second derivative (Schraudolph 2002); positive semidefinite for a convex loss. The
+    loss may be any function of output and target. NLLLoss, which is linear in the log-probabilities, is differentiated
+    as a function of logits.
 
-    Raises: ProblemError when the loss sees the weights elsewhere than in the output, or is linear in it.
+    Raises: ProblemError when the loss depends on the weights other than through the output, or is linear in it.
+
+    Cost: 1 gradient, and 4/3 a product.
     """
-    return graph_through_output(terms, part, keep, _hessian_in_output, NAME)
+    return graph_through_output(terms, batch, keep, _hessian_in_output, NAME)
 
 
 def _hessian_in_output(terms: LossTerms, split: Split) -> OutputMatrix:
-    live = [s for s in split.slopes if s.requires_grad]
-    if not live:
+    indices = [i for i, g in enumerate(split.output_gradients) if g.requires_grad]
+    if not indices:
         raise ProblemError(
             f"The loss must be curved in the model's output for operator={NAME!r}, but is linear in it, so that its "
             "Gauss-Newton matrix is zero. Pass operator='hessian'."
         )
-    which = [i for i, s in enumerate(split.slopes) if s.requires_grad]
+    curved = [split.output_gradients[i] for i in indices]
 
-    def push(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+    def multiply(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         return torch.autograd.grad(
-            live, split.leaves, [tangents[i] for i in which], retain_graph=True, materialize_grads=True
+            curved, split.leaves, [tangents[i] for i in indices], retain_graph=True, materialize_grads=True
         )
 
-    return push
+    return multiply
 
 
 GAUSS_NEWTON = Curvature(NAME, "Gauss-Newton matrix", gauss_newton, COST, tangent=tangent)

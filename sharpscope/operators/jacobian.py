@@ -17,112 +17,127 @@ from sharpscope.objective.graph import Graph, zero_graph
 from sharpscope.objective.losses import find_logits, output_tensor
 from sharpscope.weights.parameters import views
 
-# Gradients a product on the kept graph, counted in matrix products: of a gradient's three (forward, and backward into
-# inputs and weights) J takes two and J' takes two.
+# Cost of a product on the kept graph in gradients, from counting matrix products: a gradient takes three for each layer
+# (forward, and backward into inputs and weights), J two and J' two.
 COST = 4 / 3
 
 
 @dataclass(frozen=True)
 class Split:
-    """One micro-batch cut at the model's output.
+    """The graph of one micro-batch, split at the model's output.
 
     Attributes:
-        outputs: the tensors z that the model gives, on its graph.
-        leaves: the same numbers, cut off, of which the loss is a function.
-        slopes: the loss's derivative in ``leaves``, itself differentiable.
-        loss, weight: ``sum_i a_i l_i`` and ``sum_i a_i``, with the micro-batch's scale.
+        outputs: the output tensors z, with the model's graph.
+        leaves: detached copies of z, the inputs of the loss's graph.
+        output_gradients: the derivative of the loss in ``leaves``, itself differentiable.
+        loss: ``sum_i a_i l_i``, times the micro-batch's scale.
+        weight: ``sum_i a_i``, times the micro-batch's scale.
         target: of the loss, on the device.
-        part: the micro-batch.
+        batch: the micro-batch.
     """
 
     outputs: list[Tensor]
     leaves: list[Tensor]
-    slopes: Sequence[Tensor]
+    output_gradients: Sequence[Tensor]
     loss: Tensor
     weight: Tensor
     target: Any
-    part: MicroBatch
+    batch: MicroBatch
 
 
+# Multiplies the matrix M with a vector that has the shapes of ``outputs``.
 OutputMatrix = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 def graph_through_output(
-    terms: LossTerms, part: MicroBatch, keep: bool, middle: Callable[[LossTerms, Split], OutputMatrix], name: str
+    terms: LossTerms,
+    batch: MicroBatch,
+    keep: bool,
+    output_matrix: Callable[[LossTerms, Split], OutputMatrix],
+    name: str,
 ) -> Graph:
     """The graph of gradient and products ``J' M J v``; cost 1 gradient, and 4/3 a product.
 
-    ``middle(terms, split)`` gives the function ``x -> M x`` on the output. J v is had by differentiating J'u, which is
-    linear in u, in u (Townsend 2017), with u the loss's slope: that J'u is the gradient, so the linear graph is free.
+    J v is the derivative of J'u in u, in which J'u is linear (Townsend 2017). For u the loss's derivative in the output
+    J'u is the gradient, so its graph costs nothing extra.
+
+    Args:
+        terms: model and loss.
+        batch: the micro-batch.
+        keep: whether products will be asked for.
+        output_matrix: ``output_matrix(terms, split)`` gives the function ``x -> M x`` on the output.
+        name: of the operator, for messages.
 
     Raises: ProblemError when the loss does not see the parameters through the output alone.
     """
-    split = split_at_output(terms, part, keep, name)
+    split = split_at_output(terms, batch, keep, name)
     if not split.outputs:
         return zero_graph(terms, split.loss, split.weight)
-    seeds = [s.detach().requires_grad_(keep) for s in split.slopes]
+    cotangents = [g.detach().requires_grad_(keep) for g in split.output_gradients]
     grads = torch.autograd.grad(
-        split.outputs, terms.params, seeds, create_graph=keep, retain_graph=keep, materialize_grads=True
+        split.outputs, terms.params, cotangents, create_graph=keep, retain_graph=keep, materialize_grads=True
     )
-    push = middle(terms, split) if keep else None
-    live = [i for i, g in enumerate(grads) if g.requires_grad]
+    multiply = output_matrix(terms, split) if keep else None
+    linear = [i for i, g in enumerate(grads) if g.requires_grad]
 
     def products(rows: Tensor, last: bool = False) -> Tensor:
         images = torch.zeros_like(rows)
-        for k in range(len(rows) if live and push is not None else 0):
+        for k in range(len(rows) if linear and multiply is not None else 0):
             vector = views(rows[k], terms.params)
             tangents = torch.autograd.grad(
-                [grads[i] for i in live],
-                seeds,
-                [vector[i] for i in live],
+                [grads[i] for i in linear],
+                cotangents,
+                [vector[i] for i in linear],
                 retain_graph=True,
                 materialize_grads=True,
             )
-            assert push is not None
-            found = torch.autograd.grad(
+            assert multiply is not None
+            image = torch.autograd.grad(
                 split.outputs,
                 terms.params,
-                list(push(tangents)),
+                list(multiply(tangents)),
                 retain_graph=not last or k + 1 < len(rows),
                 materialize_grads=True,
             )
-            torch._foreach_copy_(views(images[k], terms.params), list(found))
+            torch._foreach_copy_(views(images[k], terms.params), list(image))
         return images
 
     return Graph(split.loss.detach(), split.weight, [g.detach() for g in grads], products)
 
 
-def tangent(terms: LossTerms, part: MicroBatch, vector: Tensor) -> tuple[Tensor, Tensor]:
-    """The output and ``J v`` as products use it, flat, for a check; cost 2 gradients."""
-    split = split_at_output(terms, part, False, "ggn")
+def tangent(terms: LossTerms, batch: MicroBatch, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """The flat output and ``J v`` as the products compute it, for the audit; cost 2 gradients."""
+    split = split_at_output(terms, batch, False, "ggn")
     if not split.outputs:
         return vector[:0], vector[:0]
-    seeds = [torch.ones_like(z).requires_grad_() for z in split.outputs]
-    grads = torch.autograd.grad(split.outputs, terms.params, seeds, create_graph=True, materialize_grads=True)
-    live = [i for i, g in enumerate(grads) if g.requires_grad]
-    pieces = views(vector, terms.params)
-    found = [torch.zeros_like(z) for z in seeds]
-    if live:
-        found = list(
-            torch.autograd.grad([grads[i] for i in live], seeds, [pieces[i] for i in live], materialize_grads=True)
+    cotangents = [torch.ones_like(z).requires_grad_() for z in split.outputs]
+    grads = torch.autograd.grad(split.outputs, terms.params, cotangents, create_graph=True, materialize_grads=True)
+    linear = [i for i, g in enumerate(grads) if g.requires_grad]
+    direction = views(vector, terms.params)
+    tangents = [torch.zeros_like(z) for z in cotangents]
+    if linear:
+        tangents = list(
+            torch.autograd.grad(
+                [grads[i] for i in linear], cotangents, [direction[i] for i in linear], materialize_grads=True
+            )
         )
-    return torch.cat([z.detach().flatten() for z in split.outputs]), torch.cat([t.flatten() for t in found])
+    return torch.cat([z.detach().flatten() for z in split.outputs]), torch.cat([t.flatten() for t in tangents])
 
 
-def split_at_output(terms: LossTerms, part: MicroBatch, keep: bool, name: str) -> Split:
-    """Model and loss of one micro-batch, cut apart; no ``outputs`` where there are no loss terms."""
-    output, target, batch = terms.forward(part)
-    found, rebuild = _taken_apart(output, known=terms.loss.counts_terms)
-    outputs = [z for z in found if z.requires_grad]
+def split_at_output(terms: LossTerms, batch: MicroBatch, keep: bool, name: str) -> Split:
+    """Split the graph of one micro-batch at the output; ``outputs`` is empty where there are no loss terms."""
+    output, target, inputs = terms.forward(batch)
+    tensors, rebuild = _output_tensors(output, known=terms.loss.counts_terms)
+    outputs = [z for z in tensors if z.requires_grad]
     leaves = [z.detach().requires_grad_() for z in outputs]
-    given = iter(leaves)
-    # A clone, since a loss may write into what it is given, and a leaf refuses that.
-    whole = [next(given).clone() if z.requires_grad else z for z in found]
+    remaining = iter(leaves)
+    # Clones, since a loss may write to its input, which is an error for a leaf.
+    loss_inputs = [next(remaining).clone() if z.requires_grad else z for z in tensors]
     link = terms.loss.likelihood.link if terms.loss.likelihood is not None else (lambda z: z)
     if not terms.checked:
-        _require_unchanged(link, found)
+        _require_unchanged(link, tensors)
     try:
-        value, weight = terms.sums_from_output(part, rebuild([link(z) for z in whole]), target, batch)
+        loss, weight = terms.sums_from_output(batch, rebuild([link(z) for z in loss_inputs]), target, inputs)
     except RuntimeError as error:
         if "not have been used in the graph" not in str(error):
             raise
@@ -130,16 +145,16 @@ def split_at_output(terms: LossTerms, part: MicroBatch, keep: bool, name: str) -
             f"The loss must be a function of the model's output alone for operator={name!r}, but takes derivatives of "
             "it in the inputs. Take them in the model's forward, or pass operator='hessian' (--operator hessian)."
         ) from error
-    if not value.requires_grad and not float(weight):
-        return Split([], [], [], value, weight, target, part)
+    if not loss.requires_grad and not float(weight):
+        return Split([], [], [], loss, weight, target, batch)
     if not terms.checked:
-        _require_only_through_output(terms, value, name)
-    slopes = torch.autograd.grad(value, leaves, create_graph=keep, materialize_grads=True)
-    return Split(outputs, leaves, slopes, value, weight, target, part)
+        _require_only_through_output(terms, loss, name)
+    output_gradients = torch.autograd.grad(loss, leaves, create_graph=keep, materialize_grads=True)
+    return Split(outputs, leaves, output_gradients, loss, weight, target, batch)
 
 
-def _taken_apart(output: Any, known: bool) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
-    """The tensors of ``output`` that a loss looks at, and how to put others in their place."""
+def _output_tensors(output: Any, known: bool) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
+    """The tensors in ``output`` that the loss is applied to, and a function that puts others in their place."""
     if known:
         return [output_tensor(output)], lambda new: new[0]
     if isinstance(output, Tensor):
@@ -165,13 +180,13 @@ def _taken_apart(output: Any, known: bool) -> tuple[list[Tensor], Callable[[list
     )
 
 
-def _require_only_through_output(terms: LossTerms, value: Tensor, name: str) -> None:
-    if not value.requires_grad:
+def _require_only_through_output(terms: LossTerms, loss: Tensor, name: str) -> None:
+    if not loss.requires_grad:
         raise ProblemError(
             f"For operator={name!r} the loss must depend on the model's output, and that on the chosen parameters, but "
             "it does not. Check params=, and that neither model nor loss runs under no_grad or detaches its output."
         )
-    own = torch.autograd.grad(value, terms.params, retain_graph=True, allow_unused=True)
+    own = torch.autograd.grad(loss, terms.params, retain_graph=True, allow_unused=True)
     if any(g is not None for g in own):
         raise ProblemError(
             f"The loss must see the weights through the model's output alone for operator={name!r}, but it reads them "
@@ -179,8 +194,8 @@ def _require_only_through_output(terms: LossTerms, value: Tensor, name: str) -> 
         )
 
 
-def _require_unchanged(link: Callable[[Tensor], Tensor], found: list[Tensor]) -> None:
-    for z in found:
+def _require_unchanged(link: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> None:
+    for z in tensors:
         same = link(z.detach())
         if same is not z and not torch.allclose(same, z.detach(), rtol=1e-3, atol=1e-3):
             raise ProblemError(
