@@ -1,1 +1,1 @@
-"""What is done to a torch model while it is measured, and undone: parameters as a vector, perturbations, kernels."""
+"""Reversible changes to a torch model: parameters as a vector, perturbations, restored state, replaced kernels."""

@@ -1,4 +1,4 @@
-"""Operations whose second derivative is missing, wrong or slow in torch, written so that it is right and fast."""
+"""Operations with a correct and fast second derivative, where torch's own is missing, wrong or slow."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 
 DIMENSIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 
-# Patches are kept where they take at most so many times the bytes of the layer's output. With one input channel a
-# product with them is 4 to 13 times as fast as a convolution of 28x28 images to 8 to 64 channels on the CPU, with three
-# channels no faster.
-PATCHES = 8
+# Patches are cached if they take at most this many times the memory of the layer's output. With one input channel a
+# matrix product with patches is 4 to 13 times as fast as the convolution (28x28 images, 8 to 64 channels, CPU); with
+# three channels it is no faster.
+MAX_PATCH_RATIO = 8
 
 
 @dataclass
-class _Site:
-    """One call of a convolution: its geometry, and the patches of its input once second derivatives are wanted."""
+class _ConvolutionCall:
+    """One call of a convolution: its geometry, and the patches of its input if second derivatives are needed."""
 
     stride: list[int]
     padding: list[int]
@@ -31,7 +31,7 @@ class _Site:
 
 
 def convolution(dimensions: int, *args: Any, **kwargs: Any) -> Tensor | None:
-    """``torch.conv{dimensions}d`` of the same arguments, to the bit, or None for a form that is left to torch."""
+    """``torch.conv{dimensions}d`` with the same values bit for bit; None for arguments that are left to torch."""
     given = _arguments(dimensions, *args, **kwargs)
     return None if given is None else _Convolution.apply(*given)  # type: ignore[no-untyped-call]
 
@@ -45,53 +45,52 @@ def _arguments(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> tuple[Tensor, Tensor, Tensor | None, _Site] | None:
+) -> tuple[Tensor, Tensor, Tensor | None, _ConvolutionCall] | None:
     plain = type(input) is Tensor and isinstance(weight, Tensor)
-    # torch makes a complex convolution of three real ones.
+    # Left to torch, which computes a complex convolution from three real ones.
     if input.is_complex() or weight.is_complex():
         return None
     if not plain or isinstance(padding, str) or input.dim() != dimensions + 2 or input.numel() == 0:
         return None
     each = [list(value) if isinstance(value, Sequence) else [value] for value in (stride, padding, dilation)]
     stride, padding, dilation = (value * dimensions if len(value) == 1 else value for value in each)
-    return input, weight, bias, _Site(stride, padding, dilation, groups)
+    return input, weight, bias, _ConvolutionCall(stride, padding, dilation, groups)
 
 
-def _forward(x: Tensor, w: Tensor, b: Tensor | None, site: _Site) -> Tensor:
+def _forward(x: Tensor, w: Tensor, b: Tensor | None, call: _ConvolutionCall) -> Tensor:
     out: Tensor = torch.ops.aten.convolution(
-        x, w, b, site.stride, site.padding, site.dilation, False, [0] * len(site.stride), site.groups
+        x, w, b, call.stride, call.padding, call.dilation, False, [0] * len(call.stride), call.groups
     )
     return out
 
 
-def _backward(g: Tensor, x: Tensor, w: Tensor, site: _Site, mask: list[bool]) -> list[Tensor | None]:
-    found = torch.ops.aten.convolution_backward(
+def _backward(g: Tensor, x: Tensor, w: Tensor, call: _ConvolutionCall, mask: list[bool]) -> list[Tensor | None]:
+    grads = torch.ops.aten.convolution_backward(
         g,
         x,
         w,
         [w.shape[0]],
-        site.stride,
-        site.padding,
-        site.dilation,
+        call.stride,
+        call.padding,
+        call.dilation,
         False,
-        [0] * len(site.stride),
-        site.groups,
+        [0] * len(call.stride),
+        call.groups,
         mask,
     )
-    return [t if wanted else None for t, wanted in zip(found, mask, strict=True)]
+    return [grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)]
 
 
-def _patches(x: Tensor, w: Tensor, g: Tensor, site: _Site) -> Tensor | None:
-    """What each of the kernel's places sees of one-channel data (batch, places, output pixels), where that pays."""
-    if x.shape[1] != 1 or math.prod(w.shape[2:]) > PATCHES * w.shape[0]:
+def _patches(x: Tensor, w: Tensor, g: Tensor, call: _ConvolutionCall) -> Tensor | None:
+    """Image patches (im2col) of one-channel data (batch, kernel entries, output pixels); None where they are slower."""
+    if x.shape[1] != 1 or math.prod(w.shape[2:]) > MAX_PATCH_RATIO * w.shape[0]:
         return None
-    seen = F.pad(x[:, 0], [p for p in reversed(site.padding) for _ in range(2)])
-    for axis, (size, step, apart) in enumerate(zip(w.shape[2:], site.stride, site.dilation, strict=True)):
-        windows = seen.unfold(1 + axis, (size - 1) * apart + 1, step)
-        seen = windows[..., ::apart]
-    kernel = range(1 + len(site.stride), seen.dim())
-    pixels = range(1, 1 + len(site.stride))
-    return seen.permute(0, *kernel, *pixels).reshape(len(x), -1, math.prod(g.shape[2:]))
+    windows = F.pad(x[:, 0], [p for p in reversed(call.padding) for _ in range(2)])
+    for axis, (size, step, dilation) in enumerate(zip(w.shape[2:], call.stride, call.dilation, strict=True)):
+        windows = windows.unfold(1 + axis, (size - 1) * dilation + 1, step)[..., ::dilation]
+    kernel = range(1 + len(call.stride), windows.dim())
+    pixels = range(1, 1 + len(call.stride))
+    return windows.permute(0, *kernel, *pixels).reshape(len(x), -1, math.prod(g.shape[2:]))
 
 
 def _forward_of_patches(patches: Tensor, w: Tensor, b: Tensor | None, shape: torch.Size) -> Tensor:
@@ -107,27 +106,27 @@ def _backward_of_patches(g: Tensor, patches: Tensor, w: Tensor, mask: list[bool]
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, site: _Site) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, call: _ConvolutionCall) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.site = site
-        return _forward(x, w, b, site)
+        ctx.call = call
+        return _forward(x, w, b, call)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        site, mask = ctx.site, list(ctx.needs_input_grad[:3])
+        call, mask = ctx.call, list(ctx.needs_input_grad[:3])
         x, w = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a graph of this backward is wanted, to be differentiated
-            if site.patches is None and not mask[0]:
-                site.patches = _patches(x, w, g, site)
-            # Views, since _asked cannot tell of a leaf.
-            found = _ConvolutionBackward.apply(  # type: ignore[no-untyped-call]
-                g.view_as(g), x.view_as(x), w.view_as(w), site.patches, site, mask
+        if torch.is_grad_enabled():  # create_graph: this backward will be differentiated
+            if call.patches is None and not mask[0]:
+                call.patches = _patches(x, w, g, call)
+            # Views, since _gradient_needed works only for tensors that are not leaves.
+            grads = _ConvolutionBackward.apply(  # type: ignore[no-untyped-call]
+                g.view_as(g), x.view_as(x), w.view_as(w), call.patches, call, mask
             )
-        elif site.patches is not None:
-            found = _backward_of_patches(g, site.patches, w, mask)
+        elif call.patches is not None:
+            grads = _backward_of_patches(g, call.patches, w, mask)
         else:
-            found = _backward(g, x, w, site, mask)
-        return *found, None
+            grads = _backward(g, x, w, call, mask)
+        return *grads, None
 
 
 class _ConvolutionBackward(torch.autograd.Function):
@@ -135,44 +134,44 @@ class _ConvolutionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, g: Tensor, x: Tensor, w: Tensor, patches: Tensor | None, site: _Site, mask: list[bool]
+        ctx: Any, g: Tensor, x: Tensor, w: Tensor, patches: Tensor | None, call: _ConvolutionCall, mask: list[bool]
     ) -> Any:
         ctx.save_for_backward(g, x, w, patches)
-        ctx.site = site
+        ctx.call = call
         ctx.set_materialize_grads(False)
-        return tuple(_backward(g, x, w, site, mask))
+        return tuple(_backward(g, x, w, call, mask))
 
     @staticmethod
     def backward(ctx: Any, in_x: Tensor | None, in_w: Tensor | None, in_b: Tensor | None) -> Any:
         g, x, w, patches = ctx.saved_tensors
         to_g = to_x = to_w = None
-        if _asked(ctx, 0):
+        if _gradient_needed(ctx, 0):
             if in_w is not None and patches is not None:
                 to_g = _forward_of_patches(patches, in_w, in_b, g.shape)
             elif in_w is not None:
-                to_g = _forward(x, in_w, in_b, ctx.site)
+                to_g = _forward(x, in_w, in_b, ctx.call)
             elif in_b is not None:
                 to_g = in_b.view(1, -1, *[1] * (g.dim() - 2)).expand_as(g)
             if in_x is not None:
-                other = _forward(in_x, w, None, ctx.site)
+                other = _forward(in_x, w, None, ctx.call)
                 to_g = other if to_g is None else other + to_g
-        if _asked(ctx, 1) and in_w is not None:
-            to_x = _backward(g, x, in_w, ctx.site, [True, False, False])[0]
-        if _asked(ctx, 2) and in_x is not None:
-            to_w = _backward(g, in_x, w, ctx.site, [False, True, False])[1]
+        if _gradient_needed(ctx, 1) and in_w is not None:
+            to_x = _backward(g, x, in_w, ctx.call, [True, False, False])[0]
+        if _gradient_needed(ctx, 2) and in_x is not None:
+            to_w = _backward(g, in_x, w, ctx.call, [False, True, False])[1]
         return to_g, to_x, to_w, None, None, None
 
 
-def _asked(ctx: Any, position: int) -> bool:
-    """Whether the gradient in this input leads to one that the running ``autograd.grad`` was asked for.
+def _gradient_needed(ctx: Any, position: int) -> bool:
+    """Whether the running ``autograd.grad`` needs the gradient in this input.
 
-    torch's own operations know; for those of Python only this private call does, so its absence is no error.
+    torch's own operations know this. A Python function must use a private call, so a torch without it is no error.
     """
     if not ctx.needs_input_grad[position]:
         return False
     node = ctx.next_functions[position][0]
-    will = getattr(torch._C, "_will_engine_execute_node", None)
-    return will is None or bool(will(node))
+    will_execute = getattr(torch._C, "_will_engine_execute_node", None)
+    return will_execute is None or bool(will_execute(node))
 
 
 POOL = torch.ops.aten.max_pool2d_with_indices
@@ -180,7 +179,7 @@ POOL_BACKWARD = torch.ops.aten.max_pool2d_with_indices_backward
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor | None:
-    """``torch.relu``, to the bit, or None for a form that is left to torch."""
+    """``torch.relu`` with the same values bit for bit; None for arguments that are left to torch."""
     if inplace or type(input) is not Tensor or not input.requires_grad:
         return None
     return _Relu.apply(input)  # type: ignore[no-untyped-call, no-any-return]
@@ -225,7 +224,7 @@ def max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor | None:
-    """``torch.max_pool2d``, to the bit, or None for a form that is left to torch."""
+    """``torch.max_pool2d`` with the same values bit for bit; None for arguments that are left to torch."""
     if return_indices or type(input) is not Tensor or input.dim() != 4 or not input.requires_grad:
         return None
     sizes = [list(s) if isinstance(s, Sequence) else [s] for s in (kernel_size, stride or (), padding, dilation)]
@@ -249,7 +248,7 @@ class _MaxPool(torch.autograd.Function):
 
 
 class _MaxPoolBackward(torch.autograd.Function):
-    """The gradient in the input: linear in ``g``, constant in the places of the maxima."""
+    """The gradient in the input: linear in ``g``, constant in the positions of the maxima."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, indices: Tensor, options: list[Any]) -> Tensor:
@@ -264,7 +263,7 @@ class _MaxPoolBackward(torch.autograd.Function):
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """``torch._weight_norm``: ``g v / |v|``. The second derivative of its fused kernel is wrong (torch 2.13, CPU)."""
+    """``torch._weight_norm``: ``g v / |v|``. The fused kernel's second derivative is wrong (torch 2.13, CPU)."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
@@ -277,18 +276,18 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """``F.embedding`` with a dense gradient: of a sparse one there are no sums and no derivative.
+    """``F.embedding`` with a dense gradient, because sparse gradients cannot be added up or differentiated.
 
-    torch shortens rows beyond ``max_norm`` in the weights themselves; here the rows that are looked up are shortened.
+    torch rescales rows longer than ``max_norm`` in the weights themselves; here the rows are rescaled after the lookup.
     """
     rows = F.embedding(input, weight, padding_idx, None, norm_type, scale_grad_by_freq)
-    return rows if max_norm is None else _shortened(rows, max_norm, norm_type)
+    return rows if max_norm is None else _limit_norm(rows, max_norm, norm_type)
 
 
-def _shortened(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
-    """``rows`` at most ``max_norm`` long, as a function of them: beyond, its derivative is that of the shortening."""
+def _limit_norm(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """``rows``, scaled down to the norm ``max_norm`` where they are longer, as a differentiable function of them."""
     beyond = torch.linalg.vector_norm(rows.detach(), norm_type, dim=-1, keepdim=True) > max_norm
-    # A length has no second derivative at zero, where it is not asked for.
+    # Rows that are not scaled are replaced by ones, because a norm has no second derivative at zero.
     long = torch.where(beyond, rows, torch.ones_like(rows))
     short = long * (max_norm / (torch.linalg.vector_norm(long, norm_type, dim=-1, keepdim=True) + 1e-7))
     return torch.where(beyond, short, rows)
@@ -307,7 +306,7 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor | None:
-    """``F.embedding_bag``, whose backward has no derivative; None for a form that is left to torch."""
+    """``F.embedding_bag``, whose backward cannot be differentiated; None for arguments that are left to torch."""
     if mode == "max" or scale_grad_by_freq:
         return None
     ids = input.flatten()

@@ -1,4 +1,4 @@
-"""Choosing kernels that can be differentiated twice."""
+"""Kernels that can be differentiated twice, in place of torch's fused ones."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from sharpscope.weights.double_backward import (
     weight_norm,
 )
 
-# torch's functions whose second derivative we take faster; each of ours gives None for a form that it leaves to torch.
-FASTER: dict[Any, Callable[..., Tensor | None]] = {
+# Faster second derivatives of torch's functions. A replacement returns None for arguments that are left to torch.
+FAST_DOUBLE_BACKWARD: dict[Any, Callable[..., Tensor | None]] = {
     **{function: partial(convolution, dimensions) for function, dimensions in DIMENSIONS.items()},
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), relu),
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), max_pool2d),
 }
-LAYERS = (nn.modules.conv._ConvNd, nn.ReLU, nn.MaxPool2d)
+FAST_LAYERS = (nn.modules.conv._ConvNd, nn.ReLU, nn.MaxPool2d)
 
-# Those whose second derivative it lacks or has wrong, and the modules that call them.
-PLAIN: dict[Any, Callable[..., Tensor | None]] = {
+# Correct second derivatives of torch's functions that lack them or have wrong ones.
+TWICE_DIFFERENTIABLE: dict[Any, Callable[..., Tensor | None]] = {
     torch._weight_norm: weight_norm,
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
@@ -43,11 +43,16 @@ PLAIN: dict[Any, Callable[..., Tensor | None]] = {
 
 @contextmanager
 def differentiable_kernels(model: nn.Module, device: torch.device, *, faster: bool = True) -> Iterator[None]:
-    """Plain kernels in place of fused ones without second derivatives; autocast, which would round them, is off.
+    """Use kernels that can be differentiated twice; switch off autocast, which would round the derivatives.
 
-    Attention runs on the math kernel, torch's attention modules off their fast path for inference, recurrent networks
-    on CUDA off cuDNN, whose backward has no derivative and none at all in eval mode; weight norm, bags of embeddings
-    and sparse embeddings are PLAIN.
+    Attention uses the math kernel, and torch's attention modules do not use their inference fast path. Recurrent
+    networks on CUDA do not use cuDNN, whose backward cannot be differentiated and does not exist in eval mode. Weight
+    norm, embedding bags and sparse embeddings are replaced (TWICE_DIFFERENTIABLE).
+
+    Args:
+        model: replaces only the functions that its layers use.
+        device: of the computation.
+        faster: also use the faster second derivatives of FAST_DOUBLE_BACKWARD.
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -56,8 +61,8 @@ def differentiable_kernels(model: nn.Module, device: torch.device, *, faster: bo
         stack.enter_context(_without_fast_path())
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(_without_cudnn())
-        if any(map(_needs_plain, model.modules())):
-            stack.enter_context(_Replaced(PLAIN))
+        if any(map(_needs_replacement, model.modules())):
+            stack.enter_context(_ReplaceFunctions(TWICE_DIFFERENTIABLE))
         if faster:
             stack.enter_context(faster_kernels(model))
         yield
@@ -65,37 +70,37 @@ def differentiable_kernels(model: nn.Module, device: torch.device, *, faster: bo
 
 @contextmanager
 def faster_kernels(model: nn.Module) -> Iterator[None]:
-    """FASTER in place of torch's functions, where ``model`` has such layers; values and gradients are the same bits."""
-    if not any(isinstance(m, LAYERS) for m in model.modules()):
+    """Use FAST_DOUBLE_BACKWARD where ``model`` has such layers; values and gradients keep every bit."""
+    if not any(isinstance(m, FAST_LAYERS) for m in model.modules()):
         yield
         return
-    with _Replaced(FASTER):
+    with _ReplaceFunctions(FAST_DOUBLE_BACKWARD):
         yield
 
 
-def _needs_plain(module: nn.Module) -> bool:
+def _needs_replacement(module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding):
         return module.sparse or module.max_norm is not None
     old = any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values())
     return old or isinstance(module, nn.EmbeddingBag | _WeightNorm)
 
 
-class _Replaced(TorchFunctionMode):
+class _ReplaceFunctions(TorchFunctionMode):
     def __init__(self, table: dict[Any, Callable[..., Tensor | None]]) -> None:
         super().__init__()
         self.table = table
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in self.table and torch.is_grad_enabled() and not _transformed():
-            found = self.table[func](*args, **kwargs)
-            if found is not None:
-                return found
+        if func in self.table and torch.is_grad_enabled() and not _in_functorch_transform():
+            result = self.table[func](*args, **kwargs)
+            if result is not None:
+                return result
         return func(*args, **kwargs)
 
 
-def _transformed() -> bool:
-    """Whether a torch.func transform is running, which takes no autograd function of this form."""
+def _in_functorch_transform() -> bool:
+    """Whether a torch.func transform is running, which does not support this form of autograd functions."""
     stack = getattr(torch._C._functorch, "peek_interpreter_stack", None)
     return stack is not None and stack() is not None
 

@@ -1,4 +1,4 @@
-"""The ball ``||D^-1 e||_p <= rho`` around the weights, D = 1 or the weights' own sizes, and its steepest ascent."""
+"""The ball ``||D^-1 e||_p <= rho`` around the weights, with D = 1 or adaptive, and its steepest-ascent direction."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from sharpscope.precision import LOW_PRECISION, wide
 
 SCALINGS = ("elementwise", "filter")
 
-# Below this norm, rho / norm may pass float32's largest number (3.4e38).
+# Below this norm, rho / norm may overflow in float32 (3.4e38).
 _TINY = 1e-30
 
 
 @dataclass(frozen=True)
 class Ball:
-    """``||D^-1 e||_p <= rho``, with D taken at the weights w that are its centre.
+    """The ball ``||D^-1 e||_p <= rho``, with D computed at its centre, the weights w.
 
     Args:
         p: 2 or inf.
-        scaling: None is D = 1. "elementwise" is ``D = |w| + offset`` (Kwon et al. 2021, whose T it is); "filter" is
-            ``D = ||w_f||_2 + offset`` for each slice f of a tensor's first dimension, elementwise where a tensor has
-            but one. Either covers every tensor, biases and norms too: only so is it invariant to rescaling by layers.
-        offset: their eta, so that a weight of 0 moves too.
+        scaling: None is D = 1. "elementwise" is ``D = |w| + offset`` (T in Kwon et al. 2021); "filter" is
+            ``D = ||w_f||_2 + offset`` for each slice f of a tensor's first dimension, and elementwise for tensors with
+            one dimension. Both include biases and norm layers, without which they are not invariant to rescaling of
+            layers.
+        offset: eta in Kwon et al. 2021; if positive, weights of 0 move too.
 
-    Nothing divides by D: a weight with D = 0 stays where it is.
+    Nothing is divided by D, so that a weight with D = 0 does not move.
 
     Raises: ArgumentError for an argument outside its domain.
     """
@@ -48,7 +49,7 @@ class Ball:
             raise ArgumentError(f"eta must be a finite number >= 0, got {self.offset!r}.")
 
     def scales(self, weights: Sequence[Tensor]) -> list[Tensor] | None:
-        """D, a tensor for each of ``weights`` that it can be multiplied with; None is 1."""
+        """D as a list of tensors that broadcast with ``weights``; None for D = 1."""
         if self.scaling is None:
             return None
         return [self._scale(widened(w)) for w in weights]
@@ -116,9 +117,9 @@ def norm_on_device(tensors: Sequence[Tensor], dtype: torch.dtype | None = torch.
 
 
 def settled_norm(norm: float, tensors: Sequence[Tensor]) -> float:
-    """``norm``, or a second opinion where it says 0 or not finite: the squares may have left the range.
+    """``norm``, recomputed with scaled tensors if it is 0 or not finite, since the squares may under- or overflow.
 
-    Costs nothing but in that rare case, when it waits for the device a second time.
+    Costs nothing except in that rare case, which waits for the device again.
     """
     if 0.0 < norm < math.inf or not tensors:
         return norm
@@ -137,5 +138,5 @@ def inner_of(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 
 
 def norm_of(tensors: Sequence[Tensor]) -> float:
-    """``||g||_2`` over all tensors, wherever in the range of their dtype."""
+    """``||g||_2`` over all tensors, safe against under- and overflow."""
     return settled_norm(float(norm_on_device(tensors)), tensors)

@@ -1,4 +1,4 @@
-"""Selecting parameters, and seeing them as one flat vector."""
+"""Selection of parameters, and conversion to and from one flat vector."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from sharpscope.errors import ProblemError
 
 
 def select(model: nn.Module, patterns: str | Sequence[str] = "*") -> dict[str, nn.Parameter]:
-    """The trainable parameters of ``model`` that match, by first name, each once however often it is tied.
+    """The trainable parameters of ``model`` that match ``patterns``, by name; tied parameters once, by the first name.
 
-    A parameter is chosen when any of its names matches any of ``patterns`` (as for file names). Frozen parameters
-    (``requires_grad`` False) are constants of the loss and are never chosen.
+    A parameter is selected if any of its names matches any of ``patterns`` (as for file names). Frozen parameters
+    (``requires_grad`` False) are constants of the loss and are never selected.
 
-    Raises: ProblemError when nothing is chosen, a chosen one is not finite, real and dense, or has a gradient hook.
+    Raises: ProblemError when nothing is selected, or a selected parameter is not finite, real and dense, or has a
+        gradient hook.
     """
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     names: dict[nn.Parameter, list[str]] = {}
@@ -51,18 +52,18 @@ def select(model: nn.Module, patterns: str | Sequence[str] = "*") -> dict[str, n
             raise ProblemError(f"Every weight must be finite, but {name} holds NaN or infinity.")
         if parameter._backward_hooks:
             raise ProblemError(f"{name} has a gradient hook, which would change its Hessian. Remove the hook first.")
-    _require_apart(chosen)
+    _require_no_overlap(chosen)
     return chosen
 
 
-def _require_apart(chosen: dict[str, nn.Parameter]) -> None:
-    """Raise ProblemError where two parameters are views of the same numbers, which would count twice."""
-    places = sorted(
+def _require_no_overlap(chosen: dict[str, nn.Parameter]) -> None:
+    """Raise ProblemError where two parameters share memory, since they would count twice."""
+    ranges = sorted(
         (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name)
         for name, p in chosen.items()
         if p.numel() and p.is_contiguous()
     )
-    for (device, _, stop, one), (other_device, start, _, two) in pairwise(places):
+    for (device, _, stop, one), (other_device, start, _, two) in pairwise(ranges):
         if device == other_device and start < stop:
             raise ProblemError(
                 f"{one} and {two} are two parameters on the same memory. Tie them as one: module.weight = other.weight."
@@ -70,19 +71,23 @@ def _require_apart(chosen: dict[str, nn.Parameter]) -> None:
 
 
 def padding_rows(model: nn.Module, params: Sequence[Tensor], *, tied: bool) -> list[tuple[int, int]]:
-    """``(i, row)`` of each row of ``params[i]`` that is an embedding's ``padding_idx``, which torch holds still.
+    """``(i, row)`` of each row of ``params[i]`` that is an embedding's ``padding_idx``.
 
-    It has no gradient, though the loss may well depend on it: a constant of the loss. Without ``tied`` none is given
-    whose embedding shares it with another module, through which it has a gradient.
+    torch gives such a row no gradient, though the loss may depend on it: it is a constant of the loss.
+
+    Args:
+        model: the model.
+        params: its selected parameters.
+        tied: include embeddings whose weight is shared with another module, through which the row has a gradient.
     """
-    places = {id(p): i for i, p in enumerate(params)}
+    indices = {id(p): i for i, p in enumerate(params)}
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     return [
-        (places[id(module.weight)], module.padding_idx)
+        (indices[id(module.weight)], module.padding_idx)
         for module in model.modules()
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
         and module.padding_idx is not None
-        and id(module.weight) in places
+        and id(module.weight) in indices
         and (tied or owners[id(module.weight)] == 1)
     ]
 
@@ -95,5 +100,5 @@ def assign(params: Sequence[Tensor], vector: Tensor) -> None:
 
 def views(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
     """The flat ``vector`` (n,) as views with the parameters' shapes, in their order."""
-    pieces = torch.split(vector, [p.numel() for p in params])
-    return [piece.view_as(p) for piece, p in zip(pieces, params, strict=True)]
+    slices = torch.split(vector, [p.numel() for p in params])
+    return [values.view_as(p) for values, p in zip(slices, params, strict=True)]

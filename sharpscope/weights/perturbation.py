@@ -1,4 +1,4 @@
-"""Weights moved to ``w + e`` in place, and put back to the bit: for the optimizers and for the measurements."""
+"""Perturbation of weights in place to ``w + e``, restored bit for bit, for optimizers and measurements."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from sharpscope.weights.norm_ball import inner_of, norm_of
 
 
 class Perturbation:
-    """Holds exact copies of ``weights`` (one more set of them in memory) until ``restore``.
+    """Exact copies of ``weights`` and in-place moves away from them, until ``restore``.
 
-    As a context it restores however the block ends. Sums are formed in float32 or better and rounded once.
+    As a context manager it restores on exceptions too. Sums are computed in float32 or better and rounded once. Memory:
+    one copy of the weights.
 
     Attributes:
         weights: the tensors that are written to.
-        centre: their copies, w.
-        rounding: over the float16 and bfloat16 weights ``(<a, e>, <a, a>, <e, e>)`` of what was asked for by ``add``,
-            ``e``, and is left of it after rounding, ``a``; on the device. None where there are no such weights.
+        centre: copies of the original weights w.
+        rounding: ``(<a, e>, <a, a>, <e, e>)`` over the float16 and bfloat16 weights, where ``e`` is the perturbation
+            requested by ``add`` and ``a`` what remains of it after rounding; on the device. None without such weights.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
@@ -32,7 +33,7 @@ class Perturbation:
 
     @torch.no_grad()
     def add(self, weights: Sequence[Tensor], direction: Sequence[Tensor], scale: float) -> None:
-        """Add ``scale * direction`` to ``weights``, which are among its own, where they are now."""
+        """Add ``scale * direction`` to the current values of ``weights``, some of ``self.weights``."""
         low = [w.dtype in LOW_PRECISION for w in weights]
         exact = [w for w, is_low in zip(weights, low, strict=True) if not is_low]
         if exact:
@@ -40,22 +41,22 @@ class Perturbation:
         rounded = [w for w, is_low in zip(weights, low, strict=True) if is_low]
         if rounded:
             before = [w.float() for w in rounded]
-            wished = torch._foreach_mul([d for d, is_low in zip(direction, low, strict=True) if is_low], scale)
-            torch._foreach_copy_(rounded, list(torch._foreach_add(before, wished)))
+            requested = torch._foreach_mul([d for d, is_low in zip(direction, low, strict=True) if is_low], scale)
+            torch._foreach_copy_(rounded, list(torch._foreach_add(before, requested)))
             achieved = torch._foreach_sub([w.float() for w in rounded], before)
             device = rounded[0].device
             sums = [
                 torch.stack([(a * e).sum(), (a * a).sum(), (e * e).sum()]).to(device)
-                for a, e in zip(achieved, wished, strict=True)
+                for a, e in zip(achieved, requested, strict=True)
             ]
             total = torch.stack(sums).sum(0)
             self.rounding = total if self.rounding is None else self.rounding + total.to(self.rounding)
-        # Under an autocast that encloses several passes, the next would take w's cached low-precision copy.
+        # An autocast region around several passes would otherwise reuse its cached low-precision copy of w.
         torch.clear_autocast_cache()
 
     @torch.no_grad()
     def move_to(self, e: Sequence[Tensor], scale: float = 1.0) -> None:
-        """Make the weights ``w + scale * e``, from the copies: however many moves came before, nothing drifts."""
+        """Set the weights to ``w + scale * e``, computed from the copies, so that repeated moves do not drift."""
         self.rounding = None
         if any(w.dtype in LOW_PRECISION for w in self.weights):
             torch._foreach_copy_(self.weights, self.centre)
@@ -66,16 +67,16 @@ class Perturbation:
         torch.clear_autocast_cache()
 
     @torch.no_grad()
-    def achieved(self, wished: Sequence[Tensor] | None = None) -> tuple[float, float]:
-        """``||a||_2`` of the perturbation ``a`` that the weights now show, and its cosine with ``wished``.
+    def achieved(self, requested: Sequence[Tensor] | None = None) -> tuple[float, float]:
+        """``||a||_2`` of the current perturbation ``a``, and its cosine with ``requested``.
 
-        The cosine is 1 where nothing was wished for, 0 where nothing is left of what was. Waits for the device.
+        The cosine is 1 where nothing was requested, 0 where rounding left nothing of it. Waits for the device.
         """
         moved = [w.to(wide(w.device)) - c.to(wide(w.device)) for w, c in zip(self.weights, self.centre, strict=True)]
         length = norm_of(moved)
-        if wished is None:
+        if requested is None:
             return length, 1.0
-        return length, cosine(inner_of(moved, wished), length**2, norm_of(wished) ** 2)
+        return length, cosine(inner_of(moved, requested), length**2, norm_of(requested) ** 2)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -93,8 +94,8 @@ class Perturbation:
         self.restore()
 
 
-def cosine(dot: float, achieved: float, wished: float) -> float:
-    """``<a, e> / (||a|| ||e||)`` from those three sums; 0 where nothing was left of ``e``, 1 for ``e = 0``."""
-    if wished == 0.0:
+def cosine(dot: float, achieved: float, requested: float) -> float:
+    """``<a, e> / (||a|| ||e||)`` from these three sums; 0 for ``a = 0``, 1 for ``e = 0``."""
+    if requested == 0.0:
         return 1.0
-    return dot / math.sqrt(achieved) / math.sqrt(wished) if achieved > 0.0 else 0.0
+    return dot / math.sqrt(achieved) / math.sqrt(requested) if achieved > 0.0 else 0.0

@@ -1,4 +1,4 @@
-"""Leaving a model, and the global random state, bit for bit as they were."""
+"""Restoring a model and the global random state bit for bit."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 @contextmanager
 def preserved(*modules: Any, data: Any = None) -> Iterator[None]:
-    """Restore buffers, train/eval modes and every random state when the block ends, however it ends.
+    """Restore buffers, train/eval modes and all random states when the block ends, on exceptions too.
 
-    Covers what is no Module (a loss function) by passing over it; parameters and ``.grad`` are not touched by
-    a measurement, so they are not copied. Random states: torch (CPU and accelerators), NumPy, ``random``, and
-    the generators of a DataLoader ``data``.
+    Parameters and ``.grad`` are not copied, because a measurement does not change them. Random states: torch (CPU and
+    accelerators), NumPy, ``random``, and the generators of a DataLoader.
+
+    Args:
+        modules: models and losses; anything that is not a Module is ignored.
+        data: a DataLoader or any other data.
     """
     with ExitStack() as stack:
         for module in modules:
@@ -50,8 +53,8 @@ def _module(module: nn.Module) -> Iterator[None]:
             child._buffers.update(buffers)
         with torch.no_grad():
             for buffer, copy in copies:
-                # Compared by value: BatchNorm's kernels write without counting up the version, and an expanded buffer
-                # refuses to be written to.
+                # Compared by value, because BatchNorm's kernels do not increase the version counter, and an expanded
+                # buffer cannot be written to.
                 if not _same_bits(buffer, copy):
                     buffer.copy_(copy)
 
