@@ -1,4 +1,4 @@
-"""The door of every analysis: seed, operator, objective, audit, journal, and what a result says of all of them."""
+"""The context of every analysis: seed, operator, objective, audit, journal, and the provenance of the result."""
 
 from __future__ import annotations
 

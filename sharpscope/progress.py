@@ -36,7 +36,7 @@ def progress_bar(what: str = "") -> Iterator[Progress]:
     """
     from tqdm import tqdm  # late: whoever measures without a bar need not wait for it
 
-    place = _place()
+    line = _notebook_line()
     stage, bar = "", tqdm(disable=True)
 
     def show(now: str, done: int, total: int | None) -> None:
@@ -46,7 +46,7 @@ def progress_bar(what: str = "") -> Iterator[Progress]:
             stage = now
             described = f"{what}: {now}" if what else now
             bar = tqdm(
-                total=total, desc=described, unit=" examples", **(place.look if place else terminal_bar_options())
+                total=total, desc=described, unit=" examples", **(line.bar_options if line else terminal_bar_options())
             )
         bar.update(done - bar.n)
 
@@ -54,8 +54,8 @@ def progress_bar(what: str = "") -> Iterator[Progress]:
         yield show
     finally:
         bar.close()
-        if place is not None:
-            place.clear()
+        if line is not None:
+            line.clear()
 
 
 def terminal_bar_options() -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _columns() -> int:
     return 0
 
 
-class _Place:
+class _NotebookLine:
     """A line beneath a notebook's cell, as the file that tqdm writes to.
 
     Not tqdm's own widget: it needs ipywidgets, warns without them, and leaves a dead one in the saved notebook.
@@ -84,7 +84,7 @@ class _Place:
         self._publish, self._name, self._shown = publish, uuid.uuid4().hex, False
 
     @property
-    def look(self) -> dict[str, Any]:
+    def bar_options(self) -> dict[str, Any]:
         """The options of a tqdm bar here."""
         return {"file": self, "ncols": 80, "ascii": False, "leave": False}
 
@@ -107,8 +107,8 @@ class _Place:
         self._shown = True
 
 
-def _place() -> _Place | None:
+def _notebook_line() -> _NotebookLine | None:
     """Where Jupyter runs this code, else None."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     # As tqdm tells a kernel from IPython at a terminal.
-    return _Place(shell.display_pub.publish) if shell is not None and "IPKernelApp" in shell.config else None
+    return _NotebookLine(shell.display_pub.publish) if shell is not None and "IPKernelApp" in shell.config else None

@@ -176,7 +176,7 @@ def test_every_example_counts_once_on_average() -> None:
         for start in range(0, 30, 5):
             place = torch.arange(start, start + 5)
             reservoir.add(MicroBatch((place,), 5, ()), importances[start : start + 5])
-        chosen = reservoir.parts(8, 3)
+        chosen = reservoir.batches(8, 3)
         assert sum(part.size for part in chosen) == 8
         for part in chosen:
             assert part.scale >= 1

@@ -101,11 +101,11 @@ def _deterministic_kernels() -> Iterator[None]:
 def _state(thing: Any) -> list[Any]:
     """Parameters, buffers and plain attributes of a model or loss: what it holds besides its code."""
     if isinstance(thing, functools.partial):
-        return [_state(thing.func), _held({**dict(enumerate(thing.args)), **thing.keywords})]
+        return [_state(thing.func), _plain_state({**dict(enumerate(thing.args)), **thing.keywords})]
     if inspect.ismethod(thing):
         return [thing.__name__, _state(thing.__self__)]
     if not isinstance(thing, nn.Module):
-        return [type(thing).__qualname__, _held(getattr(thing, "__dict__", {}))]
+        return [type(thing).__qualname__, _plain_state(getattr(thing, "__dict__", {}))]
     internal = vars(nn.Module())
     modules = {
         name: [type(module).__qualname__, {k: v for k, v in vars(module).items() if k not in internal and _is_plain(v)}]
@@ -114,7 +114,7 @@ def _state(thing: Any) -> list[Any]:
     return [dict(thing.named_parameters()), dict(thing.named_buffers()), modules]
 
 
-def _held(values: Mapping[Any, Any]) -> dict[Any, Any]:
+def _plain_state(values: Mapping[Any, Any]) -> dict[Any, Any]:
     """The plain entries of ``values``, and the state of modules among them."""
     modules = {name: _state(value) for name, value in values.items() if isinstance(value, nn.Module)}
     return {**{name: value for name, value in values.items() if _is_plain(value)}, **modules}
