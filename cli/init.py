@@ -40,17 +40,17 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.suffix != ".py":
         raise OutputError(f"A problem is a Python file, got {out}. Name it .py.")
-    seen = templates.look(args.checkpoints[0], args.weights)
+    info = templates.inspect_checkpoint(args.checkpoints[0], args.weights)
     options.require_new(args, out)
-    text = templates.problem_text(seen, out)
+    text = templates.problem_text(info, out)
     with atomic(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     lines = [
-        f"{out} is written. Fill in {' and '.join(templates.open_lines(text))}, then run",
-        f"  {templates.command(seen, out)}",
+        f"{out} is written. Fill in {' and '.join(templates.unfinished_lines(text))}, then run",
+        f"  {templates.command(info, out)}",
     ]
-    if seen.zoo_model is not None:
-        lines.append(f"It is not needed if the data are {' or '.join(seen.zoo_model.data)}:")
-        lines.append(f"  {templates.command_without_file(seen)}")
+    if info.zoo_model is not None:
+        lines.append(f"It is not needed if the data are {' or '.join(info.zoo_model.data)}:")
+        lines.append(f"  {templates.command_without_file(info)}")
     terminal.emit("\n".join(lines))
     return 0

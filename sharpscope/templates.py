@@ -1,4 +1,7 @@
-"""Write a problem file for a checkpoint of unknown origin, as far as the checkpoint shows what it must hold."""
+"""Write a problem file for a checkpoint of unknown origin, filled in as far as the checkpoint shows its contents.
+
+``inspect_checkpoint`` finds the layout; ``TEMPLATES`` has one row for each layout, with the code that builds its model.
+"""
 
 from __future__ import annotations
 
@@ -20,34 +23,48 @@ from sharpscope.checkpoint.unpickling import INDEX
 from sharpscope.errors import ArgumentError, CheckpointError
 from sharpscope.zoo import make_model, model_arguments
 
-# Of data parallelism, torch.compile, and a module that holds the network as .model.
+# Prefixes of data parallelism, torch.compile, and a module that holds the network as .model.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """``make_model(name, **args)`` for each data set in ``data``; ``args`` leaves out defaults."""
+
+    name: str
+    args: Mapping[str, Any]
+    data: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Seen:
+class CheckpointInfo:
     """What a checkpoint shows of its model.
 
     Attributes:
-        checkpoint: its weights.
+        checkpoint: the weights.
         layout: "state dict", "Lightning", "Hugging Face", "PEFT" or "distributed".
-        prefix: what a wrapper seems to have put before every name.
-        folder: where Hugging Face's configuration is, with its contents in ``config``.
-        zoo_model: the bundled model that it is of.
+        prefix: prefix of every name, as a wrapper adds it.
+        folder: folder of Hugging Face's configuration, whose contents are ``config``.
+        zoo_model: the bundled model with these names and shapes, if there is one.
     """
 
     checkpoint: Checkpoint
     layout: str
     prefix: str = ""
-    folder: Path | None = None
+    folder: Path = Path()
     config: Mapping[str, Any] = field(default_factory=dict)
     zoo_model: ZooModel | None = None
 
 
-def look(path: str | os.PathLike[str], weights: str | None = None) -> Seen:
-    """What the checkpoint in ``path`` shows; no code of it is run. ``weights`` is as in ``read_checkpoint``.
+def inspect_checkpoint(path: str | os.PathLike[str], weights: str | None = None) -> CheckpointInfo:
+    """Find the layout of the checkpoint in ``path`` and what it shows of its model, without running its code.
 
-    Raises: CheckpointError for a file that cannot be read, or one of ``sharpscope train``, which says all itself.
+    Args:
+        path: file or folder.
+        weights: key of the state dict, as in ``read_checkpoint``.
+
+    Raises: CheckpointError for a file that cannot be read, or one of ``sharpscope train``, which needs no problem file.
     """
     checkpoint = read_checkpoint(path, weights)
     place = checkpoint.path
@@ -58,96 +75,69 @@ def look(path: str | os.PathLike[str], weights: str | None = None) -> Seen:
         )
     names = list(checkpoint.state_dict)
     folder = place if place.is_dir() else place.parent
-    if _of_hugging_face(place):
+    # A folder, or a file with a name that the libraries of Hugging Face give.
+    hugging_face = place.is_dir() or place.name.startswith(("model.safetensors", "pytorch_model", "adapter_model"))
+    if hugging_face:
         if all(name.startswith("base_model.") for name in names) and (folder / "adapter_config.json").is_file():
-            config = _json(folder / "adapter_config.json")
-            return Seen(checkpoint=checkpoint, layout="PEFT", folder=folder, config=config)
-        config = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
-        if {"architectures", "model_type"} & set(config):  # a config.json may be of anybody's training script
-            return Seen(checkpoint=checkpoint, layout="Hugging Face", folder=folder, config=config)
+            config = _read_json(folder / "adapter_config.json")
+            return CheckpointInfo(checkpoint=checkpoint, layout="PEFT", folder=folder, config=config)
+        config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        if {"architectures", "model_type"} & set(config):  # else some training script's config.json
+            return CheckpointInfo(checkpoint=checkpoint, layout="Hugging Face", folder=folder, config=config)
     if checkpoint.hyper_parameters is not None:
-        first = {name.partition(".")[0] for name in names}
-        prefix = f"{first.pop()}." if len(first) == 1 and all("." in name for name in names) else ""
-        return Seen(checkpoint=checkpoint, layout="Lightning", prefix=prefix)
-    prefix = _wrapping(names)
+        first_names = {name.partition(".")[0] for name in names}
+        prefix = f"{first_names.pop()}." if len(first_names) == 1 and all("." in name for name in names) else ""
+        return CheckpointInfo(checkpoint=checkpoint, layout="Lightning", prefix=prefix)
+    prefix = ""
+    while added := next((w for w in WRAPPERS if all(name.startswith(prefix + w) for name in names)), ""):
+        prefix += added
     shapes = {name.removeprefix(prefix): tuple(value.shape) for name, value in checkpoint.state_dict.items()}
-    return Seen(
+    return CheckpointInfo(
         checkpoint=checkpoint,
         layout="distributed" if (place / INDEX).is_file() else "state dict",
         prefix=prefix,
-        zoo_model=recognised(shapes),
+        zoo_model=match_zoo_model(shapes),
     )
 
 
-def _wrapping(names: list[str]) -> str:
-    """The wrappers' names that all ``names`` start with, "module._orig_mod." for instance."""
-    prefix = ""
-    while True:
-        more = next((w for w in WRAPPERS if all(name.startswith(prefix + w) for name in names)), None)
-        if more is None:
-            return prefix
-        prefix += more
-
-
-def _of_hugging_face(place: Path) -> bool:
-    """A folder, or a file whose name is one that Hugging Face's libraries give."""
-    return place.is_dir() or place.name.startswith(("model.safetensors", "pytorch_model", "adapter_model"))
-
-
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} must be the model's configuration as JSON, but is damaged. Copy it again."
         ) from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(found).__name__}. Copy it again.")
-    return found
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(config).__name__}. Copy it again.")
+    return config
 
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-# One input, and the number of classes, of each bundled data set: Fashion-MNIST's files need not be here.
+# Shape of one input and number of classes of each bundled data set; Fashion-MNIST's files may not be installed.
 INPUTS: dict[str, tuple[tuple[int, int, int], int]] = {"digits": ((1, 8, 8), 10), "fashion-mnist": ((1, 28, 28), 10)}
 
 
-@dataclass(frozen=True)
-class ZooModel:
-    """``make_model(name, **args)`` for each data set in ``data``; ``args`` are those that are not the default."""
-
-    name: str
-    args: Mapping[str, Any]
-    data: tuple[str, ...]
-
-    @property
-    def options(self) -> list[str]:
-        """The command line's options for the first of the data sets."""
-        given = [f"{key}={_option(value)}" for key, value in self.args.items()]
-        return ["--model", self.name, *(["--model-args", *given] if given else []), "--data", self.data[0]]
-
-
-def recognised(shapes: Shapes) -> ZooModel | None:
-    """The bundled model that has exactly these names and shapes for some bundled data set, None where none has."""
-    for name, guess in GUESSES.items():
+def match_zoo_model(shapes: Shapes) -> ZooModel | None:
+    """The bundled model with exactly these names and shapes on some bundled data set, or None."""
+    for name, arguments_of in ZOO_ARGUMENTS.items():
         try:
-            args = guess(shapes)
+            args = arguments_of(shapes)
         except (LookupError, ValueError):
             continue
-        fitting = tuple(data for data, (shape, classes) in INPUTS.items() if _fits(name, args, shape, classes, shapes))
-        if fitting:
+        data = tuple(d for d, (shape, classes) in INPUTS.items() if _shapes(name, shape, classes, args) == dict(shapes))
+        if data:
             default = model_arguments(name)
-            return ZooModel(name, {key: value for key, value in args.items() if value != default[key]}, fitting)
+            return ZooModel(name, {key: value for key, value in args.items() if value != default[key]}, data)
     return None
 
 
-def _fits(name: str, args: Mapping[str, Any], shape: tuple[int, ...], classes: int, shapes: Shapes) -> bool:
+def _shapes(name: str, shape: tuple[int, ...], classes: int, args: Mapping[str, Any]) -> Shapes:
+    """Names and shapes of a bundled model; empty where it cannot have these arguments."""
     try:
-        with torch.device("meta"):  # shapes alone: no numbers are made
-            built = make_model(name, shape=shape, classes=classes, **args).state_dict()
+        with torch.device("meta"):  # allocates nothing
+            model = make_model(name, shape=shape, classes=classes, **args)
     except ArgumentError:
-        return False
-    return {key: tuple(value.shape) for key, value in built.items()} == dict(shapes)
+        return {}
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
 def _mlp(shapes: Shapes) -> dict[str, Any]:
@@ -172,36 +162,37 @@ def _wide_resnet(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-GUESSES: dict[str, Callable[[Shapes], dict[str, Any]]] = {"mlp": _mlp, "cnn": _cnn, "wide_resnet": _wide_resnet}
+ZOO_ARGUMENTS: dict[str, Callable[[Shapes], dict[str, Any]]] = {"mlp": _mlp, "cnn": _cnn, "wide_resnet": _wide_resnet}
+
+
+def command(info: CheckpointInfo, out: Path) -> str:
+    """The command line that measures the checkpoint with the problem file ``out``."""
+    return _eigen(info, "--problem", str(out), *TEMPLATES[info.layout].options)
+
+
+def command_without_file(info: CheckpointInfo) -> str:
+    """The command line that names the bundled model, and the first of the data sets that it fits."""
+    zoo_model = info.zoo_model
+    assert zoo_model is not None
+    args = [f"{key}={_option(value)}" for key, value in zoo_model.args.items()]
+    model_args = ["--model-args", *args] if args else []
+    return _eigen(info, "--model", zoo_model.name, *model_args, "--data", zoo_model.data[0])
+
+
+def _eigen(info: CheckpointInfo, *options: str) -> str:
+    checkpoint = info.checkpoint
+    weights = ["--weights", checkpoint.weights] if checkpoint.others else []
+    return shlex.join(["sharpscope", "eigen", str(checkpoint.path), *options, *weights])
 
 
 def _option(value: Any) -> str:
-    """``value`` as ``--model-args`` takes it: (8,) as "8,", which the shell leaves alone."""
+    """``value`` in the syntax of ``--model-args``: (8,) is "8,", which needs no quotes in a shell."""
     if isinstance(value, tuple) and value:
         return ",".join(map(str, value)) + ("," if len(value) == 1 else "")
     return str(value)
 
 
-def command(seen: Seen, out: Path) -> str:
-    """The one that takes the problem file ``out``."""
-    # A PEFT file holds the adapter alone.
-    partial = ["--partial"] if seen.layout == "PEFT" else []
-    return _eigen(seen, "--problem", str(out), *partial)
-
-
-def command_without_file(seen: Seen) -> str:
-    """The one that names the bundled model which the checkpoint is of, and the first of the data it may be for."""
-    assert seen.zoo_model is not None
-    return _eigen(seen, *seen.zoo_model.options)
-
-
-def _eigen(seen: Seen, *options: str) -> str:
-    checkpoint = seen.checkpoint
-    weights = ["--weights", checkpoint.weights] if checkpoint.others else []
-    return shlex.join(["sharpscope", "eigen", str(checkpoint.path), *options, *weights])
-
-
-# What stands for the user's own module.
+# Stands for the user's own module.
 PLACEHOLDER = "my_package"
 ARGUMENTS = "with the arguments it was trained with; the weights come from the checkpoint"
 CROSS_ENTROPY = "torch.nn.CrossEntropyLoss()"
@@ -219,7 +210,7 @@ IMAGES = [
     '# return {"pixel_values": images, "labels": labels}  # (N, channels, height, width) and (N,)',
     "# or a list of such dicts",
 ]
-# -100 stands for what is no loss term, here the padding.
+# -100 marks positions without a loss term, here the padding.
 EACH_TOKEN = 'batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)'
 
 # The class that builds a base model, by the adapter's task.
@@ -232,73 +223,55 @@ TASKS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
-    """The code of a problem file.
+class Code:
+    """The lines of a problem file that depend on the checkpoint.
 
     Attributes:
-        modules: what is imported besides sharpscope and torch.
-        own: the import of the function or class that builds the model.
+        modules: modules imported besides sharpscope and torch.
+        factory: import line of the function or class that builds the model.
         constants: lines after the imports.
         model: lines that bind ``model``.
         loss: the expression of the loss, with a comment.
-        data: commented lines that return the data, one of which the user takes.
+        data: commented lines that return the data; the user keeps one.
     """
 
     modules: tuple[str, ...] = ()
-    own: str = ""
+    factory: str = ""
     constants: tuple[str, ...] = ()
     model: tuple[str, ...]
     loss: str = f"{CROSS_ENTROPY}  # or MSELoss(), BCEWithLogitsLoss(), or any loss(output, target) that is a mean"
     data: tuple[str, ...] = tuple(TENSORS)
 
 
-def form(seen: Seen, out: Path) -> Form:
-    """The code for what was seen, in a problem file that lies at ``out``."""
-    if seen.layout == "PEFT":
-        return _adapter(seen, out)
-    if seen.layout == "Hugging Face":
-        return _transformer(seen, out)
-    if seen.layout == "Lightning":
-        return _lightning(seen)
-    if seen.zoo_model is not None:
-        args = [_code(seen.zoo_model.name), *(f"{key}={_code(value)}" for key, value in seen.zoo_model.args.items())]
-        return Form(
-            own="from sharpscope.zoo import make_model",
-            model=(f"model = make_model({', '.join(args)})  # whose names and shapes these are",),
-        )
-    return _own_class()
-
-
-def _own_class() -> Form:
-    return Form(own=_placeholder("MyModel", "your class"), model=(f"model = MyModel()  # {ARGUMENTS}",))
+def _user_class(info: CheckpointInfo, out: Path) -> Code:
+    return Code(factory=_placeholder("MyModel", "your class"), model=(f"model = MyModel()  # {ARGUMENTS}",))
 
 
 def _placeholder(name: str, what: str) -> str:
     return f"from {PLACEHOLDER} import {name}  # {what}; its module may lie beside this file"
 
 
-def _lightning(seen: Seen) -> Form:
-    shown = seen.checkpoint.hyper_parameters or {}
-    plain = {key: value for key, value in shown.items() if key.isidentifier() and _literal(value)}
-    return Form(
-        own=_placeholder("MyModule", "your LightningModule, or the network in it"),
+def _lightning(info: CheckpointInfo, out: Path) -> Code:
+    hyper_parameters = info.checkpoint.hyper_parameters or {}
+    plain = {key: value for key, value in hyper_parameters.items() if key.isidentifier() and _is_literal(value)}
+    return Code(
+        factory=_placeholder("MyModule", "your LightningModule, or the network in it"),
         constants=_assigned("HYPER_PARAMETERS", plain) if plain else (),
         model=(f"model = MyModule({'**HYPER_PARAMETERS' if plain else ''})  # {ARGUMENTS}",),
     )
 
 
-def _transformer(seen: Seen, out: Path) -> Form:
-    named = seen.config.get("architectures")
-    architecture = named[0] if isinstance(named, list) and named else None
-    # auto_map: the class is Python code beside the weights, not one of transformers.
+def _transformer(info: CheckpointInfo, out: Path) -> Code:
+    architectures = info.config.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
+    # auto_map: the class is Python code in the folder, not part of transformers.
     known = isinstance(architecture, str) and architecture.isidentifier() and architecture[0].isupper()
-    if not isinstance(architecture, str) or not known or "auto_map" in seen.config:
-        return _own_class()
-    assert seen.folder is not None
-    loss, data = _task(architecture, seen.config, "FOLDER")
-    return Form(
+    if not isinstance(architecture, str) or not known or "auto_map" in info.config:
+        return _user_class(info, out)
+    loss, data = _loss_and_data(architecture, info.config, "FOLDER")
+    return Code(
         modules=("transformers",),
-        constants=(f"FOLDER = {_beside(seen.folder, out)}",),
+        constants=(f"FOLDER = {_path_code(info.folder, out)}",),
         model=(
             "config = transformers.AutoConfig.from_pretrained(FOLDER)",
             f"model = transformers.{architecture}(config)  # the weights come from the checkpoint",
@@ -308,15 +281,17 @@ def _transformer(seen: Seen, out: Path) -> Form:
     )
 
 
-def _adapter(seen: Seen, out: Path) -> Form:
-    base, task = seen.config.get("base_model_name_or_path"), str(seen.config.get("task_type"))
+def _adapter(info: CheckpointInfo, out: Path) -> Code:
+    base, task = info.config.get("base_model_name_or_path"), str(info.config.get("task_type"))
     auto, named = TASKS.get(task, "AutoModel"), isinstance(base, str) and base != ""
-    assert seen.folder is not None
-    loss, data = _task(auto, {"is_encoder_decoder": task == "SEQ_2_SEQ_LM"}, "BASE" if named else "...")
-    return Form(
+    loss, data = _loss_and_data(auto, {"is_encoder_decoder": task == "SEQ_2_SEQ_LM"}, "BASE" if named else "...")
+    return Code(
         modules=("peft", "transformers"),
-        own="" if named else _placeholder("base_model", "builds the base model, which the adapter does not name"),
-        constants=(*([f"BASE = {_base(str(base), out)}"] if named else []), f"FOLDER = {_beside(seen.folder, out)}"),
+        factory="" if named else _placeholder("base_model", "builds the base model, which the adapter does not name"),
+        constants=(
+            *([f"BASE = {_base_code(str(base), out)}"] if named else []),
+            f"FOLDER = {_path_code(info.folder, out)}",
+        ),
         model=(
             f"base = transformers.{auto}.from_pretrained(BASE)" if named else "base = base_model()",
             "adapter = peft.PeftConfig.from_pretrained(FOLDER)",
@@ -328,34 +303,72 @@ def _adapter(seen: Seen, out: Path) -> Form:
     )
 
 
-def _base(name: str, out: Path) -> str:
-    """The expression of a base model: from the problem file on where it is a folder here, else its name on the hub."""
-    return _beside(Path(name), out) if Path(name).is_dir() else _code(name)
+def _bundled_model(info: CheckpointInfo, out: Path) -> Code:
+    assert info.zoo_model is not None
+    args = (f"{key}={_literal_code(value)}" for key, value in info.zoo_model.args.items())
+    call = f"make_model({', '.join([_literal_code(info.zoo_model.name), *args])})"
+    return Code(
+        factory="from sharpscope.zoo import make_model", model=(f"model = {call}  # whose names and shapes these are",)
+    )
 
 
-def _task(architecture: str, config: Mapping[str, Any], tokenizer: str) -> tuple[str, tuple[str, ...]]:
-    """The loss and the data of an architecture, which its name tells in transformers."""
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """How one layout of checkpoint becomes a problem file.
+
+    Attributes:
+        description: the layout, in the file's first comment.
+        code: the lines of the file, from the checkpoint and the path of the file.
+        ordered: whether the tensors come in the model's order.
+        options: options of the command line that measures it.
+    """
+
+    description: str
+    code: Callable[[CheckpointInfo, Path], Code]
+    ordered: bool = True
+    options: tuple[str, ...] = ()
+
+
+TEMPLATES = {
+    "state dict": Template(description="a state dict", code=_user_class),
+    "distributed": Template(description="weights of torch.distributed.checkpoint", code=_user_class),
+    "Lightning": Template(description="a Lightning checkpoint", code=_lightning),
+    "Hugging Face": Template(description="a Hugging Face model", code=_transformer, ordered=False),
+    # The file holds the adapter alone.
+    "PEFT": Template(description="a PEFT adapter", code=_adapter, ordered=False, options=("--partial",)),
+    # A state dict or distributed checkpoint with the names and shapes of a bundled model; described by its layout.
+    "bundled model": Template(description="", code=_bundled_model),
+}
+
+
+def _base_code(name: str, out: Path) -> str:
+    """The expression of a base model: a path from the problem file if it is a folder, else its name on the hub."""
+    return _path_code(Path(name), out) if Path(name).is_dir() else _literal_code(name)
+
+
+def _loss_and_data(architecture: str, config: Mapping[str, Any], tokenizer: str) -> tuple[str, tuple[str, ...]]:
+    """Loss and data of an architecture, by its class name in transformers."""
 
     def texts(labels: str) -> tuple[str, ...]:
         return tuple(line.format(tokenizer=tokenizer, labels=labels) for line in TEXTS)
 
-    writes = any(part in architecture for part in ("ForConditionalGeneration", "Seq2SeqLM"))
-    if writes and config.get("is_encoder_decoder"):
+    generates = any(part in architecture for part in ("ForConditionalGeneration", "Seq2SeqLM"))
+    if generates and config.get("is_encoder_decoder"):
         return "sharpscope.TokenCrossEntropy()  # each token of the target", texts("targets")
-    if writes or "ForCausalLM" in architecture or "LMHeadModel" in architecture:
+    if generates or "ForCausalLM" in architecture or "LMHeadModel" in architecture:
         return "sharpscope.TokenCrossEntropy(shift=True)  # each token from those before it", texts(EACH_TOKEN)
     if "ForMaskedLM" in architecture:
         return "sharpscope.TokenCrossEntropy()  # the masked tokens", texts("labels")
     if "ForTokenClassification" in architecture:
         return "sharpscope.TokenCrossEntropy()  # each token's class", texts("labels")
     if "ForSequenceClassification" in architecture:
-        return _classes(config), texts("labels")
+        return _classification_loss(config), texts("labels")
     if "ForImageClassification" in architecture:
-        return _classes(config), tuple(IMAGES)
+        return _classification_loss(config), tuple(IMAGES)
     return f"{CROSS_ENTROPY}  # or any loss(output, target) that is a mean", texts("labels")
 
 
-def _classes(config: Mapping[str, Any]) -> str:
+def _classification_loss(config: Mapping[str, Any]) -> str:
     kinds = {
         "regression": "torch.nn.MSELoss()  # labels (N, outputs)",
         "multi_label_classification": "torch.nn.BCEWithLogitsLoss()  # labels (N, outputs)",
@@ -363,25 +376,25 @@ def _classes(config: Mapping[str, Any]) -> str:
     return kinds.get(str(config.get("problem_type")), f"{CROSS_ENTROPY}  # labels (N,)")
 
 
-def _beside(folder: Path, out: Path) -> str:
-    """The expression of ``folder``: from the problem file on, unless the user gave it absolute."""
+def _path_code(folder: Path, out: Path) -> str:
+    """The expression of ``folder``: relative to the problem file, unless the user gave an absolute path."""
     if folder.is_absolute():
-        return _code(str(folder))
-    return f"Path(__file__).parent / {_code(Path(os.path.relpath(folder, out.parent)).as_posix())}"
+        return _literal_code(str(folder))
+    return f"Path(__file__).parent / {_literal_code(Path(os.path.relpath(folder, out.parent)).as_posix())}"
 
 
 def _assigned(name: str, values: Mapping[str, Any]) -> tuple[str, ...]:
-    items = (f"    {_code(key)}: {_code(value)}," for key, value in values.items())
+    items = (f"    {_literal_code(key)}: {_literal_code(value)}," for key, value in values.items())
     return f"{name} = {{  # as the file shows them", *items, "}"
 
 
-def _code(value: Any) -> str:
-    """The literal of ``value``, in double quotes where it is text without any."""
+def _literal_code(value: Any) -> str:
+    """The literal of ``value``, in double quotes if it is text that contains none."""
     text = repr(value)
     return f'"{text[1:-1]}"' if isinstance(value, str) and text[0] == "'" and '"' not in text else text
 
 
-def _literal(value: Any) -> bool:
+def _is_literal(value: Any) -> bool:
     """Whether the repr of ``value`` is code that gives it back and does nothing else."""
     try:
         return bool(ast.literal_eval(repr(value)) == value)
@@ -389,52 +402,45 @@ def _literal(value: Any) -> bool:
         return False
 
 
-ENDS = 3  # names shown of either end
-WIDTH = 116  # 120 with "# " and some room
-LAYOUTS = {
-    "state dict": "a state dict",
-    "Lightning": "a Lightning checkpoint",
-    "Hugging Face": "a Hugging Face model",
-    "PEFT": "a PEFT adapter",
-    "distributed": "weights of torch.distributed.checkpoint",
-}
+ENDS = 3  # names shown at each end of a long list
+WIDTH = 116  # of a comment; 118 with "# "
 
 
-def header(seen: Seen, purpose: str) -> list[str]:
-    """The comment's lines. What does not print is escaped, so that no name in a file can end the comment."""
-    facts = [purpose, "", _holds(seen), *_names(seen), *_hints(seen)]
+def header(info: CheckpointInfo, purpose: str) -> list[str]:
+    """The file's first comment. Characters that do not print are escaped, so that no name can end the comment."""
+    facts = [purpose, "", _holds(info), *_names(info), *_hints(info)]
     return [line for fact in facts for line in _comment(fact)]
 
 
-def _holds(seen: Seen) -> str:
-    checkpoint, tensors = seen.checkpoint, seen.checkpoint.state_dict
+def _holds(info: CheckpointInfo) -> str:
+    checkpoint, tensors = info.checkpoint, info.checkpoint.state_dict
     where = f" under {checkpoint.weights!r}" if checkpoint.weights else ""
     others = f" (others, for --weights: {', '.join(map(repr, checkpoint.others))})" if checkpoint.others else ""
     weights = {name: t for name, t in tensors.items() if t.is_floating_point() and ".running_" not in f".{name}"}
     kinds = Counter(str(t.dtype).removeprefix("torch.") for t in weights.values())
     count = sum(t.numel() for t in weights.values())
     return (
-        f"{checkpoint.path.name or checkpoint.path} holds {LAYOUTS[seen.layout]}{where}{others}: {len(tensors)} "
-        f"tensors, {count:,} parameters, {' and '.join(kinds) or 'none of floating point'}."
+        f"{checkpoint.path.name or checkpoint.path} holds {TEMPLATES[info.layout].description}{where}{others}: "
+        f"{len(tensors)} tensors, {count:,} parameters, {' and '.join(kinds) or 'none of floating point'}."
     )
 
 
-def _names(seen: Seen) -> list[str]:
-    """The first and last names with their shapes; two blanks before a line keep it from being filled."""
-    tensors = seen.checkpoint.state_dict
+def _names(info: CheckpointInfo) -> list[str]:
+    """The first and last names with their shapes; two leading blanks keep a line from being wrapped."""
+    tensors = info.checkpoint.state_dict
     width = max(map(len, tensors))
-    named = tensors.items() if _ordered(seen) else sorted(tensors.items())
+    named = tensors.items() if _in_model_order(info) else sorted(tensors.items())
     rows = [f"  {name.ljust(width)}  {'x'.join(map(str, t.shape)) or 'scalar'}" for name, t in named]
     return rows if len(rows) <= 2 * ENDS + 1 else [*rows[:ENDS], "  ...", *rows[-ENDS:]]
 
 
-def _hints(seen: Seen) -> list[str]:
-    tensors = seen.checkpoint.state_dict
+def _hints(info: CheckpointInfo) -> list[str]:
+    tensors = info.checkpoint.state_dict
     facts = []
-    if seen.prefix:
-        facts.append(f"The prefix {seen.prefix!r} of all names is taken off unless your model's names have it too.")
+    if info.prefix:
+        facts.append(f"The prefix {info.prefix!r} of all names is taken off unless your model's names have it too.")
     last = [name for name, t in tensors.items() if t.dim() >= 2][-1:]
-    if last and _ordered(seen):
+    if last and _in_model_order(info):
         count = len(tensors[last[0]])
         what = "outputs: as many as classes, perhaps" if count > 1 else "output: MSELoss or BCEWithLogitsLoss, perhaps"
         facts.append(f"The last weight, {last[0]}, has {count} {what}.")
@@ -443,25 +449,25 @@ def _hints(seen: Seen) -> list[str]:
             "There is BatchNorm. It is measured with its running statistics; with those of the batches as in training: "
             'Problem(..., mode="train").'
         )
-    foreign = [name for name in seen.checkpoint.foreign if not name.startswith(("torch.", "collections."))]
+    foreign = [name for name in info.checkpoint.skipped_classes if not name.startswith(("torch.", "collections."))]
     if foreign:
         facts.append(f"Classes of the objects beside or around the weights, which were not run: {', '.join(foreign)}.")
-    if seen.layout == "Lightning":
-        shown = ", ".join(seen.checkpoint.hyper_parameters or ())
+    if info.layout == "Lightning":
+        shown = ", ".join(info.checkpoint.hyper_parameters or ())
         facts.append(f"Hyper parameters in the file: {shown or 'none that can be read'}.")
-    if seen.layout == "PEFT":
+    if info.layout == "PEFT":
         facts.append("Only the adapter's weights are measured: the base model's are frozen, and so constants.")
-    if seen.zoo_model is not None:
+    if info.zoo_model is not None:
         facts.append(
-            f"Names and shapes are those of sharpscope's own {seen.zoo_model.name}. If the data are "
-            f"{' or '.join(seen.zoo_model.data)}, no problem file is needed: {command_without_file(seen)}"
+            f"Names and shapes are those of sharpscope's own {info.zoo_model.name}. If the data are "
+            f"{' or '.join(info.zoo_model.data)}, no problem file is needed: {command_without_file(info)}"
         )
     return facts
 
 
-def _ordered(seen: Seen) -> bool:
-    """Whether the names come in the model's order; safetensors has them in none."""
-    return seen.layout not in ("Hugging Face", "PEFT") and seen.checkpoint.path.suffix != ".safetensors"
+def _in_model_order(info: CheckpointInfo) -> bool:
+    """Whether the tensors come in the model's order; safetensors sorts them."""
+    return TEMPLATES[info.layout].ordered and info.checkpoint.path.suffix != ".safetensors"
 
 
 def _comment(fact: str) -> list[str]:
@@ -476,15 +482,15 @@ def _comment(fact: str) -> list[str]:
 TODO = "data() must return your data. Take one of the forms above this line."
 
 
-def problem_text(seen: Seen, out: Path) -> str:
-    """The problem file for what was seen, to lie at ``out``: Python that runs once class and data are filled in.
+def problem_text(info: CheckpointInfo, out: Path) -> str:
+    """The problem file for a checkpoint, to be saved as ``out``: it runs once class and data are filled in.
 
-    Until then it ends in a ProblemError. Nothing of the checkpoint gets into it as code: its names are comments or
-    literals.
+    Until then it raises ProblemError. Nothing from the checkpoint becomes code: its names are comments or literals.
     """
-    code = form(seen, out)
+    layout = "bundled model" if info.zoo_model is not None else info.layout
+    code = TEMPLATES[layout].code(info, out)
     lines = [
-        *header(seen, f"Model, loss and data for `{command(seen, out)}`."),
+        *header(info, f"Model, loss and data for `{command(info, out)}`."),
         "",
         *_imports(code),
         "",
@@ -504,8 +510,8 @@ def problem_text(seen: Seen, out: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def open_lines(text: str) -> list[str]:
-    """What of a problem file is to be filled in, as "line 12 (your class)"."""
+def unfinished_lines(text: str) -> list[str]:
+    """The lines of a problem file that the user must fill in, as "line 12 (your class)"."""
     marks = {f"from {PLACEHOLDER} import": "your class", TODO: "your data"}
     return [
         f"line {i} ({what})"
@@ -515,7 +521,7 @@ def open_lines(text: str) -> list[str]:
     ]
 
 
-def _imports(code: Form) -> list[str]:
+def _imports(code: Code) -> list[str]:
     standard = ["from pathlib import Path", ""] if any("Path(" in line for line in code.constants) else []
     modules = sorted(["import sharpscope", "import torch", *(f"import {name}" for name in code.modules)])
-    return [*standard, *modules, *(["", code.own] if code.own else [])]
+    return [*standard, *modules, *(["", code.factory] if code.factory else [])]

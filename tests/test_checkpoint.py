@@ -268,7 +268,7 @@ def test_a_plain_state_dict_needs_model_and_data(tmp_path: Path) -> None:
 def test_model_may_be_any_factory(path: Path) -> None:
     """A function and "module:function" both build the model; a module or function that is not there is named."""
     assert load(path, model=mlp).provenance["model"].endswith(":mlp")
-    wanted = "sharpscope.zoo.mlp:mlp"
+    wanted = "sharpscope.zoo.networks:mlp"
     assert load(path, model=wanted, model_args={"hidden": (5,)}).provenance["model"] == wanted
     with pytest.raises(ArgumentError, match="no module sharpscope_none"):
         load(path, model="sharpscope_none.sub:f")

@@ -19,7 +19,8 @@ from dense import dense_hessian, top
 from sharpscope import EigenResult, TokenCrossEntropy, load
 from sharpscope.cli import main
 from sharpscope.errors import CheckpointError, OutputError
-from sharpscope.templates import look, problem_text
+from sharpscope.templates import inspect_checkpoint as look
+from sharpscope.templates import problem_text
 from sharpscope.training import Recipe, train
 from sharpscope.zoo import load_data, make_model
 
@@ -184,7 +185,7 @@ def test_objects_beside_lightnings_weights_are_named_and_left(folder: Path) -> N
     torch.save({"state_dict": {"net.w": torch.ones(2, 2)}, **more}, "l.ckpt")
     text = written("l.ckpt")
     assert "Hyper parameters in the file: width, recipe." in text
-    assert "which were not run: sharpscope.recipe.Recipe." in text
+    assert "which were not run: sharpscope.training.recipe.Recipe." in text
     assert '"width": 3' in text
     assert '"recipe"' not in text
 

@@ -62,8 +62,8 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"formatting", "plot", "results"},
     "__main__": {"cli"},
     "__init__": {
-        *("comparing", "loading", "monitor", "objective", "problem", "progress", "results", "sharpness", "slices"),
-        "spectrum",
+        *("comparing", "edge_of_stability", "edges", "linalg", "loading", "monitor", "objective", "operators", "optim"),
+        *("plot", "problem", "progress", "report", "results", "sharpness", "slices", "spectrum"),
     },
 }
 # What is no core dependency is imported late, and only where it is named here.

@@ -32,7 +32,7 @@ def write_checkpoint(
     metrics: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a self-describing file: a reader sees the old file or the new one, and equal contents give equal bytes.
+    """Write a self-describing checkpoint atomically; equal contents give equal bytes.
 
     Args:
         state_dict: the model's; stored on the CPU in its own precision.
@@ -40,8 +40,8 @@ def write_checkpoint(
         model_args: keyword arguments of the factory.
         data: ``name``, and optionally ``label_noise`` and ``noise_seed``.
         loss: a key of ``sharpscope.loading.LOSSES``.
-        recipe, epoch, metrics: how the weights came about, and how good they are.
-        training: what a resumed run needs besides the weights.
+        recipe, epoch, metrics: how the weights were trained, and their losses and accuracies.
+        training: state that a resumed run needs besides the weights.
 
     Raises: ArgumentError for a value that is neither plain nor a tensor; OutputError when it cannot be written.
     """
@@ -58,15 +58,15 @@ def write_checkpoint(
     if training is not None:
         contents["training"] = dict(training)
     contents = _storable(contents, "")
-    # torch.save names the archive's folder after a path, but not after a stream: the temporary name would get in.
+    # A stream, not a path: torch.save would write the temporary name into the archive.
     with atomic(path) as temporary, open(temporary, "wb") as stream:
         torch.save(contents, stream)
 
 
 def bundled(place: Path, digest: str, contents: dict[Any, Any]) -> Checkpoint:
-    """The Checkpoint that ``write_checkpoint`` wrote.
+    """The Checkpoint in ``contents``, which ``write_checkpoint`` wrote.
 
-    Raises: CheckpointError for a later format, or one that is not whole.
+    Raises: CheckpointError for a later format, or a missing entry.
     """
     version = contents["sharpscope"]
     if version != FORMAT:
@@ -105,10 +105,10 @@ def bundled(place: Path, digest: str, contents: dict[Any, Any]) -> Checkpoint:
 def _storable(value: Any, where: str) -> Any:
     """A copy of ``value`` in which equal contents pickle to equal bytes, or ArgumentError for what is not plain."""
     if isinstance(value, Tensor):
-        # A view would bring its whole storage along, and sharing would depend on the writer.
+        # A view would save its whole storage, and shared storage would make the bytes depend on the writer.
         return value.detach().to("cpu", copy=True).contiguous()
     if isinstance(value, str):
-        # Pickle writes the same string object once and equal ones again and again.
+        # Pickle writes one string object once, but equal objects each time.
         return sys.intern(str(value))
     if isinstance(value, Mapping):
         return {_storable(key, where): _storable(entry, f"{where}.{key}") for key, entry in value.items()}
@@ -122,13 +122,20 @@ def _storable(value: Any, where: str) -> Any:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Checkpoint:
-    """What a checkpoint file says.
+    """The contents of a checkpoint file.
 
-    ``model`` is None for a plain state dict, whose other fields are empty too. ``training`` is the optimizer's state
-    of an unfinished run, None for a finished one. ``sha256`` is the digest of the very bytes that were read.
-    ``weights`` is the key that the state dict was under, ``others`` are those of further ones in the file. ``foreign``
-    names the classes of pickled objects that were not run; ``module`` is the pickled model of a file that is trusted.
-    ``hyper_parameters`` are those of a file that Lightning wrote, None for another file.
+    Attributes:
+        path: the file or folder.
+        sha256: digest of the bytes that were read.
+        state_dict: the weights, on the CPU.
+        weights: key of the state dict in the file, "" if it is the whole file.
+        others: keys of further state dicts in the file.
+        skipped_classes: classes of pickled objects, whose code was not run.
+        module: the pickled model of a file that is trusted.
+        hyper_parameters: those of a file that Lightning wrote, None for another file.
+        model, model_args, data, loss, recipe, epoch, metrics: as in ``write_checkpoint``; None or empty for a plain
+            state dict.
+        training: optimizer state of an unfinished run, None for a finished one.
     """
 
     path: Path
@@ -136,7 +143,7 @@ class Checkpoint:
     state_dict: Mapping[str, Tensor]
     weights: str = ""
     others: Sequence[str] = ()
-    foreign: Sequence[str] = ()
+    skipped_classes: Sequence[str] = ()
     module: nn.Module | None = None
     hyper_parameters: Mapping[str, Any] | None = None
     model: str | None = None

@@ -1,4 +1,4 @@
-"""Fitting a file's weights into a model."""
+"""Load the weights of a file into a model, whose names may differ by a prefix, tying or an adapter."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sharpscope.checkpoint.layouts import renamed
+from sharpscope.checkpoint.layouts import with_model_names
 from sharpscope.errors import CheckpointError, first_few
 
 
 def load_weights(
     model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str | None = None, *, partial: bool = False
 ) -> str:
-    """Copy ``state_dict`` into ``model``, every key and shape matching; the model takes on the file's precision.
+    """Copy ``state_dict`` into ``model``; all names and shapes must match, and tied parameters stay tied.
 
-    Tied parameters stay tied. A bfloat16 checkpoint makes a bfloat16 model. Wrappers put a prefix before every name
-    ("module." of data parallelism, "_orig_mod." of a compiled model, "model." of Lightning): the entries under
-    ``prefix`` are taken, without it, and others left out. By default it is found; returns it. A model of transformers
-    takes the names that its files have. With ``partial`` what the file does not hold stays as the model has it, as the
-    frozen weights that adapters stand on.
+    The model takes on the file's precision: a bfloat16 checkpoint makes a bfloat16 model. Names that transformers
+    changed between its versions are converted.
+
+    Args:
+        model: changed in place.
+        state_dict: the file's weights.
+        prefix: only entries whose names start with it are used, without it: "module." of data parallelism,
+            "_orig_mod." of a compiled model, "model." of Lightning. None detects it.
+        partial: parameters that the file lacks keep their values, as the frozen weights under an adapter.
+
+    Returns: the prefix.
 
     Raises: CheckpointError listing the first missing keys, unexpected keys and differing entries, and their numbers;
     where several prefixes fit.
@@ -28,7 +34,7 @@ def load_weights(
     own: dict[str, Tensor] = model.state_dict(keep_vars=True)
     if prefix is None:
         if not partial and not set(own) <= set(state_dict):
-            state_dict = renamed(model, state_dict) or state_dict
+            state_dict = with_model_names(model, state_dict) or state_dict
         state_dict = _as_wrapped(state_dict, own)
     taken = _prefix(state_dict, own) if prefix is None else prefix
     chosen = {key.removeprefix(taken): value for key, value in state_dict.items() if key.startswith(taken)}
@@ -42,7 +48,7 @@ def load_weights(
 
 
 def _name_all(chosen: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Give ``chosen`` every name of the model for its weights: of tied ones a file may hold one, of adapters peft's."""
+    """Add the model's other names of tied weights to ``chosen``, and give peft's adapter weights the model's names."""
     for names in _tied(own):
         there = [name for name in names if name in chosen]
         odd = next((name for name in there[1:] if not _same(chosen[there[0]], chosen[name])), None)
@@ -86,7 +92,9 @@ def _require_fit(chosen: Mapping[str, Tensor], own: Mapping[str, Tensor], prefix
 
 
 def _prefix(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """The one prefix under which the file has every weight of the model, "" if it has them as they are or nowhere.
+    """The one prefix under which the file has every weight of the model.
+
+    "" if the names match as they are; the prefix that all names share if nothing matches.
 
     Raises: CheckpointError where several prefixes fit.
     """
@@ -105,34 +113,34 @@ def _prefix(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
             f"The checkpoint has the model's keys under several prefixes: {', '.join(map(repr, fitting))}. Choose one: "
             "prefix= (--prefix)."
         )
-    # What all names share is told as a prefix even where the model does not fit, so that the differences make sense.
+    # Without the shared prefix the error would list every name as a difference.
     return fitting[0] if fitting else _common(state_dict, own)
 
 
 def _as_wrapped(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """``state_dict`` with a prefix before every name, where the model is a wrapper around the network of the file."""
+    """Add a prefix to every name if the model is a wrapper around the network of the file."""
     wrappers = {key[: i + 1] for key in list(own)[:1] for i in range(len(key)) if key[i] == "."}
     for prefix in sorted(wrappers, key=len):
-        # Of all names of the model, and none of them in the file as it is.
+        # All names of the model have the prefix, and no name in the file does.
         if all(key.startswith(prefix) and key[len(prefix) :] in state_dict and key not in state_dict for key in own):
             return {f"{prefix}{key}": tensor for key, tensor in state_dict.items()}
     return state_dict
 
 
 def _without_adapter(name: str) -> str:
-    """``name`` as peft saves it: without the adapter's own name, "default" unless told otherwise."""
+    """``name`` as peft saves it, without the name of the adapter ("default")."""
     return name.replace(".modules_to_save.default.", ".", 1).replace(".default.", ".", 1)
 
 
 def _same(one: Tensor, two: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, NaN being one, or are no tensors of numbers to be compared here."""
+    """Whether two tensors are equal, with NaN equal to NaN; meta tensors are compared by shape."""
     if one is two or one.shape != two.shape or one.is_meta or two.is_meta:
         return one is two or one.shape == two.shape
     return one.dtype == two.dtype and bool(((one == two) | ((one != one) & (two != two))).all())
 
 
 def _tied(own: Mapping[str, Tensor]) -> list[list[str]]:
-    """The names of each weight, more than one where it is tied."""
+    """The names of each parameter or buffer; a tied one has several."""
     names: dict[int, list[str]] = {}
     for key, tensor in own.items():
         names.setdefault(id(tensor), []).append(key)
@@ -153,7 +161,7 @@ def _common(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
 
 
 def _kind(tensor: Tensor) -> str:
-    """The shape, and "float" or the exact type: precisions may differ, integers in place of weights may not."""
+    """The shape, and "float" or the exact dtype: floating-point precision may differ, integers may not replace it."""
     kind = "float" if tensor.is_floating_point() else str(tensor.dtype)[6:]
     form = "" if tensor.layout is torch.strided else f" {str(tensor.layout)[6:]}"
     return f"{tuple(tensor.shape)} {kind}{form}{' without numbers' if tensor.is_meta else ''}"

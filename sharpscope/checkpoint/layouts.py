@@ -16,24 +16,25 @@ from sharpscope.errors import CheckpointError, first_few
 # Where training scripts put the weights, the likeliest first. Averages come last: they are other weights.
 NESTS = ("state_dict", "model_state_dict", "model", "net", "params", "state_dict_ema", "model_ema", "ema")
 OPTIMIZERS = ("optim", "optimizer", "optimizers", "optimizer_state_dict", "optimizer_states")
-DEPTH = 3
+DEPTH = 3  # of nested dicts
 
 HOW_TO_SAVE = "Give a file written by 'sharpscope train' or by torch.save(model.state_dict(), path)."
 
 
 def chosen_weights(
-    place: Path, contents: Any, key: str | None = None, foreign: Sequence[str] = ()
+    place: Path, contents: Any, key: str | None = None, skipped_classes: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], str, list[str]]:
     """The state dict in ``contents``, its key ("" where it is all there is), and the keys of others.
 
-    Without ``key`` the first of NESTS that is there is taken, or the only one whatever its name.
+    Without ``key``, takes the first of NESTS in the file, or the only state dict under any name.
 
     Raises: CheckpointError where there is none, none under ``key``, or several and none of NESTS.
     """
     found = state_dicts(contents)
     if not found:
         keys = f"a dict with the keys {first_few([repr(k) for k in contents])}" if isinstance(contents, dict) else ""
-        objects = f", and objects of {first_few(foreign)}, which were not run (--trust-pickle)" if foreign else ""
+        classes = first_few(skipped_classes)
+        objects = f", and objects of {classes}, which were not run (--trust-pickle)" if skipped_classes else ""
         raise CheckpointError(
             f"The checkpoint {place} must hold a dict of tensors, alone or under {', '.join(NESTS[:3])}, ..., "
             f"got {keys or type(contents).__name__}{objects}. {HOW_TO_SAVE}"
@@ -53,9 +54,9 @@ def chosen_weights(
 
 
 def state_dicts(contents: Any, depth: int = DEPTH) -> dict[str, dict[str, Tensor]]:
-    """Every dict of named tensors in nested dicts, by its keys with dots between; "" is ``contents`` itself.
+    """Every state dict in nested dicts, by its path of keys joined with dots; "" is ``contents`` itself.
 
-    A module counts by its state dict; what optimizers keep does not.
+    A module gives its state dict. The state of optimizers is left out.
     """
     named = _named_tensors(contents)
     if named:
@@ -86,7 +87,7 @@ def module_at(contents: Any, key: str) -> nn.Module | None:
 
 
 def hyper_parameters(contents: Any) -> dict[str, Any] | None:
-    """What ``save_hyperparameters()`` put into a file that Lightning wrote, None for another file."""
+    """The hyper parameters that ``save_hyperparameters()`` stored in a Lightning file; None for another file."""
     if not isinstance(contents, Mapping) or "pytorch-lightning_version" not in contents:
         return None
     shown = contents.get("hyper_parameters")
@@ -103,7 +104,7 @@ def is_state_dict(value: Any) -> bool:
 
 
 def _named_tensors(value: Any) -> dict[str, Tensor]:
-    """The tensors of a dict that are all or most of it, the rest being numbers, texts and the like; else none."""
+    """The tensors of a dict that holds mostly tensors and otherwise plain values; else an empty dict."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         return {}
     tensors = {key: entry for key, entry in value.items() if isinstance(entry, Tensor)}
@@ -116,26 +117,26 @@ def _listed(found: Mapping[str, Any]) -> str:
     return first_few([repr(name) for name in found])
 
 
-def renamed(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """``state_dict`` with the names and shapes of ``model``, as transformers itself translates them when it loads.
+def with_model_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """``state_dict`` with the names and shapes of ``model``, converted by transformers' own loader.
 
-    None where ``model`` is none of transformers, or where something would be left out, made up or rounded.
+    None if ``model`` is not of transformers, or if an entry would be dropped, initialised or rounded.
     """
-    library = sys.modules.get("transformers")  # a model of it cannot be there without it
+    library = sys.modules.get("transformers")  # imported already if the model is one of its classes
     if library is None or not isinstance(model, library.PreTrainedModel):
         return None
     dtypes = {tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()}
     if len(dtypes) != 1:
         return None
     kind, hidden = type(model), ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
-    # By its own name and module, by which transformers knows the translation; with nothing that goes unmentioned.
+    # Keeps name and module, by which transformers finds the conversion; reports every key that does not match.
     told: Any = type(kind.__name__, (kind,), {"__module__": kind.__module__, **{name: [] for name in hidden}})
     with torch.random.fork_rng(devices=[]), _Quiet(library):
         try:
             found, info = told.from_pretrained(
                 None, config=model.config, state_dict=dict(state_dict), dtype=dtypes.pop(), output_loading_info=True
             )
-        # Whatever it is, the names as they are say more.
+        # The error about the unconverted names is the more helpful one.
         except Exception:
             return None
     if any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")):
@@ -145,7 +146,7 @@ def renamed(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 class _Quiet:
-    """transformers without its progress bars and reports."""
+    """Silence the progress bars and reports of transformers."""
 
     def __init__(self, library: Any) -> None:
         self._logging = library.utils.logging

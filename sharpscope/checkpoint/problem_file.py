@@ -1,4 +1,4 @@
-"""A user's own ``problem()``: ten lines in a file of his that give model, loss and data."""
+"""Run a user's ``problem()``, a function in a Python file that returns model, loss and data as a Problem."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from sharpscope.errors import ArgumentError, ProblemError, SharpscopeError, firs
 from sharpscope.importing import imported
 from sharpscope.problem import Problem
 
-# What filling a file in brings about, in its own lines.
-SLIPS = (ImportError, NameError, SyntaxError, TypeError, AttributeError, LookupError, ValueError, RuntimeError)
+# Mistakes in the file's own lines; those raised inside another module keep their traceback.
+MISTAKES = (ImportError, NameError, SyntaxError, TypeError, AttributeError, LookupError, ValueError, RuntimeError)
 
 
 def problem_of(source: str | os.PathLike[str], split: str = "train") -> Problem:
     """The Problem that ``problem()`` of a Python file, or a function given as "package.module:function", returns.
 
-    A function that takes ``split`` is called with it. The file runs, with its own folder first on the import path
-    while it does, so that it can import what lies beside it.
+    A function that takes ``split`` is called with it. While the file runs, its folder is first on the import path, so
+    that it can import modules next to it.
 
-    Raises: ArgumentError when there is no such file or function, or it takes other arguments, or no split but one other
-    than "train" is asked for; ProblemError when it returns something else, or a line of it imports, names or calls
-    what is not so. A SharpscopeError that comes from the file names its line.
+    Raises: ArgumentError if there is no such file or function, if it needs other arguments, or if it takes no ``split``
+    and another than "train" is requested; ProblemError if it does not return a Problem, or for a mistake in the file,
+    with its line. Any other SharpscopeError from the file names its line too.
     """
     function = _function(os.fspath(source))
     try:
@@ -79,8 +79,8 @@ def _executed(path: Path) -> Any:
 
 @contextmanager
 def _running(path: Path) -> Iterator[None]:
-    """Import from the file's folder first. A SharpscopeError names the file's line; so does one of a slip in it."""
-    folder, stands = str(path.parent.resolve()), os.getcwd()
+    """Import from the file's folder first, and add the file's line to errors that come from it."""
+    folder, directory = str(path.parent.resolve()), os.getcwd()
     sys.path.insert(0, folder)
     try:
         yield
@@ -91,14 +91,13 @@ def _running(path: Path) -> Iterator[None]:
         if line is None:
             raise
         raise type(error)(f"{path}, line {line}: {error}") from error
-    # What filling a file in brings about, in its own lines; what fails inside another module keeps its traceback.
-    except OSError as error:  # a file that it reads, wherever it does
+    except OSError as error:  # such as a missing data file, in whichever module
         line = _line(path, error)
         if line is None:
             raise
         where = " Paths are taken from where the command runs; Path(__file__).parent is the file's own folder."
         raise ProblemError(f"{path}, line {line}: {first_line(error)}.{where}") from error
-    except SLIPS as error:
+    except MISTAKES as error:
         if isinstance(error, SyntaxError):
             line = error.lineno if error.filename is not None and _same(error.filename, path) else None
         else:
@@ -117,7 +116,7 @@ def _running(path: Path) -> Iterator[None]:
     finally:
         if folder in sys.path:
             sys.path.remove(folder)
-        os.chdir(stands)  # the paths of the command line are from here
+        os.chdir(directory)  # paths on the command line are relative to it
 
 
 def _line(path: Path, error: BaseException, innermost: bool = False) -> int | None:

@@ -17,49 +17,49 @@ from torch import Tensor
 
 from sharpscope.checkpoint.bundled import Checkpoint, bundled
 from sharpscope.checkpoint.layouts import HOW_TO_SAVE, chosen_weights, hyper_parameters, module_at
-from sharpscope.checkpoint.unpickling import INDEX, Pieces, inert
+from sharpscope.checkpoint.unpickling import INDEX, DistributedCheckpoint, unpickle_inert
 from sharpscope.errors import CheckpointError, first_few, first_line
 
 
 def read_checkpoint(
     path: str | os.PathLike[str], weights: str | None = None, *, trust_pickle: bool = False
 ) -> Checkpoint:
-    """The checkpoint in ``path``, on the CPU, in the precision it was saved in; no code of the file is run.
+    """Read a checkpoint onto the CPU, in its saved precision, without running any code in it.
 
-    A sharpscope file is read in full. Of a folder, as Hugging Face's libraries or torch.distributed.checkpoint write
-    it, the weights are read from all files that its index names; ``.safetensors`` needs the extra of that name. A dict
-    of tensors, alone or in nested dicts, gives a Checkpoint whose ``model`` is None; of several it is the one under
-    ``weights``, or the first of the usual names (``layouts.NESTS``). Of a pickled module the weights are read.
+    Args:
+        path: a file of ``sharpscope train``, of ``torch.save`` (a state dict, alone or in nested dicts, or a pickled
+            module) or of safetensors (needs the extra of that name); or a folder of Hugging Face's libraries or of
+            ``torch.distributed.checkpoint``, of which all files that its index names are read.
+        weights: key of the state dict if there are several; default the first of ``layouts.NESTS``.
+        trust_pickle: unpickle the whole file, which **runs its code**; a pickled module then becomes the model.
 
-    ``trust_pickle`` unpickles whatever the file holds, which **runs its code**, so that a pickled module is the model.
-
-    Raises: CheckpointError when the file is missing, damaged, of another kind, or cannot be read without its code.
+    Raises: CheckpointError if the file is missing, damaged, of another kind, or cannot be read without its code.
     """
     place = Path(path)
     if place.is_dir() and (place / INDEX).is_file():
         return _distributed(place, weights)
-    digest, contents, foreign = _folder(place, trust_pickle) if place.is_dir() else _file(place, trust_pickle)
+    digest, contents, skipped = _folder(place, trust_pickle) if place.is_dir() else _file(place, trust_pickle)
     if isinstance(contents, dict) and isinstance(contents.get("sharpscope"), int):
         if weights is not None:
             raise CheckpointError(
                 f"The checkpoint {place} is of `sharpscope train`, with one state dict. Leave weights= (--weights) out."
             )
         return bundled(place, digest, contents)
-    state_dict, key, others = chosen_weights(place, contents, weights, foreign)
+    state_dict, key, others = chosen_weights(place, contents, weights, skipped)
     return Checkpoint(
         path=place,
         sha256=digest,
         state_dict=state_dict,
         weights=key,
         others=others,
-        foreign=foreign,
+        skipped_classes=skipped,
         module=module_at(contents, key),
         hyper_parameters=hyper_parameters(contents),
     )
 
 
 def _file(place: Path, trust_pickle: bool = False) -> tuple[str, Any, list[str]]:
-    """The digest of a file, what it holds, and the names of what in it was not run."""
+    """Digest and contents of a file, and the classes in it that were not run."""
     if place.exists() and not place.is_file():
         raise CheckpointError(f"The checkpoint {place} must be a file or a folder, but is a device or a pipe.")
     try:
@@ -79,31 +79,31 @@ def _file(place: Path, trust_pickle: bool = False) -> tuple[str, Any, list[str]]
 
 
 def _folder(place: Path, trust_pickle: bool) -> tuple[str, dict[str, Any], list[str]]:
-    """The weights of all files in a folder, a digest of theirs, and what in them was not run."""
+    """Digest and weights of all files in a folder, and the classes in them that were not run."""
     digests: list[str] = []
     merged: dict[str, Any] = {}
-    left: list[str] = []
-    for shard, names in shards_of(place).items():
-        digest, contents, foreign = _file(shard, trust_pickle)
+    all_skipped: list[str] = []
+    for shard, names in shard_files(place).items():
+        digest, contents, skipped = _file(shard, trust_pickle)
         state_dict, *_ = chosen_weights(shard, contents)
-        require_all(shard, names, state_dict)
+        require_complete_shard(shard, names, state_dict)
         digests.append(digest)
-        left += foreign
-        # A stale copy of what the index has elsewhere does not count.
+        all_skipped += skipped
+        # Ignore stale copies of weights that the index assigns to another file.
         merged |= state_dict if names is None else {name: state_dict[name] for name in names}
-    return _digest(digests), merged, left
+    return _digest(digests), merged, all_skipped
 
 
 def _distributed(place: Path, weights: str | None) -> Checkpoint:
-    pieces = Pieces(place)
-    chosen, key, others = chosen_weights(place, pieces.tree, weights)
-    state_dict = pieces.read(chosen, lambda path, stream: _unpickle(path, stream)[0])
-    digest = _digest_of_all(pieces.read_from)
+    distributed = DistributedCheckpoint(place)
+    chosen, key, others = chosen_weights(place, distributed.tree, weights)
+    state_dict = distributed.read(chosen, lambda path, stream: _unpickle(path, stream)[0])
+    digest = _digest_of_all(distributed.read_from)
     return Checkpoint(path=place, sha256=digest, state_dict=state_dict, weights=key, others=others)
 
 
 def digest_of(path: str | os.PathLike[str]) -> str:
-    """The sha256 of a file, or of those of all files of a folder's weights, as in ``Checkpoint.sha256``.
+    """The sha256 of a file, or of the digests of all files of weights in a folder, as in ``Checkpoint.sha256``.
 
     Raises: CheckpointError for a folder without weights; OSError for a file that cannot be read.
     """
@@ -111,9 +111,9 @@ def digest_of(path: str | os.PathLike[str]) -> str:
     if not place.is_dir():
         files = [place]
     elif (place / INDEX).is_file():
-        files = Pieces(place).read_from
+        files = DistributedCheckpoint(place).read_from
     else:
-        files = list(shards_of(place))
+        files = list(shard_files(place))
     return _digest_of_all(files)
 
 
@@ -146,7 +146,7 @@ def _safetensors(place: Path, stream: BinaryIO) -> dict[str, Any]:
 
 
 def _sha256(stream: BinaryIO) -> str:
-    """The digest of what is left of ``stream``."""
+    """The digest of the rest of ``stream``."""
     digest = hashlib.sha256()
     while chunk := stream.read(1 << 20):
         digest.update(chunk)
@@ -154,7 +154,7 @@ def _sha256(stream: BinaryIO) -> str:
 
 
 def _require_plain(place: Path, archive: zipfile.ZipFile, size: int) -> None:
-    """Raise CheckpointError where an archive would unpack to more than it is: torch.save never compresses."""
+    """Raise CheckpointError for an archive larger unpacked than packed: torch.save never compresses."""
     entries = archive.infolist()
     if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
         raise CheckpointError(
@@ -164,7 +164,7 @@ def _require_plain(place: Path, archive: zipfile.ZipFile, size: int) -> None:
 
 
 def _unpickle(place: Path, stream: BinaryIO, trust_pickle: bool = False) -> tuple[Any, list[str]]:
-    """What a file of ``torch.save`` holds, and the names of what in it was not run."""
+    """Contents of a file of ``torch.save``, and the classes in it that were not run."""
     try:
         if zipfile.is_zipfile(stream):
             with zipfile.ZipFile(stream) as archive:
@@ -186,14 +186,14 @@ def _unpickle(place: Path, stream: BinaryIO, trust_pickle: bool = False) -> tupl
             try:
                 return torch.load(stream, map_location="cpu", weights_only=True), []
             except pickle.UnpicklingError as error:
-                if not _of_foreign(error):
+                if not _met_unknown_class(error):
                     raise
-                return inert(stream)
+                return unpickle_inert(stream)
     except CheckpointError:
         raise
-    # Bytes that are no checkpoint can raise nearly anything in an unpickler: KeyError for a PNG, for instance.
+    # An unpickler can raise nearly any error for bytes of another kind: KeyError for a PNG, for instance.
     except Exception as error:
-        if _of_foreign(error):
+        if _met_unknown_class(error):
             raise CheckpointError(
                 f"The checkpoint {place} holds pickled Python objects, and reading them could run any code. "
                 "Save the weights alone with torch.save(model.state_dict(), path), or pass --trust-pickle if you trust "
@@ -204,9 +204,9 @@ def _unpickle(place: Path, stream: BinaryIO, trust_pickle: bool = False) -> tupl
         ) from error
 
 
-def _of_foreign(error: BaseException | None) -> bool:
-    """Whether torch's unpickler for weights met another class, before this error or in it."""
-    return error is not None and ("unsupported global" in str(error).lower() or _of_foreign(error.__context__))
+def _met_unknown_class(error: BaseException | None) -> bool:
+    """Whether this error, or one before it, is that torch's weights-only unpickler met an unknown class."""
+    return error is not None and ("unsupported global" in str(error).lower() or _met_unknown_class(error.__context__))
 
 
 def _trusted(place: Path, stream: BinaryIO) -> Any:
@@ -219,15 +219,15 @@ def _trusted(place: Path, stream: BinaryIO) -> Any:
         ) from error
 
 
-# The likeliest first: where there are both, safetensors are the newer.
+# In order of preference: of two, safetensors is the newer file.
 WHOLE = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "diffusion_pytorch_model.safetensors")
 INDEXED = tuple(f"{name}.index.json" for name in WHOLE)
 
 
-def shards_of(folder: Path) -> dict[Path, list[str] | None]:
-    """Each file of a folder's weights, with the names that it must hold as far as an index says them.
+def shard_files(folder: Path) -> dict[Path, list[str] | None]:
+    """The files of weights in a folder, each with the names that the index lists for it (None without an index).
 
-    Raises: CheckpointError where there is none, or the index is no index or names files elsewhere.
+    Raises: CheckpointError if there is none, or if the index is damaged or names files outside the folder.
     """
     for whole, index in zip(WHOLE, INDEXED, strict=True):
         if (folder / whole).is_file():
@@ -240,8 +240,8 @@ def shards_of(folder: Path) -> dict[Path, list[str] | None]:
     )
 
 
-def require_all(shard: Path, names: list[str] | None, found: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError where a shard lacks what the index says it holds."""
+def require_complete_shard(shard: Path, names: list[str] | None, found: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if a shard lacks weights that the index lists for it."""
     missing = [name for name in names or () if name not in found]
     if missing:
         raise CheckpointError(

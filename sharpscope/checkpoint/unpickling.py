@@ -14,17 +14,18 @@ from torch import Tensor
 
 from sharpscope.errors import CheckpointError
 
-# Modules in a pickled one, and how deep.
-MODULES, DEPTH = 100_000, 100
+# Limits for a pickled module: number of modules, depth of nesting.
+MAX_MODULES, MAX_DEPTH = 100_000, 100
 
 
-def inert(stream: BinaryIO) -> tuple[Any, list[str]]:
-    """What ``torch.load`` reads where every foreign class is replaced by one that does nothing, and their names.
+def unpickle_inert(stream: BinaryIO) -> tuple[Any, list[str]]:
+    """Unpickle a file with every unknown class replaced by an inert one; return the contents and their names.
 
-    An object becomes an ordered dict whose ``__dict__`` is the object's. torch's own unpickler for weights reads, which
-    calls nothing but tensors' builders and what it is given here, and refuses the modules that run commands.
+    An object becomes an ordered dict whose ``__dict__`` is the object's. The file is read by torch's weights-only
+    unpickler, which calls only the constructors of tensors and the stand-ins given here, and refuses modules that run
+    commands.
 
-    Raises: pickle.UnpicklingError for what that unpickler does not take, an older torch or an older format included.
+    Raises: pickle.UnpicklingError for contents that this unpickler refuses, for torch before 2.6, and for old formats.
     """
     listed = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
     if listed is None:
@@ -38,7 +39,7 @@ def inert(stream: BinaryIO) -> tuple[Any, list[str]]:
 
 
 def module_weights(value: Any) -> dict[str, Tensor] | None:
-    """The state dict of a module that ``inert`` read, None where ``value`` is none, or is nested beyond all reason."""
+    """The state dict of a module that ``unpickle_inert`` read; None for another value, or one beyond the limits."""
     if not _is_module(value):
         return None
     found: dict[str, Tensor] = {}
@@ -47,13 +48,13 @@ def module_weights(value: Any) -> dict[str, Tensor] | None:
     while left:
         prefix, module = left.pop()
         held, seen = vars(module), seen + 1
-        # Modules may be shared, and a file of some kilobytes could name one in 2^60 ways.
-        if seen > MODULES or prefix.count(".") > DEPTH:
+        # Shared modules let a file of a few kilobytes hold 2^60 paths.
+        if seen > MAX_MODULES or prefix.count(".") > MAX_DEPTH:
             return None
-        passing, buffers = held.get("_non_persistent_buffers_set"), held.get("_buffers")
-        passing = passing if isinstance(passing, set | frozenset | list | tuple) else ()
+        transient, buffers = held.get("_non_persistent_buffers_set"), held.get("_buffers")
+        transient = transient if isinstance(transient, set | frozenset | list | tuple) else ()
         buffers = buffers if isinstance(buffers, Mapping) else {}
-        own = {**held["_parameters"], **{k: b for k, b in buffers.items() if k not in passing}}
+        own = {**held["_parameters"], **{k: b for k, b in buffers.items() if k not in transient}}
         found |= {f"{prefix}{name}": t for name, t in own.items() if isinstance(name, str) and isinstance(t, Tensor)}
         children = [(f"{prefix}{name}.", child) for name, child in held["_modules"].items() if _is_module(child)]
         left += children[::-1]
@@ -66,7 +67,7 @@ def _is_module(value: Any) -> bool:
 
 
 def _stand_in(name: str) -> type:
-    """A class, or function, that makes nothing of what it is given."""
+    """A class that ignores its arguments, in place of a class or function of that name."""
 
     class Called(type):
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -74,10 +75,10 @@ def _stand_in(name: str) -> type:
 
     class StandIn(metaclass=Called):
         def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            return OrderedDict()  # the one object that torch's unpickler sets both items and attributes of
+            return OrderedDict()  # the only type for which torch's unpickler sets both items and attributes
 
         def __setstate__(self, state: Any) -> None:
-            """Nothing is kept."""
+            """Ignore the state."""
 
     StandIn.__name__ = StandIn.__qualname__ = name
     return StandIn
@@ -85,7 +86,7 @@ def _stand_in(name: str) -> type:
 
 INDEX = ".metadata"
 
-# All that an index is made of; none of it does anything when called.
+# The classes of an index; calling them has no side effects.
 TENSOR_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 PLAIN: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
@@ -100,24 +101,24 @@ CLASSES = (
 )
 
 
-class Pieces:
-    """The tensors of a folder, as nested dicts of placeholders, and the means to read some of them.
+class DistributedCheckpoint:
+    """A folder of ``torch.distributed.checkpoint``: its index, and reading the tensors that are wanted.
 
     Attributes:
-        tree: nested dicts as they were saved; in place of a tensor one of its shape without memory.
-        read_from: the index, and the files that hold the pieces.
+        tree: nested dicts as they were saved, with meta tensors (no memory) as placeholders.
+        read_from: the index, and the files of the shards.
 
-    Raises: CheckpointError for a folder whose index is damaged, or names files elsewhere.
+    Raises: CheckpointError if the index is damaged, or names files outside the folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tree: dict[str, Any] = {}
         self._names: dict[int, str] = {}
-        self._pieces: dict[str, list[tuple[Any, Any]]] = {}
+        self._shards: dict[str, list[tuple[Any, Any]]] = {}
         try:
             self._index = _Index(io.BytesIO((folder / INDEX).read_bytes())).load()
-            self._plan()
+            self._read_index()
         except CheckpointError:
             raise
         # A damaged pickle can raise nearly anything.
@@ -126,10 +127,10 @@ class Pieces:
                 f"{folder / INDEX} must be an index of torch.distributed.checkpoint, but is damaged. Copy it again."
             ) from error
 
-    def _plan(self) -> None:
-        places = self._index.planner_data or {}
+    def _read_index(self) -> None:
+        paths = self._index.planner_data or {}
         for name, entry in self._index.state_dict_metadata.items():
-            path = places.get(name, (name,))
+            path = paths.get(name, (name,))
             if not hasattr(entry, "chunks") or not all(isinstance(key, str) for key in path):
                 continue
             branch = self.tree
@@ -140,17 +141,17 @@ class Pieces:
             branch[path[-1]] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
             self._names[id(branch[path[-1]])] = name
         for index, info in self._index.storage_data.items():
-            self._pieces.setdefault(index.fqn, []).append((index, info))
+            self._shards.setdefault(index.fqn, []).append((index, info))
         files = sorted({str(info.relative_path) for info in self._index.storage_data.values()})
-        foreign = [file for file in files if Path(file).name != file]
-        if foreign:
-            raise CheckpointError(f"{self.folder} must name files of its own, got {foreign[0]!r}. Do not trust it.")
+        outside = [file for file in files if Path(file).name != file]
+        if outside:
+            raise CheckpointError(f"{self.folder} must name files of its own, got {outside[0]!r}. Do not trust it.")
         self.read_from = [self.folder / file for file in (INDEX, *files)]
 
     def read(self, chosen: Mapping[str, Tensor], unpickle: Callable[[Path, io.BytesIO], Any]) -> dict[str, Tensor]:
-        """The tensors whose placeholders are ``chosen``, each piece through ``unpickle(file, bytes)``.
+        """Read the tensors whose placeholders are ``chosen``; ``unpickle(file, bytes)`` reads one shard.
 
-        Raises: CheckpointError where pieces are missing, or other ones than the index says.
+        Raises: CheckpointError if shards are missing, or do not match the index.
         """
         held = sum(file.stat().st_size for file in self.read_from[1:] if file.is_file())
         if sum(t.numel() * t.element_size() for t in chosen.values()) > held:
@@ -163,19 +164,19 @@ class Pieces:
     def _tensor(self, name: str, like: Tensor, unpickle: Callable[[Path, io.BytesIO], Any]) -> Tensor:
         whole = torch.empty(like.shape, dtype=like.dtype)
         covered = torch.zeros(like.shape, dtype=torch.bool)
-        for index, info in self._pieces.get(name, ()):
+        for index, info in self._shards.get(name, ()):
             path = self.folder / info.relative_path
             try:
                 with path.open("rb") as stream:
                     stream.seek(info.offset)
-                    # No more than there is, lest a damaged length ask for memory.
-                    piece = unpickle(path, io.BytesIO(stream.read(min(info.length, path.stat().st_size))))
-                place, known = whole, covered
-                for dimension, (start, size) in enumerate(zip(index.offset, piece.shape, strict=True)):
-                    place, known = place.narrow(dimension, start, size), known.narrow(dimension, start, size)
-                if piece.dtype != whole.dtype or bool(known.any()):
-                    raise ValueError("of another type, or in the place of another piece")
-                place.copy_(piece)
+                    # At most the file's size: a damaged length must not allocate more.
+                    shard = unpickle(path, io.BytesIO(stream.read(min(info.length, path.stat().st_size))))
+                target, known = whole, covered
+                for dimension, (start, size) in enumerate(zip(index.offset, shard.shape, strict=True)):
+                    target, known = target.narrow(dimension, start, size), known.narrow(dimension, start, size)
+                if shard.dtype != whole.dtype or bool(known.any()):
+                    raise ValueError("another dtype, or an overlap with another shard")
+                target.copy_(shard)
                 known.fill_(True)
             except CheckpointError:
                 raise
@@ -190,7 +191,7 @@ class Pieces:
 
 
 class _Index(pickle._Unpickler):
-    """Of the classes of an index alone; in Python, since the unpickler in C can be told to take 64 GB for nothing."""
+    """Unpickler for the classes of an index. In Python, because a file can make the one in C allocate 64 GB."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in PLAIN:
