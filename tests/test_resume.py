@@ -36,7 +36,8 @@ def test_killed_three_times_the_command_ends_with_the_same_values(tmp_path: Path
     checkpoint, plain, killed = tmp_path / "a.pt", tmp_path / "plain.json", tmp_path / "killed.json"
     train(Recipe(model="cnn", epochs=2), checkpoint)
     state = killed.with_name("killed.json.partial")
-    command = [sys.executable, "-m", "sharpscope", "eigen", str(checkpoint), "--tol", "1e-5", "--out"]
+    measured = ["eigen", str(checkpoint), "--examples", "300", "--tol", "1e-5", "--out"]
+    command = [sys.executable, "-m", "sharpscope", *measured]
     subprocess.run([*command, str(plain)], check=True, capture_output=True)
     draw, before = random.Random(0), 0
     for _ in range(3):
