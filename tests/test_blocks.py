@@ -101,10 +101,10 @@ def test_every_block_agrees_with_the_dense_hessian(name: str, by: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_traces_lie_within_four_standard_errors(name: str) -> None:
-    """For five seeds each block's trace, and the whole; blocks of at most 2 probes parameters to 1e-12."""
+    """For two seeds each block's trace, and the whole; blocks of at most 2 probes parameters to 1e-12."""
     dense = diagonal(name, "module")
     wanted = np.array([float(block.trace()) for block in dense.values()])
-    for seed in range(5):
+    for seed in range(2):
         result = block_spectra(problem(name), tol=0.1, generator=torch.Generator().manual_seed(seed))
         assert (np.abs(result.traces - wanted) <= 4 * result.trace_errors).all()
         assert abs(result.trace.value - wanted.sum()) <= 4 * result.trace.standard_error

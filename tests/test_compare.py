@@ -199,7 +199,9 @@ def test_killed_three_times_a_comparison_ends_in_the_same_numbers(trained: Path,
     """kill -9 in three parts: what was finished is not measured again, and every number is an uninterrupted run's."""
     files = [str(trained / name) for name in ("sgd-0.pt", "sam-0.pt")]
     # The command without the page's figures, which take most of the time.
-    bare = "import sys; from sharpscope import cli, report; report.page = lambda _: ''; sys.exit(cli.main(sys.argv[1:]))"
+    bare = (
+        "import sys; from sharpscope import cli, report; report.page = lambda _: ''; sys.exit(cli.main(sys.argv[1:]))"
+    )
     command = [sys.executable, "-c", bare, "compare", *files, "--quick", "--examples", "100", "--out"]
     killed, whole, parts = tmp_path / "killed", tmp_path / "whole", tmp_path / "killed" / "parts"
     stamps: dict[str, int] = {}
