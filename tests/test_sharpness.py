@@ -616,8 +616,8 @@ def test_subsets_side_by_side_are_those_one_after_another(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 3)).double()
-    inputs, labels = drawn(24, 1, 6, 6, seed=3), torch.randint(3, (24,), generator=torch.Generator().manual_seed(0))
-    labels[:10] = -100
+    inputs, labels = drawn(50, 1, 6, 6, seed=3), torch.randint(3, (50,), generator=torch.Generator().manual_seed(0))
+    labels[:20] = -100
     problem = Problem(model=model, loss=nn.CrossEntropyLoss(), data=(inputs, labels), weight_decay=0.1)
     found = []
     for quick in (True, False):
