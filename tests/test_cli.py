@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -345,8 +346,11 @@ def test_train_writes_a_checkpoint_and_refuses_to_lose_one(tmp_path: Path, capsy
     assert run("train", "--out", tmp_path, "--epochs", "1") == 1
 
 
-def test_demo_leaves_all_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_leaves_all_it_promises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A short demo writes table, figure, JSON and checkpoints, and a second run measures the same again."""
+    monkeypatch.setattr(sharpscope, "load", partial(sharpscope.load, examples=60))
     argv = ["demo", "--out", str(tmp_path / "d"), "--epochs", "2"]
     assert run(*argv) == 0
     first = capsys.readouterr().out

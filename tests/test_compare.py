@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import sharpscope
+from sharpscope import report
 from sharpscope.cli import comparing, main
 from sharpscope.comparing import LEVELS, levels
 from sharpscope.comparing.steps import sampled
@@ -51,6 +55,30 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(levels.LEVELS, "default", replace(TINY, eigen_examples=None, tol=1e-3))
 
 
+@pytest.fixture(autouse=True)
+def _bare(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page without its figures, which take most of the time, except where a test asks for the ``real_page``."""
+    if "real_page" not in request.fixturenames:
+        monkeypatch.setattr(report, "page", lambda comparison: "<!DOCTYPE html>")
+
+
+@pytest.fixture
+def real_page() -> None:
+    """The page of a comparison as users get it."""
+
+
+@pytest.fixture(scope="module")
+def alone(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a quick report of a.pt beside it, which is sgd-0.pt, and what the command printed with --json."""
+    folder, printed = tmp_path_factory.mktemp("alone") / "out", io.StringIO()
+    path = shutil.copy(trained / "sgd-0.pt", folder.with_name("a.pt"))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setitem(levels.LEVELS, "quick", TINY)
+        patch.setattr(report, "page", lambda comparison: "<!DOCTYPE html>")
+        assert run(path, "--quick", "--json", "--out", folder) == 0
+    return folder, printed.getvalue()
+
+
 def run(*argv: str | Path) -> int:
     return main(["compare", *(str(arg) for arg in argv), "--device", "cpu"])
 
@@ -68,6 +96,7 @@ def numbers(found: dict[str, Any]) -> str:
     return re.sub(r'"repeated": \d+|"(passes|gradients|seconds)": [\d.e+-]+', "", text)
 
 
+@pytest.mark.usefixtures("real_page")
 def test_each_number_is_that_of_the_analysis_alone(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,10 +179,11 @@ def test_groups_are_compared_by_their_runs(trained: Path, tmp_path: Path, capsys
     assert "sam against sgd" in out.splitlines()[0]
     assert [(way["from"], way["to"]) for way in found["between"]] == [("sgd-0.pt", "sam-0.pt")]
     odd = [f"sgd={trained}/sgd-[01].pt", f"sam={trained}/sam-[12].pt"]
-    assert run("--group", odd[0], "--group", odd[1], "--quick", "--out", tmp_path / "odd") == 0
+    again = ["--quick", "--out", tmp_path / "paired", "--overwrite"]  # what was measured there is not measured again
+    assert run("--group", odd[0], "--group", odd[1], *again) == 0
     assert "over 2 and 2 runs, not paired" in capsys.readouterr().out
     alone = ["--sgd", trained / "sgd-0.pt", "--sam", trained / "sam-0.pt", trained / "sam-1.pt"]
-    assert run(*alone, "--quick", "--out", tmp_path / "alone") == 0
+    assert run(*alone, *again) == 0
     assert "a group of one run says nothing of the scatter over runs" in capsys.readouterr().out
 
 
@@ -168,7 +198,11 @@ def judges(found: dict[str, Any]) -> bool:
 def test_killed_three_times_a_comparison_ends_in_the_same_numbers(trained: Path, tmp_path: Path) -> None:
     """kill -9 in three parts: what was finished is not measured again, and every number is an uninterrupted run's."""
     files = [str(trained / name) for name in ("sgd-0.pt", "sam-0.pt")]
-    command = [sys.executable, "-m", "sharpscope", "compare", *files, "--quick", "--examples", "100", "--out"]
+    # The command without the page's figures, which take most of the time.
+    bare = (
+        "import sys; from sharpscope import cli, report; report.page = lambda _: ''; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", bare, "compare", *files, "--quick", "--examples", "100", "--out"]
     killed, whole, parts = tmp_path / "killed", tmp_path / "whole", tmp_path / "killed" / "parts"
     stamps: dict[str, int] = {}
     for wanted in (2, 5, 9):
@@ -222,12 +256,13 @@ def test_interrupted_it_goes_on_with_the_parts_that_are_done(
 
 
 @pytest.mark.parametrize("change", ["seed", "level", "weights", "rho", "dtype"])
-def test_another_command_takes_no_wrong_part(trained: Path, tmp_path: Path, change: str) -> None:
+def test_another_command_takes_no_wrong_part(
+    trained: Path, alone: tuple[Path, str], tmp_path: Path, change: str
+) -> None:
     """In the folder of a finished report it refuses, and with --overwrite gives the numbers of a fresh folder."""
     content = torch.load(trained / "sgd-0.pt", weights_only=True)
-    path, out = tmp_path / "a.pt", tmp_path / "out"
-    torch.save(content, path)
-    assert run(path, "--quick", "--out", out) == 0
+    path, out = alone[0].with_name("a.pt"), tmp_path / "out"
+    shutil.copytree(alone[0], out)
     before = (out / "compare.json").read_bytes()
     more = {"seed": ["--seed", "1"], "rho": ["--rho", "0.1"], "dtype": ["--dtype", "float64"]}.get(change, [])
     level = ["--quick"] if change != "level" else ["--quick", "--examples", "150"]
@@ -245,6 +280,7 @@ def test_another_command_takes_no_wrong_part(trained: Path, tmp_path: Path, chan
     ]
     assert rises[0] == pytest.approx(rises[1], rel=1e-3)
     assert json.loads(before)["subjects"] != record(out)["subjects"]
+    shutil.copy(trained / "sgd-0.pt", path)
 
 
 def _other_data(folder: Path) -> list[str | Path]:
@@ -370,18 +406,17 @@ def test_not_converged_exits_3_and_shows_nothing(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A tolerance beyond float32 is marked in the table; the finding draws no conclusion from it."""
-    monkeypatch.setitem(levels.LEVELS, "quick", replace(TINY, tol=1e-12, eigen_examples=None))
+    monkeypatch.setitem(levels.LEVELS, "quick", replace(TINY, tol=1e-12, eigen_examples=50))
     assert run(trained / "sgd-0.pt", trained / "sam-0.pt", "--quick", "--out", tmp_path) == 3
     out = capsys.readouterr().out
     assert re.search(r"^lambda_max .*\?", out, flags=re.MULTILINE)
     assert "has not converged in" in out
 
 
-def test_json_prints_the_record(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_prints_the_record(alone: tuple[Path, str]) -> None:
     """--json prints what compare.json holds, the values over the grids included."""
-    assert run(trained / "sgd-2.pt", "--quick", "--json", "--out", tmp_path) == 0
-    said = json.loads(capsys.readouterr().out)
-    kept = record(tmp_path)
+    folder, printed = alone
+    said, kept = json.loads(printed), record(folder)
     kept.pop("asked")
     assert said == kept
     assert np.array(said["subjects"][0]["surface"]["loss"]).shape == (1, 1, 3, 3)
@@ -421,7 +456,6 @@ def test_levels_ascend(less: levels.Level, more: levels.Level) -> None:
         assert name in ("name", "tol", "certify") or other is None or (value is not None and value <= other)
 
 
-def test_findings_of_one_checkpoint_are_none(trained: Path, tmp_path: Path) -> None:
+def test_findings_of_one_checkpoint_are_none(alone: tuple[Path, str]) -> None:
     """Alone it is not compared with anything."""
-    assert run(trained / "sgd-0.pt", "--quick", "--out", tmp_path) == 0
-    assert record(tmp_path)["findings"] == []
+    assert record(alone[0])["findings"] == []

@@ -96,8 +96,14 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 }
 
 
-def cases(table: dict[str, tuple[str, ...]]) -> list[Any]:
-    return [pytest.param(name, place, id=f"{name}-{place}") for name, places in table.items() for place in places]
+def refused(name: str, text: str | bytes, folder: Path, place: str) -> None:
+    """Assert that a file of this text, with the arrays of ``name`` beside it, is refused; ``place`` is wrong in it."""
+    path = saved(name, text, folder)
+    try:
+        FILES[name].load(path)
+    except DataError:
+        return
+    pytest.fail(f"{name} with a wrong {place} was read.")
 
 
 def at(values: Any, place: str) -> tuple[Any, Any]:
@@ -125,63 +131,63 @@ def saved(name: str, text: str | bytes, folder: Path) -> Path:
     return path
 
 
-def refused(name: str, text: str | bytes, folder: Path) -> None:
-    """Assert that a file of this text, with the arrays of ``name`` beside it, is refused."""
-    path = saved(name, text, folder)
-    with pytest.raises(DataError):
-        FILES[name].load(path)
-
-
-@pytest.mark.parametrize(("name", "place"), cases(NUMBERS) + cases(NULLABLE))
-def test_text_for_a_number_is_refused(name: str, place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NUMBERS)
+def test_text_for_a_number_is_refused(name: str, tmp_path: Path) -> None:
     """A word where the record has a number is DataError when the file is loaded, not later."""
-    refused(name, with_value(name, place, "many"), tmp_path)
+    for place in (*NUMBERS[name], *NULLABLE.get(name, ())):
+        refused(name, with_value(name, place, "many"), tmp_path, place)
 
 
-@pytest.mark.parametrize(("name", "place"), cases(NUMBERS) + cases(NULLABLE))
-def test_a_list_or_an_object_for_a_number_is_refused(name: str, place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_list_or_an_object_for_a_number_is_refused(name: str, tmp_path: Path) -> None:
     """So is a list of lists, even one too deep for an array, and an object."""
     deep: Any = 1.0
     for _ in range(100):
         deep = [deep]
-    for wrong in ([[1.0, 2.0], [3.0]], deep, {"value": {}}):
-        refused(name, with_value(name, place, wrong), tmp_path)
+    for place in (*NUMBERS[name], *NULLABLE.get(name, ())):
+        for wrong in ([[1.0, 2.0], [3.0]], deep, {"value": {}}):
+            refused(name, with_value(name, place, wrong), tmp_path, place)
 
 
-@pytest.mark.parametrize(("name", "place"), cases(NUMBERS))
-def test_null_for_a_number_is_refused(name: str, place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NUMBERS)
+def test_null_for_a_number_is_refused(name: str, tmp_path: Path) -> None:
     """Null is DataError wherever it does not stand for a number that is not finite or not known."""
-    refused(name, with_value(name, place, None), tmp_path)
+    for place in NUMBERS[name]:
+        refused(name, with_value(name, place, None), tmp_path, place)
 
 
-@pytest.mark.parametrize(("name", "place"), cases(NULLABLE))
-def test_null_for_what_is_not_finite_or_not_known_is_read(name: str, place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NULLABLE)
+def test_null_for_what_is_not_finite_or_not_known_is_read(name: str, tmp_path: Path) -> None:
     """A record that says null there loads, and shows its table."""
-    assert FILES[name].load(saved(name, with_value(name, place, None), tmp_path)).summary()
+    for place in NULLABLE[name]:
+        assert FILES[name].load(saved(name, with_value(name, place, None), tmp_path)).summary(), place
 
 
-@pytest.mark.parametrize(("name", "place"), cases(ARRAYS))
-def test_an_array_one_entry_short_is_refused(name: str, place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ARRAYS)
+def test_an_array_one_entry_short_is_refused(name: str, tmp_path: Path) -> None:
     """An array whose length does not fit the others is DataError."""
-    values = read(name)
-    holder, key = at(values, place)
-    holder[key] = holder[key][:-1]
-    refused(name, json.dumps(values), tmp_path)
+    for place in ARRAYS[name]:
+        values = read(name)
+        holder, key = at(values, place)
+        holder[key] = holder[key][:-1]
+        refused(name, json.dumps(values), tmp_path, place)
 
 
-@pytest.mark.parametrize(("name", "key"), cases(REQUIRED))
-def test_a_missing_key_is_refused(name: str, key: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", REQUIRED)
+def test_a_missing_key_is_refused(name: str, tmp_path: Path) -> None:
     """A record without one of its required keys is DataError, which names it."""
-    values = read(name)
-    del values[key]
-    refused(name, json.dumps(values), tmp_path)
+    for key in REQUIRED[name]:
+        values = read(name)
+        del values[key]
+        refused(name, json.dumps(values), tmp_path, key)
 
 
-@pytest.mark.parametrize(("name", "key"), cases(REQUIRED))
-def test_ten_thousand_nested_lists_in_a_field_are_refused(name: str, key: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", REQUIRED)
+def test_ten_thousand_nested_lists_in_a_field_are_refused(name: str, tmp_path: Path) -> None:
     """Nesting beyond the interpreter's recursion limit is DataError, not RecursionError."""
-    text = json.dumps({**read(name), key: "HERE"})
-    refused(name, text.replace('"HERE"', "[" * 10_000 + "]" * 10_000), tmp_path)
+    for key in REQUIRED[name]:
+        text = json.dumps({**read(name), key: "HERE"})
+        refused(name, text.replace('"HERE"', "[" * 10_000 + "]" * 10_000), tmp_path, key)
 
 
 WRONG_FILES = {
@@ -200,7 +206,7 @@ WRONG_FILES = {
 @pytest.mark.parametrize("wrong", WRONG_FILES)
 def test_another_kind_of_file_is_refused(name: str, wrong: str, tmp_path: Path) -> None:
     """No text, no JSON, no object, 100,000 open brackets: DataError of each class."""
-    refused(name, WRONG_FILES[wrong], tmp_path)
+    refused(name, WRONG_FILES[wrong], tmp_path, wrong)
 
 
 @pytest.mark.parametrize("name", REQUIRED)
@@ -208,7 +214,7 @@ def test_a_record_of_another_analysis_or_a_later_format_is_refused(name: str, tm
     """The analysis and the format that a record says are checked first."""
     values = read(name)
     for wrong in ({"analysis": "other"}, {"analysis": ["eigen"]}, {"format": 2}, {"format": None}):
-        refused(name, json.dumps({**values, **wrong}), tmp_path)
+        refused(name, json.dumps({**values, **wrong}), tmp_path, str(wrong))
 
 
 @pytest.mark.parametrize("key", ["axis0", "loss", "accuracy", "status", "centre", "slopes", "curvatures"])

@@ -213,12 +213,12 @@ def test_examples_that_see_each_other_are_refused_or_kept_together() -> None:
     assert close(full_hessian(Problem(model=model, loss=centred, data=data), micro_batch="loader"), hessian)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 13, 200])
-@pytest.mark.parametrize("loader", [7, 64, 200])
+@pytest.mark.parametrize("micro_batch", [1, 13, 40])
+@pytest.mark.parametrize("loader", [7, 16, 40])
 def test_neither_loader_nor_micro_batch_size_changes_the_product(loader: int, micro_batch: int) -> None:
-    """H V of wide_resnet, both norms, on 200 digits is the same to 1e-10 for every pair of sizes."""
+    """H V of wide_resnet, both norms, on 40 digits is the same to 1e-10 for every pair of sizes."""
     data = load_data("digits")
-    inputs, labels = data.inputs[:200].double(), data.targets[:200]
+    inputs, labels = data.inputs[:40].double(), data.targets[:40]
     for norm in ("batch", "none"):
         model = make_model("wide_resnet", seed=0, base=2, widen=1, norm=norm).double()
         block = torch.randn(
@@ -226,7 +226,7 @@ def test_neither_loader_nor_micro_batch_size_changes_the_product(loader: int, mi
         ).double()
         one = Problem(model=model, loss=nn.CrossEntropyLoss(), data=(inputs, labels))
         cut = Problem(model=model, loss=nn.CrossEntropyLoss(), data=batches(loader, inputs, labels))
-        wanted = Objective(one, micro_batch=200).hvp(block)
+        wanted = Objective(one, micro_batch=40).hvp(block)
         assert close(Objective(cut, micro_batch=micro_batch).hvp(block), wanted, 1e-10)
 
 

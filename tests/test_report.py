@@ -18,7 +18,7 @@ from comparisons import groups, plane, subject, two
 from sharpscope.report import page
 from sharpscope.report.drawing import THEMED
 from sharpscope.report.numbers import digits
-from sharpscope.results.comparison import Comparison
+from sharpscope.results import Comparison
 
 # Elements without an end tag.
 VOID = {"meta", "link", "br", "hr", "img", "input"}

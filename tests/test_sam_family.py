@@ -241,7 +241,7 @@ def test_looksam_is_cheaper() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("m", [None, 5])
 def test_zero_learning_rate_leaves_every_weight_bitwise(name: str, dtype: torch.dtype, m: int | None) -> None:
-    """With lr = 0 each weight keeps its bits over 100 steps: dropout, BatchNorm, and gradients lost, zero, inf, NaN."""
+    """With lr = 0 each weight keeps its bits over 40 steps: dropout, BatchNorm, and gradients lost, zero, inf, NaN."""
     model = network(dtype, dropout=0.5, batchnorm=True, fickle=True)
     before = weights_of(model)
     optimizer = FAMILY[name](model.parameters(), torch.optim.SGD, rho=0.3, lr=0.0, momentum=0.9, m=m)
@@ -260,7 +260,7 @@ def test_zero_learning_rate_leaves_every_weight_bitwise(name: str, dtype: torch.
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        for x, y in batches(4, dtype=dtype) * 25:
+        for x, y in batches(4, dtype=dtype) * 10:
             optimizer.step(closure, x, y)
     assert same_bits(before, weights_of(model))
     assert optimizer.skipped_steps > 3

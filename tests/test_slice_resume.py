@@ -291,7 +291,7 @@ def run(folder: Path, *arguments: str) -> int:
 def test_killed_three_times_a_surface_ends_in_the_same_bits(checkpoints: Path, tmp_path: Path) -> None:
     """kill -9 at three moments, then the same command to its end: no point twice, the file of an uninterrupted run."""
     out = tmp_path / "surface.json"
-    command = [sys.executable, "-m", "sharpscope", "surface", str(checkpoints / "sgd.pt"), "--points", "31x41"]
+    command = [sys.executable, "-m", "sharpscope", "surface", str(checkpoints / "sgd.pt"), "--points", "15x21"]
     log = tmp_path / "surface.json.partial" / "points.points"
     sizes = [0]
     for _ in range(3):
@@ -310,7 +310,7 @@ def test_killed_three_times_a_surface_ends_in_the_same_bits(checkpoints: Path, t
     assert f"{done - 1} of them from disk" in result.stdout
     found = SliceResult.load(out)
     assert found.provenance["repeated"] == done - 1
-    assert found.cost.passes == 31 * 41 - done + 1
+    assert found.cost.passes == 15 * 21 - done + 1
     assert not log.parent.exists()
     subprocess.run([*command, "--out", str(tmp_path / "whole.json")], check=True, capture_output=True)
     whole = SliceResult.load(tmp_path / "whole.json")

@@ -497,7 +497,7 @@ def test_memory_does_not_grow_with_the_points() -> None:
     def count(stage: str, done: int, total: int | None) -> None:
         live.append(sum(x.numel() for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)))
 
-    loss_surface(problem, points=5, progress=count)
+    loss_surface(problem, points=3, progress=count)
     assert max(live[2:]) == min(live[2:])
 
 
