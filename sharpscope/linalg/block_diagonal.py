@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.ritz import Matmat, rayleigh_ritz, rounding
+from sharpscope.linalg.ritz import rayleigh_ritz
+from sharpscope.linalg.symmetric_operator import Matmat, rounding_error
 from sharpscope.linalg.top_eigenpairs import top_eigenpairs_rows
 from sharpscope.linalg.trace import trace_and_frobenius_rows
 from sharpscope.linalg.vectors import norms
@@ -132,16 +133,16 @@ def _whole(like: Tensor, tol: float, probes: int, shared: _SharedProducts) -> Ca
         images = torch.cat([rows(block) for block in torch.split(unit, probes)])
         half, largest = (images + images.T) / 2, float(norms(images).max())
         pairs = rayleigh_ritz(
-            unit, half, next_above=float("-inf"), scale=largest, tol=tol, num_matvecs=n, num_products=1
+            unit, half, next_eigenvalue=float("-inf"), scale=largest, tol=tol, num_matvecs=n, num_products=1
         )
         value, skew = float(pairs.values[0]), math.sqrt(float(norms(images - half).square().sum()))
         return DiagonalBlock(
             lambda_max=value,
             residual=float(pairs.residuals[0]),
             bound=float(pairs.bounds[0]) + skew,
-            converged=bool(pairs.converged[0]) and skew <= max(tol * abs(value), rounding(shared.scale, dtype)),
+            converged=bool(pairs.converged[0]) and skew <= max(tol * abs(value), rounding_error(shared.scale, dtype)),
             trace=float(images.diagonal().double().sum()),
-            trace_error=rounding(largest, dtype),
+            trace_error=rounding_error(largest, dtype),
         )
 
     return program
@@ -168,7 +169,7 @@ def _top(
             )
         except ArgumentError:
             # Not symmetric, because all of it is rounding: an attention's key bias has no curvature.
-            if largest > rounding(shared.scale, dtype):
+            if largest > rounding_error(shared.scale, dtype):
                 raise
             # ||H||_F^2 is on average n ||H x||^2 for random x of length 1.
             return DiagonalBlock(residual=largest, bound=math.sqrt(n) * largest, converged=True)

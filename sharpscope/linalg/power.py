@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 
 from sharpscope.linalg.ritz import (
-    Matmat,
     RitzPairs,
     SolverProgress,
     descending,
     largest_relative,
     rayleigh_ritz,
     residual_vectors,
-    rounding,
 )
+from sharpscope.linalg.symmetric_operator import Matmat, rounding_error
 from sharpscope.linalg.vectors import BREAKDOWN, combine, inner, norms, orthonormalise, random_rows
 
 # Products with a block after which it gives up, unless told otherwise.
@@ -55,7 +54,7 @@ def power_iteration(
         # -||Hv|| bounds what can lie below in the span of the block; it grows to ||H|| if the negative end dominates.
         lowest = min(lowest, float(values[-1]), -float(lengths[-1]) if values[-1] < 0 else 0.0)
         residuals = norms(residual_vectors(values, block, image))
-        floor = rounding(scale, dtype)
+        floor = rounding_error(scale, dtype)
         if progress is not None:
             progress(products, largest_relative(residuals[:k], values[:k], floor, tol))
         # sqrt(k): what holds for k pairs together is their residuals' joint norm.
@@ -64,7 +63,7 @@ def power_iteration(
             return rayleigh_ritz(
                 block[:k],
                 image[:k],
-                next_above=None,  # the last Ritz value of a power iteration lags too far behind to bound a gap
+                next_eigenvalue=None,  # the last Ritz value of a power iteration lags too far behind to bound a gap
                 scale=scale,
                 tol=tol,
                 num_matvecs=products * width,

@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.ritz import Matmat, require_little_apart
-from sharpscope.linalg.user_operator import on_rows, outside, require_dtype
+from sharpscope.linalg.symmetric_operator import (
+    Matmat,
+    as_row_operator,
+    deflated,
+    require_dtype,
+    require_small_asymmetry,
+)
 from sharpscope.linalg.vectors import BREAKDOWN, norms, project_out, random_rows, require_orthonormal
 
 
@@ -78,7 +83,7 @@ def lanczos_quadrature(
     require_dtype(dtype)
     like = torch.empty(0, n, dtype=dtype, device=device)
     return lanczos_quadrature_rows(
-        on_rows(matmat, like), like, probes, steps, known=known_rows(known, like), generator=generator
+        as_row_operator(matmat, like), like, probes, steps, known=_known_as_rows(known, like), generator=generator
     )
 
 
@@ -101,10 +106,10 @@ def lanczos_quadrature_rows(
     n = like.shape[1]
     require_probes(n, probes, steps)
     source = generator if generator is not None else torch.Generator().manual_seed(0)
-    values, vectors = orthonormal_pairs(known, like)
-    operator = outside(rows, vectors)
-    start = block = images = unit_rows(probes, like, vectors, source)
-    runs = _Runs.start(probes, min(steps, n - len(vectors)), like)
+    values, vectors = known_pairs(known, like)
+    operator = deflated(rows, vectors)
+    start = block = images = random_unit_rows(probes, like, vectors, source)
+    runs = _LanczosRuns.start(probes, min(steps, n - len(vectors)), like)
     while len(block):
         image = operator(block)
         if not runs.steps:
@@ -123,7 +128,7 @@ def lanczos_quadrature_rows(
 
 
 @dataclass
-class _Runs:
+class _LanczosRuns:
     """A Lanczos run from each of K vectors, all of them in step, each with its own basis.
 
     Attributes:
@@ -144,7 +149,7 @@ class _Runs:
     scale: float = 0.0
 
     @classmethod
-    def start(cls, count: int, depth: int, like: Tensor) -> _Runs:
+    def start(cls, count: int, depth: int, like: Tensor) -> _LanczosRuns:
         """``count`` runs of at most ``depth`` steps."""
         alphas, betas = (torch.zeros(count, depth, dtype=torch.float64) for _ in range(2))
         return cls(like.new_empty(count, depth, like.shape[1]), alphas, betas, [depth] * count, list(range(count)))
@@ -155,7 +160,7 @@ class _Runs:
         self.steps, self.matvecs = step + 1, self.matvecs + len(block)
         self.scale = max(self.scale, float(norms(image).max()))
         breakdown = BREAKDOWN * torch.finfo(dtype).eps * self.scale
-        following, going = [block[:0]], []
+        next_rows, still_running = [block[:0]], []
         for row, probe in enumerate(self.running):
             self.bases[probe, step] = block[row]
             rest, coefficients = project_out(image[row : row + 1], self.bases[probe, : step + 1])
@@ -167,15 +172,15 @@ class _Runs:
                 self.lengths[probe] = step + 1
                 continue
             self.betas[probe, step] = length
-            following.append(rest / length)
-            going.append(probe)
-        self.running = going
-        return torch.cat(following)
+            next_rows.append(rest / length)
+            still_running.append(probe)
+        self.running = still_running
+        return torch.cat(next_rows)
 
     def rule(self, probe: int) -> tuple[Tensor, Tensor]:
         """The Gauss quadrature of one run."""
         size = self.lengths[probe]
-        return _rule(self.alphas[probe, :size], self.betas[probe, : size - 1], self.bases.shape[1])
+        return _gauss_rule(self.alphas[probe, :size], self.betas[probe, : size - 1], self.bases.shape[1])
 
 
 def require_probes(n: int, probes: int, steps: int = 1) -> None:
@@ -192,7 +197,7 @@ def require_probes(n: int, probes: int, steps: int = 1) -> None:
         raise ArgumentError(f"steps must be at least 1, got {steps}.")
 
 
-def known_rows(known: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor] | None:
+def _known_as_rows(known: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor] | None:
     """A user's eigenvalues (d,) and eigenvectors (n, d) as float64 on the CPU and rows (d, n) like ``like`` (0, n).
 
     Raises: ArgumentError when they do not belong together.
@@ -206,7 +211,7 @@ def known_rows(known: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tenso
     return values, known[1].detach().T.to(like).contiguous()
 
 
-def orthonormal_pairs(known: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor]:
+def known_pairs(known: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor]:
     """Known eigenvalues (d,) and eigenvectors, rows (d, n), none by default.
 
     Raises: ArgumentError when the vectors are not orthonormal.
@@ -217,13 +222,13 @@ def orthonormal_pairs(known: tuple[Tensor, Tensor] | None, like: Tensor) -> tupl
     return known
 
 
-def unit_rows(count: int, like: Tensor, vectors: Tensor, generator: torch.Generator) -> Tensor:
+def random_unit_rows(count: int, like: Tensor, vectors: Tensor, generator: torch.Generator) -> Tensor:
     """``count`` independent rows, uniform on the unit sphere of what is orthogonal to the rows ``vectors``."""
     rows, _ = project_out(random_rows(count, like, generator), vectors)
     return rows / norms(rows).to(rows)[:, None]
 
 
-def _rule(alphas: Tensor, betas: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+def _gauss_rule(alphas: Tensor, betas: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights of a Jacobi matrix (Golub and Welsch 1969), filled up to ``depth`` with weight 0."""
     values, vectors = torch.linalg.eigh(torch.diag(alphas) + torch.diag(betas, 1) + torch.diag(betas, -1))
     weights = vectors[0].square()
@@ -236,4 +241,4 @@ def _require_three_terms(coefficients: Tensor, beta: float, scale: float, dtype:
     before = coefficients[:-1].clone()
     if len(before):
         before[-1] -= beta
-        require_little_apart(float(before.abs().max()), scale, dtype)
+        require_small_asymmetry(float(before.abs().max()), scale, dtype)

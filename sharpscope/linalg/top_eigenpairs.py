@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError, nearest
+from sharpscope.linalg.both_ends import both_ends
+from sharpscope.linalg.certificate import MissedEigenvalueBound
 from sharpscope.linalg.guided import guided
 from sharpscope.linalg.lanczos import lanczos
-from sharpscope.linalg.missed_eigenvalue_bound import RandomStart
 from sharpscope.linalg.power import power_iteration
-from sharpscope.linalg.ritz import Matmat, RitzPairs, SolverProgress
-from sharpscope.linalg.two_ends import two_ends
-from sharpscope.linalg.user_operator import on_rows, require_dtype
+from sharpscope.linalg.ritz import RitzPairs, SolverProgress
+from sharpscope.linalg.symmetric_operator import Matmat, as_row_operator, require_dtype
 
 METHODS: dict[str, Callable[..., RitzPairs]] = {"guided": guided, "lanczos": lanczos, "power": power_iteration}
 TWO_ENDED = ("both", "magnitude")
@@ -43,8 +44,8 @@ class Eigenpairs:
         num_matvecs: products with one vector, in all.
         num_products: products with a block of vectors, in all.
         method: the solver that ran.
-        start: what its random vectors say of eigenvalues that were missed; ``start.missed(above)`` is a probability.
-            None where they say nothing.
+        missed_bound: ``missed_bound.probability(above)`` bounds the probability that an eigenvalue above ``above`` was
+            missed, from the solver's random vectors; None where they give no bound.
     """
 
     eigenvalues: Tensor
@@ -56,7 +57,13 @@ class Eigenpairs:
     num_matvecs: int
     num_products: int
     method: str
-    start: RandomStart | None = None
+    missed_bound: MissedEigenvalueBound | None = None
+
+    @property
+    def start(self) -> MissedEigenvalueBound | None:
+        """Deprecated name of ``missed_bound``."""
+        warnings.warn("Eigenpairs.start is now Eigenpairs.missed_bound.", FutureWarning, stacklevel=2)
+        return self.missed_bound
 
     def widened(self, by: float, tol: float) -> Eigenpairs:
         """Each interval longer by ``by`` at both ends, for products that are off by as much, and held to ``tol``.
@@ -105,7 +112,7 @@ def top_eigenpairs(
             the result then says what has not converged.
         guides: each ``V`` to ``G V``, G a symmetric operator that resembles H and costs little; the last resembles it
             most, those before it cost less.
-        initial: (n, b) to start from, for "guided" and "lanczos" at one end; ``start`` then says less, or nothing.
+        initial: (n, b) to start from, for "guided" and "lanczos" at one end; ``missed_bound`` is then weaker, or None.
         dtype, device: of the vectors; inner products and small matrices are float64.
         generator: source of the random start, on the CPU; by default one seeded with 0.
         progress: called as ``progress(products, worst)`` with the largest ``bound / |theta|`` so far.
@@ -125,7 +132,7 @@ def top_eigenpairs(
     require_dtype(dtype)
     like = torch.empty(0, n, dtype=dtype, device=device)
     return top_eigenpairs_rows(
-        on_rows(matmat, like),
+        as_row_operator(matmat, like),
         like,
         k,
         tol=tol,
@@ -133,7 +140,7 @@ def top_eigenpairs(
         method=method,
         max_basis=max_basis,
         max_products=max_products,
-        guides=[on_rows(guide, like) for guide in guides],
+        guides=[as_row_operator(guide, like) for guide in guides],
         initial=None if initial is None else initial.to(like).T.contiguous(),
         generator=generator,
         progress=progress,
@@ -192,7 +199,7 @@ def top_eigenpairs_rows(
         )
 
     if which in TWO_ENDED:
-        pairs = two_ends(solve, k, which, tol, max_products, progress)
+        pairs = both_ends(solve, k, which, tol, max_products, progress)
     else:
         sign = 1.0 if which == "largest" else -1.0
         pairs = solve(sign, max_products, progress, float("-inf"))
@@ -226,7 +233,7 @@ def _eigenpairs(pairs: RitzPairs, method: str) -> Eigenpairs:
         num_matvecs=pairs.num_matvecs,
         num_products=pairs.num_products,
         method=method,
-        start=pairs.start,
+        missed_bound=pairs.missed_bound,
     )
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharpscope.linalg.quadrature import orthonormal_pairs, require_probes, unit_rows
-from sharpscope.linalg.ritz import Matmat, rounding
-from sharpscope.linalg.user_operator import on_rows, outside, require_dtype
+from sharpscope.linalg.quadrature import known_pairs, random_unit_rows, require_probes
+from sharpscope.linalg.symmetric_operator import Matmat, as_row_operator, deflated, require_dtype, rounding_error
 from sharpscope.linalg.vectors import BREAKDOWN, inner, norms, orthonormalise
 
 
@@ -58,7 +57,7 @@ def trace_and_frobenius(
     """
     require_dtype(dtype)
     like = torch.empty(0, n, dtype=dtype, device=device)
-    return trace_and_frobenius_rows(on_rows(matmat, like), like, probes, generator=generator)
+    return trace_and_frobenius_rows(as_row_operator(matmat, like), like, probes, generator=generator)
 
 
 def trace_and_frobenius_rows(
@@ -70,7 +69,7 @@ def trace_and_frobenius_rows(
     """
     require_probes(like.shape[1], probes)
     source = generator if generator is not None else torch.Generator().manual_seed(0)
-    start = unit_rows(probes, like, like, source)
+    start = random_unit_rows(probes, like, like, source)
     return trace_from_images(rows, start, rows(start), generator=source)
 
 
@@ -89,7 +88,7 @@ def trace_from_images(
     ``tr(Q_i' H Q_i) + x_i' H x_i``  and  ``||H Q_i||_F^2 + ||H x_i||^2``
     is unbiased for ``tr H`` and ``||H||_F^2``; the estimate is their mean over i. No value's sign or size stops
     anything early. The K values share most of their bases, so their scatter over sqrt(K), the source's error estimate,
-    is too small: by a factor of 2 for 20 equal eigenvalues of 100 and 16 probes. The standard error here is the
+    is too coordinates: by a factor of 2 for 20 equal eigenvalues of 100 and 16 probes. The standard error here is the
     jackknife's, the whole estimate repeated without each probe; its square is, on average, at least the variance with
     K - 1 probes (Efron and Stein 1981).
 
@@ -103,16 +102,16 @@ def trace_from_images(
         generator: of random directions in place of those that an operator of low rank does not have.
     """
     n, dtype = probes.shape[1], probes.dtype
-    values, vectors = orthonormal_pairs(known, probes[:0])
+    values, vectors = known_pairs(known, probes[:0])
     space, count = n - len(values), len(probes)
     floor = BREAKDOWN * torch.finfo(dtype).eps * float(norms(images).max())
     basis, factors = orthonormalise(images, vectors, floor, generator)
     genuine = factors.abs().sum(1) > 0
     basis, factors = basis[genuine.to(basis.device)], factors[genuine]
-    basis_images = outside(rows, vectors)(basis) if len(basis) else basis
+    basis_images = deflated(rows, vectors)(basis) if len(basis) else basis
     within, squares = inner(basis, basis_images), inner(basis_images, basis_images)
     # factors = Q'Y = R; since Y = QR, Y'HQ = R'(Q'HQ) needs no product of its own.
-    small = _Small(
+    coordinates = _ProbeCoordinates(
         factors=factors,
         along=inner(basis, probes),
         within=(within + within.T) / 2,
@@ -124,10 +123,10 @@ def trace_from_images(
     if len(basis) == space:  # with as many probes as dimensions nothing is left to chance
         estimate, error = torch.stack([within.trace(), squares.trace()]), torch.zeros(2, dtype=torch.float64)
     else:
-        estimate, error = _jackknife(small)
+        estimate, error = _jackknife(coordinates)
     # Exact but for rounding where the rank is below K: nothing scatters then, and what is left is what rounding does.
-    scale = float(torch.linalg.matrix_norm(small.within, 2)) if len(basis) else 0.0
-    least = rounding(scale, dtype)
+    scale = float(torch.linalg.matrix_norm(coordinates.within, 2)) if len(basis) else 0.0
+    least = rounding_error(scale, dtype)
     return TraceEstimate(
         trace=float(estimate[0] + values.sum()),
         trace_error=math.hypot(float(error[0]), least),
@@ -139,7 +138,7 @@ def trace_from_images(
 
 
 @dataclass(frozen=True)
-class _Small:
+class _ProbeCoordinates:
     """All that XTrace needs of the long vectors, in the coordinates of the basis Q of all images (r of them).
 
     ``factors`` Q'Y, ``along`` Q' of the probes (both r, K), ``within`` Q'HQ, ``squares`` (HQ)'HQ, ``direct`` and
@@ -172,14 +171,14 @@ class _Small:
         return out
 
 
-def _jackknife(small: _Small) -> tuple[Tensor, Tensor]:
+def _jackknife(coordinates: _ProbeCoordinates) -> tuple[Tensor, Tensor]:
     """XTrace's two estimates (2,), and their standard errors by leaving each probe out of everything once."""
-    count = len(small.direct)
-    estimate = torch.stack([small.values((i,), (i,))[:, 0] for i in range(count)]).mean(0)
+    count = len(coordinates.direct)
+    estimate = torch.stack([coordinates.values((i,), (i,))[:, 0] for i in range(count)]).mean(0)
     fewer = torch.zeros(2, count, dtype=torch.float64)
     for i in range(count):
         for j in range(i + 1, count):
-            pair = small.values((i, j), (i, j))
+            pair = coordinates.values((i, j), (i, j))
             fewer[:, j] += pair[:, 0] / (count - 1)
             fewer[:, i] += pair[:, 1] / (count - 1)
     return estimate, (fewer.var(1) * (count - 1) ** 2 / count).sqrt()

@@ -251,7 +251,7 @@ def _missed_probability(pairs: Eigenpairs, which: str) -> NDArray[np.float64]:
         return np.ones(len(pairs.converged))  # what has not converged may hide in what was found
     outer = pairs.upper if which == "largest" else -pairs.lower
     beyond = outer - pairs.residuals.norm()
-    return np.array([1.0 if pairs.start is None else pairs.start.missed(float(t)) for t in beyond])
+    return np.array([1.0 if pairs.missed_bound is None else pairs.missed_bound.probability(float(t)) for t in beyond])
 
 
 def _certificate(proof: Certified, eps: float | None) -> dict[str, Any]:
