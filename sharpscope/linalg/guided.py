@@ -96,8 +96,8 @@ def guided(
     Residuals come from true products. The stopping test and the bounds returned (``rayleigh_ritz``) estimate
     ``lambda_{k+1}`` from above by the larger of two numbers: the (k+1)-th Ritz value plus its residual, and the
     (k+1)-th eigenvalue of M plus the observed error of G times the norm of the component of the eigenvector of M
-    orthogonal to the search space. If the guide does not help, the corrections are the residuals, and the method is block Lanczos with thick
-    restart.
+    orthogonal to the search space. If the guide does not help, the corrections are the residuals, and the method is
+    block Lanczos with thick restart.
 
     Cost: k + NUM_PROBES products with H in the first pass (one more for each row of ``initial`` beyond k), at most as
     many in the second and k + 1 in each later one, plus NUM_PROBES whenever probes are drawn again; at least two

@@ -59,10 +59,10 @@ def warm_lanczos(
     nothing (Davidson 1975 without a preconditioner). Stops when ``||Hv - theta v|| <= tol |theta|`` at CONFIRMED
     consecutive products.
 
-    Measured on a small CNN and 64 images, every 100 steps of three runs, at tol 0.1: 3.6 to 5.4 products, 5.8 from noise
-    alone; lambda_max was in the interval in 43 of 45 measurements, and outside it by at most 7 %. The sharper
-    Kato-Temple bound is not used: it needs an upper bound on lambda_2, which so few products do not give (in a trial, 21
-    of its 30 intervals held, and 27 by the residual).
+    Measured on a small CNN and 64 images, every 100 steps of three runs, at tol 0.1: 3.6 to 5.4 products, 5.8 from
+    noise alone; lambda_max was in the interval in 43 of 45 measurements, and outside it by at most 7 %. The sharper
+    Kato-Temple bound is not used: it needs an upper bound on lambda_2, which so few products do not give (in a trial,
+    21 of its 30 intervals held, and 27 by the residual).
 
     Args:
         matmat: rows (b, n) to their products (b, n), H symmetric.
