@@ -1,4 +1,4 @@
-"""The one interface of all eigensolvers."""
+"""The interface of all eigensolvers: ``top_eigenpairs``."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ METHODS: dict[str, Callable[..., RitzPairs]] = {"guided": guided, "lanczos": lan
 TWO_ENDED = ("both", "magnitude")
 WHICH = ("largest", "smallest", *TWO_ENDED)
 
-# Blocks in the search space of each of two solves. A network has many small eigenvalues close together: with the six
-# blocks of a single solve take many more products.
+# Blocks in the search space of each solve for both ends. The small eigenvalues of a network are close together: with
+# the six blocks of a single solve, many more products are needed.
 BLOCKS = 9
 
 
@@ -66,9 +66,9 @@ class Eigenpairs:
         return self.missed_bound
 
     def widened(self, by: float, tol: float) -> Eigenpairs:
-        """Each interval longer by ``by`` at both ends, for products that are off by as much, and held to ``tol``.
+        """Widen each interval by ``by``, an error of the products, and test it against ``tol`` again.
 
-        What is within ``by`` of zero is zero to rounding, and has converged.
+        An eigenvalue within ``by`` of zero is zero to rounding, and counts as converged.
         """
         if not by:
             return self
@@ -107,9 +107,9 @@ def top_eigenpairs(
             and for the k smallest, one after the other.
         method: "guided" (few products, with guides), "lanczos" (block Lanczos with thick restart) or "power" (deflated
             power iteration); "auto" is "guided" for the largest where there are guides, else "lanczos".
-        max_basis: vectors of length n that the solver may keep.
-        max_products: calls of ``matmat`` after which it gives up (by default 100, 1000 for "power", for each end);
-            the result then says what has not converged.
+        max_basis: largest number of vectors of length n kept by the solver.
+        max_products: largest number of calls of ``matmat`` (by default 100, 1000 for "power", for each end);
+            eigenvalues that have not converged by then are marked in ``converged``.
         guides: each ``V`` to ``G V``, G a symmetric operator that resembles H and costs little; the last resembles it
             most, those before it cost less.
         initial: (n, b) to start from, for "guided" and "lanczos" at one end; ``missed_bound`` is then weaker, or None.
@@ -208,12 +208,12 @@ def top_eigenpairs_rows(
 
 
 def guidable(which: str, n: int, k: int) -> bool:
-    """Whether "auto" takes guides where there are some: in a space of few blocks there is nothing to save."""
+    """Whether "auto" uses guides if given: in a space of few blocks they save nothing."""
     return which == "largest" and n >= 8 * (k + 1)
 
 
 def _solver(method: str, which: str, guides: bool, n: int, k: int) -> str:
-    """The name of the solver that ``method`` means here."""
+    """Resolve "auto" to the name of a solver."""
     if method == "guided" and not guides:
         raise ArgumentError("method='guided' needs guides=, cheap operators that resemble H. Pass one, or 'lanczos'.")
     if method != "auto":
@@ -245,10 +245,7 @@ def _times(sign: float, rows: Matmat) -> Matmat:
 def require_arguments(
     n: int, k: int, tol: float, method: str, max_products: int | None, which: str = "largest"
 ) -> None:
-    """What every solver asks of its arguments, to be asked before anything is paid for.
-
-    Raises: ArgumentError.
-    """
+    """Raise ArgumentError unless the arguments of a solver are valid; call it before any product."""
     if method not in ("auto", *METHODS):
         raise ArgumentError(nearest("method", str(method), ("auto", *METHODS)))
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:

@@ -1,4 +1,4 @@
-"""Trace and Frobenius norm from a few random vectors, each estimate left to judge the others."""
+"""Trace and Frobenius norm of an operator from a few random vectors, by XTrace with jackknife standard errors."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ def trace_from_images(
     known: tuple[Tensor, Tensor] | None = None,
     generator: torch.Generator,
 ) -> TraceEstimate:
-    """XTrace where the products with the probes are there already; cost, one more product with a block.
+    """XTrace given the products with the probes; cost: one more product with a block.
 
-    With Q_i a basis of the images of all probes but the i-th, and ``x_i`` the i-th probe's part outside of it, scaled
-    to the squared length ``n - d - rank Q_i`` of a normal vector there, each of
+    With Q_i a basis of the images of all probes but the i-th, and ``x_i`` the i-th probe's component orthogonal to it,
+    scaled to the squared length ``n - d - rank Q_i`` of a normal vector there, each of
     ``tr(Q_i' H Q_i) + x_i' H x_i``  and  ``||H Q_i||_F^2 + ||H x_i||^2``
     is unbiased for ``tr H`` and ``||H||_F^2``; the estimate is their mean over i. No value's sign or size stops
     anything early. The K values share most of their bases, so their scatter over sqrt(K), the source's error estimate,
@@ -99,7 +99,7 @@ def trace_from_images(
         probes: (K, n), independent, uniform on the unit sphere orthogonal to ``known``.
         images: (K, n), ``(I - P) H`` of them, P the projector on ``known``, as ``Quadrature`` has them.
         known: eigenvalues (d,) and eigenvectors as rows (d, n), added exactly.
-        generator: of random directions in place of those that an operator of low rank does not have.
+        generator: source of random directions, where an operator of low rank has none.
     """
     n, dtype = probes.shape[1], probes.dtype
     values, vectors = known_pairs(known, probes[:0])
@@ -120,11 +120,11 @@ def trace_from_images(
         lengths=norms(images).square(),
         space=space,
     )
-    if len(basis) == space:  # with as many probes as dimensions nothing is left to chance
+    if len(basis) == space:  # as many probes as dimensions: the trace is exact
         estimate, error = torch.stack([within.trace(), squares.trace()]), torch.zeros(2, dtype=torch.float64)
     else:
         estimate, error = _jackknife(coordinates)
-    # Exact but for rounding where the rank is below K: nothing scatters then, and what is left is what rounding does.
+    # With rank below K the estimates agree to rounding, which is then the standard error.
     scale = float(torch.linalg.matrix_norm(coordinates.within, 2)) if len(basis) else 0.0
     least = rounding_error(scale, dtype)
     return TraceEstimate(
@@ -139,7 +139,7 @@ def trace_from_images(
 
 @dataclass(frozen=True)
 class _ProbeCoordinates:
-    """All that XTrace needs of the long vectors, in the coordinates of the basis Q of all images (r of them).
+    """The inner products that XTrace needs, in the basis Q (r, n) of all images.
 
     ``factors`` Q'Y, ``along`` Q' of the probes (both r, K), ``within`` Q'HQ, ``squares`` (HQ)'HQ, ``direct`` and
     ``lengths`` v'Hv and ||Hv||^2 of each probe (K,), ``space`` the dimension that the probes fill.
@@ -161,7 +161,7 @@ class _ProbeCoordinates:
         trace, squared = (inside * self.within).sum(), (inside * self.squares).sum()
         out = torch.zeros(2, len(of), dtype=torch.float64)
         for column, i in enumerate(of):
-            # The probe less its part c in the basis, and the forms x'Hx and ||Hx||^2 of what is left.
+            # c: the probe's coordinates in the basis; then x'Hx and ||Hx||^2 of its orthogonal component x.
             c, r = inside @ self.along[:, i], self.factors[:, i]
             left_over = 1 - float(c @ c)
             stretch = (self.space - rank) / left_over if self.space > rank and left_over > 0 else 0.0

@@ -151,7 +151,7 @@ def span_of(
 
 
 def _statistics_change(problem: Problem, other: Problem) -> dict[str, Tensor]:
-    """By how much the other network's running statistics differ."""
+    """The difference of the BatchNorm running statistics, other minus ``problem``."""
     here, there = running_statistics(problem.model), running_statistics(other.model)
     return {key: there[key] - here[key] for key in here if key in there}
 
@@ -159,7 +159,7 @@ def _statistics_change(problem: Problem, other: Problem) -> dict[str, Tensor]:
 def _statistics_change_along(
     axes: Sequence[Tensor], rows: Tensor, changes: Sequence[Mapping[str, Tensor]]
 ) -> list[dict[str, Tensor]]:
-    """The statistics' change along each of ``axes``, which are combinations of ``rows``: the same combinations."""
+    """The change of the statistics along each of ``axes``, which are linear combinations of ``rows``."""
     shares = torch.stack(list(axes)) @ rows.T @ torch.linalg.pinv(rows @ rows.T)
     along = []
     for share in shares.tolist():
@@ -176,9 +176,10 @@ def measure_marks(
     trajectory: Mapping[str, Problem],
     micro_batch: int,
 ) -> tuple[Mark, ...]:
-    """Where ``marks`` and the steps of ``trajectory`` lie, and the loss of each by itself, with its own buffers.
+    """Coordinates of ``marks`` and ``trajectory`` steps on the line or plane, and each network's loss.
 
-    Loss, data, mode and weight decay are those of ``problem``. Cost: a forward pass of each network over each split.
+    Each network keeps its own buffers. Loss, data, mode and weight decay are those of ``problem``. Cost: a
+    forward pass of each network over each split.
 
     Raises: ArgumentError where there are several lines, ProblemError for another architecture.
     """
@@ -207,7 +208,7 @@ def measure_marks(
 
 
 def _unselected_distance(problem: Problem, other: Problem) -> float:
-    """How far apart the networks are in the weights that are not selected, which no line or plane moves."""
+    """The distance between the networks in the weights that are not selected, which no line or plane changes."""
     chosen = {id(p) for p in parameters.select(problem.model, problem.params).values()}
     theirs = dict(other.model.named_parameters())
     squares = [

@@ -27,7 +27,7 @@ from sharpscope.weights.norm_ball import Ball
 from sharpscope.weights.parameters import views
 from sharpscope.weights.perturbation import Perturbation
 
-# Less than this share of a vector left outside the others is rounding: it lies in their span.
+# A vector with less than this fraction orthogonal to the others is linearly dependent on them.
 INDEPENDENT = 1e-6
 
 
@@ -97,7 +97,7 @@ def gram_schmidt(vectors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def sign_normalised(vector: Tensor) -> Tensor:
-    """``vector`` or its negative, whichever has its largest component positive: the same picture on every machine."""
+    """``vector`` or its negative, whichever has a positive largest component, so that figures are reproducible."""
     return vector if float(vector[vector.abs().argmax()]) > 0 else -vector
 
 
@@ -192,7 +192,7 @@ def read_directions(path: str | os.PathLike[str], asked: Mapping[str, Any]) -> l
 
 
 def _json_round_trip(value: Any) -> Any:
-    """``value`` as JSON gives it back."""
+    """``value`` after writing and reading as JSON."""
     return json.loads(json.dumps(plain(value)))
 
 
@@ -291,10 +291,10 @@ def _groups(weights: Sequence[Tensor], normalisation: str, scaled: bool) -> Iter
 
 
 def _orthogonalised_groups(drawn: Sequence[Tensor]) -> list[Tensor]:
-    """Each row of each of ``drawn`` (groups, size) without its part along the same row of those before it."""
+    """Each row of each of ``drawn`` (groups, size) orthogonalised against the same row of those before it."""
     done: list[Tensor] = []
     for i, rows in enumerate(drawn):
-        # Rows as long as there are rows before them have nothing left but rounding.
+        # Rows of length i or less are dependent on the i rows before them.
         rest = rows if rows.shape[1] > i else torch.zeros_like(rows)
         for _ in range(2):
             for before in done:

@@ -20,7 +20,7 @@ from sharpscope.slices.directions import Direction
 from sharpscope.weights.parameters import views
 from sharpscope.weights.perturbation import Perturbation
 
-# Data of no more bytes are kept on the device between points.
+# Data up to this many bytes are kept on the device between points.
 KEPT = 1 << 31
 
 # Bytes of the largest activation of a micro-batch. On the CPU it should stay in a cache: of sizes from 32 to 2,048
@@ -67,7 +67,7 @@ class Evaluation:
         objective: loss and data.
         micro_batch: examples at a time; the loader's batches are kept where the objective keeps them.
 
-    Raises: AuditError when a micro-batch has another loss at a second look.
+    Raises: AuditError if a second evaluation of a micro-batch gives another loss.
     """
 
     def __init__(self, objective: Objective, micro_batch: int) -> None:
@@ -96,7 +96,7 @@ class Evaluation:
         loss, weight, correct, counted = (_total(column) for column in columns)
         mean = (loss / weight if weight else math.nan) + self._terms.decay()
         self.answers = int(counted)
-        # Where outputs are NaN the largest of them is none.
+        # NaN outputs have no largest entry.
         return mean, correct / counted if counted and math.isfinite(mean) else math.nan
 
     def parts(self) -> Iterator[MicroBatch]:
@@ -130,7 +130,7 @@ class Evaluation:
         return replace(part, batch=self._terms.placed(part.batch))
 
     def _forward(self, part: MicroBatch) -> Any:
-        """Output, target and batch; what is kept for other points is handed over as a copy where the model writes."""
+        """Output, target and batch; data kept for other points are copied if the model modifies them."""
         share = not self._check_writes and not (self._model_writes and self._kept is not None)
         batch = part.batch if share else map_tensors(part.batch, torch.clone)
         with self._mode():
@@ -150,7 +150,7 @@ class Evaluation:
         return loss.detach(), weight, right, known
 
     def _choose_grad_mode(self) -> None:
-        """The cheapest way to the values that autograd sees, after making sure that they are the same twice."""
+        """Turn autograd off if the loss is unchanged without it; raise AuditError if two evaluations differ."""
         wanted, state = self._values(self._first()), torch.get_rng_state()
         if not _same(wanted, self._values(self._first())):
             raise AuditError(
@@ -171,12 +171,12 @@ class Evaluation:
             self._mode = torch.enable_grad
 
     def _first(self) -> MicroBatch:
-        """Some examples of a fresh walk over the data."""
+        """The first examples of a new pass over the data."""
         return self._placed(self._objective.first_examples(8))
 
 
 def _total(values: list[Tensor]) -> float:
-    """The sum, in float64; waits for the device once."""
+    """The sum in float64, with one device synchronisation."""
     if not values:
         return 0.0
     if values[0].device.type == "cpu":
@@ -185,7 +185,7 @@ def _total(values: list[Tensor]) -> float:
 
 
 def _same(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
-    """Whether two looks agree but for the rounding of other kernels."""
+    """Whether two evaluations agree up to the rounding of different kernels."""
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-8, equal_nan=True) for a, b in zip(one, two, strict=True))
 
 
@@ -277,7 +277,7 @@ class BatchNormStatistics:
             nonlocal seen
             seen += examples
             for norm in self._norms:
-                norm.momentum = examples / seen  # the first takes the place of what was there
+                norm.momentum = examples / seen  # 1 at the first micro-batch: it replaces the old statistics
 
         try:
             for norm in self._norms:
@@ -299,7 +299,7 @@ class PointEvaluator:
         lines: the directions of each line or plane.
         batchnorm: see ``BatchNormStatistics``.
         micro_batch: examples a forward pass.
-        perturbation: of the weights, whose owner puts them back.
+        perturbation: of the weights; the caller restores them.
     """
 
     def __init__(

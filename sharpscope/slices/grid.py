@@ -29,7 +29,7 @@ class Grid:
         self.axes = axes
 
     def centre(self) -> Array:
-        """Loss and accuracy at w (splits, 2), taken anew: what is in the log is of this loss only if it agrees.
+        """Evaluate loss and accuracy at w (splits, 2); discard the log if its values at w differ.
 
         Raises: DataError when the loss is not finite there.
         """
@@ -41,14 +41,14 @@ class Grid:
                 "together."
             )
         if first in self._log and not np.array_equal(self._log[first], values, equal_nan=True):
-            self._log.clear()  # code that no hash sees has changed
+            self._log.clear()  # the code has changed, which the key does not include
         for line in range(self._lines):  # w is on every line
             if (float(line), *w) not in self._log:
                 self._log.add((float(line), *w), values)
         return np.array(values).reshape(self._splits, 2)
 
     def num_logged(self) -> int:
-        """How many of its points beside w are in the log."""
+        """The number of points other than w that are in the log."""
         points = np.stack(np.meshgrid(*self.axes), axis=-1).reshape(-1, len(self.axes)).tolist()
         return sum((float(line), *p) in self._log for line in range(self._lines) for p in points if any(p))
 
@@ -58,7 +58,7 @@ class Grid:
         shard: tuple[int, int] | None = None,
         preview: Callable[[], None] | None = None,
     ) -> None:
-        """Take every point, or every n-th from the i-th on; ``preview`` is called after each.
+        """Evaluate every point, or with ``shard`` every n-th from the i-th; call ``preview`` after each.
 
         ``report(done, points)`` is called after each point.
         """
@@ -93,7 +93,7 @@ class Grid:
         return loss, accuracy, np.where(diverged, DIVERGED, np.where(known, DONE, PENDING)).astype(np.int8)
 
     def refine(self, count: int) -> None:
-        """At most ``count`` coordinates more on each axis, where the first split's loss bends most."""
+        """Add at most ``count`` coordinates to each axis, where the first split's loss has the largest curvature."""
         loss = self.arrays()[0][0]
         across = np.swapaxes(loss, -1, -2) if len(self.axes) == 2 else loss
         self.axes = tuple(refined_axis(a, values, count) for a, values in zip(self.axes, (loss, across), strict=False))
@@ -113,10 +113,10 @@ Span = tuple[float, float]
 
 SPACINGS = ("linear", "log")
 
-# The first step away from 0 of a log-spaced axis, over its end.
+# The smallest nonzero coordinate of a log-spaced axis, as a fraction of its end.
 FIRST_LOG_STEP = 1e-3
 
-# Beyond it a coordinate may leave float32.
+# Larger coordinates may overflow float32.
 MAX_COORDINATE = 1e30
 
 
