@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import sharpscope
 from sharpscope.slices import random_directions
-from sharpscope.slices.evaluation import Walk
+from sharpscope.slices.evaluation import PointEvaluator
 from sharpscope.weights.perturbation import Perturbation
 from sharpscope.zoo import load_data, make_model
 
@@ -137,8 +137,8 @@ def paired(model: nn.Module, data: tuple[Tensor, Tensor], size: int, pairs: int)
     objective = sharpscope.Objective(problem)
     ratios = []
     with Perturbation(objective.terms.params) as moved, objective.measuring(products=False):
-        walk = Walk({"data": objective}, [random_directions(problem, 2)], "frozen", size, moved)
-        walk.at(0, (0.0, 0.0))
+        evaluator = PointEvaluator({"data": objective}, [random_directions(problem, 2)], "frozen", size, moved)
+        evaluator.evaluate(0, (0.0, 0.0))
 
         def bare() -> None:
             with torch.inference_mode():
@@ -147,7 +147,7 @@ def paired(model: nn.Module, data: tuple[Tensor, Tensor], size: int, pairs: int)
 
         for i in range(pairs):
             place = (i % 8 / 7 - 0.5, i // 8 % 8 / 7 - 0.5)
-            runs = {"bare": bare, "point": lambda place=place: walk.at(0, place)}
+            runs = {"bare": bare, "point": lambda place=place: evaluator.evaluate(0, place)}
             seconds = {}
             for name in sorted(runs, reverse=i % 2 == 1):
                 started = time.perf_counter()

@@ -32,7 +32,7 @@ nitpick_ignore_regex = [("py:.*", r"(?!sharpscope\.).*")]
 # Of the package itself, what signatures mention and no user makes.
 INNER = ("objective.data.MicroBatch", "objective.graph.Curvature", "objective.graph.Graph")
 INNER += ("objective.accumulate.PerBatch", "objective.accumulate.Sums", "optim.sam.Loss")
-INNER += ("linalg.missed_eigenvalue_bound.RandomStart", "results.base.Self", "results.comparison.rows.Row")
+INNER += ("linalg.certificate.MissedEigenvalueBound", "results.base.Self", "results.comparison.rows.Row")
 nitpick_ignore = [("py:class", f"sharpscope.{name}") for name in INNER]
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"

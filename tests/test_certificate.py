@@ -92,7 +92,7 @@ def test_the_claim_is_as_strong_as_can_be() -> None:
 def test_the_limit_covers() -> None:
     """The largest eigenvalue exceeds the limit at 0.1 of a short run in at most a tenth of 400 runs."""
     spectrum = SPECTRA["a power law"]
-    exceeded = sum(run(spectrum, 2.0, seed, max_steps=3, probability=1e-12).limit(0.1) < 1 for seed in range(400))
+    exceeded = sum(run(spectrum, 2.0, seed, max_steps=3, probability=1e-12).upper_limit(0.1) < 1 for seed in range(400))
     assert exceeded <= 40 + 3 * math.sqrt(40)
 
 
@@ -155,7 +155,7 @@ def test_the_scale_does_not_matter(exponent: int) -> None:
     plain, scaled = run(spectrum, 1.1), run(scale * spectrum, 1.1 * scale)
     assert scaled.steps == plain.steps
     assert scaled.probability == pytest.approx(plain.probability, rel=1e-9)
-    assert scaled.limit(0.01) / scale == pytest.approx(plain.limit(0.01), rel=1e-9)
+    assert scaled.upper_limit(0.01) / scale == pytest.approx(plain.upper_limit(0.01), rel=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -180,7 +180,7 @@ def test_rank_that_is_exhausted_leaves_nothing_to_chance_but_rounding(dtype: tor
     assert abs(float(hidden.vector.double() @ rows[2].double())) == pytest.approx(1, abs=1e-2)
     vanishing = certificate(lambda block: 0 * block, rows, above=1e-300, generator=generator)
     assert (vanishing.steps, vanishing.probability) == (1, 0.0)
-    assert vanishing.limit(0.01) == 0.0
+    assert vanishing.upper_limit(0.01) == 0.0
 
 
 def test_a_rank_one_rest_certifies_nothing_before_it_is_seen() -> None:
@@ -202,7 +202,7 @@ def test_vectors_that_are_only_nearly_eigenvectors_hide_nothing() -> None:
         got = certificate(diagonal(spectrum), found, above=2.0, probability=1e-4, generator=generator)
         assert got.order == 80
         assert got.probability <= 1e-4
-        assert got.limit(1e-4) >= 1
+        assert got.upper_limit(1e-4) >= 1
 
 
 def test_the_vector_that_is_found_can_be_taken_in_and_the_run_go_on() -> None:
@@ -243,7 +243,7 @@ def test_nothing_left_is_certain_and_no_step_supports_nothing() -> None:
     """All n vectors found leave probability 0 at no cost, one dimension is exact, and no step bounds nothing."""
     generator = torch.Generator().manual_seed(0)
     whole = certificate(diagonal([1.0, 2.0]), torch.eye(2).double(), above=0.0, generator=generator)
-    assert (whole.probability, whole.steps, whole.limit(0.1)) == (0.0, 0, float("-inf"))
+    assert (whole.probability, whole.steps, whole.upper_limit(0.1)) == (0.0, 0, float("-inf"))
     one = certificate(diagonal([1.0, 2.0]), torch.eye(2).double()[:1], above=2.1, generator=generator)
     assert (one.probability, one.steps) == (0.0, 1)
     assert missed_probability([], [], 10, 5.0) == 1.0

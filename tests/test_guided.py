@@ -94,13 +94,13 @@ def test_the_model_is_the_operator_on_the_space_and_the_guide_outside() -> None:
     matrix, guide, _ = network(0, n=60, off=0.2)
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(60, 8, generator=generator, dtype=torch.float64))[0].T
-    space = module._ritz(basis, basis @ matrix, None, 10.0)
+    space = module._extended(basis, basis @ matrix, None, 10.0)
     q = space.vectors.T @ space.vectors
     p = torch.eye(60, dtype=torch.float64) - q
     dense = q @ matrix + matrix @ q - q @ matrix @ q + p @ guide @ p
     rows = torch.randn(4, 60, generator=generator, dtype=torch.float64)
     needed = torch.full((4,), 1e-9, dtype=torch.float64)
-    model = module._model(lambda block: block @ guide, space, rows, 4, needed, 60, generator)
+    model = module._model_ritz_pairs(lambda block: block @ guide, space, rows, 4, needed, 60, generator)
     assert torch.allclose(model.values, torch.linalg.eigvalsh(dense).flip(0)[:4], rtol=1e-10)
     assert torch.allclose(model.images, model.vectors @ dense, atol=1e-10)
     assert float(model.residuals.norm(dim=1).max()) < 1e-8
@@ -211,8 +211,8 @@ def test_what_the_guide_does_not_see_is_found_by_the_random_vectors(hidden: int)
         pairs = solved(matrix, guide - values[hidden] * torch.outer(vector, vector))
         wrong = not holds(pairs, values[:5])
         missed += wrong
-        assert pairs.start is not None
-        assert not wrong or pairs.start.missed(float(values[hidden])) > 0.01
+        assert pairs.missed_bound is not None
+        assert not wrong or pairs.missed_bound.probability(float(values[hidden])) > 0.01
     assert missed <= 4
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.linalg import top_eigenpairs
-from sharpscope.linalg.certificate import missed_probability
-from sharpscope.linalg.missed_eigenvalue_bound import RandomStart, random_start
+from sharpscope.linalg.certificate import MissedEigenvalueBound, missed_probability
 
 Matrix = Callable[[torch.Generator], Tensor]
 
@@ -36,10 +35,10 @@ def ritz(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return vectors, values.flip(0), vectors @ matrix - values.flip(0)[:, None] * vectors
 
 
-def start_of(matrix: Tensor, origin: Tensor, basis: Tensor) -> RandomStart:
+def start_of(matrix: Tensor, origin: Tensor, basis: Tensor) -> MissedEigenvalueBound:
     """What the random rows ``origin``, which lie in the span of ``basis``, say where nothing has been found."""
     vectors, values, residuals = ritz(matrix, basis)
-    start = random_start(vectors @ origin.T, values, residuals @ residuals.T, 0, len(matrix))
+    start = MissedEigenvalueBound.from_ritz_pairs(vectors @ origin.T, values, residuals @ residuals.T, 0, len(matrix))
     assert start is not None
     return start
 
@@ -84,7 +83,7 @@ def test_in_a_krylov_space_of_one_vector_it_is_the_certificate() -> None:
         for beyond in (1e-3, 0.03, 0.3, 3.0):
             above = float(start.values.max()) + beyond * spread
             expected = missed_probability(alphas, betas, n, above)
-            assert start.missed(above) == pytest.approx(expected, rel=1e-6, abs=1e-6), (trial, n, steps, beyond)
+            assert start.probability(above) == pytest.approx(expected, rel=1e-6, abs=1e-6), (trial, n, steps, beyond)
             compared += 1
     assert compared > 280
 
@@ -102,12 +101,14 @@ def test_what_was_found_is_left_out() -> None:
     # A start that has a part in what was found says as much: only its direction outside of that is uniform.
     every = torch.cat([0 * found, residuals])
     for origin in (inside[:1], 0.6 * inside[:1] + 0.8 * found[:1]):
-        start = random_start(vectors @ origin.T, torch.cat([values[:4], theta]), every @ every.T, 4, 60)
+        start = MissedEigenvalueBound.from_ritz_pairs(
+            vectors @ origin.T, torch.cat([values[:4], theta]), every @ every.T, 4, 60
+        )
         assert start is not None
         assert start.order == 56
         for above in (float(values[4]), float(values[4]) + 1):
-            assert start.missed(above) == pytest.approx(alone.missed(above), rel=1e-9)
-            assert start.missed(above) == pytest.approx(missed_probability(alphas, betas, 56, above), rel=1e-6)
+            assert start.probability(above) == pytest.approx(alone.probability(above), rel=1e-9)
+            assert start.probability(above) == pytest.approx(missed_probability(alphas, betas, 56, above), rel=1e-6)
 
 
 @pytest.mark.parametrize("starts", [1, 2, 5])
@@ -120,7 +121,7 @@ def test_the_claim_is_as_strong_as_can_be(starts: int) -> None:
     claims = []
     for _ in range(runs):
         basis = unit_rows(starts, 20, generator)
-        claims.append(start_of(matrix, basis, basis).missed(1.0))
+        claims.append(start_of(matrix, basis, basis).probability(1.0))
     expected = (torch.arange(runs, dtype=torch.float64) + 0.5) / runs
     # Kolmogorov's distance at the level 0.001 is 1.95 / sqrt(N).
     assert float((torch.tensor(claims).double().sort().values - expected).abs().max()) < 1.95 / math.sqrt(runs)
@@ -160,7 +161,7 @@ def test_no_more_runs_miss_than_they_claim(space: Callable[..., Tensor], starts:
         values[0] = values.max() + 0.1 * (trial % 7)
         matrix = rotated(values, generator)
         origin = unit_rows(starts, n, generator)
-        claim = start_of(matrix, origin, space(matrix, origin, generator)).missed(float(values[0]) - 1e-9)
+        claim = start_of(matrix, origin, space(matrix, origin, generator)).probability(float(values[0]) - 1e-9)
         for level in wrong:
             wrong[level] += claim <= level
     for level, count in wrong.items():
@@ -175,8 +176,8 @@ def test_nothing_is_claimed_below_a_ritz_value() -> None:
         origin = unit_rows(1 + trial % 3, 40, generator)
         start = start_of(matrix, origin, krylov(matrix, origin, generator))
         largest = float(start.values.max())
-        assert start.missed(largest - 0.1) == start.missed(largest) == 1
-        claims = [start.missed(largest + beyond) for beyond in (1e-9, 0.1, 1.0, 10.0, 1e6, 1e12)]
+        assert start.probability(largest - 0.1) == start.probability(largest) == 1
+        claims = [start.probability(largest + beyond) for beyond in (1e-9, 0.1, 1.0, 10.0, 1e6, 1e12)]
         assert claims == sorted(claims, reverse=True)
         assert 0 < claims[-1] < claims[0] <= 1
 
@@ -189,7 +190,7 @@ def test_rounding_is_no_certainty() -> None:
         _, _, basis = lanczos(matrix, unit_rows(1, 60, generator)[0], 4 + trial % 8)
         start = start_of(matrix, basis[:1], basis)
         for above in (1e1, 1e3, 1e6, 1e12):
-            assert 0 < start.missed(float(start.values[0]) + above) < 1e-3
+            assert 0 < start.probability(float(start.values[0]) + above) < 1e-3
 
 
 def test_several_starts_support_more_than_one_of_them() -> None:
@@ -202,7 +203,7 @@ def test_several_starts_support_more_than_one_of_them() -> None:
         for _ in range(50):
             origin = unit_rows(starts, 80, generator)
             start = start_of(torch.diag(values), origin, krylov(torch.diag(values), origin, generator))
-            claims.append(start.missed(2.0))
+            claims.append(start.probability(2.0))
         means.append(sum(claims) / 50)
     assert means[0] > 1.5 * means[1] > 2 * means[2]
 
@@ -210,10 +211,10 @@ def test_several_starts_support_more_than_one_of_them() -> None:
 def test_nothing_left_is_certain_and_no_start_supports_nothing() -> None:
     """All n vectors found leave 0; without a random vector, or with as many as dimensions, nothing is claimed."""
     empty = torch.zeros(0, 0, dtype=torch.float64)
-    assert RandomStart(torch.zeros(0).double(), empty, empty, 0).missed(1.0) == 0
+    assert MissedEigenvalueBound(torch.zeros(0).double(), empty, empty, 0).probability(1.0) == 0
     one = torch.ones(1, 1, dtype=torch.float64)
-    assert RandomStart(torch.zeros(1).double(), one, one[:, :0], 10).missed(1.0) == 1
-    assert RandomStart(torch.zeros(1).double(), one, one, 1).missed(1.0) == 1
+    assert MissedEigenvalueBound(torch.zeros(1).double(), one, one[:, :0], 10).probability(1.0) == 1
+    assert MissedEigenvalueBound(torch.zeros(1).double(), one, one, 1).probability(1.0) == 1
 
 
 @pytest.mark.parametrize("exponent", [-100, -30, 30, 100])
@@ -224,10 +225,10 @@ def test_the_scale_does_not_matter(exponent: int) -> None:
     origin = unit_rows(2, 40, generator)
     basis = krylov(matrix, origin, generator)
     above = float(torch.linalg.eigvalsh(matrix)[-1])
-    expected = start_of(matrix, origin, basis).missed(above)
+    expected = start_of(matrix, origin, basis).probability(above)
     assert 0 < expected < 1
     scale = 10.0**exponent
-    assert start_of(scale * matrix, origin, basis).missed(scale * above) == pytest.approx(expected, rel=1e-6)
+    assert start_of(scale * matrix, origin, basis).probability(scale * above) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["guided", "lanczos"])
@@ -247,12 +248,12 @@ def test_after_a_restart_the_claim_is_that_of_before(method: str) -> None:
         )
         for basis in (12, 100)
     ]
-    cut, whole = (pairs.start for pairs in runs)
+    cut, whole = (pairs.missed_bound for pairs in runs)
     assert cut is not None
     assert whole is not None
     assert all(bool(pairs.converged.all()) for pairs in runs)
     above = float(whole.values.max()) + 1
-    assert 1 > cut.missed(above) > 10 * whole.missed(above)
+    assert 1 > cut.probability(above) > 10 * whole.probability(above)
 
 
 def test_the_guided_solver_s_start_is_that_of_its_random_vector() -> None:
@@ -276,9 +277,9 @@ def test_the_guided_solver_s_start_is_that_of_its_random_vector() -> None:
             guides=[lambda block, guide=guide: guide @ block],  # type: ignore[misc]
             generator=generator,
         )
-        assert pairs.start is not None
-        assert pairs.start.order == 56
-        claim = pairs.start.missed(1.0 - 1e-9)
+        assert pairs.missed_bound is not None
+        assert pairs.missed_bound.order == 56
+        claim = pairs.missed_bound.probability(1.0 - 1e-9)
         missed = abs(float(pairs.eigenvalues[3]) - 1.0) > 0.1
         for level in wrong:
             wrong[level] += missed and claim <= level

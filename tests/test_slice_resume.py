@@ -23,7 +23,7 @@ from sharpscope.objective import microbatch
 from sharpscope.resume import PointLog
 from sharpscope.resume.journal import discard
 from sharpscope.slices import Direction, random_directions
-from sharpscope.slices.evaluation import Walk
+from sharpscope.slices.evaluation import PointEvaluator
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -41,13 +41,13 @@ def small(seed: int = 0) -> Problem:
 def visits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, ...]]:
     """Each point whose loss is taken, in order."""
     seen: list[tuple[float, ...]] = []
-    at = Walk.at
+    at = PointEvaluator.evaluate
 
-    def counted(self: Walk, line: int, coefficients: Any) -> list[float]:
+    def counted(self: PointEvaluator, line: int, coefficients: Any) -> list[float]:
         seen.append((line, *coefficients))
         return at(self, line, coefficients)
 
-    monkeypatch.setattr(Walk, "at", counted)
+    monkeypatch.setattr(PointEvaluator, "evaluate", counted)
     return seen
 
 
@@ -338,17 +338,17 @@ def test_an_unfinished_run_of_several_goes_on_with_the_same_command(
 ) -> None:
     """Interrupted at its second checkpoint it repeats no point of either; another command finds its results taken."""
     command = ["surface", "sgd.pt", "sam.pt", "--points", "5", "--out", str(tmp_path)]
-    at = Walk.at
+    at = PointEvaluator.evaluate
 
-    def failing(self: Walk, line: int, coefficients: Any) -> list[float]:
+    def failing(self: PointEvaluator, line: int, coefficients: Any) -> list[float]:
         if len(visits) == 40:
             raise KeyboardInterrupt
         return at(self, line, coefficients)
 
-    monkeypatch.setattr(Walk, "at", failing)
+    monkeypatch.setattr(PointEvaluator, "evaluate", failing)
     assert run(checkpoints, *command) == 130
     assert (tmp_path / "sgd.json").exists()
-    monkeypatch.setattr(Walk, "at", at)
+    monkeypatch.setattr(PointEvaluator, "evaluate", at)
     assert run(checkpoints, *command[:-3], "7", *command[-2:]) == 1
     before = len(visits)
     assert run(checkpoints, *command) == 0

@@ -30,7 +30,7 @@ from sharpscope.slices import (
 )
 from sharpscope.slices.directions import coordinates, cosine
 from sharpscope.slices.evaluation import Evaluation
-from sharpscope.slices.grid import axis, coarse_to_fine, refined
+from sharpscope.slices.grid import coarse_to_fine, make_axis, refined_axis
 
 LAMBDAS = torch.tensor([9.0, 4.0, 1.0, 0.25], dtype=torch.float64)
 
@@ -161,7 +161,7 @@ def test_the_minimum_is_at_the_centre_on_even_and_odd_grids(points: Any, span: t
 @pytest.mark.parametrize("span", [(-1.0, 1.0), (0.0, 2.0), (-3.0, 0.0), (0.5, 2.0), (-2.0, -0.1), (-0.1, 0.7)])
 def test_an_axis_ends_where_it_was_asked_to(points: int, spacing: str, span: tuple[float, float]) -> None:
     """Ends are exact, coordinates ascend, 0 is among them if it lies between, and at most one point is added."""
-    found = axis(points, span, spacing)
+    found = make_axis(points, span, spacing)
     assert (found[0], found[-1]) == span or points == 2
     assert (np.diff(found) > 0).all()
     assert (0.0 in found) == (span[0] <= 0 <= span[1])
@@ -172,7 +172,7 @@ def test_an_axis_about_0_is_symmetric_to_the_bit() -> None:
     """Each coordinate has its negative, so that a symmetric loss looks symmetric."""
     for points in (20, 21, 51, 100):
         for spacing in ("linear", "log"):
-            found = axis(points, (-0.7, 0.7), spacing)
+            found = make_axis(points, (-0.7, 0.7), spacing)
             np.testing.assert_array_equal(found, -found[::-1])
 
 
@@ -183,12 +183,12 @@ def test_an_axis_about_0_is_symmetric_to_the_bit() -> None:
 def test_an_axis_that_is_none_is_refused(points: int, span: tuple[float, float]) -> None:
     """Fewer than 2 points, and ranges that are empty or not finite, end in a sentence."""
     with pytest.raises(ArgumentError, match="must"):
-        axis(points, span)
+        make_axis(points, span)
 
 
 def test_points_come_from_coarse_to_fine_and_each_once() -> None:
     """Every point of the grid once, levels ascend, and each level with those before it is a grid."""
-    axes = (axis(9), axis(12, (-1, 3)))
+    axes = (make_axis(9), make_axis(12, (-1, 3)))
     order, levels = coarse_to_fine(axes)
     shape = (len(axes[1]), len(axes[0]))
     assert sorted(order) == list(range(shape[0] * shape[1]))
@@ -201,9 +201,9 @@ def test_points_come_from_coarse_to_fine_and_each_once() -> None:
 def test_refinement_goes_where_the_loss_bends() -> None:
     """The new coordinates lie about the kink of a function that is straight elsewhere."""
     x = np.linspace(-1, 1, 11)
-    (new,) = set(refined(x, 1 + np.abs(x - 0.3)[None], 1)) - set(x)
+    (new,) = set(refined_axis(x, 1 + np.abs(x - 0.3)[None], 1)) - set(x)
     assert new == pytest.approx(0.3)
-    assert sorted(set(refined(x, 1 + np.abs(x - 0.3)[None], 3)) - set(x)) == pytest.approx([0.1, 0.3, 0.5])
+    assert sorted(set(refined_axis(x, 1 + np.abs(x - 0.3)[None], 3)) - set(x)) == pytest.approx([0.1, 0.3, 0.5])
 
 
 def test_refined_surfaces_keep_every_point_of_the_coarse_one() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sharpscope.linalg.warm_lanczos import HANDED_ON, tracked
+from sharpscope.linalg.warm_lanczos import NUM_KEPT, warm_lanczos
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -16,7 +16,7 @@ def test_tracking_is_exact_once_the_space_is_exhausted(seed: int) -> None:
     for spectrum in ([3, 3, 3, 1, 0, -9], [-1, -2, -3, -4, -5, -6], [0] * 6, [1, -1, 0, 0, 0, 0]):
         values = torch.tensor(spectrum, dtype=torch.float64)
         h = q @ torch.diag(values) @ q.T
-        found = tracked(
+        found = warm_lanczos(
             lambda rows, h=h: rows @ h,
             torch.empty(0, 6, dtype=torch.float64),
             None,
@@ -30,8 +30,8 @@ def test_tracking_is_exact_once_the_space_is_exhausted(seed: int) -> None:
         assert found.upper >= max(spectrum) - 1e-13
         gram = found.vectors @ found.vectors.T
         torch.testing.assert_close(gram, torch.eye(len(gram), dtype=torch.float64))
-        assert len(found.vectors) <= HANDED_ON
-    alone = tracked(
+        assert len(found.vectors) <= NUM_KEPT
+    alone = warm_lanczos(
         lambda rows: 2 * rows, torch.empty(0, 1), None, tol=0.1, max_products=9, generator=torch.Generator()
     )
     assert (alone.value, alone.products) == (pytest.approx(2), 1)
@@ -42,7 +42,7 @@ def test_tracking_outlives_its_restarts() -> None:
     values = torch.linspace(0, 1, 3000, dtype=torch.float64)
     values[-1] = 1.002
     like = torch.empty(0, 3000, dtype=torch.float64)
-    found = tracked(
+    found = warm_lanczos(
         lambda rows: rows * values, like, None, tol=1e-5, max_products=500, generator=torch.Generator().manual_seed(0)
     )
     assert found.converged

@@ -19,7 +19,7 @@ from sharpscope.results.comparison import Performance
 from sharpscope.sampling.subsample import count_examples, random_subset
 from sharpscope.sharpness import measure_sharpness
 from sharpscope.slices import loss_slice, loss_surface, random_directions, towards
-from sharpscope.slices.evaluation import Evaluation, running_norms, usual_micro_batch
+from sharpscope.slices.evaluation import Evaluation, default_micro_batch, running_norms
 from sharpscope.spectrum import spectral_density, top_eigenvalues
 from sharpscope.spectrum import trace as trace_of
 from sharpscope.weights.parameters import select
@@ -198,7 +198,7 @@ def performance(
     """
     m = Measurement(problem, dtype=dtype, device=device, audited=False, products=False)
     with m:
-        evaluation = Evaluation(m.objective, usual_micro_batch(m.objective))
+        evaluation = Evaluation(m.objective, default_micro_batch(m.objective))
         loss, accuracy = evaluation()
     return Performance(loss, None if math.isnan(accuracy) else accuracy, evaluation.examples, evaluation.answers)
 

@@ -13,24 +13,25 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.ritz import Matmat, rayleigh_ritz, rounding
+from sharpscope.linalg.ritz import rayleigh_ritz
+from sharpscope.linalg.symmetric_operator import Matmat, rounding_error
 from sharpscope.linalg.top_eigenpairs import top_eigenpairs_rows
 from sharpscope.linalg.trace import trace_and_frobenius_rows
 from sharpscope.linalg.vectors import norms
 
-# ``{l: V_l}`` to ``{l: H_ll V_l}`` of those blocks l that still ask.
+# Maps ``{l: V_l}`` to ``{l: H_ll V_l}`` for the blocks l that still need products.
 Products = Callable[[Mapping[int, Tensor]], Mapping[int, Tensor]]
 
 
 @dataclass(frozen=True)
 class DiagonalBlock:
-    """What was found of one block.
+    """lambda_max and trace of one diagonal block.
 
     Attributes:
         lambda_max: its largest algebraic eigenvalue, ``residual`` ``||H_ll v - lambda v||``, from true products.
-        bound: half of lambda_max's interval, from the residual, and rounding relative to the largest block: what a
-            product's rounding is relative to is what cancels in it, for which that block stands.
-        converged: whether the bound, but for that rounding, is at most ``tol |lambda_max|``, or all is rounding.
+        bound: half-width of lambda_max's interval, from the residual and from rounding relative to the largest block
+            (the rounding error of a product is relative to the terms that cancel in it).
+        converged: whether the bound without that rounding is at most ``tol |lambda_max|``, or all is rounding.
         trace, trace_error: its trace and standard error.
     """
 
@@ -79,9 +80,12 @@ def diagonal_blocks(
             torch.Generator().manual_seed(int(seed)) for seed in torch.randint(2**62, (2,), generator=generator)
         )
         if like.shape[1] <= 2 * probes:
-            programs.append(_whole(like, tol, probes, shared))
+            programs.append(_dense_program(like, tol, probes, shared))
         else:
-            programs += [_top(like, tol, max_products, first, shared), _trace(like, probes, second)]
+            programs += [
+                _lambda_max_program(like, tol, max_products, first, shared),
+                _trace_program(like, probes, second),
+            ]
         shared.owners += [block] * (len(programs) - len(shared.owners))
     found: dict[int, DiagonalBlock] = {}
     for owner, one in zip(shared.owners, lockstep(programs, shared), strict=True):
@@ -97,7 +101,7 @@ def diagonal_blocks(
 
 @dataclass
 class _SharedProducts:
-    """The blocks' products for programs in lockstep: all programs of a block share one.
+    """Serve the products of all programs; the programs of one block share a product.
 
     Attributes:
         owners: the block of each program.
@@ -123,8 +127,8 @@ class _SharedProducts:
         return answers
 
 
-def _whole(like: Tensor, tol: float, probes: int, shared: _SharedProducts) -> Callable[[Matmat], DiagonalBlock]:
-    """The whole of a small block; what is not symmetric in it widens the interval."""
+def _dense_program(like: Tensor, tol: float, probes: int, shared: _SharedProducts) -> Callable[[Matmat], DiagonalBlock]:
+    """Compute all of a small block; its asymmetry widens the interval."""
     n, dtype = like.shape[1], like.dtype
 
     def program(rows: Matmat) -> DiagonalBlock:
@@ -132,25 +136,25 @@ def _whole(like: Tensor, tol: float, probes: int, shared: _SharedProducts) -> Ca
         images = torch.cat([rows(block) for block in torch.split(unit, probes)])
         half, largest = (images + images.T) / 2, float(norms(images).max())
         pairs = rayleigh_ritz(
-            unit, half, next_above=float("-inf"), scale=largest, tol=tol, num_matvecs=n, num_products=1
+            unit, half, next_eigenvalue=float("-inf"), scale=largest, tol=tol, num_matvecs=n, num_products=1
         )
         value, skew = float(pairs.values[0]), math.sqrt(float(norms(images - half).square().sum()))
         return DiagonalBlock(
             lambda_max=value,
             residual=float(pairs.residuals[0]),
             bound=float(pairs.bounds[0]) + skew,
-            converged=bool(pairs.converged[0]) and skew <= max(tol * abs(value), rounding(shared.scale, dtype)),
+            converged=bool(pairs.converged[0]) and skew <= max(tol * abs(value), rounding_error(shared.scale, dtype)),
             trace=float(images.diagonal().double().sum()),
-            trace_error=rounding(largest, dtype),
+            trace_error=rounding_error(largest, dtype),
         )
 
     return program
 
 
-def _top(
+def _lambda_max_program(
     like: Tensor, tol: float, max_products: int | None, generator: torch.Generator, shared: _SharedProducts
 ) -> Callable[[Matmat], DiagonalBlock]:
-    """lambda_max of a block."""
+    """lambda_max of a block by Lanczos."""
     n, dtype = like.shape[1], like.dtype
 
     def program(rows: Matmat) -> DiagonalBlock:
@@ -168,7 +172,7 @@ def _top(
             )
         except ArgumentError:
             # Not symmetric, because all of it is rounding: an attention's key bias has no curvature.
-            if largest > rounding(shared.scale, dtype):
+            if largest > rounding_error(shared.scale, dtype):
                 raise
             # ||H||_F^2 is on average n ||H x||^2 for random x of length 1.
             return DiagonalBlock(residual=largest, bound=math.sqrt(n) * largest, converged=True)
@@ -183,8 +187,8 @@ def _top(
     return program
 
 
-def _trace(like: Tensor, probes: int, generator: torch.Generator) -> Callable[[Matmat], DiagonalBlock]:
-    """The trace of a block."""
+def _trace_program(like: Tensor, probes: int, generator: torch.Generator) -> Callable[[Matmat], DiagonalBlock]:
+    """The trace of a block by XTrace."""
 
     def program(rows: Matmat) -> DiagonalBlock:
         found = trace_and_frobenius_rows(rows, like, probes, generator=generator)
@@ -201,35 +205,35 @@ Serve = Callable[[Mapping[int, Tensor]], Mapping[int, Tensor]]
 def lockstep(programs: Sequence[Callable[[Matmat], T]], serve: Serve) -> list[T]:
     """``[program(matmat_i) for i, program in enumerate(programs)]``, with the products of all made at the same time.
 
-    Each program is any function of a matmat, as ``top_eigenpairs`` is. It runs until it asks for a product and rests
-    until all that still run have asked; then one call of ``serve`` answers all. So there are as many calls as the
-    program of most products makes, not as many as all of them.
+    A program is any function of a matmat. It runs until it requests a product and waits until all running programs have
+    requested one; then one call of ``serve`` answers them all. So the number of calls is the largest number of products
+    of one program, not their sum.
 
-    A program has a thread of its own, for its stack alone: one runs at a time, in their order, so nothing races and
-    equal generators give equal bits; ``serve`` runs in the caller's thread.
+    Each program has its own thread, only for its stack: one runs at a time, in order, so there are no races and results
+    are reproducible; ``serve`` runs in the caller's thread.
 
     Args:
-        serve: ``{i: V_i}`` of the programs that asked to ``{i: H_i V_i}``.
+        serve: maps ``{i: V_i}`` of the programs that wait to ``{i: H_i V_i}``.
 
     Raises: what a program or ``serve`` raises, once all threads have ended.
     """
-    strands = [_Strand(program) for program in programs]
+    threads = [_ProgramThread(program) for program in programs]
     try:
-        asked = {i: strand.start() for i, strand in enumerate(strands)}
+        asked = {i: thread.start() for i, thread in enumerate(threads)}
         while waiting := {i: block for i, block in asked.items() if block is not None}:
             answers = serve(waiting)
-            asked = {i: strands[i].resume(answers[i]) for i in waiting}
-        return [strand.result() for strand in strands]
+            asked = {i: threads[i].resume(answers[i]) for i in waiting}
+        return [thread.result() for thread in threads]
     finally:
-        for strand in strands:
-            strand.close()
+        for thread in threads:
+            thread.close()
 
 
 class _Closed(BaseException):
-    """Ends a program that will get no more answers; no Exception, so that no handler in it takes it for its own."""
+    """Ends a program that gets no more products; not an Exception, so that the program does not catch it."""
 
 
-class _Strand(Generic[T]):
+class _ProgramThread(Generic[T]):
     """One program on its thread, which runs only inside ``start`` and ``resume``."""
 
     def __init__(self, program: Callable[[Matmat], T]) -> None:
@@ -241,21 +245,21 @@ class _Strand(Generic[T]):
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> Tensor | None:
-        """The first block that it wants multiplied, or None when it needed none."""
+        """Start the program; return the first block to multiply, or None if it has finished."""
         self._thread.start()
         return self._next()
 
     def resume(self, answer: Tensor) -> Tensor | None:
-        """The next block that it wants multiplied, given the last one's product; None when it is done."""
+        """Pass on a product; return the next block to multiply, or None if the program has finished."""
         self._answers.put(answer)
         return self._next()
 
     def result(self) -> T:
-        """What it returned."""
+        """The program's return value."""
         return self._results[0]
 
     def close(self) -> None:
-        """End it, wherever it is."""
+        """End the thread."""
         if self._thread.ident is not None:
             self._answers.put(None)
             self._thread.join()
@@ -269,7 +273,7 @@ class _Strand(Generic[T]):
     def _run(self) -> None:
         try:
             self._results.append(self._program(self._matmat))
-        except BaseException as error:  # goes on in the caller's thread
+        except BaseException as error:  # raised again in the caller's thread
             self._error = error
         self._asks.put(None)
 

@@ -1,4 +1,4 @@
-"""Few products with a costly operator, guided by a cheap one that resembles it."""
+"""Eigenpairs of an expensive operator in few products, guided by a cheap operator that approximates it."""
 
 from __future__ import annotations
 
@@ -9,52 +9,51 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
+from sharpscope.linalg.certificate import MissedEigenvalueBound
 from sharpscope.linalg.lanczos import PRODUCTS
-from sharpscope.linalg.missed_eigenvalue_bound import RandomStart, random_start
 from sharpscope.linalg.ritz import (
-    Matmat,
     RitzPairs,
     SolverProgress,
     descending,
     largest_relative,
-    meets,
+    may_stop,
     rayleigh_ritz,
-    require_symmetric,
     residual_vectors,
     ritz_bounds,
-    rounding,
 )
+from sharpscope.linalg.symmetric_operator import Matmat, require_symmetric, rounding_error
 from sharpscope.linalg.vectors import BREAKDOWN, combine, inner, norms, orthonormalise, project_out, random_rows
 
-# A guide's own eigenvectors are found to residuals of this fraction of the k-th eigenvalue: a subset of some thousand
-# examples is itself off by 3 to 10 % (seen on a small CNN), so more would be wasted.
-START = 0.08
+# The eigenvectors of a guide are computed to residuals of this fraction of its k-th eigenvalue. The Hessian of some
+# thousand examples is itself off by 3 to 10 % (measured on a small CNN), so a smaller residual gains nothing.
+GUIDE_TOL = 0.08
 
-# Inner residuals fall to this fraction of the outer ones: the guide's error leaves 5 to 15 % of them anyway.
-INNER = 0.1
+# Each correction is solved to this fraction of the residual it corrects: the guide's error leaves 5 to 15 % anyway.
+CORRECTION_TOL = 0.1
 
-# The (k+1)-th eigenvector serves the gap alone, so a rough one does.
-NEXT = 0.15
+# The (k+1)-th eigenvector is used for the gap only, and is computed to this fraction of the k-th eigenvalue.
+GAP_TOL = 0.15
 
-# A guide that does not bring the worst residual below this fraction in a pass is no help.
-HELP = 0.5
+# The guide is dropped once a pass leaves the largest residual above this fraction of the one before.
+MIN_REDUCTION = 0.5
 
-# Products before it may stop: the random vectors that ride along have shown nothing before their second.
-LEAST = 2
+# Products before the solver may stop: the random probes give no evidence before they have been multiplied twice.
+MIN_PRODUCTS = 2
 
-# Their number; each costs 2 gradients in each of the first two passes. Of 100 guides that were good but blind to
-# lambda_5, 16 hid it from one random vector and none from two; of 100 blind to lambda_3, 7 and 1. A weighted sample of
-# the data is not blind, and what one vector leaves open is stated (RandomStart), and can be paid for (certificate).
-RANDOM = 1
+# Random probe vectors in the block; each costs 2 gradients in each of the first two passes. Of 100 guides that were
+# accurate except that they lacked lambda_5, 16 led the solver to miss it with one probe and none with two; of 100 that
+# lacked lambda_3, 7 and 1. A weighted sample of the data lacks none; the probability that remains is reported
+# (MissedEigenvalueBound) and can be lowered (certificate).
+NUM_PROBES = 1
 
-# The share of a wanted vector that may stem from a random vector. One that does was found by it, and takes all that the
-# random vector has in its eigenspace: of further copies it shows nothing any more, and another one must be drawn.
-SURPRISE = 0.1
+# If more than this share of a Ritz vector (squared norm) lies in the span of the probes, the probes found it. They then
+# have nothing left of that eigenspace to reveal a further copy of the eigenvalue, so new probes are drawn.
+PROBE_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class _Space:
-    """Ritz vectors (q, n) of a search space, their images (q, n), and their values (q,), descending."""
+class _RitzSpace:
+    """Ritz vectors (q, n) of a search space, their images under H (q, n), and Ritz values (q,), descending."""
 
     vectors: Tensor
     images: Tensor
@@ -65,9 +64,9 @@ class _Space:
         """``H q - theta q`` (q, n)."""
         return residual_vectors(self.values, self.vectors, self.images)
 
-    def leading(self, count: int) -> _Space:
-        """The first ``count`` pairs."""
-        return _Space(self.vectors[:count], self.images[:count], self.values[:count])
+    def largest(self, count: int) -> _RitzSpace:
+        """The pairs of the ``count`` largest Ritz values."""
+        return _RitzSpace(self.vectors[:count], self.images[:count], self.values[:count])
 
 
 def guided(
@@ -83,99 +82,103 @@ def guided(
     progress: SolverProgress | None,
     initial: Tensor | None = None,
 ) -> RitzPairs:
-    """The k largest eigenpairs of H in few block products, given a cheap operator G that resembles it.
+    """The k largest eigenpairs of H in few block products, given a cheap operator G that approximates H.
 
-    1. The leading eigenvectors of G, the last of ``guides``, to the accuracy that G deserves, by block Lanczos from
-       those of the guide before it; of the first, from random vectors.
-    2. One product of H with k of them and RANDOM random vectors; Rayleigh-Ritz.
-    3. The model: the operator that is H on the search space and G outside of it (the least change of G that agrees with
-       every product of H so far). What its leading eigenvectors have outside of the search space are the corrections,
-       to second order those of Jacobi and Davidson (Sleijpen and van der Vorst 1996). Those of the pairs whose bound is
-       not met, and what the random vectors' images have outside, are the next block; after that of the random ones only
-       the residual of pair k + 1. Back to Rayleigh-Ritz.
+    1. Compute the largest eigenvectors of G, the last of ``guides``, by block Lanczos to the accuracy GUIDE_TOL. Start
+       from those of the guide before it, and for the first guide from random vectors.
+    2. Multiply k of them and NUM_PROBES random vectors by H; apply Rayleigh-Ritz.
+    3. Define the model operator M, equal to H on the search space and to G on its orthogonal complement: the smallest
+       change of G that agrees with all products of H so far. The components of the largest eigenvectors of M orthogonal
+       to the search space are the corrections; to second order they are those of Jacobi-Davidson (Sleijpen and van der
+       Vorst 1996). The next block consists of the corrections of the pairs that have not converged and, for the probes,
+       of their images (later only the residual of pair k + 1). Multiply by H and repeat Rayleigh-Ritz.
 
-    Residuals come from true products. The bounds that decide when to stop, and those returned (``rayleigh_ritz``), take
-    as ``lambda_{k+1}`` the larger of the model's, plus what G was seen to be off on eigenvectors times the part of the
-    model's vector that G had a say in, and the (k+1)-th Ritz value plus its residual. Where the guide is of no help the
-    corrections are the residuals, and the iteration is a block Lanczos one with thick restart.
+    Residuals come from true products. The stopping test and the bounds returned (``rayleigh_ritz``) estimate
+    ``lambda_{k+1}`` from above by the larger of two numbers: the (k+1)-th Ritz value plus its residual, and the
+    (k+1)-th eigenvalue of M plus the observed error of G times the norm of the component of the eigenvector of M
+    orthogonal to the search space. If the guide does not help, the corrections are the residuals, and the method is
+    block Lanczos with thick restart.
 
-    Cost: k + RANDOM products with H in the first pass (one more for each row of ``initial`` beyond k), at most as many
-    in the second and k + 1 in each later one, RANDOM more where a random vector is drawn anew; two passes at the least;
-    some 25 products with each guide.
+    Cost: k + NUM_PROBES products with H in the first pass (one more for each row of ``initial`` beyond k), at most as
+    many in the second and k + 1 in each later one, plus NUM_PROBES whenever probes are drawn again; at least two
+    passes; about 25 products with each guide.
 
-    Args: as ``top_eigenpairs``; ``like`` (0, n) carries n, dtype and device; ``guides`` take and give rows, as
-        ``matmat`` does; ``initial``: rows (b, n) for the first block in place of the guide's eigenvectors.
+    Args: as ``top_eigenpairs``; ``like`` (0, n) sets n, dtype and device; ``guides`` map rows to rows, as ``matmat``
+        does; ``initial``: rows (b, n) of the first block, in place of the guide's eigenvectors.
     """
     n = like.shape[1]
     width = min(k + 1, n)
     limit = min(n, 8 * width) if max_basis is None else min(n, max_basis)
     if limit < min(n, 4 * width):
         raise ArgumentError(f"max_basis must be at least {4 * width} for k = {k} (four blocks), got {max_basis}.")
-    most = PRODUCTS if max_products is None else max_products
+    limit_products = PRODUCTS if max_products is None else max_products
     search = _Search.start(guides, like, k, limit, generator, initial)
     while True:
         search.expand(matmat)
         ritz = search.assess(tol)
         if progress is not None:
             progress(search.products, largest_relative(ritz.bounds, search.space.values[:k], ritz.floor, tol))
-        converged = bool(ritz.met.all()) and search.probes.age >= LEAST and not (ritz.surprised and search.helpful)
-        if search.exhausted or search.products >= most or converged:
+        probes_pending = search.probes.num_products < MIN_PRODUCTS or (ritz.probe_hit and search.guide_helps)
+        converged = bool(ritz.converged.all()) and not probes_pending
+        if search.exhausted or search.products >= limit_products or converged:
             return search.pairs(ritz, tol)
         search.choose_block(ritz)
 
 
 @dataclass(frozen=True)
 class _RitzBounds:
-    """What is known of the k leading Ritz pairs before they are corrected.
+    """Residuals and error bounds of the Ritz pairs of the search space.
 
     Attributes:
-        residuals: ``H q - theta q`` (q, n) of all pairs of the space, with their ``lengths`` (q,).
-        bounds: (k,) by ``ritz_bounds``, ``next_above`` the estimate of ``lambda_{k+1}`` from above in them.
-        met: (k,) whether the bound is within tolerance, or at rounding, ``floor``.
-        surprised: whether a wanted vector stems from a random vector.
+        residuals: ``H q - theta q`` (q, n) of all q pairs, with their norms ``residual_norms`` (q,).
+        bounds: (k,) by ``ritz_bounds``, with ``next_eigenvalue`` as the upper estimate of ``lambda_{k+1}``.
+        converged: (k,) whether the bound is within the tolerance, or at rounding error, ``floor``.
+        probe_hit: whether the probes found one of the k Ritz vectors (PROBE_SHARE).
     """
 
     residuals: Tensor
-    lengths: Tensor
+    residual_norms: Tensor
     bounds: Tensor
-    next_above: float
-    met: Tensor
+    next_eigenvalue: float
+    converged: Tensor
     floor: float
-    surprised: bool
+    probe_hit: bool
 
 
 @dataclass
 class _Probes:
-    """Random vectors in the search, which show what the guide does not see.
+    """Random vectors in the search space, evidence against eigenvalues that the guide lacks.
 
     Attributes:
-        origin: as they were generated, orthonormal rows outside of the search space of that time.
-        descendants: the orthonormal rows that came of them, in all blocks since.
-        age: products since.
-        bound: what they say of eigenvalues that were missed; no longer updated once the search space was ``cut``, since
-            the vectors dropped took some of the random vectors with them.
+        initial: the random vectors, orthonormal rows orthogonal to the search space at the time.
+        derived: the orthonormal rows computed from them, in all blocks since.
+        num_products: products since they were drawn.
+        missed_bound: on the probability of a missed eigenvalue. Not updated once the search space was ``truncated``,
+            which removes components of the random vectors.
     """
 
-    origin: Tensor
-    descendants: Tensor
-    age: int = 0
-    bound: RandomStart | None = None
-    cut: bool = False
+    initial: Tensor
+    derived: Tensor
+    num_products: int = 0
+    missed_bound: MissedEigenvalueBound | None = None
+    truncated: bool = False
 
 
 @dataclass
 class _Search:
-    """The state of the iteration: the search space, the next block, and what the guide says of ``lambda_{k+1}``.
+    """The state of the iteration.
 
     Attributes:
-        guide: the last of the guides; ``helpful`` while its corrections bring the residuals down.
-        block: what is multiplied next, orthonormal rows; the last ``carried`` of them come of the probes, and
-            ``probe_images`` are their products.
-        next_guided: the (k+1)-th eigenvalue of the model; ``beyond``: how much of its vector is outside of the space.
-        spare: the model's vectors after the first k, a start for the next model.
-        guided_images: the guide's products with the first block, less the probes; ``off``: how far H's are from them.
-        scale: the norm of H as far as it is known.
-        sought: (k,) whose residuals must fall, and ``worst``: the largest of them at the last product.
+        guide: the last of the guides; ``guide_helps`` while its corrections reduce the residuals.
+        space: the search space.
+        block: orthonormal rows to multiply next; the last ``num_probe_rows`` of them come from the probes, and
+            ``probe_images`` are their products with H.
+        model_next: the (k+1)-th eigenvalue of the model operator, and ``model_next_outside``: the norm of the component
+            of its eigenvector orthogonal to the search space.
+        model_extra: the model's eigenvectors after the first k, which help to start the next model.
+        guide_images: the guide's products with the first block, without probes; ``guide_errors``: ``||H v - G v||``.
+        scale: the largest known norm of a product with H.
+        corrected: (k,) which residuals the next pass should reduce; ``largest_residual``: their largest norm so far.
     """
 
     guide: Matmat
@@ -183,19 +186,19 @@ class _Search:
     width: int
     limit: int
     generator: torch.Generator
-    space: _Space
+    space: _RitzSpace
     block: Tensor
-    carried: int
+    num_probe_rows: int
     probes: _Probes
-    next_guided: float
-    beyond: float
-    spare: Tensor
-    guided_images: Tensor
-    off: Tensor
-    sought: Tensor
+    model_next: float
+    model_next_outside: float
+    model_extra: Tensor
+    guide_images: Tensor
+    guide_errors: Tensor
+    corrected: Tensor
     probe_images: Tensor
-    helpful: bool = True
-    worst: float = float("inf")
+    guide_helps: bool = True
+    largest_residual: float = float("inf")
     scale: float = 0.0
     products: int = 0
     matvecs: int = 0
@@ -210,34 +213,34 @@ class _Search:
         generator: torch.Generator,
         initial: Tensor | None,
     ) -> _Search:
-        """The guide's leading eigenvectors (or ``initial``) and random vectors as the first block."""
+        """Make the first block of the guide's largest eigenvectors (or ``initial``) and the random probes."""
         width = min(k + 1, like.shape[1])
         rows, guide = random_rows(width + 1, like, generator), guides[-1]
         for coarse in guides[:-1]:
-            rows = _model(coarse, None, rows, width, None, limit, generator).vectors
-        model = _model(guide, None, rows, width, None, limit, generator)
-        first, guided_images = model.vectors[:k], model.images[:k]
-        next_guided, beyond = _next(model, k, like)
+            rows = _model_ritz_pairs(coarse, None, rows, width, None, limit, generator).vectors
+        model = _model_ritz_pairs(guide, None, rows, width, None, limit, generator)
+        first, guide_images = model.vectors[:k], model.images[:k]
+        model_next, model_next_outside = _next_pair(model, k, like)
         if initial is not None:
-            first = _orthonormal(initial, like, generator)
-            guided_images = guide(first)
-        origin = _orthonormal(random_rows(RANDOM, like, generator), first, generator)
+            first = _orthonormal_to(initial, like, generator)
+            guide_images = guide(first)
+        initial_probes = _orthonormal_to(random_rows(NUM_PROBES, like, generator), first, generator)
         return cls(
             guide=guide,
             k=k,
             width=width,
             limit=limit,
             generator=generator,
-            space=_Space(like, like, torch.zeros(0, dtype=torch.float64)),
-            block=torch.cat([first, origin]),
-            carried=len(origin),
-            probes=_Probes(origin, like),
-            next_guided=next_guided,
-            beyond=beyond,
-            spare=model.vectors[k:],
-            guided_images=guided_images,
-            off=torch.zeros(len(first), dtype=torch.float64),
-            sought=torch.ones(k, dtype=torch.bool),
+            space=_RitzSpace(like, like, torch.zeros(0, dtype=torch.float64)),
+            block=torch.cat([first, initial_probes]),
+            num_probe_rows=len(initial_probes),
+            probes=_Probes(initial_probes, like),
+            model_next=model_next,
+            model_next_outside=model_next_outside,
+            model_extra=model.vectors[k:],
+            guide_images=guide_images,
+            guide_errors=torch.zeros(len(first), dtype=torch.float64),
+            corrected=torch.ones(k, dtype=torch.bool),
             probe_images=like,
         )
 
@@ -247,165 +250,168 @@ class _Search:
         return len(self.space.values) == self.space.vectors.shape[1]
 
     def expand(self, matmat: Matmat) -> None:
-        """One product of H with the block, and Rayleigh-Ritz on the search space with it."""
+        """Multiply the block by H, append it to the search space and apply Rayleigh-Ritz."""
         image = matmat(self.block)
         self.products, self.matvecs = self.products + 1, self.matvecs + len(self.block)
-        descendants = self.block[len(self.block) - self.carried :]
-        self.probes.age += 1
-        self.probes.descendants = torch.cat([self.probes.descendants, descendants])
-        self.probe_images = image[len(self.block) - self.carried :]
+        derived = self.block[len(self.block) - self.num_probe_rows :]
+        self.probes.num_products += 1
+        self.probes.derived = torch.cat([self.probes.derived, derived])
+        self.probe_images = image[len(self.block) - self.num_probe_rows :]
         self.scale = max(self.scale, float(norms(image).max()))
         if self.products == 1:
-            self.off = norms(image[: len(self.off)] - self.guided_images)
-        self.space = _ritz(self.block, image, self.space if self.products > 1 else None, self.scale)
+            self.guide_errors = norms(image[: len(self.guide_errors)] - self.guide_images)
+        self.space = _extended(self.block, image, self.space if self.products > 1 else None, self.scale)
         self.scale = max(self.scale, float(self.space.values.abs().max()))
 
     def assess(self, tol: float) -> _RitzBounds:
-        """Residuals and bounds of the leading pairs, and what the probes show."""
+        """Compute residuals and error bounds of the Ritz pairs, and update the missed-eigenvalue bound."""
         k, space, probes = self.k, self.space, self.probes
         values, residuals = space.values, space.residuals
-        lengths, floor = norms(residuals), rounding(self.scale, residuals.dtype)
-        next_above = self._next_above(lengths)
+        residual_norms, floor = norms(residuals), rounding_error(self.scale, residuals.dtype)
+        next_eigenvalue = self._next_eigenvalue(residual_norms)
         gram = inner(residuals, residuals)
-        bounds = ritz_bounds(values[:k], gram[:k, :k], next_above)
-        if not probes.cut:
-            coordinates = inner(space.vectors[k:], probes.origin)
-            probes.bound = random_start(coordinates, values, gram, k, residuals.shape[1])
+        bounds = ritz_bounds(values[:k], gram[:k, :k], next_eigenvalue)
+        if not probes.truncated:
+            coordinates = inner(space.vectors[k:], probes.initial)
+            n = residuals.shape[1]
+            probes.missed_bound = MissedEigenvalueBound.from_ritz_pairs(coordinates, values, gram, k, n)
         return _RitzBounds(
             residuals=residuals,
-            lengths=lengths,
+            residual_norms=residual_norms,
             bounds=bounds,
-            next_above=next_above,
-            met=meets(bounds, values[:k], floor, tol),
+            next_eigenvalue=next_eigenvalue,
+            converged=may_stop(bounds, values[:k], floor, tol),
             floor=floor,
-            surprised=bool((inner(space.vectors[:k], probes.descendants).square().sum(1) > SURPRISE).any()),
+            probe_hit=bool((inner(space.vectors[:k], probes.derived).square().sum(1) > PROBE_SHARE).any()),
         )
 
     def pairs(self, ritz: _RitzBounds, tol: float) -> RitzPairs:
-        """The result."""
+        """The k largest pairs; without a missed-eigenvalue bound if the probes were used up by an eigenvector found."""
         return rayleigh_ritz(
             self.space.vectors[: self.k],
             self.space.images[: self.k],
-            next_above=ritz.next_above,
+            next_eigenvalue=ritz.next_eigenvalue,
             scale=self.scale,
             tol=tol,
             num_matvecs=self.matvecs,
             num_products=self.products,
-            start=None if ritz.surprised and not self.exhausted else self.probes.bound,
+            missed_bound=None if ritz.probe_hit and not self.exhausted else self.probes.missed_bound,
         )
 
     def choose_block(self, ritz: _RitzBounds) -> None:
-        """The next block: corrections of the pairs that are not met, and what the probes have outside of the space."""
-        probe = self.probe_images if self.probes.age == 1 else ritz.residuals[self.k : self.k + 1]
+        """Set the next block: corrections of the unconverged pairs, and the continuation of the probes."""
+        probe = self.probe_images if self.probes.num_products == 1 else ritz.residuals[self.k : self.k + 1]
         kth = self.space.values[self.k - 1 : self.k]
-        # A space that may become the whole one has no need to be cut.
-        if self.limit < self.block.shape[1] and len(self.space.values) + self.width + RANDOM > self.limit:
-            self.space, self.probes.cut = self.space.leading(self.limit // 2), True
-        was_helpful = self.helpful
-        self._judge_guide(ritz)
-        block = self._corrections(ritz, kth) if self.helpful else ritz.residuals[: self.k] / self.scale
-        if was_helpful and (ritz.surprised or not self.helpful):
-            rows = random_rows(RANDOM, self.block, self.generator)
-            origin = _orthonormal(rows, self.space.vectors, self.generator)
-            self.probes = _Probes(origin, origin[:0])
-            block, probe = torch.cat([block, probe / self.scale]), self.scale * origin
-        self.block = _orthonormal(torch.cat([block, probe / self.scale]), self.space.vectors, self.generator)
-        self.carried = min(len(probe), len(self.block))
+        # No truncation if the limit admits the whole space.
+        if self.limit < self.block.shape[1] and len(self.space.values) + self.width + NUM_PROBES > self.limit:
+            self.space, self.probes.truncated = self.space.largest(self.limit // 2), True
+        guide_helped = self.guide_helps
+        self._assess_guide(ritz)
+        block = self._corrections(ritz, kth) if self.guide_helps else ritz.residuals[: self.k] / self.scale
+        if guide_helped and (ritz.probe_hit or not self.guide_helps):
+            rows = random_rows(NUM_PROBES, self.block, self.generator)
+            initial_probes = _orthonormal_to(rows, self.space.vectors, self.generator)
+            self.probes = _Probes(initial_probes, initial_probes[:0])
+            block, probe = torch.cat([block, probe / self.scale]), self.scale * initial_probes
+        self.block = _orthonormal_to(torch.cat([block, probe / self.scale]), self.space.vectors, self.generator)
+        self.num_probe_rows = min(len(probe), len(self.block))
 
-    def _next_above(self, lengths: Tensor) -> float:
-        """An estimate from above of ``lambda_{k+1}``: by the model and by the (k+1)-th Ritz value, the larger."""
-        next_above, values = float("-inf"), self.space.values
+    def _next_eigenvalue(self, residual_norms: Tensor) -> float:
+        """Upper estimate of ``lambda_{k+1}``: the model's, or the (k+1)-th Ritz value plus residual if larger."""
+        next_eigenvalue, values = float("-inf"), self.space.values
         if self.exhausted:
-            return next_above
-        if self.helpful:
-            # What a sample is off along an eigenvector goes like the root of its eigenvalue, as a variance does.
-            share = (abs(self.next_guided) / values[: len(self.off)].abs()).clamp_max(1.0).sqrt()
-            next_above = self.next_guided + self.beyond * float((self.off * share).max())
+            return next_eigenvalue
+        if self.guide_helps:
+            # A sample's error along an eigenvector scales with the square root of the eigenvalue (it is a variance).
+            ratio = (abs(self.model_next) / values[: len(self.guide_errors)].abs()).clamp_max(1.0).sqrt()
+            next_eigenvalue = self.model_next + self.model_next_outside * float((self.guide_errors * ratio).max())
         if len(values) > self.k:
-            next_above = max(next_above, float(values[self.k] + lengths[self.k]))
-        return next_above
+            next_eigenvalue = max(next_eigenvalue, float(values[self.k] + residual_norms[self.k]))
+        return next_eigenvalue
 
-    def _judge_guide(self, ritz: _RitzBounds) -> None:
-        """Note whether the last corrections brought the residuals down, and whose residuals the next ones must."""
-        lengths, met = ritz.lengths[: self.k], ritz.met
-        self.helpful = self.helpful and float(lengths[self.sought].max()) < HELP * self.worst
-        # Those that are met are not corrected, and their residuals say nothing.
-        self.sought = met if bool(met.all()) else ~met
-        self.worst = float(lengths[self.sought].max())
+    def _assess_guide(self, ritz: _RitzBounds) -> None:
+        """Update ``guide_helps``, ``corrected`` and ``largest_residual``."""
+        residual_norms, converged = ritz.residual_norms[: self.k], ritz.converged
+        reduced = float(residual_norms[self.corrected].max()) < MIN_REDUCTION * self.largest_residual
+        self.guide_helps = self.guide_helps and reduced
+        # Converged pairs are not corrected, so their residuals do not measure the guide.
+        self.corrected = converged if bool(converged.all()) else ~converged
+        self.largest_residual = float(residual_norms[self.corrected].max())
 
     def _corrections(self, ritz: _RitzBounds, kth: Tensor) -> Tensor:
-        """The model's leading eigenvectors for the pairs that are not met; ``kth`` (1,) is the k-th Ritz value."""
+        """The model's eigenvectors for the unconverged pairs; ``kth`` (1,) is the k-th Ritz value."""
         k, space = self.k, self.space
-        needed = torch.cat([INNER * ritz.lengths[:k], NEXT * kth.abs()])[: self.width]
-        rows = torch.cat([ritz.residuals[:k] / self.scale, self.spare])
-        model = _model(self.guide, space, rows, self.width, needed, self.limit, self.generator)
-        self.next_guided, self.beyond = _next(model, k, space.vectors)
-        self.spare = self.spare.new_empty(0, self.spare.shape[1])  # a view would hold the model's vectors
-        return model.vectors[:k][(~ritz.met).to(rows.device)]
+        needed = torch.cat([CORRECTION_TOL * ritz.residual_norms[:k], GAP_TOL * kth.abs()])[: self.width]
+        rows = torch.cat([ritz.residuals[:k] / self.scale, self.model_extra])
+        model = _model_ritz_pairs(self.guide, space, rows, self.width, needed, self.limit, self.generator)
+        self.model_next, self.model_next_outside = _next_pair(model, k, space.vectors)
+        # Not a view: it would keep the model's vectors in memory.
+        self.model_extra = self.model_extra.new_empty(0, self.model_extra.shape[1])
+        return model.vectors[:k][(~ritz.converged).to(rows.device)]
 
 
-def _model(
+def _model_ritz_pairs(
     guide: Matmat,
-    space: _Space | None,
+    space: _RitzSpace | None,
     rows: Tensor,
     width: int,
     needed: Tensor | None,
     limit: int,
     generator: torch.Generator,
-) -> _Space:
-    """The ``width`` leading Ritz pairs of the operator that is H on ``space`` and the guide outside of it.
+) -> _RitzSpace:
+    """The ``width`` largest Ritz pairs of the model operator, equal to H on ``space`` and to the guide G outside it.
 
-    ``M = Q Q' H + H Q Q' - Q Q' H Q Q' + P G P``, Q the space, ``P = I - Q Q'``. The space outside is spanned from
-    ``rows`` by residuals until each is at most ``needed`` (width,), by default START times the last value but one, or
-    ``limit`` vectors are there.
+    ``M = Q Q' H + H Q Q' - Q Q' H Q Q' + P G P``, Q the search space, ``P = I - Q Q'``. Its eigenvectors are computed
+    in Q and further basis vectors: first ``rows``, then the residuals of the pairs, until every residual norm is at
+    most ``needed`` (width,), by default GUIDE_TOL times the last but one Ritz value, or there are ``limit`` vectors.
     """
     basis, images = (rows[:0], rows[:0]) if space is None else (space.vectors, space.images)
     inside = torch.diag(space.values) if space is not None else torch.zeros(0, 0, dtype=torch.float64)
     outside = products = rows[:0]
-    block = _orthonormal(rows, basis, generator)
+    block = _orthonormal_to(rows, basis, generator)
     while True:
         outside, products = torch.cat([outside, block]), torch.cat([products, guide(block)])
         coupling, own = inner(outside, images), inner(outside, products)
         upper = torch.cat([inside, coupling.T], 1)
         values, rotation = descending(torch.cat([upper, torch.cat([coupling, (own + own.T) / 2], 1)]))
         values, rotation = values[:width], rotation[:, :width]
-        within, beyond = rotation[: len(basis)].T, rotation[len(basis) :].T
-        vectors = combine(within, basis) + combine(beyond, outside)
-        found, _ = project_out(combine(beyond, products), basis)
-        found += combine(within, images) + combine(beyond @ coupling, basis)
-        pairs = _Space(vectors, found, values)
+        in_space, in_outside = rotation[: len(basis)].T, rotation[len(basis) :].T
+        vectors = combine(in_space, basis) + combine(in_outside, outside)
+        model_images, _ = project_out(combine(in_outside, products), basis)
+        model_images += combine(in_space, images) + combine(in_outside @ coupling, basis)
+        pairs = _RitzSpace(vectors, model_images, values)
         residuals = pairs.residuals
-        size = norms(residuals)
-        enough = START * values[max(len(values) - 2, 0)].abs() if needed is None else needed
-        missing = residuals[(size > enough).to(rows.device)]
-        room = limit - len(basis) - len(outside)
-        if not len(missing) or room <= 0:
+        residual_norms = norms(residuals)
+        tolerance = GUIDE_TOL * values[max(len(values) - 2, 0)].abs() if needed is None else needed
+        unconverged = residuals[(residual_norms > tolerance).to(rows.device)]
+        free = limit - len(basis) - len(outside)
+        if not len(unconverged) or free <= 0:
             return pairs
-        known = torch.cat([basis, outside])
-        block = _orthonormal(missing[:room] / float(size.max()), known, generator)
+        rows = unconverged[:free] / float(residual_norms.max())
+        block = _orthonormal_to(rows, torch.cat([basis, outside]), generator)
         if not len(block):
             return pairs
 
 
-def _ritz(block: Tensor, image: Tensor, space: _Space | None, scale: float) -> _Space:
-    """Rayleigh-Ritz on the space and a further orthonormal block with its true image."""
+def _extended(block: Tensor, image: Tensor, space: _RitzSpace | None, scale: float) -> _RitzSpace:
+    """Rayleigh-Ritz on the search space extended by an orthonormal block with its true image."""
     vectors, images = block, image
     if space is not None:
         vectors, images = torch.cat([space.vectors, block]), torch.cat([space.images, image])
     projected = inner(vectors, images)
     require_symmetric(projected, scale, block.dtype)
     values, rotation = descending(projected)
-    return _Space(combine(rotation.T, vectors), combine(rotation.T, images), values)
+    return _RitzSpace(combine(rotation.T, vectors), combine(rotation.T, images), values)
 
 
-def _orthonormal(rows: Tensor, basis: Tensor, generator: torch.Generator) -> Tensor:
-    """Orthonormal rows outside of the orthonormal ``basis``; of rows whose rounding is that of 1, random where lost."""
+def _orthonormal_to(rows: Tensor, basis: Tensor, generator: torch.Generator) -> Tensor:
+    """Orthonormalise unit-scale ``rows`` against ``basis``; dependent rows are replaced by random directions."""
     rest, _ = project_out(rows, basis)
     return orthonormalise(rest, basis, BREAKDOWN * torch.finfo(rows.dtype).eps, generator)[0]
 
 
-def _next(pairs: _Space, k: int, basis: Tensor) -> tuple[float, float]:
-    """The (k+1)-th value, -inf where there is none, and how much of its vector is outside of the ``basis``."""
+def _next_pair(pairs: _RitzSpace, k: int, basis: Tensor) -> tuple[float, float]:
+    """The (k+1)-th Ritz value (-inf without one) and the norm of its vector's component orthogonal to ``basis``."""
     if len(pairs.values) <= k:
         return float("-inf"), 0.0
     return float(pairs.values[k]), float(norms(project_out(pairs.vectors[k : k + 1], basis)[0]))

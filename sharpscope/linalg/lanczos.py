@@ -8,29 +8,27 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.missed_eigenvalue_bound import random_start
+from sharpscope.linalg.certificate import MissedEigenvalueBound
 from sharpscope.linalg.ritz import (
-    Matmat,
     RitzPairs,
     SolverProgress,
     descending,
     largest_relative,
-    meets,
+    may_stop,
     rayleigh_ritz,
-    require_symmetric,
     ritz_bounds,
-    rounding,
 )
+from sharpscope.linalg.symmetric_operator import Matmat, require_symmetric, rounding_error
 from sharpscope.linalg.vectors import BREAKDOWN, combine, norms, orthonormalise, project_out, random_rows
 
-# Verifications by true products that may fail before the operator's noise is taken for what it is.
+# Failed verifications by true products after which the solver accepts that noise in the operator limits the accuracy.
 VERIFICATIONS = 3
 
-# Steps in a row at which the bounds must meet the tolerance. One is not enough: after few steps a copy of a multiple
-# eigenvalue may not have shown yet (1 in 50 random spectra of order 13 with a triple eigenvalue at tol 1e-2).
+# Consecutive steps at which the bounds must meet the tolerance. One is not enough: after few steps a copy of a multiple
+# eigenvalue may still be missing (1 in 50 random spectra of order 13 with a triple eigenvalue at tol 1e-2).
 CONFIRMED = 2
 
-# Products with a block after which it gives up, unless told otherwise.
+# Block products before the solver gives up, by default.
 PRODUCTS = 100
 
 
@@ -60,55 +58,57 @@ def lanczos(
     n = like.shape[1]
     width = min(k + 1, n)
     limit = _basis_limit(n, k, max_basis)
-    most = PRODUCTS if max_products is None else max_products
+    limit_products = PRODUCTS if max_products is None else max_products
     rows = random_rows(width, like, generator)
     if initial is not None:
         rows = torch.cat([initial, rows])[:width]
     block, _ = orthonormalise(rows, like, 0.0, generator)
     krylov = _Krylov(matmat, generator, like.new_empty(limit, n), block)
-    inner_tol, streak, failures, restarted, start = tol, 0, 0, False, None
+    recurrence_tol, streak, failures, restarted, missed_bound = tol, 0, 0, False, None
     while True:
         krylov.expand()
         ritz = krylov.ritz(k)
-        floor = rounding(krylov.scale, like.dtype)
+        floor = rounding_error(krylov.scale, like.dtype)
         if initial is None and not restarted:
-            start = random_start(ritz.rotation[:width, k:].T, ritz.values, ritz.residuals.T @ ritz.residuals, k, n)
+            missed_bound = MissedEigenvalueBound.from_ritz_pairs(
+                ritz.rotation[:width, k:].T, ritz.values, ritz.residuals.T @ ritz.residuals, k, n
+            )
         if progress is not None:
             progress(krylov.products, largest_relative(ritz.bounds, ritz.values[:k], floor, tol))
-        streak = streak + 1 if ritz.met(inner_tol, floor, ignore_below) else 0
-        if streak >= CONFIRMED or krylov.size == n or krylov.products + 1 >= most:
+        streak = streak + 1 if ritz.meets_tolerance(recurrence_tol, floor, ignore_below) else 0
+        if streak >= CONFIRMED or krylov.size == n or krylov.products + 1 >= limit_products:
             pairs = krylov.verified(ritz, tol)
             failures += 1
-            exhausted = krylov.size == n or krylov.products >= most
+            exhausted = krylov.size == n or krylov.products >= limit_products
             at_rounding = bool((ritz.bounds <= floor).all())
-            settled = bool((pairs.converged | (pairs.values + pairs.bounds < ignore_below)).all())
-            if settled or exhausted or at_rounding or failures == VERIFICATIONS:
-                return replace(pairs, start=start)
-            inner_tol /= 10
+            all_converged = bool((pairs.converged | (pairs.values + pairs.bounds < ignore_below)).all())
+            if all_converged or exhausted or at_rounding or failures == VERIFICATIONS:
+                return replace(pairs, missed_bound=missed_bound)
+            recurrence_tol /= 10
         if krylov.size + len(krylov.block) > limit:
-            restarted = True  # the vectors dropped took some of the random start with them
+            restarted = True  # the basis no longer contains all of the random start
             krylov.restart(ritz, max(k + 1, (limit - width) // 2))
 
 
 @dataclass(frozen=True)
 class _Ritz:
-    """All m Ritz values of a basis, descending, with what is known of them before any product with a Ritz vector.
+    """All m Ritz values of a basis, descending, with error estimates from the recurrence.
 
     ``rotation`` (m, m): the Ritz vectors' coordinates in the basis, as columns; ``residuals`` (b, m): those of
-    ``H y - theta y`` in the next block; ``bounds`` (k,): on the errors of the k leading values, ``next_above`` an
-    estimate from above of the (k+1)-th eigenvalue.
+    ``H y - theta y`` in the next block; ``bounds`` (k,): on the errors of the k largest values; ``next_eigenvalue``:
+    an upper estimate of the (k+1)-th eigenvalue.
     """
 
     values: Tensor
     rotation: Tensor
     residuals: Tensor
     bounds: Tensor
-    next_above: float
+    next_eigenvalue: float
 
-    def met(self, tol: float, floor: float, ignore_below: float) -> bool:
+    def meets_tolerance(self, tol: float, floor: float, ignore_below: float) -> bool:
         """Whether every bound is within the relative tolerance or at rounding, or shows an eigenvalue to ignore."""
         leading, bounds = self.values[: len(self.bounds)], self.bounds
-        return bool((meets(bounds, leading, floor, tol) | (leading + bounds + floor < ignore_below)).all())
+        return bool((may_stop(bounds, leading, floor, tol) | (leading + bounds + floor < ignore_below)).all())
 
 
 @dataclass
@@ -117,11 +117,11 @@ class _Krylov:
 
     Attributes:
         basis: (limit, n), its first ``size`` rows are the orthonormal Q.
-        block: P (b, n), orthonormal, orthogonal to Q: what is multiplied next.
-        projected: T (size, size), float64, from the products themselves and not from a recurrence.
-        coupling: S (b, size), float64; only the columns of the last block multiplied are not zero.
-        scale: the norm of H as far as it is known.
-        products, matvecs: with a block, and with one vector.
+        block: P (b, n), orthonormal and orthogonal to Q, multiplied in the next step.
+        projected: T (size, size), float64, computed as inner products with the basis.
+        coupling: S (b, size), float64; nonzero only in the columns of the last block.
+        scale: the largest known norm of a product with H, to which rounding is relative.
+        products, matvecs: numbers of products with a block, and with one vector.
     """
 
     matmat: Matmat
@@ -136,12 +136,12 @@ class _Krylov:
     matvecs: int = 0
 
     def product(self, rows: Tensor) -> Tensor:
-        """H times some rows, counted."""
+        """Multiply rows by H and count the product."""
         self.products, self.matvecs = self.products + 1, self.matvecs + len(rows)
         return self.matmat(rows)
 
     def expand(self) -> None:
-        """Take the block into the basis; the remainder of its product, orthonormalised, is the next block."""
+        """Append the block to the basis; its product, orthonormalised against the basis, is the next block."""
         image = self.product(self.block)
         dtype = image.dtype
         self.scale = max(self.scale, float(norms(image).max()))
@@ -161,48 +161,45 @@ class _Krylov:
         values, rotation = descending(self.projected)
         residuals = self.coupling @ rotation
         self.scale = max(self.scale, float(values.abs().max()))
-        next_above = float(values[k] + residuals[:, k].norm()) if self.size > k else float("-inf")
-        bounds = ritz_bounds(values[:k], residuals[:, :k].T @ residuals[:, :k], next_above)
-        return _Ritz(values, rotation, residuals, bounds, next_above)
+        next_eigenvalue = float(values[k] + residuals[:, k].norm()) if self.size > k else float("-inf")
+        bounds = ritz_bounds(values[:k], residuals[:, :k].T @ residuals[:, :k], next_eigenvalue)
+        return _Ritz(values, rotation, residuals, bounds, next_eigenvalue)
 
     def ritz_vectors(self, ritz: _Ritz, count: int) -> Tensor:
-        """The leading Ritz vectors (count, n)."""
+        """The Ritz vectors of the ``count`` largest values (count, n)."""
         # A copy of the coordinates, not a view: the layout decides how BLAS rounds.
         return combine(ritz.rotation[:, torch.arange(count)].T, self.basis[: self.size])
 
     def verified(self, ritz: _Ritz, tol: float) -> RitzPairs:
-        """The leading pairs from a true product with their vectors, converged only if the recurrence agrees."""
+        """The k largest pairs from a true product with their vectors, converged only if the recurrence agrees."""
         k = len(ritz.bounds)
         rows = self.ritz_vectors(ritz, k)
-        # Restarts wear the basis down by some eps each, which a Rayleigh quotient would feel twice.
+        # Each restart loses some eps of orthogonality, which would enter the Rayleigh quotient twice.
         vectors, _ = orthonormalise(rows, rows[:0], 0.0, self.generator)
         images = self.product(vectors)
         pairs = rayleigh_ritz(
             vectors,
             images,
-            next_above=ritz.next_above,
+            next_eigenvalue=ritz.next_eigenvalue,
             scale=self.scale,
             tol=tol,
             num_matvecs=self.matvecs,
             num_products=self.products,
         )
-        # A fixed operator gives the same values again; one that changes betrays itself here. The recurrence's values
-        # carry the rounding of all its steps and restarts (seen: 1.2 times that of one product after 37).
-        slack = 8 * rounding(self.scale, vectors.dtype)
+        # If the operator is fixed, the values agree; if it changes from call to call, they do not. The recurrence's
+        # values carry the rounding of all steps and restarts (measured: 1.2 times that of one product after 37).
+        slack = 8 * rounding_error(self.scale, vectors.dtype)
         same = (pairs.values - ritz.values[:k]).abs() <= ritz.bounds + pairs.bounds + slack
         return replace(pairs, converged=pairs.converged & same)
 
     def restart(self, ritz: _Ritz, count: int) -> None:
-        """Keep the ``count`` leading Ritz vectors as the basis; the next block is orthogonal to them already."""
+        """Keep the ``count`` largest Ritz pairs as the basis; the next block is already orthogonal to them."""
         self.basis[:count] = self.ritz_vectors(ritz, count)
         self.projected, self.size = torch.diag(ritz.values[:count]), count
 
 
 def _basis_limit(n: int, k: int, max_basis: int | None) -> int:
-    """The number of basis vectors at which to restart.
-
-    Six blocks by default, of which half are kept: more costs memory, fewer costs products.
-    """
+    """The number of basis vectors at which to restart, by default six blocks, of which half are kept."""
     width = min(k + 1, n)
     limit = min(n, 6 * width if max_basis is None else max_basis)
     least = min(n, 2 * width + k)

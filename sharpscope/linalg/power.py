@@ -6,18 +6,17 @@ import torch
 from torch import Tensor
 
 from sharpscope.linalg.ritz import (
-    Matmat,
     RitzPairs,
     SolverProgress,
     descending,
     largest_relative,
     rayleigh_ritz,
     residual_vectors,
-    rounding,
 )
+from sharpscope.linalg.symmetric_operator import Matmat, rounding_error
 from sharpscope.linalg.vectors import BREAKDOWN, combine, inner, norms, orthonormalise, random_rows
 
-# Products with a block after which it gives up, unless told otherwise.
+# Block products before the solver gives up, by default.
 PRODUCTS = 1000
 
 
@@ -34,10 +33,11 @@ def power_iteration(
 ) -> RitzPairs:
     """The k largest *algebraic* eigenpairs by power iteration on ``H + s I`` with a block of k + 1 random vectors.
 
-    Each vector is deflated by those before it (orthogonal iteration with Rayleigh-Ritz; Parlett 1998, ch. 14), so
-    multiplicities are found. The shift s keeps the most negative Ritz value seen from dominating: without one, +10
-    and -10 never separate. Stops when each residual proves ``tol |theta|``. Converges like
-    ``((lambda_{k+2} + s) / (lambda_k + s))^j``: slow, and simple enough to check the other solver with.
+    Orthogonal iteration with Rayleigh-Ritz (Parlett 1998, ch. 14), so multiplicities are found. The shift s keeps the
+    most negative eigenvalue from dominating: without it, +10 and -10 never separate. Stops
+    when each residual proves ``tol |theta|``. Converges like ``((lambda_{k+2} + s) / (lambda_k + s))^j``: slow, but
+    simple enough to check the other solvers with.
+
     Cost: k + 1 products a step; memory, 3 (k + 1) vectors, whatever ``max_basis``.
     """
     n, dtype = like.shape[1], like.dtype
@@ -52,19 +52,19 @@ def power_iteration(
         block, image = combine(rotation.T, block), combine(rotation.T, image)
         lengths = norms(image)
         scale = max(scale, float(lengths.max()))
-        # -||Hv|| bounds what can lie below in the span of the block; it grows to ||H|| if the negative end dominates.
+        # -||Hv|| is below every eigenvalue seen by the block; it tends to -||H|| if the negative end dominates.
         lowest = min(lowest, float(values[-1]), -float(lengths[-1]) if values[-1] < 0 else 0.0)
         residuals = norms(residual_vectors(values, block, image))
-        floor = rounding(scale, dtype)
+        floor = rounding_error(scale, dtype)
         if progress is not None:
             progress(products, largest_relative(residuals[:k], values[:k], floor, tol))
-        # sqrt(k): what holds for k pairs together is their residuals' joint norm.
-        met = residuals[:k] <= (tol * values[:k].abs() / k**0.5).clamp_min(floor / k)
-        if bool(met.all()) or products >= most:
+        # sqrt(k): the bound for k pairs together is the joint norm of their residuals.
+        converged = residuals[:k] <= (tol * values[:k].abs() / k**0.5).clamp_min(floor / k)
+        if bool(converged.all()) or products >= most:
             return rayleigh_ritz(
                 block[:k],
                 image[:k],
-                next_above=None,  # the last Ritz value of a power iteration lags too far behind to bound a gap
+                next_eigenvalue=None,  # the last Ritz value converges too slowly to estimate a gap
                 scale=scale,
                 tol=tol,
                 num_matvecs=products * width,

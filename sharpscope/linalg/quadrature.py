@@ -1,4 +1,4 @@
-"""Stochastic Lanczos quadrature: how an operator's eigenvalues are distributed, from a few random vectors."""
+"""Stochastic Lanczos quadrature: the spectral density of an operator from a few random vectors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.ritz import Matmat, require_little_apart
-from sharpscope.linalg.user_operator import on_rows, outside, require_dtype
+from sharpscope.linalg.symmetric_operator import (
+    Matmat,
+    as_row_operator,
+    deflated,
+    require_dtype,
+    require_small_asymmetry,
+)
 from sharpscope.linalg.vectors import BREAKDOWN, norms, project_out, random_rows, require_orthonormal
 
 
@@ -20,10 +25,11 @@ class Quadrature:
     Attributes:
         nodes: float64 (K, d + s). In each row the d known eigenvalues, then the Ritz values of that probe, ascending.
         weights: float64 (K, d + s), not negative, each row's sum 1: 1/n for a known eigenvalue, and (n - d)/n times the
-            squared first components of T's eigenvectors for the others. Where a run ended before s steps the row is
-            filled up with copies of a node, of weight 0.
-        probes: (K, n), the unit vectors that the runs started from, orthogonal to what is known.
-        images: (K, n), ``(I - P) H`` of the probes, P the projector on what is known: for a trace at no further cost.
+            squared first components of T's eigenvectors for the others. If a run ended before s steps, the row
+            is padded with copies of a node of weight 0.
+        probes: (K, n), the starting unit vectors, orthogonal to the known eigenvectors.
+        images: (K, n), ``(I - P) H`` of the probes, P the projector on the known eigenvectors, for a trace
+            estimate.
         num_products: products with a block of vectors, and ``num_matvecs``: with one vector.
     """
 
@@ -49,16 +55,16 @@ def lanczos_quadrature(
     """Gauss quadratures of the spectral measures of ``probes`` independent random vectors (Golub and Meurant 2010).
 
     Each probe, uniform on the sphere, has its own Lanczos run with full reorthogonalisation against its own basis; all
-    runs advance together, so a step is one product with a block of at most ``probes`` vectors. A run whose next vector
-    is rounding only has found an invariant subspace: its quadrature is exact and it drops out of the block.
+    runs advance together, so a step is one product with a block of at most ``probes`` vectors. A run whose
+    next vector is rounding error has found an invariant subspace: its quadrature is exact, and it leaves the block.
 
     Args:
         matmat: ``V`` (n, b) to ``H V`` (n, b), H symmetric.
         n: the order of H.
         probes: independent vectors K.
         steps: of Lanczos, s: a row is exact for polynomials up to degree 2s - 1; at most n - d are taken.
-        known: eigenvalues (d,) and orthonormal eigenvectors (n, d) that are taken out and put back with weight 1/n
-            each. The others are then resolved on their own scale.
+        known: eigenvalues (d,) and orthonormal eigenvectors (n, d) that are deflated and added exactly with weight
+            1/n each. The rest of the spectrum is then resolved on its own scale.
         dtype, device: of the vectors; inner products and small matrices are float64.
         generator: source of the probes, on the CPU; by default one seeded with 0.
 
@@ -78,7 +84,7 @@ def lanczos_quadrature(
     require_dtype(dtype)
     like = torch.empty(0, n, dtype=dtype, device=device)
     return lanczos_quadrature_rows(
-        on_rows(matmat, like), like, probes, steps, known=known_rows(known, like), generator=generator
+        as_row_operator(matmat, like), like, probes, steps, known=_known_as_rows(known, like), generator=generator
     )
 
 
@@ -101,10 +107,10 @@ def lanczos_quadrature_rows(
     n = like.shape[1]
     require_probes(n, probes, steps)
     source = generator if generator is not None else torch.Generator().manual_seed(0)
-    values, vectors = orthonormal_pairs(known, like)
-    operator = outside(rows, vectors)
-    start = block = images = unit_rows(probes, like, vectors, source)
-    runs = _Runs.start(probes, min(steps, n - len(vectors)), like)
+    values, vectors = known_pairs(known, like)
+    operator = deflated(rows, vectors)
+    start = block = images = random_unit_rows(probes, like, vectors, source)
+    runs = _LanczosRuns.start(probes, min(steps, n - len(vectors)), like)
     while len(block):
         image = operator(block)
         if not runs.steps:
@@ -123,14 +129,14 @@ def lanczos_quadrature_rows(
 
 
 @dataclass
-class _Runs:
-    """A Lanczos run from each of K vectors, all of them in step, each with its own basis.
+class _LanczosRuns:
+    """Lanczos runs from K vectors, advanced together, each with its own basis.
 
     Attributes:
         bases: (K, depth, n).
         alphas, betas: (K, depth), float64: the runs' Jacobi matrices.
         lengths: steps of each run, ``depth`` at most.
-        running: those that have not ended.
+        running: indices of the runs that have not ended.
         steps: products with a block, and ``matvecs``: with one vector.
     """
 
@@ -144,18 +150,18 @@ class _Runs:
     scale: float = 0.0
 
     @classmethod
-    def start(cls, count: int, depth: int, like: Tensor) -> _Runs:
+    def start(cls, count: int, depth: int, like: Tensor) -> _LanczosRuns:
         """``count`` runs of at most ``depth`` steps."""
         alphas, betas = (torch.zeros(count, depth, dtype=torch.float64) for _ in range(2))
         return cls(like.new_empty(count, depth, like.shape[1]), alphas, betas, [depth] * count, list(range(count)))
 
     def advance(self, block: Tensor, image: Tensor) -> Tensor:
-        """A step of each run, given its vector's product; the next vectors of the runs that go on."""
+        """Advance each run by one step, given the products; return the next vectors of the runs that continue."""
         step, depth, dtype = self.steps, self.bases.shape[1], block.dtype
         self.steps, self.matvecs = step + 1, self.matvecs + len(block)
         self.scale = max(self.scale, float(norms(image).max()))
         breakdown = BREAKDOWN * torch.finfo(dtype).eps * self.scale
-        following, going = [block[:0]], []
+        next_rows, still_running = [block[:0]], []
         for row, probe in enumerate(self.running):
             self.bases[probe, step] = block[row]
             rest, coefficients = project_out(image[row : row + 1], self.bases[probe, : step + 1])
@@ -167,22 +173,19 @@ class _Runs:
                 self.lengths[probe] = step + 1
                 continue
             self.betas[probe, step] = length
-            following.append(rest / length)
-            going.append(probe)
-        self.running = going
-        return torch.cat(following)
+            next_rows.append(rest / length)
+            still_running.append(probe)
+        self.running = still_running
+        return torch.cat(next_rows)
 
     def rule(self, probe: int) -> tuple[Tensor, Tensor]:
         """The Gauss quadrature of one run."""
         size = self.lengths[probe]
-        return _rule(self.alphas[probe, :size], self.betas[probe, : size - 1], self.bases.shape[1])
+        return _gauss_rule(self.alphas[probe, :size], self.betas[probe, : size - 1], self.bases.shape[1])
 
 
 def require_probes(n: int, probes: int, steps: int = 1) -> None:
-    """What the estimates from random vectors ask of their arguments, to be asked before anything is paid for.
-
-    Raises: ArgumentError.
-    """
+    """Raise ArgumentError unless ``probes`` and ``steps`` are valid; call it before any product."""
     if not isinstance(probes, int) or isinstance(probes, bool) or not 2 <= probes <= n:
         raise ArgumentError(
             f"probes must be at least 2, or nothing says how far they scatter, and at most the number of parameters "
@@ -192,10 +195,10 @@ def require_probes(n: int, probes: int, steps: int = 1) -> None:
         raise ArgumentError(f"steps must be at least 1, got {steps}.")
 
 
-def known_rows(known: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor] | None:
-    """A user's eigenvalues (d,) and eigenvectors (n, d) as float64 on the CPU and rows (d, n) like ``like`` (0, n).
+def _known_as_rows(known: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Convert eigenvalues (d,) and eigenvectors (n, d) to float64 on the CPU and to rows (d, n) like ``like`` (0, n).
 
-    Raises: ArgumentError when they do not belong together.
+    Raises: ArgumentError if their shapes do not match.
     """
     if known is None:
         return None
@@ -206,7 +209,7 @@ def known_rows(known: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tenso
     return values, known[1].detach().T.to(like).contiguous()
 
 
-def orthonormal_pairs(known: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor]:
+def known_pairs(known: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor]:
     """Known eigenvalues (d,) and eigenvectors, rows (d, n), none by default.
 
     Raises: ArgumentError when the vectors are not orthonormal.
@@ -217,14 +220,14 @@ def orthonormal_pairs(known: tuple[Tensor, Tensor] | None, like: Tensor) -> tupl
     return known
 
 
-def unit_rows(count: int, like: Tensor, vectors: Tensor, generator: torch.Generator) -> Tensor:
-    """``count`` independent rows, uniform on the unit sphere of what is orthogonal to the rows ``vectors``."""
+def random_unit_rows(count: int, like: Tensor, vectors: Tensor, generator: torch.Generator) -> Tensor:
+    """``count`` independent rows, uniform on the unit sphere of the orthogonal complement of ``vectors``."""
     rows, _ = project_out(random_rows(count, like, generator), vectors)
     return rows / norms(rows).to(rows)[:, None]
 
 
-def _rule(alphas: Tensor, betas: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of a Jacobi matrix (Golub and Welsch 1969), filled up to ``depth`` with weight 0."""
+def _gauss_rule(alphas: Tensor, betas: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of a Jacobi matrix (Golub and Welsch 1969), padded to ``depth`` with weight 0."""
     values, vectors = torch.linalg.eigh(torch.diag(alphas) + torch.diag(betas, 1) + torch.diag(betas, -1))
     weights = vectors[0].square()
     missing = depth - len(values)
@@ -232,8 +235,8 @@ def _rule(alphas: Tensor, betas: Tensor, depth: int) -> tuple[Tensor, Tensor]:
 
 
 def _require_three_terms(coefficients: Tensor, beta: float, scale: float, dtype: torch.dtype) -> None:
-    """A symmetric H gives ``q_{j-1}' H q_j = beta_{j-1}`` and nothing before that; raise ArgumentError otherwise."""
+    """Raise ArgumentError unless ``q_{j-1}' H q_j = beta_{j-1}`` and ``q_i' H q_j = 0`` for i < j - 1 (H symmetric)."""
     before = coefficients[:-1].clone()
     if len(before):
         before[-1] -= beta
-        require_little_apart(float(before.abs().max()), scale, dtype)
+        require_small_asymmetry(float(before.abs().max()), scale, dtype)

@@ -1,7 +1,8 @@
-"""The one interface of all eigensolvers."""
+"""The interface of all eigensolvers: ``top_eigenpairs``."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,20 +11,20 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError, nearest
+from sharpscope.linalg.both_ends import both_ends
+from sharpscope.linalg.certificate import MissedEigenvalueBound
 from sharpscope.linalg.guided import guided
 from sharpscope.linalg.lanczos import lanczos
-from sharpscope.linalg.missed_eigenvalue_bound import RandomStart
 from sharpscope.linalg.power import power_iteration
-from sharpscope.linalg.ritz import Matmat, RitzPairs, SolverProgress
-from sharpscope.linalg.two_ends import two_ends
-from sharpscope.linalg.user_operator import on_rows, require_dtype
+from sharpscope.linalg.ritz import RitzPairs, SolverProgress
+from sharpscope.linalg.symmetric_operator import Matmat, as_row_operator, require_dtype
 
 METHODS: dict[str, Callable[..., RitzPairs]] = {"guided": guided, "lanczos": lanczos, "power": power_iteration}
 TWO_ENDED = ("both", "magnitude")
 WHICH = ("largest", "smallest", *TWO_ENDED)
 
-# Blocks in the search space of each of two solves. A network has many small eigenvalues close together: with the six
-# blocks of a single solve take many more products.
+# Blocks in the search space of each solve for both ends. The small eigenvalues of a network are close together: with
+# the six blocks of a single solve, many more products are needed.
 BLOCKS = 9
 
 
@@ -43,8 +44,8 @@ class Eigenpairs:
         num_matvecs: products with one vector, in all.
         num_products: products with a block of vectors, in all.
         method: the solver that ran.
-        start: what its random vectors say of eigenvalues that were missed; ``start.missed(above)`` is a probability.
-            None where they say nothing.
+        missed_bound: ``missed_bound.probability(above)`` bounds the probability that an eigenvalue above ``above`` was
+            missed, from the solver's random vectors; None where they give no bound.
     """
 
     eigenvalues: Tensor
@@ -56,12 +57,18 @@ class Eigenpairs:
     num_matvecs: int
     num_products: int
     method: str
-    start: RandomStart | None = None
+    missed_bound: MissedEigenvalueBound | None = None
+
+    @property
+    def start(self) -> MissedEigenvalueBound | None:
+        """Deprecated name of ``missed_bound``."""
+        warnings.warn("Eigenpairs.start is now Eigenpairs.missed_bound.", FutureWarning, stacklevel=2)
+        return self.missed_bound
 
     def widened(self, by: float, tol: float) -> Eigenpairs:
-        """Each interval longer by ``by`` at both ends, for products that are off by as much, and held to ``tol``.
+        """Widen each interval by ``by``, an error of the products, and test it against ``tol`` again.
 
-        What is within ``by`` of zero is zero to rounding, and has converged.
+        An eigenvalue within ``by`` of zero is zero to rounding, and counts as converged.
         """
         if not by:
             return self
@@ -100,12 +107,12 @@ def top_eigenpairs(
             and for the k smallest, one after the other.
         method: "guided" (few products, with guides), "lanczos" (block Lanczos with thick restart) or "power" (deflated
             power iteration); "auto" is "guided" for the largest where there are guides, else "lanczos".
-        max_basis: vectors of length n that the solver may keep.
-        max_products: calls of ``matmat`` after which it gives up (by default 100, 1000 for "power", for each end);
-            the result then says what has not converged.
+        max_basis: largest number of vectors of length n kept by the solver.
+        max_products: largest number of calls of ``matmat`` (by default 100, 1000 for "power", for each end);
+            eigenvalues that have not converged by then are marked in ``converged``.
         guides: each ``V`` to ``G V``, G a symmetric operator that resembles H and costs little; the last resembles it
             most, those before it cost less.
-        initial: (n, b) to start from, for "guided" and "lanczos" at one end; ``start`` then says less, or nothing.
+        initial: (n, b) to start from, for "guided" and "lanczos" at one end; ``missed_bound`` is then weaker, or None.
         dtype, device: of the vectors; inner products and small matrices are float64.
         generator: source of the random start, on the CPU; by default one seeded with 0.
         progress: called as ``progress(products, worst)`` with the largest ``bound / |theta|`` so far.
@@ -125,7 +132,7 @@ def top_eigenpairs(
     require_dtype(dtype)
     like = torch.empty(0, n, dtype=dtype, device=device)
     return top_eigenpairs_rows(
-        on_rows(matmat, like),
+        as_row_operator(matmat, like),
         like,
         k,
         tol=tol,
@@ -133,7 +140,7 @@ def top_eigenpairs(
         method=method,
         max_basis=max_basis,
         max_products=max_products,
-        guides=[on_rows(guide, like) for guide in guides],
+        guides=[as_row_operator(guide, like) for guide in guides],
         initial=None if initial is None else initial.to(like).T.contiguous(),
         generator=generator,
         progress=progress,
@@ -192,7 +199,7 @@ def top_eigenpairs_rows(
         )
 
     if which in TWO_ENDED:
-        pairs = two_ends(solve, k, which, tol, max_products, progress)
+        pairs = both_ends(solve, k, which, tol, max_products, progress)
     else:
         sign = 1.0 if which == "largest" else -1.0
         pairs = solve(sign, max_products, progress, float("-inf"))
@@ -201,12 +208,12 @@ def top_eigenpairs_rows(
 
 
 def guidable(which: str, n: int, k: int) -> bool:
-    """Whether "auto" takes guides where there are some: in a space of few blocks there is nothing to save."""
+    """Whether "auto" uses guides if given: in a space of few blocks they save nothing."""
     return which == "largest" and n >= 8 * (k + 1)
 
 
 def _solver(method: str, which: str, guides: bool, n: int, k: int) -> str:
-    """The name of the solver that ``method`` means here."""
+    """Resolve "auto" to the name of a solver."""
     if method == "guided" and not guides:
         raise ArgumentError("method='guided' needs guides=, cheap operators that resemble H. Pass one, or 'lanczos'.")
     if method != "auto":
@@ -226,7 +233,7 @@ def _eigenpairs(pairs: RitzPairs, method: str) -> Eigenpairs:
         num_matvecs=pairs.num_matvecs,
         num_products=pairs.num_products,
         method=method,
-        start=pairs.start,
+        missed_bound=pairs.missed_bound,
     )
 
 
@@ -238,10 +245,7 @@ def _times(sign: float, rows: Matmat) -> Matmat:
 def require_arguments(
     n: int, k: int, tol: float, method: str, max_products: int | None, which: str = "largest"
 ) -> None:
-    """What every solver asks of its arguments, to be asked before anything is paid for.
-
-    Raises: ArgumentError.
-    """
+    """Raise ArgumentError unless the arguments of a solver are valid; call it before any product."""
     if method not in ("auto", *METHODS):
         raise ArgumentError(nearest("method", str(method), ("auto", *METHODS)))
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:

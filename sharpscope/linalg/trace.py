@@ -1,4 +1,4 @@
-"""Trace and Frobenius norm from a few random vectors, each estimate left to judge the others."""
+"""Trace and Frobenius norm of an operator from a few random vectors, by XTrace with jackknife standard errors."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharpscope.linalg.quadrature import orthonormal_pairs, require_probes, unit_rows
-from sharpscope.linalg.ritz import Matmat, rounding
-from sharpscope.linalg.user_operator import on_rows, outside, require_dtype
+from sharpscope.linalg.quadrature import known_pairs, random_unit_rows, require_probes
+from sharpscope.linalg.symmetric_operator import Matmat, as_row_operator, deflated, require_dtype, rounding_error
 from sharpscope.linalg.vectors import BREAKDOWN, inner, norms, orthonormalise
 
 
@@ -58,7 +57,7 @@ def trace_and_frobenius(
     """
     require_dtype(dtype)
     like = torch.empty(0, n, dtype=dtype, device=device)
-    return trace_and_frobenius_rows(on_rows(matmat, like), like, probes, generator=generator)
+    return trace_and_frobenius_rows(as_row_operator(matmat, like), like, probes, generator=generator)
 
 
 def trace_and_frobenius_rows(
@@ -70,7 +69,7 @@ def trace_and_frobenius_rows(
     """
     require_probes(like.shape[1], probes)
     source = generator if generator is not None else torch.Generator().manual_seed(0)
-    start = unit_rows(probes, like, like, source)
+    start = random_unit_rows(probes, like, like, source)
     return trace_from_images(rows, start, rows(start), generator=source)
 
 
@@ -82,14 +81,14 @@ def trace_from_images(
     known: tuple[Tensor, Tensor] | None = None,
     generator: torch.Generator,
 ) -> TraceEstimate:
-    """XTrace where the products with the probes are there already; cost, one more product with a block.
+    """XTrace given the products with the probes; cost: one more product with a block.
 
-    With Q_i a basis of the images of all probes but the i-th, and ``x_i`` the i-th probe's part outside of it, scaled
-    to the squared length ``n - d - rank Q_i`` of a normal vector there, each of
+    With Q_i a basis of the images of all probes but the i-th, and ``x_i`` the i-th probe's component orthogonal to it,
+    scaled to the squared length ``n - d - rank Q_i`` of a normal vector there, each of
     ``tr(Q_i' H Q_i) + x_i' H x_i``  and  ``||H Q_i||_F^2 + ||H x_i||^2``
     is unbiased for ``tr H`` and ``||H||_F^2``; the estimate is their mean over i. No value's sign or size stops
     anything early. The K values share most of their bases, so their scatter over sqrt(K), the source's error estimate,
-    is too small: by a factor of 2 for 20 equal eigenvalues of 100 and 16 probes. The standard error here is the
+    is too coordinates: by a factor of 2 for 20 equal eigenvalues of 100 and 16 probes. The standard error here is the
     jackknife's, the whole estimate repeated without each probe; its square is, on average, at least the variance with
     K - 1 probes (Efron and Stein 1981).
 
@@ -100,19 +99,19 @@ def trace_from_images(
         probes: (K, n), independent, uniform on the unit sphere orthogonal to ``known``.
         images: (K, n), ``(I - P) H`` of them, P the projector on ``known``, as ``Quadrature`` has them.
         known: eigenvalues (d,) and eigenvectors as rows (d, n), added exactly.
-        generator: of random directions in place of those that an operator of low rank does not have.
+        generator: source of random directions, where an operator of low rank has none.
     """
     n, dtype = probes.shape[1], probes.dtype
-    values, vectors = orthonormal_pairs(known, probes[:0])
+    values, vectors = known_pairs(known, probes[:0])
     space, count = n - len(values), len(probes)
     floor = BREAKDOWN * torch.finfo(dtype).eps * float(norms(images).max())
     basis, factors = orthonormalise(images, vectors, floor, generator)
     genuine = factors.abs().sum(1) > 0
     basis, factors = basis[genuine.to(basis.device)], factors[genuine]
-    basis_images = outside(rows, vectors)(basis) if len(basis) else basis
+    basis_images = deflated(rows, vectors)(basis) if len(basis) else basis
     within, squares = inner(basis, basis_images), inner(basis_images, basis_images)
     # factors = Q'Y = R; since Y = QR, Y'HQ = R'(Q'HQ) needs no product of its own.
-    small = _Small(
+    coordinates = _ProbeCoordinates(
         factors=factors,
         along=inner(basis, probes),
         within=(within + within.T) / 2,
@@ -121,13 +120,13 @@ def trace_from_images(
         lengths=norms(images).square(),
         space=space,
     )
-    if len(basis) == space:  # with as many probes as dimensions nothing is left to chance
+    if len(basis) == space:  # as many probes as dimensions: the trace is exact
         estimate, error = torch.stack([within.trace(), squares.trace()]), torch.zeros(2, dtype=torch.float64)
     else:
-        estimate, error = _jackknife(small)
-    # Exact but for rounding where the rank is below K: nothing scatters then, and what is left is what rounding does.
-    scale = float(torch.linalg.matrix_norm(small.within, 2)) if len(basis) else 0.0
-    least = rounding(scale, dtype)
+        estimate, error = _jackknife(coordinates)
+    # With rank below K the estimates agree to rounding, which is then the standard error.
+    scale = float(torch.linalg.matrix_norm(coordinates.within, 2)) if len(basis) else 0.0
+    least = rounding_error(scale, dtype)
     return TraceEstimate(
         trace=float(estimate[0] + values.sum()),
         trace_error=math.hypot(float(error[0]), least),
@@ -139,8 +138,8 @@ def trace_from_images(
 
 
 @dataclass(frozen=True)
-class _Small:
-    """All that XTrace needs of the long vectors, in the coordinates of the basis Q of all images (r of them).
+class _ProbeCoordinates:
+    """The inner products that XTrace needs, in the basis Q (r, n) of all images.
 
     ``factors`` Q'Y, ``along`` Q' of the probes (both r, K), ``within`` Q'HQ, ``squares`` (HQ)'HQ, ``direct`` and
     ``lengths`` v'Hv and ||Hv||^2 of each probe (K,), ``space`` the dimension that the probes fill.
@@ -162,7 +161,7 @@ class _Small:
         trace, squared = (inside * self.within).sum(), (inside * self.squares).sum()
         out = torch.zeros(2, len(of), dtype=torch.float64)
         for column, i in enumerate(of):
-            # The probe less its part c in the basis, and the forms x'Hx and ||Hx||^2 of what is left.
+            # c: the probe's coordinates in the basis; then x'Hx and ||Hx||^2 of its orthogonal component x.
             c, r = inside @ self.along[:, i], self.factors[:, i]
             left_over = 1 - float(c @ c)
             stretch = (self.space - rank) / left_over if self.space > rank and left_over > 0 else 0.0
@@ -172,14 +171,14 @@ class _Small:
         return out
 
 
-def _jackknife(small: _Small) -> tuple[Tensor, Tensor]:
+def _jackknife(coordinates: _ProbeCoordinates) -> tuple[Tensor, Tensor]:
     """XTrace's two estimates (2,), and their standard errors by leaving each probe out of everything once."""
-    count = len(small.direct)
-    estimate = torch.stack([small.values((i,), (i,))[:, 0] for i in range(count)]).mean(0)
+    count = len(coordinates.direct)
+    estimate = torch.stack([coordinates.values((i,), (i,))[:, 0] for i in range(count)]).mean(0)
     fewer = torch.zeros(2, count, dtype=torch.float64)
     for i in range(count):
         for j in range(i + 1, count):
-            pair = small.values((i, j), (i, j))
+            pair = coordinates.values((i, j), (i, j))
             fewer[:, j] += pair[:, 0] / (count - 1)
             fewer[:, i] += pair[:, 1] / (count - 1)
     return estimate, (fewer.var(1) * (count - 1) ** 2 / count).sqrt()

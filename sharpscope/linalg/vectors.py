@@ -1,6 +1,6 @@
 """Inner products, updates and orthonormal blocks of long vectors; vectors are the rows of a (count, n) tensor.
 
-Everything that reads across a whole vector is here, with sums in float64 whatever the vectors' own precision.
+All reductions over a vector's components are here; they sum in float64 whatever the dtype of the vectors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 from sharpscope.errors import ArgumentError
 from sharpscope.precision import CHUNK, wide
 
-# Below this multiple of eps times the operator's norm what is left after projection is rounding, no new direction.
+# A remainder after projection below this multiple of eps times the operator's norm is rounding error, not a direction.
 BREAKDOWN = 50.0
 
 
@@ -39,7 +39,7 @@ def combine(coefficients: Tensor, rows: Tensor) -> Tensor:
 
 
 def project_out(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """``block`` without its part in the span of the orthonormal ``basis``, and that part's coefficients (m, b).
+    """Project ``block`` onto the orthogonal complement of ``basis``; return it and the coefficients removed (m, b).
 
     Two passes of classical Gram-Schmidt as matrix products: "twice is enough" (Giraud et al. 2005).
     """
@@ -59,42 +59,42 @@ def norms(rows: Tensor) -> Tensor:
 def orthonormalise(block: Tensor, basis: Tensor, floor: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Orthonormal rows ``P`` (p, n), orthogonal to ``basis``, and float64 ``R`` (p, b) with ``block = R.T P``.
 
-    ``block`` (b, n) must be orthogonal to ``basis`` already. A direction with no more than ``floor`` left of it is
-    replaced by a random one with a zero row in R, so that the iteration goes on past an invariant subspace; p < b
-    only when the space is exhausted.
+    ``block`` (b, n) must already be orthogonal to ``basis``. A row of remaining norm ``floor`` or less is replaced by a
+    random one with a zero row in R, so that the iteration continues past an invariant subspace; p < b only when the
+    space is exhausted.
     """
     count, n = block.shape
-    room = min(count, n - len(basis))
-    new = torch.empty(room, n, dtype=block.dtype, device=block.device)
-    factors = torch.zeros(room, count, dtype=torch.float64)
+    available = min(count, n - len(basis))
+    new = torch.empty(available, n, dtype=block.dtype, device=block.device)
+    factors = torch.zeros(available, count, dtype=torch.float64)
     filled = 0
     for i in range(count):
         rest, along = project_out(block[i : i + 1], new[:filled])
         factors[:filled, i] = along[:, 0]
         length = float(norms(rest)[0])
-        if length > floor and filled < room:
+        if length > floor and filled < available:
             factors[filled, i] = length
-            new[filled] = _polished(rest / length, basis, new[:filled])
+            new[filled] = _orthogonal_unit_row(rest / length, basis, new[:filled])
             filled += 1
-    for i in range(filled, room):
-        new[i] = _polished(random_rows(1, block, generator), basis, new[:i])
+    for i in range(filled, available):
+        new[i] = _orthogonal_unit_row(random_rows(1, block, generator), basis, new[:i])
     return new, factors
 
 
 def require_orthonormal(rows: Tensor, what: str) -> None:
     """Raise ArgumentError unless ``rows`` are orthonormal to half the digits of their dtype."""
-    apart = (inner(rows, rows) - torch.eye(len(rows), dtype=torch.float64)).abs()
-    if not bool((apart <= torch.finfo(rows.dtype).eps ** 0.5).all()):
-        raise ArgumentError(f"{what} must be orthonormal, but V'V is off by {float(apart.max()):.2g}.")
+    error = (inner(rows, rows) - torch.eye(len(rows), dtype=torch.float64)).abs()
+    if not bool((error <= torch.finfo(rows.dtype).eps ** 0.5).all()):
+        raise ArgumentError(f"{what} must be orthonormal, but V'V is off by {float(error.max()):.2g}.")
 
 
 def random_rows(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    """``count`` rows of independent normal numbers, drawn on the CPU so that every device sees the same."""
+    """``count`` rows of independent normal numbers, generated on the CPU, so that they are the same on every device."""
     return torch.randn(count, like.shape[1], generator=generator, dtype=torch.float64).to(like)
 
 
-def _polished(row: Tensor, *against: Tensor) -> Tensor:
-    """A unit row orthogonal to all of ``against`` to rounding, however little of it was left."""
+def _orthogonal_unit_row(row: Tensor, *against: Tensor) -> Tensor:
+    """Normalise ``row`` and make it orthogonal to ``against`` to rounding, however small it is."""
     for _ in range(2):
         row = row / float(norms(row)[0])
         for basis in against:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError, DataError, first_line, require_count
-from sharpscope.linalg.warm_lanczos import Tracked, tracked
+from sharpscope.linalg.warm_lanczos import LargestEigenvalue, warm_lanczos
 from sharpscope.measurement import Measurement, provenance, seeded
 from sharpscope.monitor.loggers import huggingface_callback, lightning_callback, sink_of
 from sharpscope.monitor.sample import SIZE, Sample, drawn
@@ -264,7 +264,7 @@ class SharpnessMonitor:
         room = OOMHalving(device=objective.device)
         return CachedGraphs(objective.graph, parts, objective.empty_block(), room, self._most_kept)
 
-    def _top(self, objective: Objective, graphs: CachedGraphs) -> Tracked:
+    def _top(self, objective: Objective, graphs: CachedGraphs) -> LargestEigenvalue:
         weight, decay = float(graphs.sums.weight), objective.problem.weight_decay
 
         def products(rows: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ class SharpnessMonitor:
         like, known = objective.empty_block(), self._known
         if known is not None and known.shape[1] != like.shape[1]:
             known = None  # parameters were frozen or thawed
-        return tracked(
+        return warm_lanczos(
             products,
             like,
             None if known is None else known.to(like),
@@ -285,7 +285,7 @@ class SharpnessMonitor:
             generator=self._generator,
         )
 
-    def _record(self, step: int, point: LossAndGradient, found: Tracked, gradients: float) -> MonitorRecord:
+    def _record(self, step: int, point: LossAndGradient, found: LargestEigenvalue, gradients: float) -> MonitorRecord:
         norm = float(torch.linalg.vector_norm(point.gradient))
         return MonitorRecord(
             step=step,

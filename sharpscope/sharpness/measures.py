@@ -485,9 +485,9 @@ def _require_sgd(recipe: Mapping[str, Any]) -> None:
 
 def _missed(top: Eigenpairs) -> float:
     """A bound on the probability that a larger eigenvalue was missed, as for ``top_eigenvalues``."""
-    if top.start is None or not bool(top.converged[0]):
+    if top.missed_bound is None or not bool(top.converged[0]):
         return 1.0
-    return float(top.start.missed(float(top.upper[0] - top.residuals.norm())))
+    return float(top.missed_bound.probability(float(top.upper[0] - top.residuals.norm())))
 
 
 def _vector_error(top: Eigenpairs) -> float:

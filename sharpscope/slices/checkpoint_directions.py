@@ -14,12 +14,12 @@ from sharpscope.objective import Objective
 from sharpscope.objective.guards import FORWARD
 from sharpscope.problem import Problem
 from sharpscope.results import Mark
-from sharpscope.slices.directions import Direction, coordinates, orthonormal, signed
+from sharpscope.slices.directions import Direction, coordinates, gram_schmidt, sign_normalised
 from sharpscope.slices.evaluation import Evaluation, running_statistics
 from sharpscope.weights import parameters
 
 
-def difference(problem: Problem, other: Problem) -> Tensor:
+def weight_difference(problem: Problem, other: Problem) -> Tensor:
     """``w' - w`` (n,) in float64 on the CPU, from the selected weights of two networks of one architecture.
 
     Raises: ProblemError where their weights have not the same names and shapes.
@@ -53,10 +53,12 @@ def towards(problem: Problem, other: Problem, name: str = "the other") -> Direct
     >>> line.barrier() < 1e-6  # none, since this loss is convex
     True
     """
-    vector = difference(problem, other)
+    vector = weight_difference(problem, other)
     if not float(vector.abs().max()):
         raise ArgumentError(f"The line to {name} needs another network, but its weights are the same. Name another.")
-    return Direction(vector, f"towards {name}", {"kind": "checkpoint", "towards": name}, _changes(problem, other))
+    return Direction(
+        vector, f"towards {name}", {"kind": "checkpoint", "towards": name}, _statistics_change(problem, other)
+    )
 
 
 def plane_through(problem: Problem, others: Mapping[str, Problem]) -> list[Direction]:
@@ -77,9 +79,9 @@ def plane_through(problem: Problem, others: Mapping[str, Problem]) -> list[Direc
     """
     if len(others) != 2:
         raise ArgumentError(f"A plane through checkpoints needs two besides the centre, got {len(others)}.")
-    rows = torch.stack([difference(problem, other) for other in others.values()])
-    axes = orthonormal(list(rows))
-    changes = _changes_along(axes, rows, [_changes(problem, other) for other in others.values()])
+    rows = torch.stack([weight_difference(problem, other) for other in others.values()])
+    axes = gram_schmidt(list(rows))
+    changes = _statistics_change_along(axes, rows, [_statistics_change(problem, other) for other in others.values()])
     first, second = others
     settings = {"kind": "plane", "through": [first, second]}
     return [
@@ -108,15 +110,15 @@ def trajectory_plane(problem: Problem, steps: Sequence[Problem]) -> list[Directi
     >>> [round(d.settings["explained"], 3) for d in plane]  # 9 and 1, of 10
     [0.9, 0.1]
     """
-    rows = torch.stack([difference(problem, step) for step in steps]) if steps else torch.zeros(0, 1)
+    rows = torch.stack([weight_difference(problem, step) for step in steps]) if steps else torch.zeros(0, 1)
     if len(rows) < 2:
         raise ArgumentError(f"The plane of a trajectory needs two steps besides the centre, got {len(rows)}.")
     _, sizes, vectors = torch.linalg.svd(rows, full_matrices=False)
     if not float(sizes[1]) > 1e-9 * float(sizes[0]):
         raise ArgumentError("The steps of the trajectory must not lie in one line through the centre. Add others.")
     shares = (sizes**2 / (sizes**2).sum()).tolist()
-    axes = orthonormal([signed(vectors[0]), signed(vectors[1])])
-    changes = _changes_along(axes, rows, [_changes(problem, step) for step in steps])
+    axes = gram_schmidt([sign_normalised(vectors[0]), sign_normalised(vectors[1])])
+    changes = _statistics_change_along(axes, rows, [_statistics_change(problem, step) for step in steps])
     found = []
     for i, vector in enumerate(axes):
         settings = {"kind": "trajectory", "steps": len(rows), "index": i + 1, "explained": shares[i]}
@@ -140,7 +142,7 @@ def span_of(
     >>> span_of(at(0.0, 0.0), plane_through(at(0.0, 0.0), {"one": one, "two": two}), [one, two])
     [(-1.0, 5.0), (-0.5, 2.5)]
     """
-    places = [coordinates(difference(problem, other), plane)[0] for other in networks]
+    places = [coordinates(weight_difference(problem, other), plane)[0] for other in networks]
     ends = [(min(0.0, *along), max(0.0, *along)) for along in zip(*places, strict=True)]
     widest = max(high - low for low, high in ends)
     # A direction along which all lie close together is not drawn out to a line.
@@ -148,16 +150,16 @@ def span_of(
     return [(low - r, high + r) for (low, high), r in zip(ends, reach, strict=True)]
 
 
-def _changes(problem: Problem, other: Problem) -> dict[str, Tensor]:
-    """By how much the other network's running statistics differ."""
+def _statistics_change(problem: Problem, other: Problem) -> dict[str, Tensor]:
+    """The difference of the BatchNorm running statistics, other minus ``problem``."""
     here, there = running_statistics(problem.model), running_statistics(other.model)
     return {key: there[key] - here[key] for key in here if key in there}
 
 
-def _changes_along(
+def _statistics_change_along(
     axes: Sequence[Tensor], rows: Tensor, changes: Sequence[Mapping[str, Tensor]]
 ) -> list[dict[str, Tensor]]:
-    """The statistics' change along each of ``axes``, which are combinations of ``rows``: the same combinations."""
+    """The change of the statistics along each of ``axes``, which are linear combinations of ``rows``."""
     shares = torch.stack(list(axes)) @ rows.T @ torch.linalg.pinv(rows @ rows.T)
     along = []
     for share in shares.tolist():
@@ -166,7 +168,7 @@ def _changes_along(
     return along
 
 
-def marked(
+def measure_marks(
     problem: Problem,
     lines: Sequence[Sequence[Direction]],
     objectives: Mapping[str, Objective],
@@ -174,9 +176,10 @@ def marked(
     trajectory: Mapping[str, Problem],
     micro_batch: int,
 ) -> tuple[Mark, ...]:
-    """Where ``marks`` and the steps of ``trajectory`` lie, and the loss of each by itself, with its own buffers.
+    """Coordinates of ``marks`` and ``trajectory`` steps on the line or plane, and each network's loss.
 
-    Loss, data, mode and weight decay are those of ``problem``. Cost: a forward pass of each network over each split.
+    Each network keeps its own buffers. Loss, data, mode and weight decay are those of ``problem``. Cost: a
+    forward pass of each network over each split.
 
     Raises: ArgumentError where there are several lines, ProblemError for another architecture.
     """
@@ -185,9 +188,9 @@ def marked(
     found = []
     for on_path, networks in ((False, marks), (True, trajectory)):
         for name, other in networks.items():
-            vector = difference(problem, other)
+            vector = weight_difference(problem, other)
             place, distance = coordinates(vector, lines[0])
-            beside = _beside(problem, other)
+            unselected = _unselected_distance(problem, other)
             values = {}
             for split, objective in objectives.items():
                 own = replace(problem, model=other.model, data=objective.problem.data)
@@ -197,13 +200,15 @@ def marked(
                     values[split] = Evaluation(theirs, micro_batch)()
                 objective.add_cost(FORWARD * (theirs.num_examples or 0))
             losses, accuracies = ({split: value[i] for split, value in values.items()} for i in range(2))
-            length = math.hypot(float(torch.linalg.vector_norm(vector)), beside)
-            found.append(Mark(name, tuple(place), math.hypot(distance, beside), length, losses, accuracies, on_path))
+            length = math.hypot(float(torch.linalg.vector_norm(vector)), unselected)
+            found.append(
+                Mark(name, tuple(place), math.hypot(distance, unselected), length, losses, accuracies, on_path)
+            )
     return tuple(found)
 
 
-def _beside(problem: Problem, other: Problem) -> float:
-    """How far apart the networks are in the weights that are not selected, which no line or plane moves."""
+def _unselected_distance(problem: Problem, other: Problem) -> float:
+    """The distance between the networks in the weights that are not selected, which no line or plane changes."""
     chosen = {id(p) for p in parameters.select(problem.model, problem.params).values()}
     theirs = dict(other.model.named_parameters())
     squares = [

@@ -27,7 +27,7 @@ from sharpscope.weights.norm_ball import Ball
 from sharpscope.weights.parameters import views
 from sharpscope.weights.perturbation import Perturbation
 
-# Less than this share of a vector left outside the others is rounding: it lies in their span.
+# A vector with less than this fraction orthogonal to the others is linearly dependent on them.
 INDEPENDENT = 1e-6
 
 
@@ -71,7 +71,7 @@ def cosine(one: Direction, two: Direction) -> float:
     return float(one.vector / one.length @ (two.vector / two.length))
 
 
-def orthonormal(vectors: Sequence[Tensor]) -> list[Tensor]:
+def gram_schmidt(vectors: Sequence[Tensor]) -> list[Tensor]:
     """Orthonormal float64 vectors, the first k of which span what the first k given span.
 
     Gram-Schmidt, twice: "twice is enough" (Giraud et al. 2005).
@@ -96,8 +96,8 @@ def orthonormal(vectors: Sequence[Tensor]) -> list[Tensor]:
     return done
 
 
-def signed(vector: Tensor) -> Tensor:
-    """``vector`` or its negative, whichever has its largest component positive: the same picture on every machine."""
+def sign_normalised(vector: Tensor) -> Tensor:
+    """``vector`` or its negative, whichever has a positive largest component, so that figures are reproducible."""
     return vector if float(vector[vector.abs().argmax()]) > 0 else -vector
 
 
@@ -114,7 +114,7 @@ def orthonormalised(directions: Sequence[Direction]) -> list[Direction]:
     >>> [d.vector.tolist() for d in orthonormalised(pair)]
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    axes = orthonormal([d.vector for d in directions])
+    axes = gram_schmidt([d.vector for d in directions])
     return [
         replace(
             d,
@@ -155,7 +155,9 @@ def write_directions(path: str | os.PathLike[str], directions: Sequence[Directio
     """
     place = Path(path)
     about = [{"label": d.label, "settings": dict(d.settings)} for d in directions]
-    text = np.frombuffer(json.dumps({"asked": _plain(asked), "directions": _plain(about)}).encode(), np.uint8)
+    text = np.frombuffer(
+        json.dumps({"asked": _json_round_trip(asked), "directions": _json_round_trip(about)}).encode(), np.uint8
+    )
     mine = place.with_name(f"{place.stem}-{os.getpid()}.npz")
     try:
         with atomic(mine) as temporary, open(temporary, "wb") as file:
@@ -181,7 +183,7 @@ def read_directions(path: str | os.PathLike[str], asked: Mapping[str, Any]) -> l
     try:
         with np.load(path) as arrays:
             kept = json.loads(arrays["arr_0"].tobytes())
-            if kept["asked"] != _plain(asked):
+            if kept["asked"] != _json_round_trip(asked):
                 return None
             vectors = [torch.from_numpy(arrays[f"arr_{i + 1}"]) for i in range(len(kept["directions"]))]
     except (*UNREADABLE, UnicodeDecodeError):
@@ -189,8 +191,8 @@ def read_directions(path: str | os.PathLike[str], asked: Mapping[str, Any]) -> l
     return [Direction(v, d["label"], d["settings"]) for v, d in zip(vectors, kept["directions"], strict=True)]
 
 
-def _plain(value: Any) -> Any:
-    """``value`` as JSON gives it back."""
+def _json_round_trip(value: Any) -> Any:
+    """``value`` after writing and reading as JSON."""
     return json.loads(json.dumps(plain(value)))
 
 
@@ -253,8 +255,10 @@ def random_directions(
     drawn = [torch.randn(n, generator=source, dtype=torch.float64) for _ in range(count)]
     vectors = [torch.zeros(n, dtype=torch.float64) for _ in range(count)]
     for where, sizes in _groups(weights, normalisation, one_dimensional == "scaled"):
-        for vector, group in zip(vectors, _orthogonal([d[where].reshape(len(sizes), -1) for d in drawn]), strict=True):
-            sized = group if normalisation == "none" else group / _lengths(group) * sizes[:, None]
+        for vector, group in zip(
+            vectors, _orthogonalised_groups([d[where].reshape(len(sizes), -1) for d in drawn]), strict=True
+        ):
+            sized = group if normalisation == "none" else group / _row_norms(group) * sizes[:, None]
             vector[where] = sized.reshape(-1)
     settings = {"kind": "random", "normalisation": normalisation, "one_dimensional": one_dimensional, "seed": seed}
     if not all(float(v.abs().max()) for v in vectors):
@@ -286,20 +290,20 @@ def _groups(weights: Sequence[Tensor], normalisation: str, scaled: bool) -> Iter
         yield torch.cat([where for where, _ in all_of_them]), torch.linalg.vector_norm(whole).reshape(1)
 
 
-def _orthogonal(drawn: Sequence[Tensor]) -> list[Tensor]:
-    """Each row of each of ``drawn`` (groups, size) without its part along the same row of those before it."""
+def _orthogonalised_groups(drawn: Sequence[Tensor]) -> list[Tensor]:
+    """Each row of each of ``drawn`` (groups, size) orthogonalised against the same row of those before it."""
     done: list[Tensor] = []
     for i, rows in enumerate(drawn):
-        # Rows as long as there are rows before them have nothing left but rounding.
+        # Rows of length i or less are dependent on the i rows before them.
         rest = rows if rows.shape[1] > i else torch.zeros_like(rows)
         for _ in range(2):
             for before in done:
-                rest = rest - (rest * before).sum(1, keepdim=True) / _lengths(before) ** 2 * before
+                rest = rest - (rest * before).sum(1, keepdim=True) / _row_norms(before) ** 2 * before
         done.append(rest)
     return done
 
 
-def _lengths(rows: Tensor) -> Tensor:
+def _row_norms(rows: Tensor) -> Tensor:
     """The 2-norm (groups, 1) of each row, 1 for rows of zeros, to divide by."""
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return torch.where(lengths > 0, lengths, torch.ones_like(lengths))
@@ -333,10 +337,10 @@ def eigenvector_directions(result: EigenResult, which: Sequence[int] = (1, 2)) -
     k = len(result.eigenvalues)
     if not which or not all(1 <= i <= k for i in which) or len(set(which)) < len(which):
         raise ArgumentError(f"Eigenvectors must be different places from 1 to {k}, got {list(which)}.")
-    vectors = [signed(torch.from_numpy(result.eigenvectors[:, i - 1].copy()).double()) for i in which]
+    vectors = [sign_normalised(torch.from_numpy(result.eigenvectors[:, i - 1].copy()).double()) for i in which]
     return [
         Direction(v, f"eigenvector {i}", {"kind": "eigenvector", "index": i, "eigenvalue": result.eigenvalues[i - 1]})
-        for i, v in zip(which, orthonormal(vectors), strict=True)
+        for i, v in zip(which, gram_schmidt(vectors), strict=True)
     ]
 
 

@@ -20,16 +20,16 @@ from sharpscope.slices.directions import Direction
 from sharpscope.weights.parameters import views
 from sharpscope.weights.perturbation import Perturbation
 
-# Data of no more bytes are kept on the device between points.
+# Data up to this many bytes are kept on the device between points.
 KEPT = 1 << 31
 
 # Bytes of the largest activation of a micro-batch. On the CPU it should stay in a cache: of sizes from 32 to 2,048
 # those near this were fastest on a cnn (128 to 1,000 alike), a WRN (64) and an mlp (512 and more).
-ON_CPU, ELSEWHERE = 1 << 23, 1 << 28
+CPU_BYTES, GPU_BYTES = 1 << 23, 1 << 28
 SIZES = (32, 2048)
 
 
-def usual_micro_batch(objective: Objective) -> int:
+def default_micro_batch(objective: Objective) -> int:
     """Examples a forward pass, from the size of the largest output of a module.
 
     No clock decides, so that equal runs end in equal bits. To be used within ``objective.measuring()``; cost, a forward
@@ -38,18 +38,18 @@ def usual_micro_batch(objective: Objective) -> int:
     part = objective.first_examples(4)
     largest = 1
 
-    def see(module: nn.Module, args: Any, output: Any) -> None:
+    def record_size(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal largest
         if isinstance(output, Tensor):
             largest = max(largest, output.numel() * output.element_size() // part.size)
 
-    handles = [module.register_forward_hook(see) for module in objective.terms.model.modules()]
+    handles = [module.register_forward_hook(record_size) for module in objective.terms.model.modules()]
     try:
         objective.terms.forward(part)
     finally:
         for handle in handles:
             handle.remove()
-    fits = (ON_CPU if objective.device.type == "cpu" else ELSEWHERE) / largest
+    fits = (CPU_BYTES if objective.device.type == "cpu" else GPU_BYTES) / largest
     size = int(min(max(2 ** round(math.log2(fits)), SIZES[0]), SIZES[1]))
     # As many micro-batches of equal sizes: a last one of few examples would be a statistic of few.
     count = objective.num_examples
@@ -67,36 +67,36 @@ class Evaluation:
         objective: loss and data.
         micro_batch: examples at a time; the loader's batches are kept where the objective keeps them.
 
-    Raises: AuditError when a micro-batch has another loss at a second look.
+    Raises: AuditError if a second evaluation of a micro-batch gives another loss.
     """
 
     def __init__(self, objective: Objective, micro_batch: int) -> None:
         self._objective, self._terms = objective, objective.terms
         self._size = None if objective.keeps_batches else micro_batch
         fixed = "the loader's batches are kept" if objective.keeps_batches else ""
-        self._room = OOMHalving(fixed=fixed, device=objective.device)
+        self._oom_halving = OOMHalving(fixed=fixed, device=objective.device)
         self._kept: list[MicroBatch] | None = None
         self._mode: Callable[[], AbstractContextManager[Any]] = torch.enable_grad
-        self._writes = False
-        self._watching = True
+        self._model_writes = False
+        self._check_writes = True
         self.examples = self.answers = 0
-        self._settle()
+        self._choose_grad_mode()
 
     def __call__(self) -> tuple[float, float]:
         """Loss, weight decay included, and accuracy, NaN for a loss without labels; cost, a forward pass."""
         columns: tuple[list[Tensor], ...] = ([], [], [], [])
         self.examples = 0
         for part in self.parts():
-            for values in self._room.run(part, self._values):
+            for values in self._oom_halving.run(part, self._values):
                 for column, value in zip(columns, values, strict=True):
                     column.append(value)
             self.examples += part.size
         self._terms.checked = True
-        self._watching = False
+        self._check_writes = False
         loss, weight, correct, counted = (_total(column) for column in columns)
         mean = (loss / weight if weight else math.nan) + self._terms.decay()
         self.answers = int(counted)
-        # Where outputs are NaN the largest of them is none.
+        # NaN outputs have no largest entry.
         return mean, correct / counted if counted and math.isfinite(mean) else math.nan
 
     def parts(self) -> Iterator[MicroBatch]:
@@ -123,22 +123,22 @@ class Evaluation:
             self._forward(part)
 
         for part in self.parts():
-            for _ in self._room.run(part, work):
+            for _ in self._oom_halving.run(part, work):
                 pass
 
     def _placed(self, part: MicroBatch) -> MicroBatch:
         return replace(part, batch=self._terms.to_device(part.batch))
 
     def _forward(self, part: MicroBatch) -> Any:
-        """Output, target and batch; what is kept for other points is handed over as a copy where the model writes."""
-        spared = not self._watching and not (self._writes and self._kept is not None)
-        batch = part.batch if spared else map_tensors(part.batch, torch.clone)
+        """Output, target and batch; data kept for other points are copied if the model modifies them."""
+        share = not self._check_writes and not (self._model_writes and self._kept is not None)
+        batch = part.batch if share else map_tensors(part.batch, torch.clone)
         with self._mode():
             found = self._terms.forward_on(batch)
-        if self._watching and not self._writes:
+        if self._check_writes and not self._model_writes:
             # By value: not every write counts up a tensor's version.
             pairs = zip(tensors(part.batch), tensors(batch), strict=True)
-            self._writes = not all(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)
+            self._model_writes = not all(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)
         return found
 
     def _values(self, part: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -149,8 +149,8 @@ class Evaluation:
             right, known = self._terms.count_correct(output, target)
         return loss.detach(), weight, right, known
 
-    def _settle(self) -> None:
-        """The cheapest way to the values that autograd sees, after making sure that they are the same twice."""
+    def _choose_grad_mode(self) -> None:
+        """Turn autograd off if the loss is unchanged without it; raise AuditError if two evaluations differ."""
         wanted, state = self._values(self._first()), torch.get_rng_state()
         if not _same(wanted, self._values(self._first())):
             raise AuditError(
@@ -162,21 +162,21 @@ class Evaluation:
         self._mode = torch.no_grad
         torch.set_rng_state(state)
         try:
-            settled = _same(wanted, self._values(self._first()))
+            no_grad_works = _same(wanted, self._values(self._first()))
         except (RuntimeError, ProblemError) as error:
             if out_of_memory(error):
                 raise
-            settled = False
-        if not settled:
+            no_grad_works = False
+        if not no_grad_works:
             self._mode = torch.enable_grad
 
     def _first(self) -> MicroBatch:
-        """Some examples of a fresh walk over the data."""
+        """The first examples of a new pass over the data."""
         return self._placed(self._objective.first_examples(8))
 
 
 def _total(values: list[Tensor]) -> float:
-    """The sum, in float64; waits for the device once."""
+    """The sum in float64, with one device synchronisation."""
     if not values:
         return 0.0
     if values[0].device.type == "cpu":
@@ -185,13 +185,13 @@ def _total(values: list[Tensor]) -> float:
 
 
 def _same(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
-    """Whether two looks agree but for the rounding of other kernels."""
+    """Whether two evaluations agree up to the rounding of different kernels."""
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-8, equal_nan=True) for a, b in zip(one, two, strict=True))
 
 
-Walked = Callable[[Callable[[int], None]], None]
+RunModel = Callable[[Callable[[int], None]], None]
 
-TREATMENTS = ("frozen", "interpolate", "recalibrate")
+BATCHNORM_MODES = ("frozen", "interpolate", "recalibrate")
 
 
 def running_norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
@@ -212,7 +212,7 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-class Statistics:
+class BatchNormStatistics:
     """The running statistics at the point ``w + sum_k c_k d_k``.
 
     - "frozen": those at w. Away from w the network normalises by the statistics of another one.
@@ -229,8 +229,8 @@ class Statistics:
     def __init__(
         self, model: nn.Module, treatment: str, changes: Sequence[Mapping[str, Tensor]], mode: str = "eval"
     ) -> None:
-        if treatment not in TREATMENTS:
-            raise ArgumentError(f"batchnorm must be one of {', '.join(TREATMENTS)}, got {treatment!r}.")
+        if treatment not in BATCHNORM_MODES:
+            raise ArgumentError(f"batchnorm must be one of {', '.join(BATCHNORM_MODES)}, got {treatment!r}.")
         self._norms = list(running_norms(model).values())
         if treatment != "frozen" and not self._norms:
             raise ArgumentError(
@@ -260,35 +260,35 @@ class Statistics:
             )
 
     @torch.no_grad()
-    def move_to(self, coefficients: Sequence[float], walk: Walked) -> None:
-        """Set the statistics for the point; ``walk(before)`` runs the model on the data, see ``Evaluation.run``."""
+    def move_to(self, coefficients: Sequence[float], run_model: RunModel) -> None:
+        """Set the statistics of the point; ``run_model`` is ``Evaluation.run``."""
         if self.treatment == "interpolate":
             for (name, centre), buffer in zip(self._centre.items(), self._written, strict=True):
                 value = centre + sum(c * change[name] for c, change in zip(coefficients, self._changes, strict=True))
                 buffer.copy_(value.clamp(min=0) if name.endswith("running_var") else value)
         elif self.treatment == "recalibrate":
-            self._recalibrate(walk)
+            self._recalibrate(run_model)
 
-    def _recalibrate(self, walk: Walked) -> None:
+    def _recalibrate(self, run_model: RunModel) -> None:
         before = [(norm, norm.momentum, norm.track_running_stats) for norm in self._norms]
         seen = 0
 
-        def weigh(examples: int) -> None:
+        def set_momentum(examples: int) -> None:
             nonlocal seen
             seen += examples
             for norm in self._norms:
-                norm.momentum = examples / seen  # the first takes the place of what was there
+                norm.momentum = examples / seen  # 1 at the first micro-batch: it replaces the old statistics
 
         try:
             for norm in self._norms:
                 norm.track_running_stats = norm.training = True
-            walk(weigh)
+            run_model(set_momentum)
         finally:
             for norm, momentum, tracks in before:
                 norm.momentum, norm.track_running_stats, norm.training = momentum, tracks, False
 
 
-class Walk:
+class PointEvaluator:
     """Loss and accuracy of each split at points ``w + sum_k c_k d_k``.
 
     To be used within ``measuring()`` of each objective. Each point is written from the stored centre, so nothing
@@ -297,9 +297,9 @@ class Walk:
     Args:
         objectives: by the name of the split, of one model.
         lines: the directions of each line or plane.
-        batchnorm: see ``Statistics``.
+        batchnorm: see ``BatchNormStatistics``.
         micro_batch: examples a forward pass.
-        moved: of the weights, whose owner puts them back.
+        perturbation: of the weights; the caller restores them.
     """
 
     def __init__(
@@ -308,18 +308,20 @@ class Walk:
         lines: Sequence[Sequence[Direction]],
         batchnorm: str,
         micro_batch: int,
-        moved: Perturbation,
+        perturbation: Perturbation,
     ) -> None:
         self._objectives = list(objectives.values())
         first = self._objectives[0]
         self._terms = first.terms
         self._evaluations = [Evaluation(objective, micro_batch) for objective in self._objectives]
         changes = [[d.statistics for d in line] for line in lines]
-        self._statistics = [Statistics(first.terms.model, batchnorm, change, first.problem.mode) for change in changes]
+        self._statistics = [
+            BatchNormStatistics(first.terms.model, batchnorm, change, first.problem.mode) for change in changes
+        ]
         self._lines = [[self._moves(d) for d in line] for line in lines]
-        self._moved = moved
+        self._perturbation = perturbation
 
-    def at(self, line: int, coefficients: Sequence[float]) -> list[float]:
+    def evaluate(self, line: int, coefficients: Sequence[float]) -> list[float]:
         """Loss and accuracy of each split, in turn; cost, a forward pass over each, another with "recalibrate"."""
         self._move(line, coefficients)
         statistics = self._statistics[line]
@@ -342,9 +344,9 @@ class Walk:
     def _move(self, line: int, coefficients: Sequence[float]) -> None:
         moves = [(d, c) for d, c in zip(self._lines[line], coefficients, strict=True) if c]
         if not moves:
-            self._moved.restore()
+            self._perturbation.restore()
             return
         (direction, scale), *others = moves
-        self._moved.move_to(direction, scale)
+        self._perturbation.move_to(direction, scale)
         for direction, scale in others:
-            self._moved.add(self._moved.weights, direction, scale)
+            self._perturbation.add(self._perturbation.weights, direction, scale)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.results.slice import DIVERGED, DONE, PENDING
 from sharpscope.resume import PointLog
-from sharpscope.slices.evaluation import Walk
+from sharpscope.slices.evaluation import PointEvaluator
 
 
 class Grid:
@@ -22,31 +22,33 @@ class Grid:
         axes: ascending coordinates (x,) or (x, y).
     """
 
-    def __init__(self, walk: Walk, log: PointLog, lines: int, axes: tuple[Array, ...], splits: int) -> None:
-        self._walk, self._log, self._lines, self._splits = walk, log, lines, splits
+    def __init__(
+        self, evaluator: PointEvaluator, log: PointLog, lines: int, axes: tuple[Array, ...], splits: int
+    ) -> None:
+        self._evaluator, self._log, self._lines, self._splits = evaluator, log, lines, splits
         self.axes = axes
 
     def centre(self) -> Array:
-        """Loss and accuracy at w (splits, 2), taken anew: what is in the log is of this loss only if it agrees.
+        """Evaluate loss and accuracy at w (splits, 2); discard the log if its values at w differ.
 
         Raises: DataError when the loss is not finite there.
         """
         w = (0.0,) * len(self.axes)
-        values, first = tuple(self._walk.at(0, w)), (0.0, *w)
+        values, first = tuple(self._evaluator.evaluate(0, w)), (0.0, *w)
         if not np.isfinite(values[0]):
             raise DataError(
                 f"The loss at the weights must be finite, got {values[0]}. Check that checkpoint and data belong "
                 "together."
             )
         if first in self._log and not np.array_equal(self._log[first], values, equal_nan=True):
-            self._log.clear()  # code that no hash sees has changed
+            self._log.clear()  # the code has changed, which the key does not include
         for line in range(self._lines):  # w is on every line
             if (float(line), *w) not in self._log:
                 self._log.add((float(line), *w), values)
         return np.array(values).reshape(self._splits, 2)
 
-    def known(self) -> int:
-        """How many of its points beside w are in the log."""
+    def num_logged(self) -> int:
+        """The number of points other than w that are in the log."""
         points = np.stack(np.meshgrid(*self.axes), axis=-1).reshape(-1, len(self.axes)).tolist()
         return sum((float(line), *p) in self._log for line in range(self._lines) for p in points if any(p))
 
@@ -56,7 +58,7 @@ class Grid:
         shard: tuple[int, int] | None = None,
         preview: Callable[[], None] | None = None,
     ) -> None:
-        """Take every point, or every n-th from the i-th on; ``preview`` is called after each.
+        """Evaluate every point, or with ``shard`` every n-th from the i-th; call ``preview`` after each.
 
         ``report(done, points)`` is called after each point.
         """
@@ -69,7 +71,7 @@ class Grid:
         if shard is not None:
             points = points[shard[0] - 1 :: shard[1]]
         for done, (line, coordinates) in enumerate(points, start=1):
-            self._value(line, coordinates)
+            self._evaluate(line, coordinates)
             report(done, len(points))
             if preview is not None:
                 preview()
@@ -91,19 +93,19 @@ class Grid:
         return loss, accuracy, np.where(diverged, DIVERGED, np.where(known, DONE, PENDING)).astype(np.int8)
 
     def refine(self, count: int) -> None:
-        """At most ``count`` coordinates more on each axis, where the first split's loss bends most."""
+        """Add at most ``count`` coordinates to each axis, where the first split's loss has the largest curvature."""
         loss = self.arrays()[0][0]
         across = np.swapaxes(loss, -1, -2) if len(self.axes) == 2 else loss
-        self.axes = tuple(refined(a, values, count) for a, values in zip(self.axes, (loss, across), strict=False))
+        self.axes = tuple(refined_axis(a, values, count) for a, values in zip(self.axes, (loss, across), strict=False))
 
     @property
     def _shape(self) -> tuple[int, ...]:
         return tuple(len(a) for a in reversed(self.axes))
 
-    def _value(self, line: int, coordinates: tuple[float, ...]) -> None:
+    def _evaluate(self, line: int, coordinates: tuple[float, ...]) -> None:
         point = (float(line), *coordinates)
         if point not in self._log:
-            self._log.add(point, self._walk.at(line, coordinates))
+            self._log.add(point, self._evaluator.evaluate(line, coordinates))
 
 
 Array = NDArray[np.float64]
@@ -111,14 +113,14 @@ Span = tuple[float, float]
 
 SPACINGS = ("linear", "log")
 
-# The first step away from 0 of a log-spaced axis, over its end.
-SMALLEST = 1e-3
+# The smallest nonzero coordinate of a log-spaced axis, as a fraction of its end.
+FIRST_LOG_STEP = 1e-3
 
-# Beyond it a coordinate may leave float32.
-FARTHEST = 1e30
+# Larger coordinates may overflow float32.
+MAX_COORDINATE = 1e30
 
 
-def axis(points: int = 21, span: Span = (-1.0, 1.0), spacing: str = "linear") -> Array:
+def make_axis(points: int = 21, span: Span = (-1.0, 1.0), spacing: str = "linear") -> Array:
     """Ascending coordinates t from ``span[0]`` to ``span[1]``, both of them exactly, and 0 exactly if it lies between.
 
     With "log" they lie in geometric progression away from 0, from 1/1000 of an end to the end, on each side that the
@@ -132,9 +134,9 @@ def axis(points: int = 21, span: Span = (-1.0, 1.0), spacing: str = "linear") ->
     low, high = map(float, span)
     if not isinstance(points, int) or points < 2:
         raise ArgumentError(f"An axis must have at least 2 points, got {points}.")
-    if not -FARTHEST <= low < high <= FARTHEST:
+    if not -MAX_COORDINATE <= low < high <= MAX_COORDINATE:
         raise ArgumentError(
-            f"The range of an axis must go from a lower to a higher number, at most {FARTHEST:g}, got {low:g} to "
+            f"The range of an axis must go from a lower to a higher number, at most {MAX_COORDINATE:g}, got {low:g} to "
             f"{high:g}."
         )
     if spacing not in SPACINGS:
@@ -154,7 +156,7 @@ def custom_axis(values: Sequence[float] | Array) -> Array:
     Raises: ArgumentError unless they are at least 2, finite and ascending.
     """
     found = np.array(values, dtype=np.float64)
-    if found.ndim != 1 or len(found) < 2 or not (abs(found) <= FARTHEST).all() or not (np.diff(found) > 0).all():
+    if found.ndim != 1 or len(found) < 2 or not (abs(found) <= MAX_COORDINATE).all() or not (np.diff(found) > 0).all():
         raise ArgumentError(f"Coordinates must be at least 2 finite, ascending numbers, got {values!r}.")
     return found
 
@@ -164,7 +166,7 @@ def _logarithmic(points: int, low: float, high: float) -> Array:
         return np.geomspace(low, high, points)
     sides = [end for end in (low, high) if end]
     count = points // 2 if len(sides) == 2 else points - 1
-    away = [end * (np.geomspace(SMALLEST, 1.0, count) if count > 1 else np.ones(1)) for end in sides]
+    away = [end * (np.geomspace(FIRST_LOG_STEP, 1.0, count) if count > 1 else np.ones(1)) for end in sides]
     return np.sort(np.concatenate([np.zeros(1), *away]))
 
 
@@ -201,7 +203,7 @@ def _levels(coordinates: Array) -> NDArray[np.int64]:
     return level
 
 
-def refined(coordinates: Array, values: NDArray[np.float64], count: int) -> Array:
+def refined_axis(coordinates: Array, values: NDArray[np.float64], count: int) -> Array:
     """``coordinates`` and the midpoints of at most ``count`` intervals where ``values`` bend most.
 
     ``values`` (..., points) may be of many lines; the one that bends most decides. The measure is how far a chord

@@ -17,10 +17,10 @@ from sharpscope.objective import Objective, Progress
 from sharpscope.problem import Problem
 from sharpscope.results import Cost, SliceResult
 from sharpscope.resume import Journal, PointLog, key_of
-from sharpscope.slices.checkpoint_directions import marked
+from sharpscope.slices.checkpoint_directions import measure_marks
 from sharpscope.slices.directions import Direction, cosine, random_directions
-from sharpscope.slices.evaluation import Walk, usual_micro_batch
-from sharpscope.slices.grid import Array, Grid, Span, axis, custom_axis, with_point
+from sharpscope.slices.evaluation import PointEvaluator, default_micro_batch
+from sharpscope.slices.grid import Array, Grid, Span, custom_axis, make_axis, with_point
 from sharpscope.weights.perturbation import Perturbation
 
 Preview = Callable[[Callable[[], SliceResult]], None]
@@ -28,7 +28,7 @@ Preview = Callable[[Callable[[], SliceResult]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """What ``loss_slice`` and ``loss_surface`` share; their docstrings say what it is."""
+    """The arguments shared by ``loss_slice`` and ``loss_surface``, documented there."""
 
     also: Mapping[str, Any] | None
     batchnorm: str
@@ -115,11 +115,11 @@ def loss_slice(
     leads = all(d.settings.get("kind") == "checkpoint" for d in chosen)
     low, high = span or ((-0.5, 1.5) if leads else (-1.0, 1.0))
     if coordinates is not None:
-        along = custom_axis(coordinates)
+        t_axis = custom_axis(coordinates)
     else:
-        along = axis(points, (low, high), spacing)
-        # The other end of a line between networks is as much worth a point as the centre.
-        along = with_point(along, 1.0) if leads and low < 1 < high else along
+        t_axis = make_axis(points, (low, high), spacing)
+        # A line between two networks has a point at either network.
+        t_axis = with_point(t_axis, 1.0) if leads and low < 1 < high else t_axis
     settings = _Settings(
         also=also,
         batchnorm=batchnorm,
@@ -134,7 +134,7 @@ def loss_slice(
         shard=shard,
         preview=preview,
     )
-    return _measured(problem, [[d] for d in chosen], (along,), progress, settings)
+    return _measure(problem, [[d] for d in chosen], (t_axis,), progress, settings)
 
 
 def loss_surface(
@@ -161,7 +161,7 @@ def loss_surface(
 ) -> SliceResult:
     """``L(w + x d_1 + y d_2)`` and the accuracy on a grid of a plane.
 
-    Points are taken from a coarse grid to a fine one. A point whose loss is infinite or NaN is marked as diverged. The
+    Points are evaluated from coarse to fine. A point whose loss is infinite or NaN is marked as diverged. The
     model and all random states are left bit for bit as they were.
 
     Args:
@@ -175,7 +175,7 @@ def loss_surface(
         coordinates: of x and of y themselves, in place of points, span and spacing.
         spacing: "linear", or "log": in geometric progression away from 0, from 1/1000 of an end to that end.
         also: by name further data to take loss and accuracy of at each point, as of the test set.
-        batchnorm: "frozen", "interpolate" or "recalibrate", see ``Statistics``.
+        batchnorm: "frozen", "interpolate" or "recalibrate", see ``BatchNormStatistics``.
         refine: so many coordinates more on each axis, where the loss bends most.
         curvature: measure slope and curvature at w for a quadratic prediction; by default where a direction is an
             eigenvector.
@@ -224,7 +224,7 @@ def loss_surface(
         spans: Any = span if isinstance(span[0], tuple | list) else (span, span)
         if len(counts) != 2 or len(spans) != 2:
             raise ArgumentError(f"points and span must be of x and y, got {points!r} and {span!r}.")
-        x, y = (axis(n, s, spacing) for n, s in zip(counts, spans, strict=True))
+        x, y = (make_axis(n, s, spacing) for n, s in zip(counts, spans, strict=True))
     settings = _Settings(
         also=also,
         batchnorm=batchnorm,
@@ -239,10 +239,10 @@ def loss_surface(
         shard=shard,
         preview=preview,
     )
-    return _measured(problem, [chosen], (x, y), progress, settings)
+    return _measure(problem, [chosen], (x, y), progress, settings)
 
 
-def _measured(
+def _measure(
     problem: Problem, lines: list[list[Direction]], axes: tuple[Array, ...], progress: Progress | None, s: _Settings
 ) -> SliceResult:
     m = Measurement(problem, dtype=s.dtype, device=s.device, micro_batch=s.micro_batch, audited=False, products=False)
@@ -255,22 +255,22 @@ def _measured(
             f"{', '.join(str(len(v)) for v in vectors)}. Make it of the same problem."
         )
     # Before the first forward pass: some layers write into their weights in it.
-    with Perturbation(objective.terms.params) as moved:
-        return _on_grid(m, lines, axes, progress, s, objectives, moved)
+    with Perturbation(objective.terms.params) as perturbation:
+        return _measure_on_grid(m, lines, axes, progress, s, objectives, perturbation)
 
 
-def _on_grid(
+def _measure_on_grid(
     m: Measurement,
     lines: list[list[Direction]],
     axes: tuple[Array, ...],
     progress: Progress | None,
     s: _Settings,
     objectives: dict[str, Objective],
-    moved: Perturbation,
+    perturbation: Perturbation,
 ) -> SliceResult:
     objective = m.objective
     with objective.measuring(products=False):
-        size = s.micro_batch or usual_micro_batch(objective)
+        size = s.micro_batch or default_micro_batch(objective)
     # Before any clock has chosen how derivatives are taken, which is no part of what a point depends on.
     key = "" if s.journal is None else _key(objectives, lines, s, size)
     name = "points" if s.shard is None else f"shard-{s.shard[0]}-of-{s.shard[1]}"
@@ -281,29 +281,29 @@ def _on_grid(
         stack.enter_context(m)  # the first of the objectives
         for each in list(objectives.values())[1:]:
             stack.enter_context(each.measuring(products=False))
-        others = marked(m.problem, lines, objectives, s.marks or {}, s.trajectory or {}, size)
-        walk = Walk(objectives, lines, s.batchnorm, size, moved)
-        grid = Grid(walk, log, len(lines), axes, len(objectives))
+        others = measure_marks(m.problem, lines, objectives, s.marks or {}, s.trajectory or {}, size)
+        evaluator = PointEvaluator(objectives, lines, s.batchnorm, size, perturbation)
+        grid = Grid(evaluator, log, len(lines), axes, len(objectives))
         centre = grid.centre()
-        repeated = grid.known()
+        repeated = grid.num_logged()
 
         def result() -> SliceResult:
             loss, accuracy, status = grid.arrays()
-            said = m.provenance(refined=s.refine, repeated=repeated)
+            provenance = m.provenance(refined=s.refine, repeated=repeated)
             return SliceResult(
                 axes=grid.axes,
                 loss=loss,
                 accuracy=accuracy,
                 status=status,
                 splits=tuple(objectives),
-                directions=tuple(tuple(_described(d) for d in line) for line in lines),
+                directions=tuple(tuple(_direction_dict(d) for d in line) for line in lines),
                 centre=centre,
                 slopes=slopes,
                 curvatures=curvatures,
                 marks=others,
                 cost=_cost(list(objectives.values())),
                 provenance={
-                    **said,
+                    **provenance,
                     "seed": None,
                     "statistics": s.batchnorm,
                     "cosine": cosine(*lines[0]) if len(axes) == 2 else None,
@@ -347,12 +347,12 @@ def _key(objectives: Mapping[str, Objective], lines: list[list[Direction]], s: _
     )
 
 
-def _described(direction: Direction) -> dict[str, Any]:
+def _direction_dict(direction: Direction) -> dict[str, Any]:
     return {"label": direction.label, "length": direction.length, **direction.settings}
 
 
 def _cost(objectives: Sequence[Objective]) -> Cost:
-    """All splits together; gradients are over the first one's examples."""
+    """The cost of all splits; gradients are over the first one's examples."""
     first = objectives[0]
     gradients = sum(o.cost_counter.example_gradients for o in objectives) / max(1, first.num_examples or 1)
     return Cost(sum(o.passes for o in objectives), first.hvps, gradients, first.seconds)
@@ -380,11 +380,11 @@ def slopes_and_curvatures(
         wanted = any(d.settings.get("kind") == "eigenvector" for line in lines for d in line)
     if not wanted:
         return np.full((len(lines), q), np.nan), np.full((len(lines), q, q), np.nan)
-    entry = journal.once("curvature", lambda: _slopes_measured(objective, lines))
+    entry = journal.once("curvature", lambda: _measure_slopes(objective, lines))
     return entry["slopes"].numpy(), entry["curvatures"].numpy()
 
 
-def _slopes_measured(objective: Objective, lines: Sequence[Sequence[Direction]]) -> dict[str, torch.Tensor]:
+def _measure_slopes(objective: Objective, lines: Sequence[Sequence[Direction]]) -> dict[str, torch.Tensor]:
     d = torch.stack([torch.stack([direction.vector for direction in line]) for line in lines])
     rows = d.flatten(0, 1).to(objective.device, objective.dtype)
     images = objective.products(rows).cpu().double().reshape(d.shape)

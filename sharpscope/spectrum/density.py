@@ -1,4 +1,4 @@
-"""The spectral density of a problem's Hessian, as random vectors show it."""
+"""Spectral density of a problem's Hessian by stochastic Lanczos quadrature."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from sharpscope.problem import Problem
 from sharpscope.results import DensityResult, EigenResult, Estimate
 from sharpscope.spectrum.trace import frobenius_norm
 
-# ||Hv - (v'Hv) v|| of an eigenvector that is taken out, in units of the largest eigenvalue taken out: what it is off
-# by shows in the density at its square.
-KNOWN_TO = 0.05
+# Largest residual ||Hv - (v'Hv) v|| of a deflated eigenvector, relative to the largest deflated eigenvalue. Its effect
+# on the density is of second order.
+MAX_KNOWN_RESIDUAL = 0.05
 
 
 def spectral_density(
@@ -94,15 +94,15 @@ def spectral_density(
 
 
 def _known_pairs(known: EigenResult, m: Measurement) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (d,) and eigenvectors as rows (d, n) of ``known``, after a product that shows they belong here."""
+    """Eigenvalues (d,) and eigenvectors as rows (d, n) of ``known``, checked by a product with each."""
     assert known.eigenvectors is not None
     vectors = torch.from_numpy(np.array(known.eigenvectors.T)).to(m.objective.empty_block())
     images = m.products(vectors)
     values = inner(vectors, images).diagonal()
-    off, largest = float(norms(residual_vectors(values, vectors, images)).max()), float(values.abs().max())
-    if off > KNOWN_TO * largest:
+    residual, largest = float(norms(residual_vectors(values, vectors, images)).max()), float(values.abs().max())
+    if residual > MAX_KNOWN_RESIDUAL * largest:
         raise ArgumentError(
-            f"Known eigenvectors must be those of this problem, but ||Hv - lambda v|| is {off:.2g} at a largest "
+            f"Known eigenvectors must be those of this problem, but ||Hv - lambda v|| is {residual:.2g} at a largest "
             f"eigenvalue of {largest:.2g}. Measure them at these weights, on these data."
         )
     return values, vectors

@@ -1,4 +1,4 @@
-"""The largest eigenvalues of a problem's Hessian: from a problem to an EigenResult."""
+"""Top Hessian eigenvalues: from a problem to an EigenResult."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from sharpscope.sampling.importance_sample import (
     worthwhile,
 )
 from sharpscope.sampling.sampling_error import sampling_error
-from sharpscope.spectrum.certified import Certified, certified, require_certify
+from sharpscope.spectrum.certify import CertifiedEigenpairs, certify_eigenpairs, require_certify
 
-# Intervals are longer by so many times the rounding in float32 that some examples show, since others may show more.
+# Safety factor on the float32 rounding error measured on some examples: on others it may be larger.
 FLOAT32_SAFETY = 4.0
 
 
@@ -123,7 +123,7 @@ def top_eigenvalues(
         memory = _memory(m, k, max_basis, guided, certify is not None)
         m.report(f"memory {max(1, sum(memory.values()) >> 20)} MB", 0, m.objective.num_examples)
         guides = _guides(m, method) if guided else []
-        hessian = _on(like, m.products, m)
+        hessian = _as_solver_operator(like, m.products, m)
         solve = partial(
             top_eigenpairs_rows,
             hessian,
@@ -133,7 +133,7 @@ def top_eigenvalues(
             which=which,
             method=method,
             max_basis=max_basis,
-            guides=[_on(like, guide, m) for guide in guides],
+            guides=[_as_solver_operator(like, guide, m) for guide in guides],
             generator=m.generator,
             progress=partial(_report_bound, m, tol),
         )
@@ -141,7 +141,7 @@ def top_eigenvalues(
         pairs, proof = solve(max_products=max_passes), None
         if certify is not None:
             left = None if max_passes is None else max_passes + before
-            proof = certified(hessian, pairs, solve, certify, lambda: _remaining(m, left), m.generator)
+            proof = certify_eigenpairs(hessian, pairs, solve, certify, lambda: _remaining(m, left), m.generator)
             pairs = proof.pairs
         pairs = pairs.widened(_float32_error(m, pairs), tol)
         sampling = _sampling(m, pairs, which, k) if population else None
@@ -176,20 +176,22 @@ def _solver_vectors(m: Measurement, basis_device: torch.device | str | None) -> 
     return torch.empty(0, m.num_params, dtype=dtype, device=device)
 
 
-def _on(like: Tensor, operator: Callable[[Tensor], Tensor], m: Measurement) -> Callable[[Tensor], Tensor]:
-    """``operator`` of the objective's device and dtype, on rows like ``like``."""
+def _as_solver_operator(
+    like: Tensor, operator: Callable[[Tensor], Tensor], m: Measurement
+) -> Callable[[Tensor], Tensor]:
+    """``operator``, which computes in the objective's dtype and device, as a function of rows like ``like``."""
     return lambda rows: operator(rows.to(m.objective.device, m.objective.dtype)).to(like)
 
 
 def _is_guided(m: Measurement, method: str, which: str, k: int) -> bool:
-    """Whether a weighted sample of the data is to guide the solver: where that is asked for, or pays."""
+    """Whether a weighted sample of the data guides the solver: if asked for, or if it saves time."""
     if method != "auto":
         return method == "guided"
     return guidable(which, m.num_params, k) and worthwhile(m.objective)
 
 
 def _guides(m: Measurement, method: str) -> list[ImportanceSample]:
-    """The samples, the coarse one first; none where "auto" meets batches that cannot be cut."""
+    """Draw the guiding samples, the smallest first; none if the loader's batches must be kept."""
     found = [] if m.objective.keeps_batches else importance_samples(m.objective, m.generator, m.report)
     if not found and method == "guided":
         raise ArgumentError(
@@ -199,10 +201,9 @@ def _guides(m: Measurement, method: str) -> list[ImportanceSample]:
 
 
 def _memory(m: Measurement, k: int, max_basis: int | None, guided: bool, certify: bool) -> dict[str, int]:
-    """An upper bound on the bytes that vectors and graphs will take, known before the start.
+    """Upper bound on the bytes of vectors and graphs, known before the start.
 
-    A search space has as many images; a block, its product and its sums come on top. A certificate's run keeps its
-    steps.
+    A search space has as many images; a block, its product and its sums come on top. A certificate keeps its basis.
     """
     limit = 8 * (k + 1) if max_basis is None else max_basis
     each = m.num_params * torch.finfo(m.objective.dtype).bits // 8
@@ -216,17 +217,17 @@ def _memory(m: Measurement, k: int, max_basis: int | None, guided: bool, certify
 
 
 def _report_bound(m: Measurement, tol: float, products: int, bound: float) -> None:
-    """Show the largest relative bound so far next to what is aimed at."""
+    """Show the largest relative error bound so far and the target."""
     m.status = f", error {bound:.0e}, target {tol:.0e}" if bound < 1e9 else f", target error {tol:.0e}"
 
 
 def _remaining(m: Measurement, last: int | None) -> int | None:
-    """Passes that may still be made; None for as many as it takes."""
+    """The number of passes left; None for no limit."""
     return None if last is None else max(0, last - m.objective.passes)
 
 
 def _float32_error(m: Measurement, pairs: Eigenpairs) -> float:
-    """What float32 may do to an eigenvalue beyond the rounding of products; 0 in float64.
+    """Error of an eigenvalue from float32 arithmetic in the model, beyond the rounding of products; 0 in float64.
 
     Cost: ``1 + 2k`` gradients of 256 examples, twice.
     """
@@ -249,19 +250,19 @@ def _sampling(m: Measurement, pairs: Eigenpairs, which: str, k: int) -> dict[str
 
 
 def _missed_probability(pairs: Eigenpairs, which: str) -> NDArray[np.float64]:
-    """For each eigenvalue a bound on the probability that one beyond it was missed.
+    """Upper bound, for each eigenvalue, on the probability that an eigenvalue beyond it was missed.
 
-    H has one beyond t only if ``P H P`` has one beyond ``t - ||R||``, R the residuals of what was found (Weyl).
+    H has an eigenvalue beyond t only if ``P H P`` has one beyond ``t - ||R||``, R the residual vectors (Weyl).
     """
     if not bool(pairs.converged.all()):
-        return np.ones(len(pairs.converged))  # what has not converged may hide in what was found
+        return np.ones(len(pairs.converged))  # a missed eigenvector may be mixed into an unconverged one
     outer = pairs.upper if which == "largest" else -pairs.lower
     beyond = outer - pairs.residuals.norm()
-    return np.array([1.0 if pairs.start is None else pairs.start.missed(float(t)) for t in beyond])
+    return np.array([1.0 if pairs.missed_bound is None else pairs.missed_bound.probability(float(t)) for t in beyond])
 
 
-def _certificate(proof: Certified, eps: float | None) -> dict[str, Any]:
-    """What a certificate's runs support, for the record."""
+def _certificate(proof: CertifiedEigenpairs, eps: float | None) -> dict[str, Any]:
+    """The certificate as a field of the result."""
     last = proof.last
     assert eps is not None
     return {
@@ -270,13 +271,13 @@ def _certificate(proof: Certified, eps: float | None) -> dict[str, Any]:
         "probability": proof.probability,
         "runs": proof.runs,
         "steps": last.steps,
-        # The bound that needs no run, of missing by eps of the spread of what is left.
+        # The a-priori bound: missing by eps times the spread of the deflated spectrum.
         "kuczynski_wozniakowski": kuczynski_wozniakowski(last.order, last.steps, eps),
     }
 
 
-def _warn(m: Measurement, pairs: Eigenpairs, proof: Certified | None, tol: float) -> None:
-    """Warn of what has not converged, and of a certificate that was not reached."""
+def _warn(m: Measurement, pairs: Eigenpairs, proof: CertifiedEigenpairs | None, tol: float) -> None:
+    """Warn of unconverged eigenvalues and of a certificate that was not reached."""
     if not bool(pairs.converged.all()):
         missing = [i + 1 for i in range(len(pairs.converged)) if not pairs.converged[i]]
         warnings.warn(m.unconverged(f"Eigenvalues {missing} have", tol), ConvergenceWarning, stacklevel=3)
