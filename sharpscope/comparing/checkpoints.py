@@ -17,12 +17,12 @@ from sharpscope.objective import Objective
 from sharpscope.problem import Problem
 from sharpscope.resume.key import fingerprint
 
-Given = Problem | Callable[[], Problem]
-Checkpoints = Mapping[str, Given | Sequence[Given] | Mapping[str, Given]]
+ProblemOrLoader = Problem | Callable[[], Problem]
+Checkpoints = Mapping[str, ProblemOrLoader | Sequence[ProblemOrLoader] | Mapping[str, ProblemOrLoader]]
 
 
 @dataclass(frozen=True, eq=False)
-class Entrant:
+class Checkpoint:
     """A checkpoint that takes part.
 
     Attributes:
@@ -38,7 +38,7 @@ class Entrant:
     numbered: bool = False
 
 
-class Field:
+class CheckpointSet:
     """All that take part, after a look at each: weights that are finite and no other's, one loss, the same data.
 
     The Problems of the first and of the last that was asked for are held; of many not all may fit into memory.
@@ -60,36 +60,36 @@ class Field:
         self._shared = SharedData("train")
         self._weights: dict[str, str] = {}
         self._runs: dict[tuple[str, str], str] = {}
-        self.entrants = _renamed(given, [self._looked_at(entrant, given[0]) for entrant in given])
-        firsts: dict[str, Entrant] = {}
-        for entrant in self.entrants:
-            firsts.setdefault(entrant.name if entrant.group is None else entrant.group, entrant)
+        self.checkpoints = _renamed(given, [self._looked_at(checkpoint, given[0]) for checkpoint in given])
+        firsts: dict[str, Checkpoint] = {}
+        for checkpoint in self.checkpoints:
+            firsts.setdefault(checkpoint.name if checkpoint.group is None else checkpoint.group, checkpoint)
         self.ends = tuple(firsts.values())
 
-    def _looked_at(self, entrant: Entrant, first: Entrant) -> str | None:
+    def _looked_at(self, checkpoint: Checkpoint, first: Checkpoint) -> str | None:
         """The name of the file of a run that has no other name, after all checks."""
-        problem = self._held(entrant)
-        _require_finite(entrant.name, problem)
-        _require_own(entrant.name, fingerprint(dict(problem.model.state_dict())), self._weights)
-        _require_own_run(entrant, problem, self._runs)
-        if entrant is not first:
-            _require_alike(first.name, self._first[1], entrant.name, problem)
-        self._shared.add(entrant.name, problem)
+        problem = self._held(checkpoint)
+        _require_finite(checkpoint.name, problem)
+        _require_own(checkpoint.name, fingerprint(dict(problem.model.state_dict())), self._weights)
+        _require_own_run(checkpoint, problem, self._runs)
+        if checkpoint is not first:
+            _require_alike(first.name, self._first[1], checkpoint.name, problem)
+        self._shared.add(checkpoint.name, problem)
         file = problem.provenance.get("checkpoint")
-        return Path(str(file)).name if file and entrant.numbered else None
+        return Path(str(file)).name if file and checkpoint.numbered else None
 
-    def problem(self, entrant: Entrant) -> Problem:
+    def problem(self, checkpoint: Checkpoint) -> Problem:
         """The Problem of an entrant on the data that all share."""
-        found = self._held(entrant)
+        found = self._held(checkpoint)
         said = {**found.provenance, "split": found.provenance.get("split") or "train"}
         return replace(found, data=self._shared.data, provenance=said)
 
-    def _held(self, entrant: Entrant) -> Problem:
-        if entrant.load is self._first[0]:
+    def _held(self, checkpoint: Checkpoint) -> Problem:
+        if checkpoint.load is self._first[0]:
             return self._first[1]
-        if entrant.load is not self._last[0]:
+        if checkpoint.load is not self._last[0]:
             self._last = self._first  # what was held is let go before the next is built
-            self._last = entrant.load, entrant.load()
+            self._last = checkpoint.load, checkpoint.load()
         return self._last[1]
 
 
@@ -119,26 +119,26 @@ class SharedData:
             )
 
 
-def _entrants(checkpoints: Checkpoints) -> list[Entrant]:
+def _entrants(checkpoints: Checkpoints) -> list[Checkpoint]:
     """Those given, in order; the runs of a sequence by their numbers."""
-    found: list[Entrant] = []
+    found: list[Checkpoint] = []
     for name, given in checkpoints.items():
         if isinstance(given, str | bytes) or not isinstance(given, Mapping | Sequence):
-            found.append(Entrant(str(name), _loader(str(name), given)))
+            found.append(Checkpoint(str(name), _loader(str(name), given)))
             continue
         numbered = not isinstance(given, Mapping)
         runs = given if isinstance(given, Mapping) else {f"{name} {i}": run for i, run in enumerate(given, start=1)}
         if not runs:
             raise ArgumentError(f"A group must hold at least one run, but {name!r} is empty.")
-        found += [Entrant(str(run), _loader(str(run), one), str(name), numbered) for run, one in runs.items()]
+        found += [Checkpoint(str(run), _loader(str(run), one), str(name), numbered) for run, one in runs.items()]
     if not found:
         raise ArgumentError("A comparison needs at least one checkpoint, got none.")
-    groups = {entrant.group for entrant in found}
+    groups = {checkpoint.group for checkpoint in found}
     if len(groups) > 1 and None in groups:
         raise ArgumentError("Checkpoints stand for themselves or in groups, got both. Name all in groups, or none.")
     if len(groups) == 1 and None not in groups:
         raise ArgumentError(f"A group needs another to be compared with, got {groups.pop()!r} alone.")
-    twice = next((name for name, count in Counter(entrant.name for entrant in found).items() if count > 1), None)
+    twice = next((name for name, count in Counter(checkpoint.name for checkpoint in found).items() if count > 1), None)
     if twice is not None:
         raise ArgumentError(f"Each checkpoint needs a name of its own, got {twice!r} twice. Name them otherwise.")
     return found
@@ -154,21 +154,21 @@ def _loader(name: str, given: Any) -> Callable[[], Problem]:
     return partial(_loaded, name, given)
 
 
-def _loaded(name: str, given: Given) -> Problem:
+def _loaded(name: str, given: ProblemOrLoader) -> Problem:
     found = given if isinstance(given, Problem) else given()
     if not isinstance(found, Problem):
         raise ArgumentError(f"The function of {name} must return a Problem, got {type(found).__name__}.")
     return found
 
 
-def _renamed(entrants: Sequence[Entrant], files: Sequence[str | None]) -> tuple[Entrant, ...]:
+def _renamed(checkpoints: Sequence[Checkpoint], files: Sequence[str | None]) -> tuple[Checkpoint, ...]:
     """The runs of a group by their files' names, where each has one and nothing else is called so."""
-    counts = Counter([*(entrant.name for entrant in entrants), *files])
+    counts = Counter([*(checkpoint.name for checkpoint in checkpoints), *files])
     found = []
-    for entrant, file in zip(entrants, files, strict=True):
-        group = [f for e, f in zip(entrants, files, strict=True) if e.group == entrant.group]
+    for checkpoint, file in zip(checkpoints, files, strict=True):
+        group = [f for e, f in zip(checkpoints, files, strict=True) if e.group == checkpoint.group]
         clear = file is not None and all(f is not None and counts[f] == 1 for f in group)
-        found.append(replace(entrant, name=file) if clear and file is not None else entrant)
+        found.append(replace(checkpoint, name=file) if clear and file is not None else checkpoint)
     return tuple(found)
 
 
@@ -187,18 +187,18 @@ def _require_own(name: str, weights: str, seen: dict[str, str]) -> None:
     seen[weights] = name
 
 
-def _require_own_run(entrant: Entrant, problem: Problem, seen: dict[tuple[str, str], str]) -> None:
+def _require_own_run(checkpoint: Checkpoint, problem: Problem, seen: dict[tuple[str, str], str]) -> None:
     """Two checkpoints of one run are not two runs, and would make an interval too narrow."""
     recipe = problem.provenance.get("recipe")
-    if entrant.group is None or not recipe:
+    if checkpoint.group is None or not recipe:
         return
-    run = entrant.group, fingerprint({key: str(value) for key, value in recipe.items()})
+    run = checkpoint.group, fingerprint({key: str(value) for key, value in recipe.items()})
     if run in seen:
         raise ArgumentError(
-            f"A group must hold independent runs, but {seen[run]} and {entrant.name} of {entrant.group} are of one "
-            f"recipe and seed. Narrow the pattern to one checkpoint a run."
+            f"A group must hold independent runs, but {seen[run]} and {checkpoint.name} of {checkpoint.group} are of "
+            "one recipe and seed. Narrow the pattern to one checkpoint a run."
         )
-    seen[run] = entrant.name
+    seen[run] = checkpoint.name
 
 
 def _require_alike(one: str, ours: Problem, two: str, theirs: Problem) -> None:

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from sharpscope.comparing.checkpoints import Checkpoints, Entrant, Field
-from sharpscope.comparing.levels import Level, level_of
-from sharpscope.comparing.steps import STEPS, How, Place, Step, between, performance, sampled
+from sharpscope.comparing.checkpoints import Checkpoint, Checkpoints, CheckpointSet
+from sharpscope.comparing.levels import Level, resolve_level
+from sharpscope.comparing.steps import STEPS, PathLike, Settings, Step, between, performance, sampled
 from sharpscope.errors import ArgumentError, DataError, ProblemError
 from sharpscope.objective import Objective, Progress
 from sharpscope.problem import Problem
 from sharpscope.results import Comparison, SliceResult
 from sharpscope.results.comparison import ANALYSES, Performance, Subject
-from sharpscope.results.serialization import Misfit, as_json, head, opened, read, value_as, write
+from sharpscope.results.serialization import FieldError, as_json, head, parse_value, read, without_header, write
 from sharpscope.resume import key_of
 from sharpscope.resume.journal import discard
 from sharpscope.resume.key import fingerprint
@@ -81,60 +81,60 @@ def compare(
     """
     if isinstance(test, Problem):
         raise ArgumentError("test must be data, got a Problem. Pass its data.")
-    how = How(level=level_of(level), test=test, seed=seed, rho=rho, dtype=dtype, device=device)
-    return _Run(Field(checkpoints), how, Parts(folder), progress).comparison()
+    how = Settings(level=resolve_level(level), test=test, seed=seed, rho=rho, dtype=dtype, device=device)
+    return _Run(CheckpointSet(checkpoints), how, StepCache(folder), progress).comparison()
 
 
 class _Run:
     """One comparison at work: its arguments, so that no part has to be handed all of them."""
 
-    def __init__(self, field: Field, how: How, parts: Parts, progress: Progress | None) -> None:
+    def __init__(self, field: CheckpointSet, how: Settings, parts: StepCache, progress: Progress | None) -> None:
         self._field, self._how, self._parts, self._progress = field, how, parts, progress
         self._keys: dict[str, str] = {}
 
     def comparison(self) -> Comparison:
         """Everything that the level asks for, of each entrant and of the lines between them."""
-        performances = [self.performance(entrant) for entrant in self._field.entrants]
+        performances = [self.performance(checkpoint) for checkpoint in self._field.checkpoints]
         subjects, ways = [], []
-        for entrant, known in zip(self._field.entrants, performances, strict=True):
-            subjects.append(self.subject(entrant, known))
-            ways += self.way_to(entrant)
+        for checkpoint, known in zip(self._field.checkpoints, performances, strict=True):
+            subjects.append(self.subject(checkpoint, known))
+            ways += self.way_to(checkpoint)
         return Comparison(subjects=tuple(subjects), between=tuple(ways), level=self._how.level.name)
 
-    def performance(self, entrant: Entrant) -> dict[str, Performance]:
+    def performance(self, checkpoint: Checkpoint) -> dict[str, Performance]:
         """By split; cheap."""
-        problem, how = self._field.problem(entrant), self._how
+        problem, how = self._field.problem(checkpoint), self._how
         splits = {"train": problem}
         if how.test is not None:
             splits["test"] = replace(problem, data=how.test)
 
-        def measure(journal: Place) -> dict[str, Performance]:
+        def measure(journal: PathLike) -> dict[str, Performance]:
             found = {}
             for split, one in splits.items():
-                self._report(entrant.name, "loss and accuracy")(split, 0, None)
+                self._report(checkpoint.name, "loss and accuracy")(split, 0, None)
                 drawn = sampled(one, how.level.performance_examples, how.seed)
                 found[split] = performance(drawn, **how.computation)
             return found
 
         found: dict[str, Performance] = self._parts.keep(
-            entrant.name, "performance", lambda: self._key(entrant, problem, "performance"), measure
+            checkpoint.name, "performance", lambda: self._key(checkpoint, problem, "performance"), measure
         )
         for split, known in found.items():
             if not math.isfinite(known.loss):
                 raise DataError(
-                    f"Losses must be finite, but {entrant.name} has diverged: its {split} loss is {known.loss}. Leave "
-                    "it out, and say so."
+                    f"Losses must be finite, but {checkpoint.name} has diverged: its {split} loss is {known.loss}. "
+                    "Leave it out, and say so."
                 )
         return found
 
-    def subject(self, entrant: Entrant, performances: Mapping[str, Performance]) -> Subject:
+    def subject(self, checkpoint: Checkpoint, performances: Mapping[str, Performance]) -> Subject:
         """All analyses of one checkpoint."""
-        problem = self._field.problem(entrant)
+        problem = self._field.problem(checkpoint)
         found: dict[str, Any] = {}
         left_out: dict[str, str] = {}
         for name, (stage, step) in STEPS.items():
             try:
-                found[name] = self._part(entrant, problem, name, step, self._report(entrant.name, stage))
+                found[name] = self._cached(checkpoint, problem, name, step, self._report(checkpoint.name, stage))
             except (ArgumentError, ProblemError, DataError) as error:
                 if name == "eigen":
                     raise
@@ -144,54 +144,60 @@ class _Run:
             found["sharpness"] = replace(found["sharpness"], measures=(*found["sharpness"].measures, edge))
         seed = (problem.provenance.get("recipe") or {}).get("seed", problem.provenance.get("pair"))
         return Subject(
-            name=entrant.name,
-            group=entrant.group,
+            name=checkpoint.name,
+            group=checkpoint.group,
             pair=None if seed is None else str(seed),
             performance=performances,
             provenance={**problem.provenance, **({"left_out": left_out} if left_out else {})},
             **found,
         )
 
-    def way_to(self, entrant: Entrant) -> list[tuple[str, str, SliceResult]]:
+    def way_to(self, checkpoint: Checkpoint) -> list[tuple[str, str, SliceResult]]:
         """From the first entrant to this one, or of groups from first run to first run; of one architecture."""
         first, *others = self._field.ends
-        if entrant not in others:
+        if checkpoint not in others:
             return []
-        problem, end = self._field.problem(first), self._field.problem(entrant)
+        problem, end = self._field.problem(first), self._field.problem(checkpoint)
         if not _alike(problem, end):
             return []
-        report = self._report(f"{first.name} to {entrant.name}", "line")
+        report = self._report(f"{first.name} to {checkpoint.name}", "line")
         theirs = fingerprint(dict(end.model.state_dict()))
-        step = between(entrant.name, end)
+        step = between(checkpoint.name, end)
         return [
-            (first.name, entrant.name, self._part(first, problem, f"to-{entrant.name}", step, report, other=theirs))
+            (
+                first.name,
+                checkpoint.name,
+                self._cached(first, problem, f"to-{checkpoint.name}", step, report, other=theirs),
+            )
         ]
 
-    def _part(self, entrant: Entrant, problem: Problem, part: str, step: Step, report: Progress, **also: Any) -> Any:
+    def _cached(
+        self, checkpoint: Checkpoint, problem: Problem, part: str, step: Step, report: Progress, **also: Any
+    ) -> Any:
         """What the step returns, now or in an earlier run."""
         return self._parts.keep(
-            entrant.name,
+            checkpoint.name,
             part,
-            lambda: self._key(entrant, problem, part, **also),
+            lambda: self._key(checkpoint, problem, part, **also),
             lambda journal: step(problem, self._how, journal, report),
         )
 
-    def _key(self, entrant: Entrant, problem: Problem, part: str, **also: Any) -> str:
+    def _key(self, checkpoint: Checkpoint, problem: Problem, part: str, **also: Any) -> str:
         """Of all that decides the part's numbers; what all of the entrant share is hashed once: it walks the data."""
-        if entrant.name not in self._keys:
+        if checkpoint.name not in self._keys:
             # Where the file lies is no part of what is in it.
             said = {k: str(v) for k, v in problem.provenance.items() if k != "checkpoint"}
             h = self._how
-            self._keys[entrant.name] = key_of(
+            self._keys[checkpoint.name] = key_of(
                 Objective(problem, **h.computation),
-                name=entrant.name,
+                name=checkpoint.name,
                 level={**asdict(h.level), "name": ""},
                 seed=h.seed,
                 rho=h.rho,
                 said=said,
                 test=h.test,
             )
-        return fingerprint(self._keys[entrant.name], part, also)
+        return fingerprint(self._keys[checkpoint.name], part, also)
 
     def _report(self, name: str, what: str) -> Progress:
         def report(stage: str, done: int, total: int | None) -> None:
@@ -210,7 +216,7 @@ def _alike(one: Problem, two: Problem) -> bool:
     return all(id(w) in moving or torch.equal(w.cpu(), theirs[name].cpu()) for name, w in ours.items())
 
 
-class Parts:
+class StepCache:
     """The finished parts of a comparison in a folder, each with the key of what it is of.
 
     A part is used again only under its own key; a killed one goes on in its journal.
@@ -246,17 +252,17 @@ class Parts:
 def _read(path: Path, part: str, key: str) -> Any:
     """The part at ``path``, None where there is none of this key."""
     try:
-        said = opened(read(path), "part")
+        said = without_header(read(path), "part")
         if said["key"] != key:
             return None
         if part == "performance":
-            return value_as(Mapping[str, Performance], said["holds"], "holds")
+            return parse_value(Mapping[str, Performance], said["holds"], "holds")
         return (ANALYSES[part].result if part in ANALYSES else SliceResult).from_dict(said["holds"])
-    except (DataError, KeyError, Misfit):
+    except (DataError, KeyError, FieldError):
         return None
 
 
 def _plain(name: str) -> str:
     """A name as part of a file name, another for each: what had to be replaced is told apart by a hash."""
-    plain = re.sub(r"[^\w.+-]", "-", name)
-    return plain if plain == name else f"{plain}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"
+    jsonable = re.sub(r"[^\w.+-]", "-", name)
+    return jsonable if jsonable == name else f"{jsonable}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"

@@ -25,17 +25,17 @@ from sharpscope.subsample import count_examples, some_examples
 from sharpscope.weights.parameters import select
 
 M = (1, 4, 16, 64, 256)
-BETWEEN = (-0.2, 1.2)
+INTERPOLATION_RANGE = (-0.2, 1.2)
 
 # Examples of a sample from which on a part of it guides the solver: of the cnn on 2,000 of Fashion-MNIST, to 1e-2, 63
 # gradients in place of Lanczos's 88.
-GUIDED = 2000
+GUIDED_FROM = 2000
 
-Place = str | os.PathLike[str] | None
+PathLike = str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class How:
+class Settings:
     """What decides the numbers beside checkpoint and data.
 
     Attributes:
@@ -64,10 +64,10 @@ class How:
         return {"dtype": self.dtype, "device": self.device}
 
 
-def eigen(problem: Problem, how: How, journal: Place, progress: Progress) -> EigenResult:
+def eigen(problem: Problem, how: Settings, journal: PathLike, progress: Progress) -> EigenResult:
     """lambda_1 >= ... >= lambda_K of the training loss, with sampling intervals where it is not on all the data."""
     drawn = sampled(problem, how.level.eigen_examples, how.seed)
-    few = drawn is problem or (how.level.eigen_examples or 0) < GUIDED or problem.mode != "eval"
+    few = drawn is problem or (how.level.eigen_examples or 0) < GUIDED_FROM or problem.mode != "eval"
     return top_eigenvalues(
         drawn,
         min(K, _num_params(problem)),
@@ -82,20 +82,20 @@ def eigen(problem: Problem, how: How, journal: Place, progress: Progress) -> Eig
     )
 
 
-def trace(problem: Problem, how: How, journal: Place, progress: Progress) -> TraceResult:
+def trace(problem: Problem, how: Settings, journal: PathLike, progress: Progress) -> TraceResult:
     """The trace of the Hessian of the training loss, with its error over examples where it is not on all of them."""
     drawn, n = sampled(problem, how.level.density_examples, how.seed), _num_params(problem)
     probes, population = min(how.level.trace_probes, n), drawn is not problem
     return trace_of(drawn, probes, how.source, progress, population=population, **how.computation)
 
 
-def density(problem: Problem, how: How, journal: Place, progress: Progress) -> DensityResult:
+def density(problem: Problem, how: Settings, journal: PathLike, progress: Progress) -> DensityResult:
     """The spectral density of the training loss."""
     drawn, n = sampled(problem, how.level.density_examples, how.seed), _num_params(problem)
     return spectral_density(drawn, min(how.level.probes, n), how.level.steps, how.source, progress, **how.computation)
 
 
-def sharpness(problem: Problem, how: How, journal: Place, progress: Progress) -> SharpnessResult:
+def sharpness(problem: Problem, how: Settings, journal: PathLike, progress: Progress) -> SharpnessResult:
     """m-sharpness against m."""
     drawn = sampled(problem, how.level.sharpness_examples, how.seed)
     count = count_examples(drawn.data)
@@ -103,7 +103,7 @@ def sharpness(problem: Problem, how: How, journal: Place, progress: Progress) ->
     return measure_sharpness(drawn, ("m-sharpness",), how.source, progress, m=sizes, rho=how.rho, **how.computation)
 
 
-def line(problem: Problem, how: How, journal: Place, progress: Progress) -> SliceResult:
+def line(problem: Problem, how: Settings, journal: PathLike, progress: Progress) -> SliceResult:
     """Loss and accuracy along random, filter-normalised lines, on train and test."""
     level = how.level
     directions = [
@@ -121,7 +121,7 @@ def line(problem: Problem, how: How, journal: Place, progress: Progress) -> Slic
     )
 
 
-def surface(problem: Problem, how: How, journal: Place, progress: Progress) -> SliceResult:
+def surface(problem: Problem, how: Settings, journal: PathLike, progress: Progress) -> SliceResult:
     """The training loss over a random, filter-normalised plane, from -1 to 1 for all."""
     return loss_surface(
         sampled(problem, how.level.surface_examples, how.seed),
@@ -134,7 +134,7 @@ def surface(problem: Problem, how: How, journal: Place, progress: Progress) -> S
     )
 
 
-Step = Callable[[Problem, How, Place, Progress], Any]
+Step = Callable[[Problem, Settings, PathLike, Progress], Any]
 
 # By the keys of ANALYSES: what the analysis is called while it is at work, and the function that makes it, which may
 # keep a journal.
@@ -154,12 +154,12 @@ def between(name: str, other: Problem) -> Step:
     Raises: ProblemError where the architectures differ.
     """
 
-    def measure(problem: Problem, how: How, journal: Place, progress: Progress) -> SliceResult:
+    def measure(problem: Problem, how: Settings, journal: PathLike, progress: Progress) -> SliceResult:
         return loss_slice(
             sampled(problem, how.level.slice_examples, how.seed),
             [towards(problem, other, name)],
             how.level.between_points,
-            BETWEEN,
+            INTERPOLATION_RANGE,
             progress,
             also=_beside(problem, how),
             batchnorm=_statistics(problem),
@@ -171,7 +171,7 @@ def between(name: str, other: Problem) -> Step:
     return measure
 
 
-def _beside(problem: Problem, how: How) -> dict[str, Any]:
+def _beside(problem: Problem, how: Settings) -> dict[str, Any]:
     """As many test examples as training ones, where there are any."""
     if how.test is None:
         return {}

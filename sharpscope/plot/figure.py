@@ -9,8 +9,8 @@ import numpy as np
 
 from sharpscope.errors import DataError
 from sharpscope.results import SliceResult
-from sharpscope.results.provenance import names_of
-from sharpscope.results.slice import DIVERGED, PENDING, also_said, described, misleads
+from sharpscope.results.provenance import checkpoint_names
+from sharpscope.results.slice import DIVERGED, PENDING, describe_directions, describe_mode, keeps_centre_statistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +54,7 @@ def column_width(axes: Axes) -> float:
     return float(figure.get_figwidth() / (1 if place is None else place.get_gridspec().ncols))
 
 
-def small(axes: Axes, less: float = 0.0) -> float:
+def small_font(axes: Axes, less: float = 0.0) -> float:
     """The size in points of the small type in a figure of this width."""
     import matplotlib.pyplot as plt
 
@@ -64,7 +64,7 @@ def small(axes: Axes, less: float = 0.0) -> float:
 
 def draw_caption(axes: Axes, text: str, own: bool) -> None:
     """Set ``text`` small beneath the figure where that is ``own``, else beneath the axes."""
-    figure, size = axes.get_figure(root=True), small(axes, 0.5)
+    figure, size = axes.get_figure(root=True), small_font(axes, 0.5)
     assert figure is not None
     # Less than the whole: small type on a screen is set up to 6 % wider than in print.
     share = 0.9 if own else min(0.9, 1.1 * axes.get_position().width)
@@ -115,7 +115,7 @@ def caption(
         also: sentences of the figure's own.
     """
     shown = list(results[0].splits if splits is None else splits)
-    said = [f"{_shared(_examples(r, shown) for r in results)}; {_shared(also_said(r) for r in results)}"]
+    said = [f"{_shared(_examples(r, shown) for r in results)}; {_shared(describe_mode(r) for r in results)}"]
     said.append(f"{_shared(_directions(r) for r in results)}; {_shared(_range(r) for r in results)}")
     said.append("; ".join([*([scale] if scale else []), "not clipped" if clip is None else f"clipped at {clip:g}"]))
     said += also
@@ -125,14 +125,14 @@ def caption(
         said.append(f"preview: {left} points still to be measured")
     if any(abs(r.provenance.get("cosine") or 0) > 1e-6 for r in results):
         said.append(f"axes drawn at right angles, their cosine is {_shared(_cosine(r) for r in results)}")
-    if any(misleads(r) for r in results):
+    if any(keeps_centre_statistics(r) for r in results):
         said.append("BatchNorm keeps the centre's statistics, which misleads away from it")
     return ". ".join(s[:1].upper() + s[1:] for s in said) + "."
 
 
-def labels_of(results: Sequence[SliceResult]) -> list[str]:
+def short_labels(results: Sequence[SliceResult]) -> list[str]:
     """The checkpoints' names, as short as tells them apart."""
-    names = names_of([r.provenance for r in results])
+    names = checkpoint_names([r.provenance for r in results])
     short = list(map(short_name, names))
     return short if len(set(short)) == len(set(names)) else names
 
@@ -178,8 +178,8 @@ def _directions(result: SliceResult) -> str:
     kinds = {d.get("kind") for line in result.directions for d in line}
     if kinds == {"random"}:
         many = "s" if result.dimensions > 1 or result.directions[1:] else ""
-        return f"{described(result).rpartition(', seed ')[0]} direction{many}, {_seeds(result)}"
-    lines = [described(result, i) for i in range(len(result.directions))]
+        return f"{describe_directions(result).rpartition(', seed ')[0]} direction{many}, {_seeds(result)}"
+    lines = [describe_directions(result, i) for i in range(len(result.directions))]
     unit = ", of length 1" if kinds == {"eigenvector"} else ""
     return ("along " if result.dimensions == 1 and kinds != {"checkpoint"} else "") + ", ".join(lines) + unit
 
@@ -211,7 +211,7 @@ def _cosine(result: SliceResult) -> str:
     return f"{result.provenance.get('cosine') or 0:.2g}"
 
 
-def require_alike(results: Sequence[SliceResult], *, grid: bool) -> None:
+def require_comparable(results: Sequence[SliceResult], *, grid: bool) -> None:
     """Raise DataError unless the results are of the same data, measured alike along directions made alike.
 
     Args:

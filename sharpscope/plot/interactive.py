@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from sharpscope.errors import ArgumentError, DataError
-from sharpscope.plot.figure import caption, diverged, labels_of, require_alike
-from sharpscope.plot.levels import heights, logarithmic, shared_levels, told
-from sharpscope.plot.surface import is_on, marks_said
+from sharpscope.plot.figure import caption, diverged, require_comparable, short_labels
+from sharpscope.plot.levels import grid_values, logarithmic, shared_levels, told
+from sharpscope.plot.surface import mark_captions, on_slice
 from sharpscope.results import SliceResult
 from sharpscope.results.serialization import Array
 
@@ -69,7 +69,7 @@ def interactive_surface(
     except ImportError as error:
         raise ArgumentError("An interactive figure needs plotly. Run pip install 'sharpscope[interactive]'.") from error
     results = [results] if isinstance(results, SliceResult) else list(results)
-    require_alike(results, grid=True)
+    require_comparable(results, grid=True)
     if results[0].dimensions != 2:
         raise DataError("A surface is of planes, but the results are of lines. Use slice_curves.")
     shown = [r if r.complete else r.finished() for r in results]
@@ -80,9 +80,8 @@ def interactive_surface(
     ticks = {"tickvals": scaled(at).tolist(), "ticktext": [told(level, quantity) for level in at]}
     name = results[0].splits[results[0].split(split)]
     columns = len(results)
-    figure = make_subplots(
-        1, columns, specs=[[{"type": "surface"}] * columns], subplot_titles=labels_of(results), horizontal_spacing=0.02
-    )
+    specs = [[{"type": "surface"}] * columns]
+    figure = make_subplots(1, columns, specs=specs, subplot_titles=short_labels(results), horizontal_spacing=0.02)
     for i, r in enumerate(shown, start=1):
         for trace in surface_traces(go, r, at, split=split, quantity=quantity, log=log):
             figure.add_trace(trace, row=1, col=i)
@@ -93,10 +92,10 @@ def interactive_surface(
     axis = {"colorscale": "Viridis", "cmin": ends[0], "cmax": ends[1], "colorbar": bar}
     figure.update_layout(coloraxis=axis, margin={"l": 0, "r": 0, "t": 40, "b": 0}, template="plotly_white")
     scale = f"{'logarithmic' if log else 'linear'} scale"
-    said = caption(results, splits=[name], scale=scale, clip=clip, also=marks_said(results))
+    said = caption(results, splits=[name], scale=scale, clip=clip, also=mark_captions(results))
     config = {"displaylogo": False, "responsive": True}
     plot = figure.to_html(full_html=False, include_plotlyjs=True, post_script=TOGETHER, config=config)
-    title = html.escape(" | ".join(labels_of(results)))
+    title = html.escape(" | ".join(short_labels(results)))
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title></head>\n'
         '<body style="margin: 0; font-family: sans-serif">\n'
@@ -113,7 +112,7 @@ def surface_traces(
     """
     log = logarithmic(log, quantity)
     scaled = np.log10 if log else np.asarray
-    (x, y), z = r.axes, heights(r, split, quantity)
+    (x, y), z = r.axes, grid_values(r, split, quantity)
     surface = go.Surface(
         x=x,
         y=y,
@@ -139,7 +138,7 @@ def _marks(go: Any, r: SliceResult, split: str, quantity: str, scaled: Any, at: 
     for marks in groups:
         own = [(m.loss if quantity == "loss" else m.accuracy)[split] for m in marks]
         xs, ys = zip(*(m.coordinates for m in marks), strict=True)
-        symbols = ["circle" if is_on(m) else "circle-open" for m in marks]
+        symbols = ["circle" if on_slice(m) else "circle-open" for m in marks]
         style: dict[str, Any] = {"mode": "lines+markers" if len(marks) > 1 else "markers", "line": {"color": "black"}}
         style["marker"] = {"symbol": symbols, "color": "black", "size": 4}
         told = [

@@ -51,7 +51,8 @@ def shared_levels(
     from matplotlib.ticker import MaxNLocator
 
     results = [results] if isinstance(results, SliceResult) else results
-    values = np.concatenate([heights(r, split, quantity, i).ravel() for r in results for i in range(len(r.directions))])
+    grids = [grid_values(r, split, quantity, i) for r in results for i in range(len(r.directions))]
+    values = np.concatenate([grid.ravel() for grid in grids])
     values = values[np.isfinite(values)]
     if not len(values):
         raise DataError(f"A figure needs finite values of the {quantity}, but there are none.")
@@ -90,7 +91,7 @@ def require_positive(low: float) -> None:
         raise DataError(f"A logarithmic scale needs losses above 0, the lowest is {low:g}. Draw it linear (log=False).")
 
 
-def heights(result: SliceResult, split: str | None, quantity: str, line: int = 0) -> Array:
+def grid_values(result: SliceResult, split: str | None, quantity: str, line: int = 0) -> Array:
     """The quantity (points of y, points of x) where it is known and finite; NaN elsewhere.
 
     Raises: ArgumentError for an unknown quantity, DataError where there is no accuracy.
@@ -105,7 +106,7 @@ def heights(result: SliceResult, split: str | None, quantity: str, line: int = 0
     return np.where(known, values, np.nan)
 
 
-def norm_of(levels: Array, log: bool) -> Any:
+def colour_norm(levels: Array, log: bool) -> Any:
     """From values to colours, the same for everything that is drawn with these levels."""
     from matplotlib.colors import LogNorm, Normalize
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sharpscope.errors import DataError
 from sharpscope.plot.training import COLOURS
 from sharpscope.results import Measure, SharpnessResult
-from sharpscope.results.provenance import names_of
+from sharpscope.results.provenance import checkpoint_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,7 @@ def m_sharpness_curves(
     if against is None:
         against = "m" if len({m.settings["m"] for ms in found for m in ms}) > 1 else "rho"
     other = "rho" if against == "m" else "m"
-    for i, (name, ms) in enumerate(zip(names_of([r.provenance for r in results]), found, strict=True)):
+    for i, (name, ms) in enumerate(zip(checkpoint_names([r.provenance for r in results]), found, strict=True)):
         for j, value in enumerate(dict.fromkeys(m.settings[other] for m in ms)):
             line = sorted((m for m in ms if m.settings[other] == value), key=lambda m: float(m.settings[against]))
             axes.errorbar(

@@ -82,7 +82,7 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class PageFigure:
     """A figure of the page.
 
     Attributes:
@@ -157,7 +157,7 @@ def _inline(svg: str, name: str, title: str, description: str) -> str:
     return f'<svg class="plot" viewBox="{box[1]}" {labelled}>{said}{body}'
 
 
-def powers(axis: Any, *, ticks: bool = True) -> None:
+def log_ticks(axis: Any, *, ticks: bool = True) -> None:
     """Label a logarithmic axis, whose limits are set, with short numbers or powers of ten, without mathematics.
 
     ``ticks``: choose them too, more than the powers where these are few.
@@ -199,7 +199,7 @@ MARKERS = {
 
 
 @dataclass(frozen=True)
-class Look:
+class Style:
     """Of a checkpoint, or of all of a group: the place of its colour in COLOURS, its dashes and its marker."""
 
     place: int
@@ -222,7 +222,7 @@ class Look:
         return {"color": self.colour, "linestyle": self.linestyle, "marker": self.marker}
 
 
-def together(subjects: Iterable[Subject]) -> list[tuple[str, list[Subject]]]:
+def group_by_style(subjects: Iterable[Subject]) -> list[tuple[str, list[Subject]]]:
     """What looks alike, in order: each group with its runs, each checkpoint of no group by itself."""
     found: dict[tuple[str | None, str | None], list[Subject]] = {}
     for subject in subjects:
@@ -230,35 +230,35 @@ def together(subjects: Iterable[Subject]) -> list[tuple[str, list[Subject]]]:
     return [(group or name or "", members) for (group, name), members in found.items()]
 
 
-def looks_of(comparison: Comparison) -> dict[str, Look]:
+def assign_styles(comparison: Comparison) -> dict[str, Style]:
     """By name of the subject; runs of a group look alike."""
     markers, count = list(MARKERS), len(COLOURS)
-    looks: dict[str, Look] = {}
-    for i, (_, members) in enumerate(together(comparison.subjects)):
-        look = Look(i % count, DASHES[i // count % len(DASHES)], markers[(i + i // count) % len(markers)])
-        looks |= {subject.name: look for subject in members}
-    return looks
+    styles: dict[str, Style] = {}
+    for i, (_, members) in enumerate(group_by_style(comparison.subjects)):
+        style = Style(i % count, DASHES[i // count % len(DASHES)], markers[(i + i // count) % len(markers)])
+        styles |= {subject.name: style for subject in members}
+    return styles
 
 
-def key(comparison: Comparison, looks: dict[str, Look], only: Sequence[str] | None = None) -> str:
+def key(comparison: Comparison, styles: dict[str, Style], only: Sequence[str] | None = None) -> str:
     """Which checkpoint or group looks how, as a list; ``only`` of the subjects of these names."""
     shown = [s for s in comparison.subjects if only is None or s.name in only]
     items = []
-    for name, members in together(shown):
+    for name, members in group_by_style(shown):
         runs = f" ({len(members)} run{'s' * (len(members) > 1)})"
         counted = tag("span", runs, class_="quiet") if members[0].group else ""
-        items.append(tag("li", swatch(looks[members[0].name]), tag("span", text(name)), counted))
+        items.append(tag("li", swatch(styles[members[0].name]), tag("span", text(name)), counted))
     return tag("ul", *items, class_="key", aria_label="Key")
 
 
-def swatch(look: Look) -> str:
+def swatch(style: Style) -> str:
     """A short line with its marker."""
-    colour = f"var(--c{look.place + 1})"
-    dashes = " ".join(f"{2 * dash:g}" for dash in look.dashes)
+    colour = f"var(--c{style.place + 1})"
+    dashes = " ".join(f"{2 * dash:g}" for dash in style.dashes)
     line = tag(
         "line", x1="0", y1="6", x2="28", y2="6", stroke=colour, stroke_width="2", stroke_dasharray=dashes or None
     )
-    corners = MARKERS[look.marker]
+    corners = MARKERS[style.marker]
     shape = (
         tag("polygon", points=corners, fill=colour) if corners else tag("circle", cx="14", cy="6", r="3.4", fill=colour)
     )

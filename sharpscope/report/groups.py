@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from sharpscope.report.drawing import QUIET, SMALL, Drawn, Look, Panel, key, panel, powers
+from sharpscope.report.drawing import QUIET, SMALL, PageFigure, Panel, Style, key, log_ticks, panel
 from sharpscope.results.comparison import Comparison
 from sharpscope.results.comparison.rows import Row
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 RANGE = 20.0
 
 
-def runs(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> Drawn | None:
+def runs(comparison: Comparison, styles: dict[str, Style], rows: list[Row]) -> PageFigure | None:
     """A small panel for each quantity that every run of two groups has."""
     groups = comparison.groups
     if len(groups) < 2 or max(map(len, groups.values())) < 2:
@@ -25,17 +25,17 @@ def runs(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> Dra
     chosen = [row for row in rows if len(row.spreads) == len(groups)]
     if not chosen:
         return None
-    panels = tuple(_panel(f"runs-{i}", comparison, row, looks) for i, row in enumerate(chosen, start=1))
+    panels = tuple(_panel(f"runs-{i}", comparison, row, styles) for i, row in enumerate(chosen, start=1))
     paired = [pair for pair in pairwise(groups) if comparison.paired(*pair) is not None]
     tied = " Grey lines tie runs of one seed in neighbouring groups." if paired else ""
     said = (
         "Each point is a run; beside them the mean (geometric, where groups are compared by ratios) and Student's 95 % "
         f"interval of it.{tied} Scales are each panel's own and need not start at zero."
     )
-    return Drawn("runs", "Run by run", panels, said, "small", key(comparison, looks))
+    return PageFigure("runs", "Run by run", panels, said, "small", key(comparison, styles))
 
 
-def _panel(name: str, comparison: Comparison, row: Row, looks: dict[str, Look]) -> Panel:
+def _panel(name: str, comparison: Comparison, row: Row, styles: dict[str, Style]) -> Panel:
     means = []
     for group, spread in row.spreads.items():
         sure = "" if spread.lower is None or spread.upper is None else f" ({spread.lower:.4g} to {spread.upper:.4g})"
@@ -44,25 +44,25 @@ def _panel(name: str, comparison: Comparison, row: Row, looks: dict[str, Look]) 
         means.append(f"{group} against the first group: {d}")
     title = f"{row.label} of every run"
     return panel(
-        name, title, "; ".join(means) + ".", lambda axes: _strip(axes, comparison, row, looks), SMALL, row.label
+        name, title, "; ".join(means) + ".", lambda axes: _strip(axes, comparison, row, styles), SMALL, row.label
     )
 
 
-def _strip(axes: Axes, comparison: Comparison, row: Row, looks: dict[str, Look]) -> None:
-    at = {s.name: r.value for s, r in zip(comparison.subjects, row.readings, strict=True) if r is not None}
+def _strip(axes: Axes, comparison: Comparison, row: Row, styles: dict[str, Style]) -> None:
+    at = {s.name: r.value for s, r in zip(comparison.subjects, row.cells, strict=True) if r is not None}
     groups = list(comparison.groups)
     for left, right in pairwise(groups):
         for one, two in comparison.paired(left, right) or []:
             place = groups.index(left)
             axes.plot([place, place + 1], [at[one.name], at[two.name]], color=QUIET, alpha=0.5, linewidth=0.8, zorder=1)
     for x, (group, members) in enumerate(comparison.groups.items()):
-        look, mean = looks[members[0].name], row.spreads[group]
+        style, mean = styles[members[0].name], row.spreads[group]
         values = [at[s.name] for s in members]
-        axes.plot([x] * len(values), values, linestyle="", marker=look.marker, color=look.colour, alpha=0.75)
+        axes.plot([x] * len(values), values, linestyle="", marker=style.marker, color=style.colour, alpha=0.75)
         low, high = mean.lower, mean.upper
         reach = [[0.0], [0.0]] if low is None or high is None else [[mean.value - low], [high - mean.value]]
         axes.errorbar(
-            x + 0.22, mean.value, yerr=reach, marker="_", markersize=9, capsize=3, color=look.colour, linewidth=2
+            x + 0.22, mean.value, yerr=reach, marker="_", markersize=9, capsize=3, color=style.colour, linewidth=2
         )
     axes.set_xticks(range(len(groups)), groups)
     axes.set_xlim(-0.5, len(groups) - 0.5)
@@ -71,4 +71,4 @@ def _strip(axes: Axes, comparison: Comparison, row: Row, looks: dict[str, Look])
     finite = [value for value in at.values() if math.isfinite(value)]
     if row.factor and min(finite) > 0 and max(finite) > RANGE * min(finite):
         axes.set_yscale("log")
-        powers(axes.yaxis)
+        log_ticks(axes.yaxis)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from sharpscope.report.drawing import Look, swatch, table, tag, text
+from sharpscope.report.drawing import Style, swatch, table, tag, text
 from sharpscope.results.comparison import Comparison
-from sharpscope.results.comparison.rows import Row, contrasted
-from sharpscope.results.comparison.statistics import ENDS, PAIRS, Difference, Reading, Spread
+from sharpscope.results.comparison.rows import Row, reference_and_others
+from sharpscope.results.comparison.statistics import ENDS, PAIRS, Cell, Difference, Spread
 
 # Columns that fit side by side on paper, interval beside value.
 FEW = 6
@@ -51,29 +51,29 @@ class Notes:
         return tag("section", heading, tag("div", *self.entries), class_="notes", aria_labelledby="notes-heading")
 
 
-def every_number(comparison: Comparison, rows: list[Row], looks: dict[str, Look], notes: Notes) -> str:
+def every_number(comparison: Comparison, rows: list[Row], styles: dict[str, Style], notes: Notes) -> str:
     """The table with a column a checkpoint, and of two one for how they differ."""
-    first, others = contrasted(comparison.subjects)
+    first, others = reference_and_others(comparison.subjects)
     others = [] if comparison.groups else others  # of groups the other table tells
-    head = ["Quantity", *(swatch(looks[s.name]) + text(s.name) for s in comparison.subjects)]
+    head = ["Quantity", *(swatch(styles[s.name]) + text(s.name) for s in comparison.subjects)]
     head += [text(f"{name} against {first}") for name in others]
     body = []
     for row in rows:
         cells = [_quantity(row, notes)]
-        for subject, reading in zip(comparison.subjects, row.readings, strict=True):
-            cells.append(_missing() if reading is None else _cell(row, subject.name, reading, notes))
+        for subject, cell in zip(comparison.subjects, row.cells, strict=True):
+            cells.append(_missing() if cell is None else _cell(row, subject.name, cell, notes))
         cells += [_difference(row, first, name, row.differences.get(name), notes) for name in others]
         body.append(cells)
     return table(head, body, "Every number of every checkpoint", "numbers broad" if len(head) > FEW else "numbers")
 
 
-def groups_table(comparison: Comparison, rows: list[Row], looks: dict[str, Look], notes: Notes) -> str:
+def groups_table(comparison: Comparison, rows: list[Row], styles: dict[str, Style], notes: Notes) -> str:
     """The table with a column a group, and one for how each later group differs from the first; "" without groups."""
     groups = comparison.groups
     if not groups:
         return ""
-    first, others = contrasted(comparison.subjects)
-    head = ["Quantity", *(swatch(looks[members[0].name]) + text(group) for group, members in groups.items())]
+    first, others = reference_and_others(comparison.subjects)
+    head = ["Quantity", *(swatch(styles[members[0].name]) + text(group) for group, members in groups.items())]
     head += [text(f"{group} against {first}") for group in others]
     body = []
     for row in rows:
@@ -86,7 +86,7 @@ def groups_table(comparison: Comparison, rows: list[Row], looks: dict[str, Look]
 
 
 def _quantity(row: Row, notes: Notes) -> str:
-    kinds = dict.fromkeys(r.interval for r in row.readings if r is not None)
+    kinds = dict.fromkeys(r.interval for r in row.cells if r is not None)
     said = {DEFINED: row.definition, "Intervals": "; ".join(kinds)}
     said["Groups are compared by"] = ("ratios" if row.factor else "differences") if row.spreads else ""
     return notes.button(text(row.label), row.label, said)
@@ -97,7 +97,7 @@ def _missing() -> str:
     return tag("td", dash, spoken, class_="none")
 
 
-def _cell(row: Row, name: str, r: Reading, notes: Notes) -> str:
+def _cell(row: Row, name: str, r: Cell, notes: Notes) -> str:
     bound = _interval(r.lower, r.upper)
     said = {
         "Value": digits(r.value),
@@ -147,7 +147,7 @@ def _difference(row: Row, first: str, second: str, d: Difference | None, notes: 
     if d is None:
         return _missing()
     bounds = _interval(d.lower, d.upper)
-    kinds = "; ".join(dict.fromkeys(r.interval for r in row.readings if r is not None))
+    kinds = "; ".join(dict.fromkeys(r.interval for r in row.cells if r is not None))
     if d.by == ENDS:
         of, how, runs = "", f"what the ends of both intervals leave possible: {kinds}", ""
         none, mark = kinds, "not told apart" if d.sure is False else ""

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from sharpscope.errors import SharpscopeError
 from sharpscope.report import groups, sharpness, slices, spectra
-from sharpscope.report.drawing import Drawn, Look, looks_of, tag, text
+from sharpscope.report.drawing import PageFigure, Style, assign_styles, tag, text
 from sharpscope.report.numbers import Notes, every_number, groups_table
 from sharpscope.report.reproduction import costs, facts, reproduction
 from sharpscope.results.comparison import Comparison
 from sharpscope.results.comparison.rows import Row
-from sharpscope.results.comparison.statistics import KINDS
+from sharpscope.results.comparison.statistics import INTERVAL_KINDS
 
 HERE = Path(__file__).parent
 # A browser that keeps to it fetches nothing; plotly compiles its shaders' callers, hence the last word on scripts.
@@ -23,7 +23,7 @@ POLICY = (
     "base-uri 'none'; form-action 'none'"
 )
 
-Maker = Callable[[Comparison, dict[str, Look], list[Row]], Drawn | None]
+Maker = Callable[[Comparison, dict[str, Style], list[Row]], PageFigure | None]
 FIGURES: dict[str, Maker] = {
     "Run by run": groups.runs,
     "Largest eigenvalues": spectra.eigenvalues,
@@ -42,12 +42,12 @@ def page(comparison: Comparison) -> str:
     Its findings, the first of which stands out; numbers with their intervals, figures, definitions, costs and origin;
     surfaces to turn where plotly is installed.
     """
-    rows, looks = comparison.rows, looks_of(comparison)
-    drawn, left_out = _figures(comparison, looks, rows)
-    title = title_of(comparison)
+    rows, styles = comparison.rows, assign_styles(comparison)
+    drawn, left_out = _figures(comparison, styles, rows)
+    title = page_title(comparison)
     notes = Notes()
-    grouped = groups_table(comparison, rows, looks, notes)
-    every = every_number(comparison, rows, looks, notes)
+    grouped = groups_table(comparison, rows, styles, notes)
+    every = every_number(comparison, rows, styles, notes)
     sections = {
         "numbers": ("Numbers", _guide() + grouped + (tag("h3", "Every run") if grouped else "") + every),
         "figures": ("Figures", "".join(map(_figure, drawn)) + left_out),
@@ -104,12 +104,12 @@ def _guide() -> str:
     )
 
 
-def _figures(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> tuple[list[Drawn], str]:
+def _figures(comparison: Comparison, styles: dict[str, Style], rows: list[Row]) -> tuple[list[PageFigure], str]:
     """All figures there are data for, and a sentence for each that could not be drawn."""
     drawn, left_out = [], ""
     for heading, make in FIGURES.items():
         try:
-            found = make(comparison, looks, rows)
+            found = make(comparison, styles, rows)
         except SharpscopeError as error:  # as of slices that were not measured alike
             left_out += tag("p", text(f"No figure “{heading}”: {error}"), class_="quiet")
             continue
@@ -117,7 +117,7 @@ def _figures(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) ->
     return drawn, left_out
 
 
-def _figure(d: Drawn) -> str:
+def _figure(d: PageFigure) -> str:
     panels = "".join(
         tag("div", tag("p", text(p.title), class_="above") if p.title else "", p.svg, class_="panel") for p in d.panels
     )
@@ -153,7 +153,7 @@ TERMS = {
 }
 
 
-def title_of(comparison: Comparison) -> str:
+def page_title(comparison: Comparison) -> str:
     """What is compared, in a line."""
     groups = comparison.groups
     if groups:
@@ -172,10 +172,10 @@ def glossary(rows: list[Row]) -> str:
     meant: dict[str, list[str]] = {}
     for row in rows:
         meant.setdefault(row.definition, []).append(row.label)
-    kinds = dict.fromkeys(r.interval for row in rows for r in row.readings if r is not None)
+    kinds = dict.fromkeys(r.interval for row in rows for r in row.cells if r is not None)
     entries = [_entry(labels, definition) for definition, labels in meant.items()]
     entries += [_entry([term], said) for term, said in TERMS.items()]
-    entries += [_entry([f"Interval: {kind}"], KINDS[kind].meaning) for kind in kinds if kind in KINDS]
+    entries += [_entry([f"Interval: {kind}"], INTERVAL_KINDS[kind].meaning) for kind in kinds if kind in INTERVAL_KINDS]
     return tag("dl", *entries, class_="glossary")
 
 
@@ -264,7 +264,7 @@ def _sampled(comparison: Comparison, rows: list[Row]) -> list[tuple[str, str]]:
                 "more for every checkpoint.",
             )
         )
-    unsure = [f"{row.label} of {s.name}" for row in rows for s, r in zip(comparison.subjects, row.readings, strict=True)
+    unsure = [f"{row.label} of {s.name}" for row in rows for s, r in zip(comparison.subjects, row.cells, strict=True)
               if r is not None and not r.converged]  # fmt: skip
     if unsure:
         found.append(("Not converged, marked with a question mark:", f"{'; '.join(unsure)}."))

@@ -10,18 +10,18 @@ from typing import Any, ClassVar, TypeVar
 
 from sharpscope.results.serialization import (
     IN_NPZ,
+    annotations_of,
     as_json,
-    fields_from,
+    cell,
     head,
-    hints_of,
-    notes_of,
-    opened,
-    owner_of,
-    plain,
+    jsonable,
+    metadata_of,
+    noun_phrase,
+    parse_fields,
     read,
-    reading,
-    refuse_taken,
+    reject_reserved_keys,
     require_shapes,
+    without_header,
     write,
 )
 from sharpscope.results.table import Table
@@ -54,14 +54,14 @@ class Result(ABC):
         cls._repr_pretty_ = Result._repr_pretty_  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
-        refuse_taken(self.provenance, self._keys())
-        require_shapes(self, owner_of(self.analysis))
+        reject_reserved_keys(self.provenance, self._keys())
+        require_shapes(self, noun_phrase(self.analysis))
 
     @classmethod
     def _fields(cls) -> list[str]:
         """The fields that are in the JSON, without the provenance."""
-        hints = hints_of(cls)
-        return [f.name for f in fields(cls) if f.name != "provenance" and IN_NPZ not in notes_of(hints[f.name])]
+        hints = annotations_of(cls)
+        return [f.name for f in fields(cls) if f.name != "provenance" and IN_NPZ not in metadata_of(hints[f.name])]
 
     @classmethod
     def _keys(cls) -> tuple[str, ...]:
@@ -87,15 +87,15 @@ class Result(ABC):
 
         Raises: DataError when a key is missing, a value has another type or length, or it is another analysis.
         """
-        with reading(owner_of(cls.analysis), f"{cls.__name__}.to_dict()"):
-            found = opened(values, cls.analysis)
+        with cell(noun_phrase(cls.analysis), f"{cls.__name__}.to_dict()"):
+            found = without_header(values, cls.analysis)
             rest = {key: value for key, value in found.items() if key not in cls._keys()}
-            return cls(**{**cls._read(found), "provenance": plain(rest)})
+            return cls(**{**cls._read(found), "provenance": jsonable(rest)})
 
     @classmethod
     def _read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a JSON object."""
-        return fields_from(cls, cls._fields(), values)
+        return parse_fields(cls, cls._fields(), values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON to ``path``, atomically.

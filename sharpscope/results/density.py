@@ -13,7 +13,7 @@ from sharpscope.errors import DataError
 from sharpscope.formatting import narrower
 from sharpscope.results.base import Cost, Result
 from sharpscope.results.estimate import Estimate, student
-from sharpscope.results.provenance import POINT_AND_PRICE, names_of, origin_notes, point_and_price
+from sharpscope.results.provenance import LOSS_AND_COST, checkpoint_names, loss_and_cost_cells, origin_notes
 from sharpscope.results.serialization import Array, Shape
 from sharpscope.results.table import Table
 
@@ -101,7 +101,7 @@ class DensityResult(Result):
         return Estimate.of(self._below(SURELY * self.width) - self._below(-SURELY * self.width))
 
     def _below(self, at: float) -> Array:
-        return shares_below(self.nodes, self.weights, at, SOFTNESS * self.width)
+        return cumulative_shares(self.nodes, self.weights, at, SOFTNESS * self.width)
 
     @property
     def width(self) -> float:
@@ -133,7 +133,7 @@ class DensityResult(Result):
         chosen = self.width if width is None else float(width)
         if not chosen > 0 or not 0 < confidence < 1:
             raise DataError(f"width must be positive and confidence between 0 and 1, got {width} and {confidence}.")
-        return smoothed(self.nodes, self.weights, chosen, confidence, grid)
+        return smooth(self.nodes, self.weights, chosen, confidence, grid)
 
     def _derived(self) -> dict[str, Any]:
         return {**{name: getattr(self, name) for name in self.derived}, "curve": self.curve()}
@@ -150,16 +150,16 @@ def density_table(results: Sequence[DensityResult]) -> Table:
 
 def _rows(results: Sequence[DensityResult]) -> list[list[str]]:
     estimates = ["trace", "||H||_F", "mean eigenvalue", "negative mass"]
-    rows = [["checkpoint", *estimates, *POINT_AND_PRICE]]
-    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
+    rows = [["checkpoint", *estimates, *LOSS_AND_COST]]
+    for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
         shown = [str(r.trace), str(r.frobenius), str(r.mean), str(r.negative_mass)]
-        rows.append([name, *shown, *point_and_price(r.loss, r.gradient_norm, r.cost)])
+        rows.append([name, *shown, *loss_and_cost_cells(r.loss, r.gradient_norm, r.cost)])
     return rows
 
 
 def _notes(results: Sequence[DensityResult]) -> list[str]:
     notes = []
-    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
+    for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
         known = r.num_known
         steps = r.nodes.shape[1] - known
         without = f", {known} eigenvalues taken out before" if known else ""
@@ -196,9 +196,9 @@ class Curve:
     confidence: float
 
 
-def smoothed(nodes: Array, weights: Array, width: float, confidence: float, grid: Array | None) -> Curve:
+def smooth(nodes: Array, weights: Array, width: float, confidence: float, grid: Array | None) -> Curve:
     """The mean of K draws ``sum_j w_j delta(t - node_j)``, convolved with a Gaussian, and a t-interval over draws."""
-    at = covering(nodes[weights > 0], width) if grid is None else np.asarray(grid, float)
+    at = default_grid(nodes[weights > 0], width) if grid is None else np.asarray(grid, float)
     draws = np.stack([_mixture(at, n[w > 0], w[w > 0], width) for n, w in zip(nodes, weights, strict=True)])
     count = len(draws)
     half = student(confidence, count - 1) * draws.std(0, ddof=1) / np.sqrt(count)
@@ -206,13 +206,13 @@ def smoothed(nodes: Array, weights: Array, width: float, confidence: float, grid
     return Curve(at, mean, np.maximum(mean - half, 0), mean + half, width, confidence)
 
 
-def shares_below(nodes: Array, weights: Array, at: float, width: float) -> Array:
+def cumulative_shares(nodes: Array, weights: Array, at: float, width: float) -> Array:
     """The integral of each draw (K,), smoothed to ``width``, from minus infinity to ``at``."""
     parts = [0.5 * math.erfc((node - at) / (width * math.sqrt(2))) for node in nodes.ravel()]
     return np.asarray((weights * np.reshape(parts, nodes.shape)).sum(1))
 
 
-def covering(points: Array, width: float) -> Array:
+def default_grid(points: Array, width: float) -> Array:
     """A grid around all points, without the empty stretches between far ones: an outlier must not cost a million."""
     ends = np.sort(points)
     cuts = np.flatnonzero(np.diff(ends) > 2 * REACH * width)

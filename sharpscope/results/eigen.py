@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError
 from sharpscope.formatting import narrower, with_bound
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.provenance import POINT_AND_PRICE, names_of, origin_notes, point_and_price
-from sharpscope.results.serialization import IN_NPZ, Array, Like, MaybeNaNs, Shape, arrays_beside, read_arrays, write
+from sharpscope.results.provenance import LOSS_AND_COST, checkpoint_names, loss_and_cost_cells, origin_notes
+from sharpscope.results.serialization import IN_NPZ, Array, MaybeNaNs, Schema, Shape, arrays_path, read_arrays, write
 from sharpscope.results.table import Table
 
 # Above this probability of a miss there is no certificate.
-CERTAIN = 0.01
+MAX_MISS_PROBABILITY = 0.01
 
 PerEigenvalue = Annotated[Array, Shape("k")]
 
@@ -120,8 +120,8 @@ class EigenResult(Result):
     provenance: Mapping[str, Any] = field(default_factory=dict)
     eigenvectors: Annotated[NDArray[Any], Shape("n k"), IN_NPZ] | None = None
     missed_probability: Annotated[MaybeNaNs, Shape("k")] | None = None
-    sampling: Annotated[Mapping[str, Any], Like(Sampling)] | None = None
-    certificate: Annotated[Mapping[str, Any], Like(Certificate)] | None = None
+    sampling: Annotated[Mapping[str, Any], Schema(Sampling)] | None = None
+    certificate: Annotated[Mapping[str, Any], Schema(Certificate)] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,7 +139,7 @@ class EigenResult(Result):
     @property
     def certified(self) -> bool:
         """Whether the certificate that was asked for holds; True where none was."""
-        return self.certificate is None or bool(self.certificate["probability"] <= CERTAIN)
+        return self.certificate is None or bool(self.certificate["probability"] <= MAX_MISS_PROBABILITY)
 
     @property
     def which(self) -> str:
@@ -196,7 +196,7 @@ class EigenResult(Result):
         Raises: DataError when ``path`` holds something else, or is damaged.
         """
         result = super().load(path)
-        beside = arrays_beside(path)
+        beside = arrays_path(path)
         if beside.is_file():
             # A file of another run, or of another making, that only shares the name is not this one's vectors.
             with contextlib.suppress(DataError):
@@ -221,8 +221,8 @@ def _rows(results: Sequence[EigenResult]) -> list[list[str]]:
     widest = max(results, key=lambda result: len(result.eigenvalues))
     k, with_ratio = len(widest.labels), any(r.which in ("largest", "both") and r.ratio.k > 1 for r in results)
     ratio_head = [f"lambda_max/lambda_{widest.ratio.k if len(ks) == 1 else 'k'}"] if with_ratio else []
-    rows = [["checkpoint", *widest.labels, *ratio_head, *POINT_AND_PRICE]]
-    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
+    rows = [["checkpoint", *widest.labels, *ratio_head, *LOSS_AND_COST]]
+    for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
         intervals = zip(r.eigenvalues, r.lower, r.upper, r.converged, strict=True)
         values = [with_bound(v, low, up) + ("" if sure else " ?") for v, low, up, sure in intervals]
         ratio = r.ratio
@@ -232,14 +232,14 @@ def _rows(results: Sequence[EigenResult]) -> list[list[str]]:
         if len(ks) > 1:
             shown += f" (k={ratio.k})"
         measured = [*values, *[""] * (k - len(values)), *([shown] if with_ratio else [])]
-        rows.append([name, *measured, *point_and_price(r.loss, r.gradient_norm, r.cost)])
+        rows.append([name, *measured, *loss_and_cost_cells(r.loss, r.gradient_norm, r.cost)])
     return rows
 
 
 def _notes(results: Sequence[EigenResult]) -> list[str]:
     """What a reader of the table must know: the data, the mode, what has not converged, ratios that mean nothing."""
     notes = []
-    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
+    for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
         p = r.provenance
         # Of a sample what it leaves open is more than the bounds in the table, and comes first.
         if sampled := _sampled(r):
@@ -272,7 +272,7 @@ def _missed(result: EigenResult) -> str:
     said = f"an eigenvalue {side} {result.labels[0]} was missed with probability at most {_percent(first)}"
     if len(result.labels) > 1:
         said += f", {side} {result.labels[-1]} " + ("not excluded" if last >= 0.995 else f"at most {_percent(last)}")
-    pays = last > CERTAIN and result.which == "largest" and not result.certificate
+    pays = last > MAX_MISS_PROBABILITY and result.which == "largest" and not result.certificate
     return said + ("; --certify pays for less." if pays else ".")
 
 
@@ -281,7 +281,7 @@ def _certified(result: EigenResult) -> str:
     proof = result.certificate
     if not proof:
         return ""
-    if proof["probability"] > CERTAIN:
+    if proof["probability"] > MAX_MISS_PROBABILITY:
         return f"NO CERTIFICATE: after {proof['runs']} runs one above {proof['above']:.4g} is not excluded."
     where = f"above {proof['above']:.4g} (lambda_{result.ratio.k} + {proof['eps']:g} lambda_max)"
     return f"certificate, {proof['steps']} steps: one {where} was missed with probability at most " + (

@@ -13,8 +13,8 @@ from sharpscope.errors import DataError
 from sharpscope.formatting import with_bound
 from sharpscope.results.base import Cost, Result
 from sharpscope.results.estimate import Estimate
-from sharpscope.results.provenance import names_of, origin
-from sharpscope.results.serialization import Array, Shape, as_json, hints_of, notes_of, value_as
+from sharpscope.results.provenance import checkpoint_names, origin
+from sharpscope.results.serialization import Array, Shape, annotations_of, as_json, metadata_of, parse_value
 from sharpscope.results.table import Table, stacked
 
 # A field of this shape is a key of each block's object in the JSON, of the same name or this one.
@@ -100,8 +100,8 @@ class BlockResult(Result):
     @classmethod
     def _columns(cls) -> dict[str, str]:
         """The fields with an entry a block, and each one's key in a block's object."""
-        hints = hints_of(cls)
-        return {name: _RENAMED.get(name, name) for name in cls._fields() if BLOCKS in notes_of(hints[name])}
+        hints = annotations_of(cls)
+        return {name: _RENAMED.get(name, name) for name in cls._fields() if BLOCKS in metadata_of(hints[name])}
 
     @classmethod
     def _keys(cls) -> tuple[str, ...]:
@@ -119,7 +119,7 @@ class BlockResult(Result):
 
     @classmethod
     def _read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        blocks = value_as(tuple[Mapping[str, Any], ...], values["blocks"], "blocks")
+        blocks = parse_value(tuple[Mapping[str, Any], ...], values["blocks"], "blocks")
         known = {name: key for name, key in cls._columns().items() if any(key in block for block in blocks)}
         columns = {name: [block[key] for block in blocks] for name, key in known.items()}
         return super()._read({**values, **columns})
@@ -131,7 +131,7 @@ class BlockResult(Result):
 
 def block_table(results: Sequence[BlockResult]) -> Table:
     """A table a result, one row a block, each with its notes below."""
-    names = names_of([r.provenance for r in results])
+    names = checkpoint_names([r.provenance for r in results])
     return stacked([Table(_rows(r), _notes(r, name)) for r, name in zip(results, names, strict=True)])
 
 

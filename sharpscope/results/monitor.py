@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError
 from sharpscope.formatting import with_bound
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.provenance import names_of, origin_notes, typed
+from sharpscope.results.provenance import checkpoint_names, origin_notes, typed_value
 from sharpscope.results.serialization import MaybeNaN
 from sharpscope.results.table import Table, stacked
 
@@ -113,7 +113,7 @@ class MonitorResult(Result):
 
 def monitor_table(results: Sequence[MonitorResult]) -> Table:
     """A table a run, one row a record, each with its notes below."""
-    names = names_of([r.provenance for r in results])
+    names = checkpoint_names([r.provenance for r in results])
     return stacked([Table(_rows(r), _notes(r, name)) for r, name in zip(results, names, strict=True)])
 
 
@@ -141,7 +141,7 @@ def _shown(records: Sequence[MonitorRecord]) -> list[MonitorRecord]:
 def _notes(result: MonitorResult, name: str) -> list[str]:
     p, cost = result.provenance, result.cost
     notes = origin_notes(name, p)
-    drawn, total = (typed(p, key, int) for key in ("num_examples", "split_examples"))
+    drawn, total = (typed_value(p, key, int) for key in ("num_examples", "split_examples"))
     if drawn and total and drawn < total:
         notes.append(
             f"{name}: lambda_max of these {drawn} of {total} examples, often above that of all; intervals are the "

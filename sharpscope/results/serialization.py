@@ -47,22 +47,22 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Like:
+class Schema:
     """A mapping whose entries must have the types of this TypedDict; it stays a plain mapping."""
 
     kind: Any
 
 
-class Misfit(Exception):
+class FieldError(Exception):
     """A value that is not as annotated: "needs numbers in 'lower', got text"."""
 
 
-def plain(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """``value`` as JSON can hold it: non-finite numbers become null, objects of other types their ``str``."""
     if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {str(key): jsonable(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
+        return [jsonable(entry) for entry in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not np.isfinite(value):
@@ -71,48 +71,48 @@ def plain(value: Any) -> Any:
 
 
 def as_json(value: Any) -> Any:
-    """``plain`` for fields of results: arrays become lists, dataclasses objects, unless they have a ``record()``."""
+    """``jsonable`` for fields of results: arrays become lists, dataclasses objects, unless they have a ``record()``."""
     if isinstance(value, np.ndarray):
-        return plain(value.tolist())
+        return jsonable(value.tolist())
     if hasattr(value, "record"):
         return value.record()
     if is_dataclass(value):
         return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): as_json(entry) for key, entry in value.items()}
-    return [as_json(entry) for entry in value] if isinstance(value, list | tuple) else plain(value)
+    return [as_json(entry) for entry in value] if isinstance(value, list | tuple) else jsonable(value)
 
 
 @functools.cache
-def hints_of(kind: Any) -> dict[str, Any]:
+def annotations_of(kind: Any) -> dict[str, Any]:
     """The annotations of a dataclass or TypedDict by field, those of its bases included."""
     return get_type_hints(kind, include_extras=True)
 
 
-def notes_of(hint: Any) -> tuple[Any, ...]:
+def metadata_of(hint: Any) -> tuple[Any, ...]:
     """What ``Annotated`` adds to a type, also inside ``... | None``."""
     if get_origin(hint) is Annotated:
         inner, *notes = get_args(hint)
-        return (*notes, *notes_of(inner))
+        return (*notes, *metadata_of(inner))
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
-    return tuple(note for option in options for note in notes_of(option))
+    return tuple(note for option in options for note in metadata_of(option))
 
 
-def fields_from(kind: type, names: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
+def parse_fields(kind: type, names: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields ``names`` of the dataclass ``kind``, each read as annotated; absent ones keep their default.
 
     Raises: Misfit for a value of another type, KeyError for a missing key.
     """
-    hints, found = hints_of(kind), {}
+    hints, found = annotations_of(kind), {}
     for name in names:
         if name in values:
-            found[name] = value_as(hints[name], values[name], name)
+            found[name] = parse_value(hints[name], values[name], name)
         elif _required(kind, name):
             raise KeyError(name)
     return found
 
 
-def value_as(hint: Any, value: Any, where: str, nan: bool = False) -> Any:
+def parse_value(hint: Any, value: Any, where: str, nan: bool = False) -> Any:
     """A JSON value as an object of the annotated type.
 
     Args:
@@ -125,13 +125,13 @@ def value_as(hint: Any, value: Any, where: str, nan: bool = False) -> Any:
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        like = next((note.kind for note in args[1:] if isinstance(note, Like)), None)
-        return value_as(like or args[0], value, where, nan or NULL_IS_NAN in args[1:])
+        like = next((note.kind for note in args[1:] if isinstance(note, Schema)), None)
+        return parse_value(like or args[0], value, where, nan or NULL_IS_NAN in args[1:])
     if origin in (Union, UnionType):
         (inner,) = (arg for arg in args if arg is not NoneType)
-        return None if value is None else value_as(inner, value, where, nan)
+        return None if value is None else parse_value(inner, value, where, nan)
     if hint is Any:
-        return plain(value)
+        return jsonable(value)
     if origin is np.ndarray:
         return _array(get_args(args[1])[0], value, where, nan)
     if origin is tuple:
@@ -168,12 +168,12 @@ def _held(convert: Callable[[Any], Any], value: Any, where: str) -> Any:
     try:
         return convert(value)
     except OverflowError:
-        raise Misfit(f"needs numbers in the range of their type in {where!r}, got larger ones") from None
+        raise FieldError(f"needs numbers in the range of their type in {where!r}, got larger ones") from None
 
 
 def _finite(value: Any, where: str) -> Any:
     if not np.isfinite(value).all():
-        raise Misfit(f"needs finite numbers in {where!r}, got infinity or NaN")
+        raise FieldError(f"needs finite numbers in {where!r}, got infinity or NaN")
     return value
 
 
@@ -183,7 +183,7 @@ def _array(dtype: type, value: Any, where: str, nan: bool) -> NDArray[Any]:
     wanted, kinds = {"f": ("numbers", (int, float)), "i": ("whole numbers", (int,)), "b": ("booleans", (bool,))}[kind]
     if isinstance(value, np.ndarray):  # from an .npz
         if value.dtype.kind != kind:
-            raise Misfit(f"needs {wanted} in {where!r}, got {value.dtype.name}")
+            raise FieldError(f"needs {wanted} in {where!r}, got {value.dtype.name}")
         return value
     if not isinstance(value, list | tuple):
         raise _misfit(f"a list of {wanted}", where, value)
@@ -193,7 +193,7 @@ def _array(dtype: type, value: Any, where: str, nan: bool) -> NDArray[Any]:
     try:
         array: NDArray[Any] = _held(lambda entries: np.array(entries, dtype), value, where)
     except ValueError:
-        raise Misfit(f"needs rows of one length in {where!r}, got different lengths") from None
+        raise FieldError(f"needs rows of one length in {where!r}, got different lengths") from None
     return array if nan or kind != "f" else _finite(array, where)
 
 
@@ -210,9 +210,9 @@ def _tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
         raise _misfit("a list", where, value)
     kinds = (args[0],) * len(value) if args[1:] == (...,) else args
     if len(kinds) != len(value):
-        raise Misfit(f"needs {len(kinds)} entries in {where!r}, got {len(value)}")
+        raise FieldError(f"needs {len(kinds)} entries in {where!r}, got {len(value)}")
     return tuple(
-        value_as(kind, entry, f"{where}[{i}]") for i, (kind, entry) in enumerate(zip(kinds, value, strict=True))
+        parse_value(kind, entry, f"{where}[{i}]") for i, (kind, entry) in enumerate(zip(kinds, value, strict=True))
     )
 
 
@@ -221,18 +221,18 @@ def _object(hint: Any, args: tuple[Any, ...], value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise _misfit("an object", where, value)
     if args:
-        return {str(key): value_as(args[1], entry, f"{where}.{key}") for key, entry in value.items()}
-    hints, typed = hints_of(hint), is_typeddict(hint)
-    kept = hints if typed else {field.name: hints[field.name] for field in fields(hint)}
-    missing = sorted(name for name in kept if name not in value and (typed or _required(hint, name)))
+        return {str(key): parse_value(args[1], entry, f"{where}.{key}") for key, entry in value.items()}
+    hints, is_typed_dict = annotations_of(hint), is_typeddict(hint)
+    kept = hints if is_typed_dict else {field.name: hints[field.name] for field in fields(hint)}
+    missing = sorted(name for name in kept if name not in value and (is_typed_dict or _required(hint, name)))
     if missing:
-        raise Misfit(f"needs the key {missing[0]!r} in {where!r}, got none")
+        raise FieldError(f"needs the key {missing[0]!r} in {where!r}, got none")
     derived = getattr(hint, "derived", ())
-    unknown = [] if typed else sorted(set(value) - set(kept) - set(derived))
+    unknown = [] if is_typed_dict else sorted(set(value) - set(kept) - set(derived))
     if unknown:
-        raise Misfit(f"needs only known keys in {where!r}, got {unknown[0]!r}")
-    read = {name: value_as(kind, value[name], f"{where}.{name}") for name, kind in kept.items() if name in value}
-    return {**plain(value), **read} if typed else hint(**read)
+        raise FieldError(f"needs only known keys in {where!r}, got {unknown[0]!r}")
+    read = {name: parse_value(kind, value[name], f"{where}.{name}") for name, kind in kept.items() if name in value}
+    return {**jsonable(value), **read} if is_typed_dict else hint(**read)
 
 
 def _required(kind: Any, name: str) -> bool:
@@ -240,18 +240,18 @@ def _required(kind: Any, name: str) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 
 
-def _misfit(wanted: str, where: str, value: Any) -> Misfit:
+def _misfit(wanted: str, where: str, value: Any) -> FieldError:
     kinds = {NoneType: "null", bool: "a boolean", int: "a number", float: "a number", str: "text"}
     came = "an object" if isinstance(value, Mapping) else "a list" if isinstance(value, list | tuple) else None
-    return Misfit(f"needs {wanted} in {where!r}, got {came or kinds.get(type(value), type(value).__name__)}")
+    return FieldError(f"needs {wanted} in {where!r}, got {came or kinds.get(type(value), type(value).__name__)}")
 
 
 @contextmanager
-def reading(owner: str, keys: str) -> Iterator[None]:
+def cell(owner: str, keys: str) -> Iterator[None]:
     """Turn whatever is wrong with a record into one DataError that begins with ``owner``, as "An eigen result"."""
     try:
         yield
-    except Misfit as error:
+    except FieldError as error:
         raise DataError(f"{owner} {error}. Measure it again.") from None
     except KeyError as error:
         raise DataError(f"{owner} must have the keys of {keys}, got none named {error}. Measure it again.") from None
@@ -263,8 +263,8 @@ def require_shapes(result: Any, owner: str) -> None:
     """Raise DataError unless arrays and tuples have the dimensions of their ``Shape``, equal where named alike."""
     kind: Any = type(result)
     sizes: dict[str, tuple[int, str]] = {}
-    for name, hint in hints_of(kind).items():
-        shape = next((note.names.split() for note in notes_of(hint) if isinstance(note, Shape)), None)
+    for name, hint in annotations_of(kind).items():
+        shape = next((note.names.split() for note in metadata_of(hint) if isinstance(note, Shape)), None)
         value = None if shape is None else getattr(result, name)
         if shape is None or value is None:
             continue
@@ -281,7 +281,7 @@ def require_shapes(result: Any, owner: str) -> None:
                 )
 
 
-def refuse_taken(provenance: Mapping[str, Any], keys: Iterable[str]) -> None:
+def reject_reserved_keys(provenance: Mapping[str, Any], keys: Iterable[str]) -> None:
     """Raise DataError when ``provenance`` uses one of a result's ``keys``: both are keys of one JSON object."""
     taken = sorted({"format", "analysis", *keys} & set(provenance))
     if taken:
@@ -290,15 +290,15 @@ def refuse_taken(provenance: Mapping[str, Any], keys: Iterable[str]) -> None:
 
 def head(analysis: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that open every record: format, analysis, and the provenance as plain values."""
-    return {"format": FORMAT, "analysis": analysis, **{str(key): plain(value) for key, value in provenance.items()}}
+    return {"format": FORMAT, "analysis": analysis, **{str(key): jsonable(value) for key, value in provenance.items()}}
 
 
-def owner_of(analysis: str) -> str:
+def noun_phrase(analysis: str) -> str:
     """A result of that analysis as the subject of a sentence: "An eigen result"."""
     return f"{'An' if analysis[0] in 'aeiou' else 'A'} {analysis} result"
 
 
-def opened(values: Any, analysis: str) -> dict[str, Any]:
+def without_header(values: Any, analysis: str) -> dict[str, Any]:
     """A copy of a record without its format and analysis.
 
     Raises: DataError when it is no object, of another analysis, or of a later format.
@@ -306,7 +306,7 @@ def opened(values: Any, analysis: str) -> dict[str, Any]:
     came = values.get("analysis") if isinstance(values, Mapping) else None
     if came != analysis:
         what = f"an object with analysis {analysis!r}"
-        raise DataError(f"{owner_of(analysis)} must be {what}, got {_short(came)}. Choose another file.")
+        raise DataError(f"{noun_phrase(analysis)} must be {what}, got {_short(came)}. Choose another file.")
     if values.get("format", FORMAT) != FORMAT:
         raise DataError(
             f"The result has format {_short(values['format'])}, and this sharpscope reads {FORMAT}. Update it."
@@ -326,7 +326,7 @@ def require_json_name(path: str | os.PathLike[str]) -> None:
         )
 
 
-def arrays_beside(path: str | os.PathLike[str]) -> Path:
+def arrays_path(path: str | os.PathLike[str]) -> Path:
     """The path of a JSON file's arrays: ``sgd.json`` has ``sgd.npz``, ``run.1`` has ``run.1.npz``."""
     place = Path(path)
     return place.with_name(f"{place.name.removesuffix('.json')}.npz")
@@ -343,7 +343,7 @@ def write(
     if arrays is not None:
         # As keywords, mypy would take them for savez's own.
         given: dict[str, Any] = dict(arrays)
-        with atomic(arrays_beside(path)) as temporary, open(temporary, "wb") as file:
+        with atomic(arrays_path(path)) as temporary, open(temporary, "wb") as file:
             np.savez(file, **given)
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from sharpscope.errors import DataError, nearest
 from sharpscope.formatting import with_bound
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.provenance import names_of, origin_notes, typed
+from sharpscope.results.provenance import checkpoint_names, origin_notes, typed_value
 from sharpscope.results.serialization import MaybeNaN, Shape
 from sharpscope.results.table import Table, stacked
 
@@ -176,7 +176,7 @@ def _labels(results: Sequence[SharpnessResult]) -> list[list[str]]:
 
 
 def _rows(results: Sequence[SharpnessResult]) -> list[list[str]]:
-    names = names_of([r.provenance for r in results])
+    names = checkpoint_names([r.provenance for r in results])
     called = _labels(results)
     labels = list(dict.fromkeys(label for column in called for label in column))
     predicted = [any(m.prediction for m in r.measures) for r in results]
@@ -207,13 +207,13 @@ def _rows(results: Sequence[SharpnessResult]) -> list[list[str]]:
 
 def _notes(results: Sequence[SharpnessResult]) -> list[str]:
     notes = []
-    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
+    for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
         notes += origin_notes(name, r.provenance)
         for m in r.measures:
             if m.name in ("edge", "pac-bayes"):
                 said = [f"{key} {short(value)}" for key, value in m.settings.items() if key != "converged"]
                 notes.append(f"{name}: {m.name}: {', '.join(said)}.")
-        for left_out, why in (typed(r.provenance, "left_out", Mapping) or {}).items():
+        for left_out, why in (typed_value(r.provenance, "left_out", Mapping) or {}).items():
             notes.append(f"{name}: {left_out} was left out. {why}")
         if any(m.settings.get("order") == "as loaded" for m in r.measures):
             notes.append(f"{name}: subsets are of neighbours in the loader's order, which must not be sorted by class.")
@@ -282,7 +282,7 @@ class InvarianceResult(Result):
 
 def invariance_table(results: Sequence[InvarianceResult]) -> Table:
     """A table a result under its name, and the notes of all at the end."""
-    names = names_of([r.provenance for r in results])
+    names = checkpoint_names([r.provenance for r in results])
     *others, last = (Table(_invariance_rows(r), title=name) for name, r in zip(names, results, strict=True))
     return stacked([*others, replace(last, notes=_invariance_notes(results))])
 
@@ -297,7 +297,7 @@ def _invariance_rows(result: InvarianceResult) -> list[list[str]]:
 
 def _invariance_notes(results: Sequence[InvarianceResult]) -> list[str]:
     notes = []
-    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
+    for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
         pairs = ", ".join(f"{a or 'the model'} and {b}" for a, b in r.layers)
         notes += origin_notes(name, r.provenance)
         notes.append(

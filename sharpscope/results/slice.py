@@ -13,20 +13,20 @@ from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.provenance import names_of, origin_notes, typed
+from sharpscope.results.provenance import checkpoint_names, origin_notes, typed_value
 from sharpscope.results.serialization import (
     IN_NPZ,
     Array,
+    FieldError,
     MaybeNaN,
     MaybeNaNs,
-    Misfit,
-    arrays_beside,
+    arrays_path,
     as_json,
-    fields_from,
-    opened,
+    parse_fields,
+    parse_value,
     read,
     read_arrays,
-    value_as,
+    without_header,
     write,
 )
 from sharpscope.results.table import Table
@@ -224,12 +224,12 @@ class SliceResult(Result):
                 f"A slice result must have the keys of SliceResult.to_dict(grid=True), got none named {missing[0]!r}. "
                 "Load its file, next to which its arrays are."
             )
-        found = super()._read(values) | fields_from(cls, _GRID, values)
-        if value_as(int, values["dimensions"], "dimensions") != len(found["axes"]):
-            raise Misfit(f"needs the number of axes in 'dimensions', got {values['dimensions']}")
-        infinite = value_as(tuple[int, ...], values.get("infinite", ()), "infinite")
+        found = super()._read(values) | parse_fields(cls, _GRID, values)
+        if parse_value(int, values["dimensions"], "dimensions") != len(found["axes"]):
+            raise FieldError(f"needs the number of axes in 'dimensions', got {values['dimensions']}")
+        infinite = parse_value(tuple[int, ...], values.get("infinite", ()), "infinite")
         if any(not 0 <= i < found["loss"].size for i in infinite):
-            raise Misfit(f"needs places of losses in 'infinite', got others than 0 to {found['loss'].size - 1}")
+            raise FieldError(f"needs places of losses in 'infinite', got others than 0 to {found['loss'].size - 1}")
         found["loss"].flat[list(infinite)] = np.inf
         return found
 
@@ -246,8 +246,8 @@ class SliceResult(Result):
 
         Raises: DataError when ``path`` holds something else, or its arrays are not beside it.
         """
-        values, beside = read(path), arrays_beside(path)
-        opened(values, cls.analysis)
+        values, beside = read(path), arrays_path(path)
+        without_header(values, cls.analysis)
         arrays = read_arrays(beside, [*_ARRAYS, "axis0"])
         axes = tuple(arrays[name] for name in ("axis0", "axis1") if name in arrays)
         result = cls.from_dict({**values, **{name: arrays[name] for name in _ARRAYS}, "axes": axes})
@@ -276,7 +276,7 @@ def slice_table(results: Sequence[SliceResult]) -> Table:
     return Table(_rows(results), _notes(results), beside=[_MARKS, *marks] if marks else [])
 
 
-def described(result: SliceResult, line: int = 0) -> str:
+def describe_directions(result: SliceResult, line: int = 0) -> str:
     """The directions of a line or plane in a few words."""
     labels = [str(d["label"]) for d in result.directions[line]]
     kinds = {str(d.get("kind")) for d in result.directions[line]}
@@ -293,10 +293,10 @@ def _rows(results: Sequence[SliceResult]) -> list[list[str]]:
     curved = any(np.isfinite(r.curvatures).all() for r in results)
     head = ["", "split", "direction", "loss at w", "accuracy", "lowest", "at", "highest", "at"]
     rows = [head + ["barrier"] * barriers + ["curvature"] * curved + ["diverged"]]
-    for name, r in zip(names_of([r.provenance for r in results]), results, strict=True):
+    for name, r in zip(checkpoint_names([r.provenance for r in results]), results, strict=True):
         for line in range(len(r.directions)):
             for s, split in enumerate(r.splits):
-                row = [name, split, described(r, line), f"{r.centre[s, 0]:.4g}", _share(r.centre[s, 1])]
+                row = [name, split, describe_directions(r, line), f"{r.centre[s, 0]:.4g}", _share(r.centre[s, 1])]
                 row += [*_extreme(r, s, line, np.nanargmin), *_extreme(r, s, line, np.nanargmax)]
                 barrier = r.barrier(split, line)
                 row += [("" if barrier is None else f"{barrier:.4g}")] * barriers
@@ -327,24 +327,24 @@ def _marks(result: SliceResult) -> list[list[str]]:
 
 def _notes(results: Sequence[SliceResult]) -> list[str]:
     notes = []
-    for name, r in zip(names_of([r.provenance for r in results]), results, strict=True):
+    for name, r in zip(checkpoint_names([r.provenance for r in results]), results, strict=True):
         notes += origin_notes(name, r.provenance)
         grid = " x ".join(f"{len(a)} points from {a[0]:.3g} to {a[-1]:.3g}" for a in r.axes)
-        kept = typed(r.provenance, "repeated", int) or 0
+        kept = typed_value(r.provenance, "repeated", int) or 0
         known = f", {kept} of them from disk" if kept else ""
         lines = f"{len(r.directions)} lines of " if len(r.directions) > 1 else ""
         notes.append(
             f"{name}: {lines}{grid}{known}; {r.cost.passes} passes over the data, {r.cost.seconds:.1f} seconds; "
-            f"{also_said(r)}."
+            f"{describe_mode(r)}."
         )
         pending = int((r.status == PENDING).sum())
         if pending:
             notes.append(f"{name}: {pending} points are still to be measured; the same command goes on with them.")
-        cosine = typed(r.provenance, "cosine", int | float)
+        cosine = typed_value(r.provenance, "cosine", int | float)
         if cosine is not None and abs(cosine) > 1e-6:
             notes.append(f"{name}: the axes have a cosine of {cosine:.3g}, and a picture draws them at right angles.")
-        if misleads(r):
-            notes.append(f"{name}: {MISLEADS}")
+        if keeps_centre_statistics(r):
+            notes.append(f"{name}: {CENTRE_STATISTICS}")
     if any(r.barrier(line=i) is not None for r in results for i in range(len(r.directions))):
         notes.append(
             "barrier: the most by which the loss lies above the straight line between its ends, on these points."
@@ -352,20 +352,20 @@ def _notes(results: Sequence[SliceResult]) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-MISLEADS = (
+CENTRE_STATISTICS = (
     "BatchNorm's running statistics stay those of the centre, so that away from it this is the loss of a network that "
     "nobody would use. Pass --batchnorm recalibrate (batchnorm='recalibrate')."
 )
 
 
-def misleads(result: SliceResult) -> bool:
+def keeps_centre_statistics(result: SliceResult) -> bool:
     """Whether BatchNorm normalises everywhere by the statistics of the centre."""
     return (
         result.provenance.get("batchnorm") == "running statistics" and result.provenance.get("statistics") == "frozen"
     )
 
 
-def also_said(result: SliceResult) -> str:
+def describe_mode(result: SliceResult) -> str:
     """What a caption must say of how weights and statistics moved."""
     said = [f"{result.provenance.get('mode', '?')} mode"]
     fixed = [d.get("one_dimensional") for line in result.directions for d in line]

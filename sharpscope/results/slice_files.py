@@ -14,7 +14,7 @@ from sharpscope.atomic_io import atomic
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.results.base import Cost
 from sharpscope.results.serialization import Array
-from sharpscope.results.slice import DIVERGED, DONE, PENDING, STATUSES, SliceResult, described
+from sharpscope.results.slice import DIVERGED, DONE, PENDING, STATUSES, SliceResult, describe_directions
 
 
 def to_csv(result: SliceResult, path: str | os.PathLike[str]) -> None:
@@ -38,7 +38,7 @@ def to_csv(result: SliceResult, path: str | os.PathLike[str]) -> None:
             for split in range(len(result.splits)):
                 loss, accuracy = (float(values[split][place]) for values in (result.loss, result.accuracy))
                 cells += ["" if status == PENDING else repr(loss), repr(accuracy) if np.isfinite(accuracy) else ""]
-            rows.writerow([line, described(result, line), *map(repr, at), STATUSES[status], *cells])
+            rows.writerow([line, describe_directions(result, line), *map(repr, at), STATUSES[status], *cells])
 
 
 def to_vtk(result: SliceResult, path: str | os.PathLike[str], line: int | None = None) -> None:
@@ -56,7 +56,9 @@ def to_vtk(result: SliceResult, path: str | os.PathLike[str], line: int | None =
         raise ArgumentError(f"line must be from 0 to {len(result.directions) - 1}, got {line}.")
     axes = [*result.axes, *[np.zeros(1)] * (3 - result.dimensions)]
     # The format's title is one line of at most 256 characters.
-    title = f"{result.provenance.get('checkpoint') or 'model'}: {described(result, line)}".replace("\n", " ")[:255]
+    title = f"{result.provenance.get('checkpoint') or 'model'}: {describe_directions(result, line)}".replace("\n", " ")[
+        :255
+    ]
     text = ["# vtk DataFile Version 3.0", title, "ASCII", "DATASET RECTILINEAR_GRID"]
     text.append(f"DIMENSIONS {' '.join(str(len(a)) for a in axes)}")
     for name, a in zip("XYZ", axes, strict=True):

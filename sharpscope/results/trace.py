@@ -10,7 +10,7 @@ from typing import Any
 from sharpscope.formatting import narrower
 from sharpscope.results.base import Cost, Result
 from sharpscope.results.estimate import Estimate
-from sharpscope.results.provenance import POINT_AND_PRICE, names_of, origin_notes, point_and_price
+from sharpscope.results.provenance import LOSS_AND_COST, checkpoint_names, loss_and_cost_cells, origin_notes
 from sharpscope.results.table import Table
 
 
@@ -54,14 +54,14 @@ def trace_table(results: Sequence[TraceResult]) -> Table:
 
 
 def _rows(results: Sequence[TraceResult]) -> list[list[str]]:
-    rows = [["checkpoint", "trace", "||H||_F", *POINT_AND_PRICE]]
-    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
-        rows.append([name, str(r.trace), str(r.frobenius), *point_and_price(r.loss, r.gradient_norm, r.cost)])
+    rows = [["checkpoint", "trace", "||H||_F", *LOSS_AND_COST]]
+    for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
+        rows.append([name, str(r.trace), str(r.frobenius), *loss_and_cost_cells(r.loss, r.gradient_norm, r.cost)])
     return rows
 
 
 def _notes(results: Sequence[TraceResult]) -> list[str]:
-    names = names_of([r.provenance for r in results])
+    names = checkpoint_names([r.provenance for r in results])
     notes = [said for r, name in zip(results, names, strict=True) for said in origin_notes(name, r.provenance)]
     for r, name in zip(results, names, strict=True):
         if r.sampling_error is not None:

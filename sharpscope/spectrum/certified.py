@@ -12,7 +12,7 @@ from torch import Tensor
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg import Eigenpairs
 from sharpscope.linalg.certificate import STEPS, Certificate, certificate
-from sharpscope.results.eigen import CERTAIN
+from sharpscope.results.eigen import MAX_MISS_PROBABILITY
 
 # Eigenvalues that were missed and found by a probe, after which it gives up.
 SURPRISES = 5
@@ -56,7 +56,7 @@ def certified(
     for run in range(1, SURPRISES + 2):
         left = remaining()
         found = pairs.eigenvectors.T.contiguous()
-        level = CERTAIN / 2**run
+        level = MAX_MISS_PROBABILITY / 2**run
         above = float(pairs.upper[-1] + eps * pairs.eigenvalues[0].abs())
         if left == 0:
             proof = Certificate(1.0, above, 0, -math.inf, None, (), (), found.shape[1] - len(found), 0.0)

@@ -24,7 +24,7 @@ from sharpscope.objective.audit import rounding_of
 from sharpscope.precision import usable
 from sharpscope.problem import Problem
 from sharpscope.results import EigenResult
-from sharpscope.results.eigen import CERTAIN
+from sharpscope.results.eigen import MAX_MISS_PROBABILITY
 from sharpscope.resume import once_charged
 from sharpscope.sampling.importance_sample import FEWEST, Subset, sample, usual_size, worthwhile
 from sharpscope.sampling.sampling_error import sampling_error
@@ -274,7 +274,7 @@ def _warn(m: Measurement, pairs: Eigenpairs, proof: Certified | None, tol: float
     if not bool(pairs.converged.all()):
         missing = [i + 1 for i in range(len(pairs.converged)) if not pairs.converged[i]]
         warnings.warn(m.unconverged(f"Eigenvalues {missing} have", tol), ConvergenceWarning, stacklevel=3)
-    if proof is not None and proof.probability > CERTAIN:
+    if proof is not None and proof.probability > MAX_MISS_PROBABILITY:
         warnings.warn(
             f"No certificate: an eigenvalue above {proof.last.above:.4g} may have been missed with probability "
             f"{proof.probability:.2g} after {proof.runs} runs. Raise max_passes or certify.",

@@ -10,10 +10,10 @@ from typing import Any
 from sharpscope.errors import DataError
 from sharpscope.results.base import Result
 from sharpscope.results.comparison.findings import findings
-from sharpscope.results.comparison.rows import Row, contrasted, rows_of
-from sharpscope.results.comparison.subject import Subject, Way, groups_of, pairs_of
-from sharpscope.results.provenance import typed
-from sharpscope.results.serialization import plain, value_as
+from sharpscope.results.comparison.rows import Row, comparison_rows, reference_and_others
+from sharpscope.results.comparison.subject import Interpolation, Subject, group_subjects, pair_runs
+from sharpscope.results.provenance import typed_value
+from sharpscope.results.serialization import jsonable, parse_value
 from sharpscope.results.slice import SliceResult
 from sharpscope.results.table import Table
 
@@ -37,7 +37,7 @@ class Comparison(Result):
     derived = ("findings", "rows")
 
     subjects: tuple[Subject, ...]
-    between: tuple[Way, ...] = ()
+    between: tuple[Interpolation, ...] = ()
     level: str = ""
     command: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Comparison(Result):
     @cached_property
     def rows(self) -> list[Row]:
         """Each quantity with the numbers of all subjects, the means of groups, and how others differ from the first."""
-        return rows_of(self.subjects)
+        return comparison_rows(self.subjects)
 
     @property
     def findings(self) -> list[str]:
@@ -61,11 +61,11 @@ class Comparison(Result):
     @property
     def groups(self) -> dict[str, list[Subject]]:
         """The subjects of each group in order; empty where there are no groups."""
-        return groups_of(self.subjects)
+        return group_subjects(self.subjects)
 
     def paired(self, first: str, second: str) -> list[tuple[Subject, Subject]] | None:
         """The runs of two groups that share what pairs them; None unless every run of both has its partner."""
-        return pairs_of(self.groups[first], self.groups[second])
+        return pair_runs(self.groups[first], self.groups[second])
 
     def to_dict(self) -> dict[str, Any]:
         """Findings, table and every result whole, as plain JSON values; a number that is not finite is null."""
@@ -74,11 +74,11 @@ class Comparison(Result):
     @classmethod
     def _read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         absent = [key for key in cls._fields() if key not in values]
-        for entry in value_as(tuple[Mapping[str, Any], ...], values.get("subjects", ()), "subjects"):
+        for entry in parse_value(tuple[Mapping[str, Any], ...], values.get("subjects", ()), "subjects"):
             absent += [key for key in _OF_EACH if key not in entry]
         if absent:
             raise KeyError(absent[0])
-        ways = value_as(tuple[Mapping[str, Any], ...], values["between"], "between")
+        ways = parse_value(tuple[Mapping[str, Any], ...], values["between"], "between")
         return super()._read({**values, "between": [_way_values(way) for way in ways]})
 
     def table(self) -> Table:
@@ -88,7 +88,7 @@ class Comparison(Result):
 
 def _way_record(first: str, second: str, way: SliceResult) -> dict[str, Any]:
     """A line between two subjects, with its barrier on each split."""
-    barriers = {split: plain(way.barrier(split)) for split in way.splits}
+    barriers = {split: jsonable(way.barrier(split)) for split in way.splits}
     return {"from": first, "to": second, **way.record(), "barrier": barriers}
 
 
@@ -105,10 +105,10 @@ def comparison_table(rows: Sequence[Row], subjects: Sequence[Subject]) -> Table:
 
 def _cells(rows: Sequence[Row], subjects: Sequence[Subject]) -> list[list[str]]:
     """With groups their means, since the runs are many, else every checkpoint; and how others differ from the first."""
-    groups, (first, others) = list(groups_of(subjects)), contrasted(subjects)
+    groups, (first, others) = list(group_subjects(subjects)), reference_and_others(subjects)
     cells = [["", *(groups or [s.name for s in subjects]), *(f"{name} against {first}" for name in others)]]
     for row in rows:
-        numbers = [row.spreads.get(group) for group in groups] if groups else row.readings
+        numbers = [row.spreads.get(group) for group in groups] if groups else row.cells
         cells.append([row.label, *map(_shown, numbers), *(_shown(row.differences.get(name)) for name in others)])
     return cells
 
@@ -118,25 +118,25 @@ def _shown(number: object) -> str:
 
 
 def _notes(rows: Sequence[Row], subjects: Sequence[Subject]) -> list[str]:
-    groups = groups_of(subjects)
+    groups = group_subjects(subjects)
     meant: dict[str, list[str]] = {}
     for row in rows:
-        kinds = dict.fromkeys(r.interval for r in row.readings if r is not None)
+        kinds = dict.fromkeys(r.interval for r in row.cells if r is not None)
         # Of groups the columns have intervals over runs.
         of = "" if groups else f". Intervals: {', '.join(kinds)}"
         meant.setdefault(f"{row.definition}{of}", []).append(row.label)
     notes = [f"{_together(labels)}: {said}." for said, labels in meant.items()]
     measured: dict[str, list[str]] = {}
     for row in rows:
-        for data in dict.fromkeys(r.data for r in row.readings if r is not None):
+        for data in dict.fromkeys(r.data for r in row.cells if r is not None):
             measured.setdefault(data, []).append(row.label)
     notes += [f"On {data}: {_together(labels)}." for data, labels in measured.items() if data]
     for subject in subjects:
-        left_out = typed(subject.provenance, "left_out", Mapping) or {}
+        left_out = typed_value(subject.provenance, "left_out", Mapping) or {}
         notes += [f"{subject.name}: no {what}. {why}" for what, why in left_out.items()]
-    if any(r is not None and not r.converged for row in rows for r in row.readings):
+    if any(r is not None and not r.converged for row in rows for r in row.cells):
         notes.append("? marks what did not converge to its tolerance.")
-    if contrasted(subjects)[1] and not groups:
+    if reference_and_others(subjects)[1] and not groups:
         notes.append(
             "One against the other: a factor (x) or a difference, with what the ends of both intervals leave possible "
             "(of a standard error, two of them)."

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from sharpscope.results.comparison.rows import Row
-from sharpscope.results.comparison.statistics import EXACT, KINDS, NONE, PAIRS, Difference, Reading
-from sharpscope.results.comparison.subject import Subject, Way, groups_of
-from sharpscope.results.provenance import typed
+from sharpscope.results.comparison.statistics import EXACT, INTERVAL_KINDS, NO_INTERVAL, PAIRS, Cell, Difference
+from sharpscope.results.comparison.subject import Interpolation, Subject, group_subjects
+from sharpscope.results.provenance import typed_value
 from sharpscope.results.slice import PENDING, SliceResult
 
 # Twenty intervals of 95 % leave out what they should hold once in the mean.
@@ -18,12 +18,12 @@ MANY = 20
 _ORDER = ("lambda_max", "trace", "m-sharpness", "")
 
 
-def findings(rows: Sequence[Row], subjects: Sequence[Subject], between: Sequence[Way] = ()) -> list[str]:
+def findings(rows: Sequence[Row], subjects: Sequence[Subject], between: Sequence[Interpolation] = ()) -> list[str]:
     """Sentences, the first of lambda_max: of groups by their intervals, else of each checkpoint against the first.
 
     They say what differs and how surely. None says that flatter is better or generalises better.
     """
-    groups = list(groups_of(subjects))
+    groups = list(group_subjects(subjects))
     kept = [row for row in rows if row.label != "edge"]
     kept.sort(key=lambda row: next(i for i, head in enumerate(_ORDER) if row.label.startswith(head)))
     said = _of_groups(groups, kept) if groups else _of_checkpoints(subjects, kept)
@@ -71,7 +71,7 @@ def _of_checkpoints(subjects: Sequence[Subject], rows: Sequence[Row]) -> list[st
         # Of each m one sentence would be said again: what is shown alike is said once.
         told: dict[tuple[str, str, bool], dict[str, str]] = {}
         for row in rows:
-            one, two = row.readings[0], row.readings[i]
+            one, two = row.cells[0], row.cells[i]
             if one is None or two is None:
                 continue
             found = row.differences.get(subject.name)
@@ -90,7 +90,7 @@ def _of_checkpoints(subjects: Sequence[Subject], rows: Sequence[Row]) -> list[st
     return said
 
 
-def _shown(one: Reading, two: Reading, apart: bool | None, first: str, second: str) -> str:
+def _shown(one: Cell, two: Cell, apart: bool | None, first: str, second: str) -> str:
     """How surely two readings differ, whose intervals lie ``apart``, meet, or are not there."""
     if not (math.isfinite(one.value) and math.isfinite(two.value)):
         return "one of them is not finite"
@@ -99,22 +99,23 @@ def _shown(one: Reading, two: Reading, apart: bool | None, first: str, second: s
     if apart is None:
         if one.interval == two.interval == EXACT:
             return "exact on these examples"
-        reason = next((r.interval.removeprefix(NONE) for r in (one, two) if r.interval.startswith(NONE)), "")
+        reasons = [r.interval.removeprefix(NO_INTERVAL) for r in (one, two) if r.interval.startswith(NO_INTERVAL)]
+        reason = reasons[0] if reasons else ""
         return f"no interval ({reason}), so that nothing is shown" if reason else "not both have an interval"
-    told = KINDS[one.interval].told(apart)
+    told = INTERVAL_KINDS[one.interval].told(apart)
     return told if apart else f"{told}: no difference is shown"
 
 
 def _by_sam(subject: Subject) -> bool:
-    return (typed(subject.provenance, "recipe", Mapping) or {}).get("rho") is not None
+    return (typed_value(subject.provenance, "recipe", Mapping) or {}).get("rho") is not None
 
 
-def _ways(between: Sequence[Way]) -> list[str]:
+def _ways(between: Sequence[Interpolation]) -> list[str]:
     """The barrier on each line between minima, on each split."""
     said = []
     for first, second, way in between:
-        heights = {split: way.barrier(split) for split in way.splits}
-        told = " and ".join(f"{height:.3g} ({split})" for split, height in heights.items() if height is not None)
+        grid_values = {split: way.barrier(split) for split in way.splits}
+        told = " and ".join(f"{height:.3g} ({split})" for split, height in grid_values.items() if height is not None)
         if told:
             inner = int(((way.axes[0] > 0) & (way.axes[0] < 1)).sum())
             said.append(
@@ -130,12 +131,12 @@ def _warnings(subjects: Sequence[Subject], rows: Sequence[Row]) -> list[str]:
     uncertified = [s.name for s in subjects if s.eigen is not None and not s.eigen.certified]
     if uncertified:
         said.append(f"There is no certificate that nothing larger was missed of {', '.join(uncertified)}.")
-    if groups_of(subjects):
+    if group_subjects(subjects):
         unsure = [
             f"{row.label} of {subject.name}"
             for row in rows
-            for subject, reading in zip(subjects, row.readings, strict=True)
-            if reading is not None and not reading.converged
+            for subject, cell in zip(subjects, row.cells, strict=True)
+            if cell is not None and not cell.converged
         ]
         if unsure:
             said.append(f"Not converged: {'; '.join(unsure)}.")

@@ -66,13 +66,13 @@ class Difference:
     @property
     def ends(self) -> str:
         """The interval where ``head`` does not have it: " [0.431, 0.559]"."""
-        return "" if "±" in self.head else bracket(self.lower, self.upper)
+        return "" if "±" in self.head else interval_text(self.lower, self.upper)
 
     def __str__(self) -> str:
         return f"{self.head}{self.ends}"
 
 
-def bracket(lower: float | None, upper: float | None) -> str:
+def interval_text(lower: float | None, upper: float | None) -> str:
     """ " [0.431, 0.559]", nothing where there is no interval."""
     return "" if lower is None or upper is None else f" [{lower:.3g}, {upper:.3g}]"
 
@@ -100,7 +100,7 @@ class Spread:
     @property
     def ends(self) -> str:
         """Its interval: " [4.43, 9.92]", nothing where there is none."""
-        return bracket(self.lower, self.upper)
+        return interval_text(self.lower, self.upper)
 
     def __str__(self) -> str:
         return f"{self.value:.4g}{self.ends}"
@@ -166,7 +166,7 @@ def _logarithms(values: Sequence[float]) -> Array:
     return logarithms
 
 
-def contrast(one: Reading | None, two: Reading | None, factor: bool) -> Difference | None:
+def contrast(one: Cell | None, two: Cell | None, factor: bool) -> Difference | None:
     """The second reading over the first, where ``factor`` and both are surely positive, or less it.
 
     Its interval is what the ends of both leave possible, each widened to about 95 %; where both are of 95 %, it holds
@@ -175,7 +175,7 @@ def contrast(one: Reading | None, two: Reading | None, factor: bool) -> Differen
     if one is None or two is None or not (math.isfinite(one.value) and math.isfinite(two.value)):
         return None
     ours, theirs, lower, upper = _ends(one), _ends(two), None, None
-    least = [reading.value if ends is None else ends[0] for reading, ends in ((one, ours), (two, theirs))]
+    least = [cell.value if ends is None else ends[0] for cell, ends in ((one, ours), (two, theirs))]
     ratio = factor and min(least) > 0
     value = two.value / one.value if ratio else two.value - one.value
     if ours is not None and theirs is not None:
@@ -184,14 +184,14 @@ def contrast(one: Reading | None, two: Reading | None, factor: bool) -> Differen
     return Difference(value, lower, upper, ratio, converged=one.converged and two.converged)
 
 
-def _ends(reading: Reading) -> tuple[float, float] | None:
+def _ends(cell: Cell) -> tuple[float, float] | None:
     """The interval of about 95 %, or the bound."""
-    if reading.lower is None or reading.upper is None:
+    if cell.lower is None or cell.upper is None:
         return None
-    reach = KINDS[reading.interval].reach if reading.interval in KINDS else 1.0
+    reach = INTERVAL_KINDS[cell.interval].reach if cell.interval in INTERVAL_KINDS else 1.0
     return (
-        reading.value - reach * (reading.value - reading.lower),
-        reading.value + reach * (reading.upper - reading.value),
+        cell.value - reach * (cell.value - cell.lower),
+        cell.value + reach * (cell.upper - cell.value),
     )
 
 
@@ -203,16 +203,16 @@ SUBSETS = "95 % over subsets"
 BINOMIAL = "95 % over examples (Wilson 1927)"
 EXACT = "exact on these examples"
 # Where a number has no interval, this and the reason.
-NONE = "none: "
-ONE_SUBSET = f"{NONE}one subset"
+NO_INTERVAL = "none: "
+ONE_SUBSET = f"{NO_INTERVAL}one subset"
 
 
 # A standard error reaches so many times as far for about 95 %.
-TWICE = 2.0
+STANDARD_ERROR_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
-class Kind:
+class IntervalKind:
     """A kind of interval.
 
     Attributes:
@@ -227,37 +227,41 @@ class Kind:
 
     def told(self, apart: bool) -> str:
         """What is said of two numbers whose intervals leave a gap, or do not."""
-        if self.reach == TWICE:
+        if self.reach == STANDARD_ERROR_FACTOR:
             return f"they are {'more than' if apart else 'within'} two standard errors of each{' apart' * apart}"
         return f"their {self.ends} {'do not ' * apart}meet"
 
 
-KINDS = {
-    NUMERICAL: Kind(
+INTERVAL_KINDS = {
+    NUMERICAL: IntervalKind(
         "holds the exact value on these examples: from residuals, or from interlacing where that is tighter",
         "numerical bounds",
     ),
-    SAMPLED: Kind(
+    SAMPLED: IntervalKind(
         "these examples stand for more; the interval is of the whole they were drawn from",
         "95 % intervals over examples",
     ),
-    PROBED: Kind(
+    PROBED: IntervalKind(
         "how far an estimate by random vectors scatters; about two thirds of such intervals hold the exact value",
-        reach=TWICE,
+        reach=STANDARD_ERROR_FACTOR,
     ),
-    PROBED_SAMPLED: Kind(
+    PROBED_SAMPLED: IntervalKind(
         "that scatter and that of the sample of examples, added in squares; of the whole it was drawn from",
-        reach=TWICE,
+        reach=STANDARD_ERROR_FACTOR,
     ),
-    SUBSETS: Kind("how far the mean over disjoint subsets of the examples scatters", "95 % intervals over subsets"),
-    BINOMIAL: Kind("examples as independent draws from where the data come from", "95 % intervals over examples"),
-    EXACT: Kind("no random choice and no iteration that could stop early; rounding alone"),
-    ONE_SUBSET: Kind("a single subset of the examples was measured, and nothing says how another would differ"),
+    SUBSETS: IntervalKind(
+        "how far the mean over disjoint subsets of the examples scatters", "95 % intervals over subsets"
+    ),
+    BINOMIAL: IntervalKind(
+        "examples as independent draws from where the data come from", "95 % intervals over examples"
+    ),
+    EXACT: IntervalKind("no random choice and no iteration that could stop early; rounding alone"),
+    ONE_SUBSET: IntervalKind("a single subset of the examples was measured, and nothing says how another would differ"),
 }
 
 
 @dataclass(frozen=True)
-class Reading:
+class Cell:
     """One number of one checkpoint.
 
     Attributes:

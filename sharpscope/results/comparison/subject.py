@@ -93,10 +93,10 @@ class Subject:
         return {name: value for name, value in kept.items() if name not in ANALYSES or value is not None}
 
 
-Way = tuple[str, str, SliceResult]
+Interpolation = tuple[str, str, SliceResult]
 
 
-def groups_of(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
+def group_subjects(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
     """The subjects of each group in order; empty where there are no groups."""
     found: dict[str, list[Subject]] = {}
     for subject in subjects:
@@ -105,7 +105,7 @@ def groups_of(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
     return found
 
 
-def pairs_of(first: Sequence[Subject], second: Sequence[Subject]) -> list[tuple[Subject, Subject]] | None:
+def pair_runs(first: Sequence[Subject], second: Sequence[Subject]) -> list[tuple[Subject, Subject]] | None:
     """The runs of two groups that share what pairs them; None unless every run of both has its partner."""
     one, two = ({s.pair: s for s in group} for group in (first, second))
     complete = None not in one and set(one) == set(two)
