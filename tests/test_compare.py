@@ -22,7 +22,7 @@ import sharpscope
 from sharpscope.cli import comparing, main
 from sharpscope.comparing import LEVELS, levels
 from sharpscope.comparing.steps import sampled
-from sharpscope.results.comparison.statistics import difference
+from sharpscope.results.statistics import difference
 from sharpscope.training import Recipe, train
 
 QUICK, DEFAULT = LEVELS["quick"], LEVELS["default"]

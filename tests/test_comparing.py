@@ -25,8 +25,8 @@ from sharpscope.errors import ArgumentError, DataError, SharpscopeError
 from sharpscope.report import page
 from sharpscope.results import SliceResult
 from sharpscope.results.comparison import ANALYSES, Performance, Subject
-from sharpscope.results.estimate import wilson
 from sharpscope.results.slice import DIVERGED
+from sharpscope.results.statistics import wilson
 
 FEW = replace(
     replace(LEVELS["quick"], density_examples=20, sharpness_examples=20, slice_examples=20, surface_examples=20),

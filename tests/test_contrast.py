@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from sharpscope.results.comparison.statistics import EXACT, PROBED, SUBSETS, Cell, Difference, contrast
+from sharpscope.results.statistics import EXACT, PROBED, SUBSETS, Cell, Difference, contrast
 
 
 def of(one: Cell, two: Cell, factor: bool = True) -> Difference:

@@ -11,8 +11,7 @@ from scipy import stats
 from sharpscope.errors import DataError
 from sharpscope.results import Cost, EigenResult, Measure, SharpnessResult
 from sharpscope.results.comparison import Comparison, Performance, Subject
-from sharpscope.results.comparison.statistics import difference, spread
-from sharpscope.results.estimate import wilson
+from sharpscope.results.statistics import difference, spread, wilson
 
 DRAW = np.random.default_rng(0)
 

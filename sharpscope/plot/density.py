@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sharpscope.errors import DataError
-from sharpscope.plot.training import COLOURS
+from sharpscope.plot.figure import COLOURS
 from sharpscope.results import Curve, DensityResult, EigenResult
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ import numpy as np
 
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.plot.figure import (
+    COLOURS,
     caption,
     column_width,
     diverged,
@@ -21,7 +22,6 @@ from sharpscope.plot.figure import (
 )
 from sharpscope.plot.levels import require_positive
 from sharpscope.plot.surface import on_slice
-from sharpscope.plot.training import COLOURS
 from sharpscope.results import SliceResult
 from sharpscope.results.serialization import Array
 

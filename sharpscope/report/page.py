@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sharpscope.errors import SharpscopeError
-from sharpscope.report import groups, sharpness, slices, spectra
+from sharpscope.report import numbers, sharpness, slices, spectra
 from sharpscope.report.drawing import PageFigure, Style, assign_styles, tag, text
 from sharpscope.report.numbers import Notes, every_number, groups_table
 from sharpscope.report.reproduction import costs, facts, reproduction
 from sharpscope.results.comparison import Comparison
 from sharpscope.results.comparison.rows import Row
-from sharpscope.results.comparison.statistics import INTERVAL_KINDS
+from sharpscope.results.statistics import INTERVAL_KINDS
 
 HERE = Path(__file__).parent
 # A browser that keeps to it fetches nothing; plotly compiles its shaders' callers, hence the last word on scripts.
@@ -25,7 +25,7 @@ POLICY = (
 
 Maker = Callable[[Comparison, dict[str, Style], list[Row]], PageFigure | None]
 FIGURES: dict[str, Maker] = {
-    "Run by run": groups.runs,
+    "Run by run": numbers.runs,
     "Largest eigenvalues": spectra.eigenvalues,
     "Spectral density": spectra.densities,
     "m-sharpness": sharpness.m_sharpness,

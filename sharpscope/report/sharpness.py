@@ -9,8 +9,8 @@ from sharpscope.report.drawing import PAIR, QUIET, PageFigure, Panel, Style, gro
 from sharpscope.report.spectra import label_rows
 from sharpscope.results.comparison import Comparison, Subject
 from sharpscope.results.comparison.rows import Row
-from sharpscope.results.comparison.statistics import spread
 from sharpscope.results.sharpness import Measure
+from sharpscope.results.statistics import spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,8 +23,8 @@ from sharpscope.report.drawing import (
 )
 from sharpscope.results.comparison import Comparison, Subject
 from sharpscope.results.comparison.rows import Row
-from sharpscope.results.comparison.statistics import Cell
 from sharpscope.results.density import DensityResult
+from sharpscope.results.statistics import Cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 from sharpscope.results.comparison.rows import Row
-from sharpscope.results.comparison.statistics import EXACT, INTERVAL_KINDS, NO_INTERVAL, PAIRS, Cell, Difference
 from sharpscope.results.comparison.subject import Interpolation, Subject, group_subjects
 from sharpscope.results.provenance import typed_value
 from sharpscope.results.slice import PENDING, SliceResult
+from sharpscope.results.statistics import EXACT, INTERVAL_KINDS, NO_INTERVAL, PAIRS, Cell, Difference
 
 # Twenty intervals of 95 % leave out what they should hold once in the mean.
 MANY = 20

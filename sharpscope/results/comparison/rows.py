@@ -7,7 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from sharpscope.results.comparison.statistics import (
+from sharpscope.results.comparison.subject import Subject, group_subjects, pair_runs
+from sharpscope.results.density import TraceResult
+from sharpscope.results.eigen import EigenResult
+from sharpscope.results.provenance import describe_examples, origin, typed_value
+from sharpscope.results.serialization import as_json
+from sharpscope.results.sharpness import Measure, SharpnessResult
+from sharpscope.results.statistics import (
     BINOMIAL,
     NO_INTERVAL,
     NUMERICAL,
@@ -22,14 +28,8 @@ from sharpscope.results.comparison.statistics import (
     contrast,
     difference,
     spread,
+    wilson,
 )
-from sharpscope.results.comparison.subject import Subject, group_subjects, pair_runs
-from sharpscope.results.eigen import EigenResult
-from sharpscope.results.estimate import wilson
-from sharpscope.results.provenance import describe_examples, origin, typed_value
-from sharpscope.results.serialization import as_json
-from sharpscope.results.sharpness import Measure, SharpnessResult
-from sharpscope.results.trace import TraceResult
 
 Groups = Mapping[str, Sequence[Subject]]
 

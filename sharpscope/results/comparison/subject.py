@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sharpscope.results.base import Cost, total
-from sharpscope.results.density import DensityResult
+from sharpscope.results.density import DensityResult, TraceResult
 from sharpscope.results.eigen import EigenResult
 from sharpscope.results.serialization import MaybeNaN, as_json
 from sharpscope.results.sharpness import SharpnessResult
 from sharpscope.results.slice import SliceResult
-from sharpscope.results.trace import TraceResult
 
 
 @dataclass(frozen=True)
