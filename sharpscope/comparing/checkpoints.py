@@ -54,37 +54,37 @@ class CheckpointSet:
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
-        given = _entrants(checkpoints)
+        given = _parse_checkpoints(checkpoints)
         self._first = given[0].load, given[0].load()
         self._last = self._first
         self._shared = SharedData("train")
         self._weights: dict[str, str] = {}
         self._runs: dict[tuple[str, str], str] = {}
-        self.checkpoints = _renamed(given, [self._looked_at(checkpoint, given[0]) for checkpoint in given])
+        self.checkpoints = _named_by_file(given, [self._check(checkpoint, given[0]) for checkpoint in given])
         firsts: dict[str, Checkpoint] = {}
         for checkpoint in self.checkpoints:
             firsts.setdefault(checkpoint.name if checkpoint.group is None else checkpoint.group, checkpoint)
-        self.ends = tuple(firsts.values())
+        self.representatives = tuple(firsts.values())
 
-    def _looked_at(self, checkpoint: Checkpoint, first: Checkpoint) -> str | None:
+    def _check(self, checkpoint: Checkpoint, first: Checkpoint) -> str | None:
         """The name of the file of a run that has no other name, after all checks."""
-        problem = self._held(checkpoint)
+        problem = self._load(checkpoint)
         _require_finite(checkpoint.name, problem)
-        _require_own(checkpoint.name, fingerprint(dict(problem.model.state_dict())), self._weights)
-        _require_own_run(checkpoint, problem, self._runs)
+        _require_distinct_weights(checkpoint.name, fingerprint(dict(problem.model.state_dict())), self._weights)
+        _require_independent_run(checkpoint, problem, self._runs)
         if checkpoint is not first:
-            _require_alike(first.name, self._first[1], checkpoint.name, problem)
+            _require_same_loss(first.name, self._first[1], checkpoint.name, problem)
         self._shared.add(checkpoint.name, problem)
         file = problem.provenance.get("checkpoint")
         return Path(str(file)).name if file and checkpoint.numbered else None
 
     def problem(self, checkpoint: Checkpoint) -> Problem:
         """The Problem of an entrant on the data that all share."""
-        found = self._held(checkpoint)
-        said = {**found.provenance, "split": found.provenance.get("split") or "train"}
-        return replace(found, data=self._shared.data, provenance=said)
+        found = self._load(checkpoint)
+        provenance = {**found.provenance, "split": found.provenance.get("split") or "train"}
+        return replace(found, data=self._shared.data, provenance=provenance)
 
-    def _held(self, checkpoint: Checkpoint) -> Problem:
+    def _load(self, checkpoint: Checkpoint) -> Problem:
         if checkpoint.load is self._first[0]:
             return self._first[1]
         if checkpoint.load is not self._last[0]:
@@ -102,46 +102,48 @@ class SharedData:
 
     def __init__(self, split: str) -> None:
         self.data: Any = None
-        self._split, self._first, self._print = split, "", ""
+        self._split, self._first, self._fingerprint = split, "", ""
 
     def add(self, name: str, problem: Problem) -> None:
         """Raise DataError where the data of ``problem`` are not those of the first. Cost: a walk over both."""
         if not self._first:
-            self.data, self._first = problem.data, f"{name} ({_data(problem)})"
+            self.data, self._first = problem.data, f"{name} ({_describe_data(problem)})"
         if problem.data is self.data:
             return
-        self._print = self._print or fingerprint(self.data)
-        if fingerprint(problem.data) != self._print:
+        self._fingerprint = self._fingerprint or fingerprint(self.data)
+        if fingerprint(problem.data) != self._fingerprint:
             raise DataError(
                 f"Checkpoints must be compared on the same data, but the {self._split} data of {self._first} and "
-                f"{name} ({_data(problem)}) differ. Name those for all (--data), and let a problem() of your own "
-                "return the same examples at every call."
+                f"{name} ({_describe_data(problem)}) differ. Name those for all (--data), and let a problem() of "
+                "your own return the same examples at every call."
             )
 
 
-def _entrants(checkpoints: Checkpoints) -> list[Checkpoint]:
+def _parse_checkpoints(checkpoints: Checkpoints) -> list[Checkpoint]:
     """Those given, in order; the runs of a sequence by their numbers."""
-    found: list[Checkpoint] = []
+    parsed: list[Checkpoint] = []
     for name, given in checkpoints.items():
         if isinstance(given, str | bytes) or not isinstance(given, Mapping | Sequence):
-            found.append(Checkpoint(str(name), _loader(str(name), given)))
+            parsed.append(Checkpoint(str(name), _loader(str(name), given)))
             continue
         numbered = not isinstance(given, Mapping)
         runs = given if isinstance(given, Mapping) else {f"{name} {i}": run for i, run in enumerate(given, start=1)}
         if not runs:
             raise ArgumentError(f"A group must hold at least one run, but {name!r} is empty.")
-        found += [Checkpoint(str(run), _loader(str(run), one), str(name), numbered) for run, one in runs.items()]
-    if not found:
+        parsed += [
+            Checkpoint(str(run), _loader(str(run), problem), str(name), numbered) for run, problem in runs.items()
+        ]
+    if not parsed:
         raise ArgumentError("A comparison needs at least one checkpoint, got none.")
-    groups = {checkpoint.group for checkpoint in found}
+    groups = {checkpoint.group for checkpoint in parsed}
     if len(groups) > 1 and None in groups:
         raise ArgumentError("Checkpoints stand for themselves or in groups, got both. Name all in groups, or none.")
     if len(groups) == 1 and None not in groups:
         raise ArgumentError(f"A group needs another to be compared with, got {groups.pop()!r} alone.")
-    twice = next((name for name, count in Counter(checkpoint.name for checkpoint in found).items() if count > 1), None)
+    twice = next((name for name, count in Counter(checkpoint.name for checkpoint in parsed).items() if count > 1), None)
     if twice is not None:
         raise ArgumentError(f"Each checkpoint needs a name of its own, got {twice!r} twice. Name them otherwise.")
-    return found
+    return parsed
 
 
 def _loader(name: str, given: Any) -> Callable[[], Problem]:
@@ -151,17 +153,17 @@ def _loader(name: str, given: Any) -> Callable[[], Problem]:
             f"A checkpoint must be a Problem, a function that returns one, or a list of these as a group, but {name} "
             f"is a {type(given).__name__}. sharpscope.load makes a Problem of a file."
         )
-    return partial(_loaded, name, given)
+    return partial(_load_problem, name, given)
 
 
-def _loaded(name: str, given: ProblemOrLoader) -> Problem:
+def _load_problem(name: str, given: ProblemOrLoader) -> Problem:
     found = given if isinstance(given, Problem) else given()
     if not isinstance(found, Problem):
         raise ArgumentError(f"The function of {name} must return a Problem, got {type(found).__name__}.")
     return found
 
 
-def _renamed(checkpoints: Sequence[Checkpoint], files: Sequence[str | None]) -> tuple[Checkpoint, ...]:
+def _named_by_file(checkpoints: Sequence[Checkpoint], files: Sequence[str | None]) -> tuple[Checkpoint, ...]:
     """The runs of a group by their files' names, where each has one and nothing else is called so."""
     counts = Counter([*(checkpoint.name for checkpoint in checkpoints), *files])
     found = []
@@ -178,7 +180,7 @@ def _require_finite(name: str, problem: Problem) -> None:
             raise DataError(f"Weights must be finite, but {name} has diverged: {key} is not. Leave it out, and say so.")
 
 
-def _require_own(name: str, weights: str, seen: dict[str, str]) -> None:
+def _require_distinct_weights(name: str, weights: str, seen: dict[str, str]) -> None:
     if weights in seen:
         raise ArgumentError(
             f"A comparison needs other weights in each checkpoint, but {seen[weights]} and {name} hold the same. "
@@ -187,7 +189,7 @@ def _require_own(name: str, weights: str, seen: dict[str, str]) -> None:
     seen[weights] = name
 
 
-def _require_own_run(checkpoint: Checkpoint, problem: Problem, seen: dict[tuple[str, str], str]) -> None:
+def _require_independent_run(checkpoint: Checkpoint, problem: Problem, seen: dict[tuple[str, str], str]) -> None:
     """Two checkpoints of one run are not two runs, and would make an interval too narrow."""
     recipe = problem.provenance.get("recipe")
     if checkpoint.group is None or not recipe:
@@ -201,21 +203,21 @@ def _require_own_run(checkpoint: Checkpoint, problem: Problem, seen: dict[tuple[
     seen[run] = checkpoint.name
 
 
-def _require_alike(one: str, ours: Problem, two: str, theirs: Problem) -> None:
-    losses = [Objective(problem).loss_name for problem in (ours, theirs)]
+def _require_same_loss(first: str, first_problem: Problem, second: str, second_problem: Problem) -> None:
+    losses = [Objective(problem).loss_name for problem in (first_problem, second_problem)]
     if losses[0] != losses[1]:
         raise ArgumentError(
-            f"Checkpoints must be compared on one loss, but {one} has {losses[0]} and {two} {losses[1]}. "
+            f"Checkpoints must be compared on one loss, but {first} has {losses[0]} and {second} {losses[1]}. "
             "Name one for all (--loss)."
         )
-    if theirs.model is ours.model:
+    if second_problem.model is first_problem.model:
         raise ArgumentError(
-            f"Each checkpoint needs a model of its own, but {one} and {two} share one, which holds the weights that "
-            "came last. Build it inside the function."
+            f"Each checkpoint needs a model of its own, but {first} and {second} share one, which holds the weights "
+            "that came last. Build it inside the function."
         )
 
 
-def _data(problem: Problem) -> str:
+def _describe_data(problem: Problem) -> str:
     noise = problem.provenance.get("label_noise")
     wrong = f", {100 * noise:.3g} % wrong labels" if noise else ""
     return f"{problem.provenance.get('data', type(problem.data).__name__)}{wrong}"

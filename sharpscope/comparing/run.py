@@ -15,13 +15,21 @@ import torch
 
 from sharpscope.comparing.checkpoints import Checkpoint, Checkpoints, CheckpointSet
 from sharpscope.comparing.levels import Level, resolve_level
-from sharpscope.comparing.steps import STEPS, PathLike, Settings, Step, between, performance, sampled
+from sharpscope.comparing.steps import STEPS, PathLike, Settings, Step, interpolation, performance, sampled
 from sharpscope.errors import ArgumentError, DataError, ProblemError
 from sharpscope.objective import Objective, Progress
 from sharpscope.problem import Problem
 from sharpscope.results import Comparison, SliceResult
 from sharpscope.results.comparison import ANALYSES, Performance, Subject
-from sharpscope.results.serialization import FieldError, as_json, head, parse_value, read, without_header, write
+from sharpscope.results.serialization import (
+    FieldError,
+    as_json,
+    header,
+    parse_value,
+    read_json,
+    without_header,
+    write_json,
+)
 from sharpscope.resume import key_of
 from sharpscope.resume.journal import discard
 from sharpscope.resume.key import fingerprint
@@ -81,42 +89,44 @@ def compare(
     """
     if isinstance(test, Problem):
         raise ArgumentError("test must be data, got a Problem. Pass its data.")
-    how = Settings(level=resolve_level(level), test=test, seed=seed, rho=rho, dtype=dtype, device=device)
-    return _Run(CheckpointSet(checkpoints), how, StepCache(folder), progress).comparison()
+    settings = Settings(level=resolve_level(level), test=test, seed=seed, rho=rho, dtype=dtype, device=device)
+    return _ComparisonRun(CheckpointSet(checkpoints), settings, StepCache(folder), progress).comparison()
 
 
-class _Run:
+class _ComparisonRun:
     """One comparison at work: its arguments, so that no part has to be handed all of them."""
 
-    def __init__(self, field: CheckpointSet, how: Settings, parts: StepCache, progress: Progress | None) -> None:
-        self._field, self._how, self._parts, self._progress = field, how, parts, progress
+    def __init__(
+        self, checkpoints: CheckpointSet, settings: Settings, cache: StepCache, progress: Progress | None
+    ) -> None:
+        self._checkpoints, self._settings, self._cache, self._progress = checkpoints, settings, cache, progress
         self._keys: dict[str, str] = {}
 
     def comparison(self) -> Comparison:
         """Everything that the level asks for, of each entrant and of the lines between them."""
-        performances = [self.performance(checkpoint) for checkpoint in self._field.checkpoints]
-        subjects, ways = [], []
-        for checkpoint, known in zip(self._field.checkpoints, performances, strict=True):
+        performances = [self.performance(checkpoint) for checkpoint in self._checkpoints.checkpoints]
+        subjects, lines = [], []
+        for checkpoint, known in zip(self._checkpoints.checkpoints, performances, strict=True):
             subjects.append(self.subject(checkpoint, known))
-            ways += self.way_to(checkpoint)
-        return Comparison(subjects=tuple(subjects), between=tuple(ways), level=self._how.level.name)
+            lines += self.interpolation_to(checkpoint)
+        return Comparison(subjects=tuple(subjects), between=tuple(lines), level=self._settings.level.name)
 
     def performance(self, checkpoint: Checkpoint) -> dict[str, Performance]:
         """By split; cheap."""
-        problem, how = self._field.problem(checkpoint), self._how
+        problem, settings = self._checkpoints.problem(checkpoint), self._settings
         splits = {"train": problem}
-        if how.test is not None:
-            splits["test"] = replace(problem, data=how.test)
+        if settings.test is not None:
+            splits["test"] = replace(problem, data=settings.test)
 
         def measure(journal: PathLike) -> dict[str, Performance]:
             found = {}
             for split, one in splits.items():
                 self._report(checkpoint.name, "loss and accuracy")(split, 0, None)
-                drawn = sampled(one, how.level.performance_examples, how.seed)
-                found[split] = performance(drawn, **how.computation)
+                subset = sampled(one, settings.level.performance_examples, settings.seed)
+                found[split] = performance(subset, **settings.dtype_and_device)
             return found
 
-        found: dict[str, Performance] = self._parts.keep(
+        found: dict[str, Performance] = self._cache.get(
             checkpoint.name, "performance", lambda: self._key(checkpoint, problem, "performance"), measure
         )
         for split, known in found.items():
@@ -129,7 +139,7 @@ class _Run:
 
     def subject(self, checkpoint: Checkpoint, performances: Mapping[str, Performance]) -> Subject:
         """All analyses of one checkpoint."""
-        problem = self._field.problem(checkpoint)
+        problem = self._checkpoints.problem(checkpoint)
         found: dict[str, Any] = {}
         left_out: dict[str, str] = {}
         for name, (stage, step) in STEPS.items():
@@ -152,17 +162,17 @@ class _Run:
             **found,
         )
 
-    def way_to(self, checkpoint: Checkpoint) -> list[tuple[str, str, SliceResult]]:
+    def interpolation_to(self, checkpoint: Checkpoint) -> list[tuple[str, str, SliceResult]]:
         """From the first entrant to this one, or of groups from first run to first run; of one architecture."""
-        first, *others = self._field.ends
+        first, *others = self._checkpoints.representatives
         if checkpoint not in others:
             return []
-        problem, end = self._field.problem(first), self._field.problem(checkpoint)
-        if not _alike(problem, end):
+        problem, end = self._checkpoints.problem(first), self._checkpoints.problem(checkpoint)
+        if not _connectable(problem, end):
             return []
         report = self._report(f"{first.name} to {checkpoint.name}", "line")
         theirs = fingerprint(dict(end.model.state_dict()))
-        step = between(checkpoint.name, end)
+        step = interpolation(checkpoint.name, end)
         return [
             (
                 first.name,
@@ -175,11 +185,11 @@ class _Run:
         self, checkpoint: Checkpoint, problem: Problem, part: str, step: Step, report: Progress, **also: Any
     ) -> Any:
         """What the step returns, now or in an earlier run."""
-        return self._parts.keep(
+        return self._cache.get(
             checkpoint.name,
             part,
             lambda: self._key(checkpoint, problem, part, **also),
-            lambda journal: step(problem, self._how, journal, report),
+            lambda journal: step(problem, self._settings, journal, report),
         )
 
     def _key(self, checkpoint: Checkpoint, problem: Problem, part: str, **also: Any) -> str:
@@ -187,15 +197,15 @@ class _Run:
         if checkpoint.name not in self._keys:
             # Where the file lies is no part of what is in it.
             said = {k: str(v) for k, v in problem.provenance.items() if k != "checkpoint"}
-            h = self._how
+            settings = self._settings
             self._keys[checkpoint.name] = key_of(
-                Objective(problem, **h.computation),
+                Objective(problem, **settings.dtype_and_device),
                 name=checkpoint.name,
-                level={**asdict(h.level), "name": ""},
-                seed=h.seed,
-                rho=h.rho,
+                level={**asdict(settings.level), "name": ""},
+                seed=settings.seed,
+                rho=settings.rho,
                 said=said,
-                test=h.test,
+                test=settings.test,
             )
         return fingerprint(self._keys[checkpoint.name], part, also)
 
@@ -207,7 +217,7 @@ class _Run:
         return report
 
 
-def _alike(one: Problem, two: Problem) -> bool:
+def _connectable(one: Problem, two: Problem) -> bool:
     """Whether a straight line leads from one network to the other: the same weights, and those that stay are equal."""
     ours, theirs = (dict(problem.model.named_parameters()) for problem in (one, two))
     if {name: w.shape for name, w in ours.items()} != {name: w.shape for name, w in theirs.items()}:
@@ -228,7 +238,7 @@ class StepCache:
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         self._folder = None if folder is None else Path(folder)
 
-    def keep(self, name: str, part: str, key: Callable[[], str], measure: Callable[[Path | None], Any]) -> Any:
+    def get(self, name: str, part: str, key: Callable[[], str], measure: Callable[[Path | None], Any]) -> Any:
         """``measure(journal)``, or what it returned under this key; on disk always as it is read back.
 
         Args:
@@ -238,31 +248,31 @@ class StepCache:
         """
         if self._folder is None:
             return measure(None)
-        now, path = key(), self._folder / f"{_plain(name)}-{_plain(part)}.json"
+        now, path = key(), self._folder / f"{_file_name(name)}-{_file_name(part)}.json"
         journal = path.with_suffix(".partial")
-        found = _read(path, part, now)
+        found = _read_cached(path, part, now)
         if found is None:
-            write(path, {**head("part", {"key": now}), "holds": as_json(measure(journal))})
-            found = _read(path, part, now)
+            write_json(path, {**header("part", {"key": now}), "holds": as_json(measure(journal))})
+            found = _read_cached(path, part, now)
             assert found is not None
         discard(journal)  # also one that was left by a kill just here
         return found
 
 
-def _read(path: Path, part: str, key: str) -> Any:
+def _read_cached(path: Path, part: str, key: str) -> Any:
     """The part at ``path``, None where there is none of this key."""
     try:
-        said = without_header(read(path), "part")
-        if said["key"] != key:
+        values = without_header(read_json(path), "part")
+        if values["key"] != key:
             return None
         if part == "performance":
-            return parse_value(Mapping[str, Performance], said["holds"], "holds")
-        return (ANALYSES[part].result if part in ANALYSES else SliceResult).from_dict(said["holds"])
+            return parse_value(Mapping[str, Performance], values["holds"], "holds")
+        return (ANALYSES[part].result if part in ANALYSES else SliceResult).from_dict(values["holds"])
     except (DataError, KeyError, FieldError):
         return None
 
 
-def _plain(name: str) -> str:
+def _file_name(name: str) -> str:
     """A name as part of a file name, another for each: what had to be replaced is told apart by a hash."""
     jsonable = re.sub(r"[^\w.+-]", "-", name)
     return jsonable if jsonable == name else f"{jsonable}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"

@@ -10,13 +10,13 @@ import numpy as np
 
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.plot.figure import caption, diverged, require_comparable, short_labels
-from sharpscope.plot.levels import grid_values, logarithmic, shared_levels, told
-from sharpscope.plot.surface import mark_captions, on_slice
+from sharpscope.plot.levels import format_level, grid_values, logarithmic, shared_levels
+from sharpscope.plot.surface import describe_marks, on_slice
 from sharpscope.results import SliceResult
 from sharpscope.results.serialization import Array
 
 # Turning one surface turns all.
-TOGETHER = """
+LINKED_CAMERAS = """
 var page = document.getElementById('{plot_id}'), busy = false;
 page.on('plotly_relayout', function(change) {
   if (busy) return;
@@ -77,7 +77,7 @@ def interactive_surface(
     log = logarithmic(log, quantity)
     scaled = np.log10 if log else np.asarray
     ends = [float(scaled(at[0])), float(scaled(at[-1]))]
-    ticks = {"tickvals": scaled(at).tolist(), "ticktext": [told(level, quantity) for level in at]}
+    ticks = {"tickvals": scaled(at).tolist(), "ticktext": [format_level(level, quantity) for level in at]}
     name = results[0].splits[results[0].split(split)]
     columns = len(results)
     specs = [[{"type": "surface"}] * columns]
@@ -92,14 +92,14 @@ def interactive_surface(
     axis = {"colorscale": "Viridis", "cmin": ends[0], "cmax": ends[1], "colorbar": bar}
     figure.update_layout(coloraxis=axis, margin={"l": 0, "r": 0, "t": 40, "b": 0}, template="plotly_white")
     scale = f"{'logarithmic' if log else 'linear'} scale"
-    said = caption(results, splits=[name], scale=scale, clip=clip, also=mark_captions(results))
+    text = caption(results, splits=[name], scale=scale, clip=clip, extra=describe_marks(results))
     config = {"displaylogo": False, "responsive": True}
-    plot = figure.to_html(full_html=False, include_plotlyjs=True, post_script=TOGETHER, config=config)
+    plot = figure.to_html(full_html=False, include_plotlyjs=True, post_script=LINKED_CAMERAS, config=config)
     title = html.escape(" | ".join(short_labels(results)))
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title></head>\n'
         '<body style="margin: 0; font-family: sans-serif">\n'
-        f'<div style="height: 85vh">{plot}</div>\n<p style="margin: 1em">{html.escape(said)}</p>\n</body>\n</html>\n'
+        f'<div style="height: 85vh">{plot}</div>\n<p style="margin: 1em">{html.escape(text)}</p>\n</body>\n</html>\n'
     )
 
 
@@ -121,33 +121,33 @@ def surface_traces(
         coloraxis="coloraxis",
         hovertemplate="x %{x:.4g}<br>y %{y:.4g}<br>" + f"{quantity} " + "%{customdata:.5g}<extra></extra>",
     )
-    found = [surface]
+    traces = [surface]
     rows, columns = np.nonzero(diverged(r, r.split(split)))
     if len(rows):
         style = {"mode": "markers", "marker": {"symbol": "x", "color": "#CC0000", "size": 3}, "name": "diverged"}
         tops = np.full(len(rows), scaled(at[-1]))
-        found.append(go.Scatter3d(x=x[columns], y=y[rows], z=tops, showlegend=False, hoverinfo="name+x+y", **style))
-    return [*found, *_marks(go, r, r.splits[r.split(split)], quantity, scaled, at)]
+        traces.append(go.Scatter3d(x=x[columns], y=y[rows], z=tops, showlegend=False, hoverinfo="name+x+y", **style))
+    return [*traces, *_marks(go, r, r.splits[r.split(split)], quantity, scaled, at)]
 
 
 def _marks(go: Any, r: SliceResult, split: str, quantity: str, scaled: Any, at: Any) -> list[Any]:
     """The path of a training run as one line in order, and each other network."""
     path = [m for m in r.marks if m.on_path]
     groups = [[m] for m in r.marks if not m.on_path] + ([path] if path else [])
-    found = []
+    traces = []
     for marks in groups:
         own = [(m.loss if quantity == "loss" else m.accuracy)[split] for m in marks]
         xs, ys = zip(*(m.coordinates for m in marks), strict=True)
         symbols = ["circle" if on_slice(m) else "circle-open" for m in marks]
         style: dict[str, Any] = {"mode": "lines+markers" if len(marks) > 1 else "markers", "line": {"color": "black"}}
         style["marker"] = {"symbol": symbols, "color": "black", "size": 4}
-        told = [
+        hover_texts = [
             f"{m.name}: {quantity} {v:.4g}, {m.distance:.3g} off the plane" for m, v in zip(marks, own, strict=True)
         ]
         tops = scaled(np.clip(np.asarray(own, dtype=float), at[0], at[-1]))
-        found.append(
+        traces.append(
             go.Scatter3d(
-                x=xs, y=ys, z=tops, text=told, hovertemplate="%{text}<extra></extra>", showlegend=False, **style
+                x=xs, y=ys, z=tops, text=hover_texts, hovertemplate="%{text}<extra></extra>", showlegend=False, **style
             )
         )
-    return found
+    return traces

@@ -15,7 +15,7 @@ from sharpscope.results.slice import DONE
 QUANTITIES = ("loss", "accuracy")
 
 # Perceptually uniform, and told apart by colour-blind readers.
-MAP = "viridis"
+COLOUR_MAP = "viridis"
 
 # Round numbers of a decade, from coarse to fine.
 ROUND: tuple[tuple[float, ...], ...] = (
@@ -113,7 +113,7 @@ def colour_norm(levels: Array, log: bool) -> Any:
     return (LogNorm if log else Normalize)(vmin=float(levels[0]), vmax=float(levels[-1]))
 
 
-def between(levels: Array, log: bool) -> Array:
+def subdivided(levels: Array, log: bool) -> Array:
     """``levels`` with each step divided, for colours that change too softly to be taken for contours."""
     parts = max(2, 120 // (len(levels) - 1))
     spaced = np.log(levels) if log else levels
@@ -124,6 +124,6 @@ def between(levels: Array, log: bool) -> Array:
     return fine
 
 
-def told(value: float, quantity: str) -> str:
+def format_level(value: float, quantity: str) -> str:
     """A level as text."""
     return f"{100 * value:.3g}%" if quantity == "accuracy" else f"{value:.3g}"

@@ -57,7 +57,7 @@ def m_sharpness_curves(
             axes.errorbar(
                 [m.settings[against] for m in line],
                 [m.value for m in line],
-                yerr=_reach(line),
+                yerr=_error_bars(line),
                 color=COLOURS[i % len(COLOURS)],
                 linestyle=STYLES[j % len(STYLES)],
                 marker="o",
@@ -76,7 +76,7 @@ def m_sharpness_curves(
     return axes
 
 
-def _reach(line: list[Measure]) -> Any:
+def _error_bars(line: list[Measure]) -> Any:
     """Below and above each value; nothing where there is no interval."""
     below = [m.value - m.lower if m.lower is not None else 0.0 for m in line]
     above = [m.upper - m.value if m.upper is not None else 0.0 for m in line]
@@ -115,7 +115,7 @@ def sharpness_over_training(
         _, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left, right = axes
     ks: set[int] = set()
-    for colour, (label, results) in zip(_cycle(len(runs)), runs.items(), strict=True):
+    for colour, (label, results) in zip(_colours(len(runs)), runs.items(), strict=True):
         if any(r.provenance.get("epoch") is None for r in results):
             raise DataError(f"Every result of {label!r} must say its epoch, as those of sharpscope checkpoints do.")
         ordered = sorted(results, key=lambda r: r.provenance["epoch"])
@@ -130,14 +130,14 @@ def sharpness_over_training(
         edges = [(epoch, 2 / rate) for epoch, rate in rates if rate]
         if edges:
             left.plot(*zip(*edges, strict=True), color=colour, marker="v", fillstyle="none", linestyle="")
-        told = [(r.provenance["epoch"], r.ratio) for r in ordered if r.ratio.value is not None]
-        ks |= {ratio.k for _, ratio in told}
+        ratios = [(r.provenance["epoch"], r.ratio) for r in ordered if r.ratio.value is not None]
+        ks |= {ratio.k for _, ratio in ratios}
         right.errorbar(
-            [epoch for epoch, _ in told],
-            [float(ratio.value or 0) for _, ratio in told],
+            [epoch for epoch, _ in ratios],
+            [float(ratio.value or 0) for _, ratio in ratios],
             yerr=[
-                [_gap(ratio.value, ratio.lower) for _, ratio in told],
-                [_gap(ratio.upper, ratio.value) for _, ratio in told],
+                [_distance(ratio.value, ratio.lower) for _, ratio in ratios],
+                [_distance(ratio.upper, ratio.value) for _, ratio in ratios],
             ],
             color=colour,
             marker="o",
@@ -193,7 +193,7 @@ def sharpness_over_steps(runs: MonitorResult | Mapping[str, MonitorResult], axes
     if axes is None:
         _, axes = plt.subplots(layout="constrained")
     shown: set[str] = set()
-    for colour, (label, result) in zip(_cycle(len(named)), named.items(), strict=True):
+    for colour, (label, result) in zip(_colours(len(named)), named.items(), strict=True):
         value = result.lambda_max
         error = [value - result.column("lower"), result.column("upper") - value]
         axes.errorbar(result.steps, value, yerr=error, color=colour, marker=".", capsize=2, label=label)
@@ -210,9 +210,9 @@ def sharpness_over_steps(runs: MonitorResult | Mapping[str, MonitorResult], axes
     return axes
 
 
-def _cycle(count: int) -> list[str]:
+def _colours(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
-def _gap(high: Any, low: Any) -> float:
+def _distance(high: Any, low: Any) -> float:
     return max(float(high) - float(low), 0.0)

@@ -87,8 +87,8 @@ def slice_curves(
     entries, styles, extremes = _curves(axes, twin, results, shown, splits)
     _frame(axes, extremes, log, clip)
     for r in shown:
-        _breaks(axes, r, splits, styles)
-    axes.set(xlabel=_along(results), ylabel=f"{splits[0]} loss" if len(splits) == 1 else "loss")
+        _mark_diverged(axes, r, splits, styles)
+    axes.set(xlabel=_axis_label(results), ylabel=f"{splits[0]} loss" if len(splits) == 1 else "loss")
     if twin is not None:
         from matplotlib.ticker import PercentFormatter
 
@@ -106,8 +106,8 @@ def slice_curves(
     scale = "logarithmic scale" if log else "linear scale"
     bands = any(len(lines) > 1 for r in shown for _, lines in _groups(r))
     of = f", lowest to highest {splits[0]} loss" if len(splits) > 1 else ", lowest to highest loss"
-    also = [f"lines are medians over directions, bands their range{of}"] if bands else []
-    draw_caption(axes, caption(results, splits=splits, scale=scale, clip=clip, also=also), own)
+    extra = [f"lines are medians over directions, bands their range{of}"] if bands else []
+    draw_caption(axes, caption(results, splits=splits, scale=scale, clip=clip, extra=extra), own)
     return axes
 
 
@@ -192,9 +192,9 @@ def _marks(axes: Axes, r: SliceResult, splits: Sequence[str], entries: Entries, 
                 fill = "full" if on_slice(m) else "none"
                 axes.plot(m.coordinates[0], m.loss[s], "o", color=ink, fillstyle=fill, markersize=4, zorder=4)
         furthest = max(m.distance for m in path)
-        said = "" if all(map(on_slice, path)) else f", off the line by up to {furthest:.3g}"
-        fill = "none" if said else "full"
-        entries[f"training{said}"] = {**line, "marker": "o", "fillstyle": fill, "markersize": 4}
+        note = "" if all(map(on_slice, path)) else f", off the line by up to {furthest:.3g}"
+        fill = "none" if note else "full"
+        entries[f"training{note}"] = {**line, "marker": "o", "fillstyle": fill, "markersize": 4}
     return np.array([m.loss[s] for m in r.marks for s in splits], dtype=np.float64)
 
 
@@ -207,16 +207,16 @@ def _frame(axes: Axes, losses_shown: Array, log: bool, clip: float | None) -> No
     if clip is not None and clip <= low:
         raise ArgumentError(f"clip must be above the lowest loss ({low:.4g}), got {clip:g}.")
     if not log:
-        room = 0.05 * (top - low) or 1e-6 + 0.05 * abs(low)
-        axes.set_ylim(low - room, top + room if clip is None else top)
+        margin = 0.05 * (top - low) or 1e-6 + 0.05 * abs(low)
+        axes.set_ylim(low - margin, top + margin if clip is None else top)
         return
     require_positive(low)
     axes.set_yscale("log")
-    room = (top / low) ** 0.05 if top > low else 1.05
-    axes.set_ylim(low / room, top * room if clip is None else top)
+    margin = (top / low) ** 0.05 if top > low else 1.05
+    axes.set_ylim(low / margin, top * margin if clip is None else top)
 
 
-def _breaks(axes: Axes, r: SliceResult, splits: Sequence[str], entries: Entries) -> None:
+def _mark_diverged(axes: Axes, r: SliceResult, splits: Sequence[str], entries: Entries) -> None:
     """A cross at the upper edge wherever a line has no finite loss."""
     for lines in [lines for _, lines in _groups(r)]:
         wrong = np.any([diverged(r, r.split(s), line) for s in splits for line in lines], axis=0)
@@ -227,7 +227,7 @@ def _breaks(axes: Axes, r: SliceResult, splits: Sequence[str], entries: Entries)
             entries["diverged" if len(lines) == 1 else "diverged in some direction"] = cross
 
 
-def _along(results: Sequence[SliceResult]) -> str:
+def _axis_label(results: Sequence[SliceResult]) -> str:
     """The name of the horizontal axis."""
     kinds = {(d.get("kind"), d.get("towards")) for r in results for line in r.directions for d in line}
     if len(kinds) > 1 or not kinds:
@@ -247,8 +247,8 @@ def _legend(axes: Axes, entries: Entries) -> None:
 
     handles = [Line2D([], [], label=label, **style) for label, style in entries.items()]
     longest = max(map(len, entries))
-    room = 72 * column_width(axes) / (small_font(axes) * (0.55 * longest + 4))
-    columns = max(1, min(len(handles), int(room)))
+    margin = 72 * column_width(axes) / (small_font(axes) * (0.55 * longest + 4))
+    columns = max(1, min(len(handles), int(margin)))
     style = {"frameon": False, "borderaxespad": 0.1, "handlelength": 2.2, "columnspacing": 1.2}
     axes.legend(
         handles=handles,

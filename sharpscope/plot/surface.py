@@ -18,7 +18,15 @@ from sharpscope.plot.figure import (
     short_name,
     small_font,
 )
-from sharpscope.plot.levels import MAP, between, colour_norm, grid_values, logarithmic, shared_levels, told
+from sharpscope.plot.levels import (
+    COLOUR_MAP,
+    colour_norm,
+    format_level,
+    grid_values,
+    logarithmic,
+    shared_levels,
+    subdivided,
+)
 from sharpscope.results import Mark, SliceResult
 from sharpscope.results.serialization import Array
 
@@ -77,7 +85,7 @@ def surface_contour(
     ('x: random direction 1', 'y: random direction 2')
     >>> axes.figure.savefig("plane.png")
     """
-    shown, at = _checked([result], levels, split, quantity, log, clip)
+    shown, at = _finished_and_levels([result], levels, split, quantity, log, clip)
     own = axes is None
     if axes is None:
         _, axes = new_figure(width, 0.84)
@@ -85,7 +93,9 @@ def surface_contour(
     if colorbar:
         _colorbar([axes], filled, at, result, split, quantity, log)
     if captioned:
-        draw_caption(axes, _said([result], split, quantity, log, _cut(shown, at, split, quantity, clip), False), own)
+        draw_caption(
+            axes, _caption([result], split, quantity, log, _clip_level(shown, at, split, quantity, clip), False), own
+        )
     return axes
 
 
@@ -118,7 +128,7 @@ def surface_3d(
     >>> axes.name, axes.get_xlabel()
     ('3d', 'x: random direction 1')
     """
-    shown, at = _checked([result], levels, split, quantity, log, clip)
+    shown, at = _finished_and_levels([result], levels, split, quantity, log, clip)
     own = axes is None
     if axes is None:
         _, axes = new_figure(width, 0.76, subplot_kw={"projection": "3d"})
@@ -127,7 +137,9 @@ def surface_3d(
     drawn = draw_surface(axes, shown[0], at, split, quantity, log, line)
     if colorbar:
         _colorbar([axes], drawn, at, result, split, quantity, log)
-    draw_caption(axes, _said([result], split, quantity, log, _cut(shown, at, split, quantity, clip), True), own)
+    draw_caption(
+        axes, _caption([result], split, quantity, log, _clip_level(shown, at, split, quantity, clip), True), own
+    )
     return axes
 
 
@@ -162,7 +174,7 @@ def surfaces_side_by_side(
     if kind not in KINDS:
         raise ArgumentError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
     require_comparable(results, grid=True)
-    shown, at = _checked(results, levels, split, quantity, log, clip)
+    shown, at = _finished_and_levels(results, levels, split, quantity, log, clip)
     solid = kind == "3d"
     _, found = new_figure(
         width, 0.86 if solid else 1.04, len(results), subplot_kw={"projection": "3d"} if solid else {}
@@ -176,11 +188,13 @@ def surfaces_side_by_side(
             each.tick_params(labelleft=False)
             each.set_ylabel("")
     _colorbar(axes, drawn, at, results[0], split, quantity, log)
-    draw_caption(axes[0], _said(results, split, quantity, log, _cut(shown, at, split, quantity, clip), solid), True)
+    draw_caption(
+        axes[0], _caption(results, split, quantity, log, _clip_level(shown, at, split, quantity, clip), solid), True
+    )
     return axes
 
 
-def _checked(
+def _finished_and_levels(
     results: Sequence[SliceResult], levels: Any, split: str | None, quantity: str, log: bool, clip: float | None
 ) -> tuple[list[SliceResult], Array]:
     """What is finished of the results, and their levels."""
@@ -197,7 +211,9 @@ def _checked(
     return shown, at
 
 
-def _cut(shown: Sequence[SliceResult], at: Array, split: str | None, quantity: str, clip: float | None) -> float | None:
+def _clip_level(
+    shown: Sequence[SliceResult], at: Array, split: str | None, quantity: str, clip: float | None
+) -> float | None:
     """Where the picture ends below the highest value."""
     highest = max(float(np.nanmax(grid_values(r, split, quantity))) for r in shown)
     return clip if clip is not None or highest <= at[-1] * (1 + 1e-9) else float(at[-1])
@@ -212,12 +228,14 @@ def _contours(axes: Axes, r: SliceResult, at: Array, split: str | None, quantity
     (x, y), z, norm = r.axes, grid_values(r, split, quantity, line), colour_norm(at, log)
     low, high = float(np.nanmin(z)), float(np.nanmax(z))
     extend = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[(low < at[0], high > at[-1])]
-    filled = axes.contourf(x, y, z, between(at, log), norm=norm, cmap=MAP, extend=extend)
+    filled = axes.contourf(x, y, z, subdivided(at, log), norm=norm, cmap=COLOUR_MAP, extend=extend)
     filled.set_edgecolor("face")  # else viewers show the seams
     inks = ["white" if norm(level) < 0.6 else "black" for level in at]
     lines = axes.contour(x, y, z, at, colors=inks, linewidths=0.7, linestyles="solid")
-    where = _labels(lines.allsegs, x, y)
-    axes.clabel(lines, fmt=lambda v: told(v, quantity), fontsize=small_font(axes, 0.5), inline_spacing=2, manual=where)
+    where = _label_positions(lines.allsegs, x, y)
+    axes.clabel(
+        lines, fmt=lambda v: format_level(v, quantity), fontsize=small_font(axes, 0.5), inline_spacing=2, manual=where
+    )
     entries: list[Any] = []
     wrong = diverged(r, r.split(split), line)
     if wrong.any():
@@ -240,7 +258,7 @@ def _contours(axes: Axes, r: SliceResult, at: Array, split: str | None, quantity
     tight = figure is not None and axes.get_window_extent().width < 1.6 * figure.dpi
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_fontsize(small_font(axes, 0.5 if tight else -1))
-    _equal(axes, r, line)
+    _set_aspect(axes, r, line)
     if entries:
         layout: dict[str, Any] = {"frameon": False, "borderaxespad": 0.1, "ncols": 2 if len(entries) > 1 else 1}
         size = small_font(axes)
@@ -248,26 +266,26 @@ def _contours(axes: Axes, r: SliceResult, at: Array, split: str | None, quantity
     return filled
 
 
-def _labels(segments: Sequence[Sequence[Array]], x: Array, y: Array) -> list[tuple[float, float]]:
+def _label_positions(segments: Sequence[Sequence[Array]], x: Array, y: Array) -> list[tuple[float, float]]:
     """A place for the label of each level that has room for one: on its line, far from the edges and other labels."""
     low, size = np.array([x[0], y[0]]), np.array([x[-1] - x[0], y[-1] - y[0]])
-    taken: list[Array] = []
-    for pieces in segments:
-        scaled = [(piece - low) / size for piece in pieces if len(piece) > 1]
+    chosen: list[Array] = []
+    for curves in segments:
+        scaled = [(piece - low) / size for piece in curves if len(piece) > 1]
         long = [p for p in scaled if np.linalg.norm(np.diff(p, axis=0), axis=1).sum() > 0.4]
         if not long:
             continue
         points = np.concatenate(long)
         edge = np.minimum(points, 1 - points).min(axis=1)
-        near = [np.linalg.norm(points - other, axis=1) for other in taken]
+        near = [np.linalg.norm(points - other, axis=1) for other in chosen]
         # As far from an edge as is half of what it should be from another label.
-        room = np.min([2 * edge, *near, np.full(len(points), 0.5)], axis=0)
-        if room.max() > 0.08:
-            taken.append(points[int(room.argmax())])
-    return [(float(a), float(b)) for a, b in (low + place * size for place in taken)]
+        space = np.min([2 * edge, *near, np.full(len(points), 0.5)], axis=0)
+        if space.max() > 0.08:
+            chosen.append(points[int(space.argmax())])
+    return [(float(a), float(b)) for a, b in (low + place * size for place in chosen)]
 
 
-def _equal(axes: Axes, r: SliceResult, line: int) -> None:
+def _set_aspect(axes: Axes, r: SliceResult, line: int) -> None:
     """Let equal distances in weight space be equal in the picture, unless that makes it a strip."""
     lengths: list[Any] = [d.get("length") for d in r.directions[line]]
     sides = [a[-1] - a[0] for a in r.axes]
@@ -290,17 +308,17 @@ def _colorbar(
         bar = figure.colorbar(drawn, cax=axes[-1].inset_axes((1.04, 0, 0.05, 1)))
     bar.ax.minorticks_off()
     marked = thinned(at, axes[-1], 0.6 if axes[0].name == "3d" else 0.8)
-    bar.ax.set_yticks(marked, [told(level, quantity) for level in marked])
+    bar.ax.set_yticks(marked, [format_level(level, quantity) for level in marked])
     bar.ax.tick_params(labelsize=small_font(axes[0]))
     bar.set_label(f"{r.splits[r.split(split)]} {quantity}", fontsize=small_font(axes[0], -1))
 
 
-def _said(
+def _caption(
     results: Sequence[SliceResult], split: str | None, quantity: str, log: bool, clip: float | None, solid: bool
 ) -> str:
     scale = f"{'logarithmic' if logarithmic(log, quantity) else 'linear'} scale"
     name = results[0].splits[results[0].split(split)]
-    return caption(results, splits=[name], scale=scale, clip=clip, also=[] if solid else mark_captions(results))
+    return caption(results, splits=[name], scale=scale, clip=clip, extra=[] if solid else describe_marks(results))
 
 
 CROSS = "#CC0000"
@@ -316,7 +334,7 @@ def draw_surface(axes: Any, r: SliceResult, at: Array, split: str | None, quanti
     height = np.log10 if log else np.asarray
     top, bottom = float(height(at[-1])), float(height(min(at[0], np.nanmin(z))))
     norm, cut = colour_norm(at, log), np.minimum(z, at[-1])
-    colours = plt.get_cmap(MAP)(norm(_corners(cut)))
+    colours = plt.get_cmap(COLOUR_MAP)(norm(_corners(cut)))
     mesh = np.meshgrid(x, y)
     axes.plot_surface(*mesh, height(cut), facecolors=colours, rstride=1, cstride=1, linewidth=0.2, shade=False)
     wrong = diverged(r, r.split(split), line)
@@ -331,12 +349,12 @@ def draw_surface(axes: Any, r: SliceResult, at: Array, split: str | None, quanti
     axes.xaxis.set_major_locator(MaxNLocator(4, prune="upper"))  # which would lie on the lowest of y
     axes.yaxis.set_major_locator(MaxNLocator(4))
     marked = thinned(at, axes, 0.45)
-    axes.set_zticks([float(height(level)) for level in marked], [told(level, quantity) for level in marked])
+    axes.set_zticks([float(height(level)) for level in marked], [format_level(level, quantity) for level in marked])
     axes.set_box_aspect(None, zoom=0.88)  # the layout knows too little of 3D labels
     axes.tick_params(labelsize=small_font(axes), pad=0)
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
         axis.set_pane_color((0, 0, 0, 0))
-    return plt.cm.ScalarMappable(norm=norm, cmap=MAP)
+    return plt.cm.ScalarMappable(norm=norm, cmap=COLOUR_MAP)
 
 
 def _corners(z: Array) -> Array:
@@ -350,8 +368,8 @@ def thinned(levels: Array, axes: Axes, share: float) -> Array:
     """Every level, or every other, or so, as ``share`` of the height of ``axes`` has room for their labels."""
     figure = axes.get_figure(root=True)
     assert figure is not None
-    room = share * axes.get_window_extent().height / figure.dpi * 72 / (1.4 * small_font(axes))
-    return levels[:: max(1, int(np.ceil(len(levels) / max(room, 2))))]
+    space = share * axes.get_window_extent().height / figure.dpi * 72 / (1.4 * small_font(axes))
+    return levels[:: max(1, int(np.ceil(len(levels) / max(space, 2))))]
 
 
 # A network nearer to the line or plane than this share of its distance from the centre lies on it.
@@ -363,20 +381,22 @@ def on_slice(mark: Mark) -> bool:
     return mark.distance <= ON_IT * mark.length or mark.distance < 1e-9
 
 
-def mark_captions(results: Sequence[SliceResult]) -> list[str]:
+def describe_marks(results: Sequence[SliceResult]) -> list[str]:
     """What a caption must say of networks that are beside the plane, or outside of the picture."""
-    said = []
+    sentences = []
     marks = [mark for r in results for mark in r.marks]
     off = [mark for mark in marks if not on_slice(mark)]
     if off:
         furthest = max(off, key=lambda m: m.distance)
         of = f", {furthest.distance / furthest.length:.0%} of its distance from the centre" if furthest.length else ""
         where = f"{furthest.distance:.3g} ({short_name(furthest.name)}{of})"
-        said.append(f"open points are off the plane, by up to {where}, so that their own loss is not the picture's")
+        sentences.append(
+            f"open points are off the plane, by up to {where}, so that their own loss is not the picture's"
+        )
     outside = sum(not _inside(mark, r) for r in results for mark in r.marks)
     if outside:
-        said.append(f"{outside} network{'s lie' if outside > 1 else ' lies'} outside of the picture")
-    return said
+        sentences.append(f"{outside} network{'s lie' if outside > 1 else ' lies'} outside of the picture")
+    return sentences
 
 
 def draw_marks(axes: Axes, r: SliceResult, split: str | None, quantity: str, norm: Any) -> list[Any]:
@@ -386,7 +406,7 @@ def draw_marks(axes: Axes, r: SliceResult, split: str | None, quantity: str, nor
     from matplotlib.patheffects import withStroke
 
     name = r.splits[r.split(split)]
-    colours = plt.get_cmap(MAP)
+    colours = plt.get_cmap(COLOUR_MAP)
     entries: list[Any] = []
     stroke = [withStroke(linewidth=2, foreground="black")]
     if all(a[0] <= 0 <= a[-1] for a in r.axes) and not any(on_slice(m) and m.length < 1e-9 for m in r.marks):
@@ -405,13 +425,13 @@ def draw_marks(axes: Axes, r: SliceResult, split: str | None, quantity: str, nor
         size = 4 if m.on_path else 6
         style: dict[str, Any] = {"markersize": size, "markerfacecolor": face, "markeredgecolor": "white", "zorder": 4}
         axes.plot(*m.coordinates, "o" if m.on_path else "D", path_effects=stroke, **style)
-    for m in _named(r):
+    for m in _labelled_marks(r):
         own = (m.loss if quantity == "loss" else m.accuracy)[name]
-        told = f"{short_name(m.name)}, {f'loss {own:.3g}' if quantity == 'loss' else f'{own:.1%}'}"
+        label = f"{short_name(m.name)}, {f'loss {own:.3g}' if quantity == 'loss' else f'{own:.1%}'}"
         x, y = m.coordinates
         right = x < (r.axes[0][0] + r.axes[0][-1]) / 2
         axes.annotate(
-            told,
+            label,
             (x, y),
             xytext=(6 if right else -6, 5),
             textcoords="offset points",
@@ -424,7 +444,7 @@ def draw_marks(axes: Axes, r: SliceResult, split: str | None, quantity: str, nor
     return entries
 
 
-def _named(r: SliceResult) -> list[Mark]:
+def _labelled_marks(r: SliceResult) -> list[Mark]:
     """The networks with room for their name: all but the steps between the ends of a path."""
     path = [m for m in r.marks if m.on_path]
     ends = path[:1] + path[-1:]

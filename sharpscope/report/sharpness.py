@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from sharpscope.report.drawing import PAIR, QUIET, PageFigure, Panel, Style, group_by_style, key, log_ticks, panel
+from sharpscope.report.drawing import PAIR, QUIET, PageFigure, Panel, Style, group_by_style, legend, log_ticks, panel
 from sharpscope.report.spectra import label_rows
 from sharpscope.results.comparison import Comparison, Subject
 from sharpscope.results.comparison.rows import Row
@@ -22,7 +22,7 @@ def m_sharpness(comparison: Comparison, styles: dict[str, Style], rows: list[Row
     """m-sharpness against m, a panel for each radius and shape of the ball."""
     balls: dict[tuple[Any, ...], Points] = {}
     for s in comparison.subjects:
-        for measure in _of(s, "m-sharpness"):
+        for measure in _measures_of(s, "m-sharpness"):
             ball = tuple(measure.settings.get(k) for k in ("rho", "p", "adaptive", "ascent"))
             points = balls.setdefault(ball, [])
             if not points or points[-1][0] is not s:
@@ -49,11 +49,11 @@ def m_sharpness(comparison: Comparison, styles: dict[str, Style], rows: list[Row
         tuple(panels),
         caption,
         "pair",
-        key(comparison, styles, list(shown)),
+        legend(comparison, styles, list(shown)),
     )
 
 
-def _of(subject: Subject, name: str) -> list[Measure]:
+def _measures_of(subject: Subject, name: str) -> list[Measure]:
     return [] if subject.sharpness is None else [m for m in subject.sharpness.measures if m.name == name]
 
 
@@ -61,9 +61,9 @@ def _ball(name: str, ball: tuple[Any, ...], points: Points, styles: dict[str, St
     rho, p, adaptive, ascent = ball
     grouped = [(s, sorted(ms, key=lambda m: int(m.settings["m"]))) for s, ms in points]
     what = f"rho = {rho:g}, p = {p}{f', adaptive ({adaptive})' if adaptive else ''}, ascent: {ascent}"
-    said = "; ".join(f"{s.name}: " + ", ".join(f"{m} at m = {m.settings['m']}" for m in ms) for s, ms in grouped)
+    description = "; ".join(f"{s.name}: " + ", ".join(f"{m} at m = {m.settings['m']}" for m in ms) for s, ms in grouped)
     title = f"m-sharpness against m, {what}"
-    return panel(name, title, f"m-sharpness: {said}.", lambda axes: _curves(axes, grouped, styles), above=what)
+    return panel(name, title, f"m-sharpness: {description}.", lambda axes: _curves(axes, grouped, styles), heading=what)
 
 
 def _curves(axes: Axes, points: Points, styles: dict[str, Style]) -> None:
@@ -71,13 +71,13 @@ def _curves(axes: Axes, points: Points, styles: dict[str, Style]) -> None:
     parts = group_by_style(s for s, _ in points)
     positive = all(m.value > 0 for _, found in points for m in found)
     # Apart by a fraction of the step to the next m, so that whiskers of several checkpoints are seen.
-    apart = 2 ** (0.36 / len(parts))
+    spacing = 2 ** (0.36 / len(parts))
     for i, (_, members) in enumerate(parts):
-        aside = apart ** (i - (len(parts) - 1) / 2)
+        offset = spacing ** (i - (len(parts) - 1) / 2)
         style = styles[members[0].name]
         many = len(members) > 1
         for ms in (measured[s.name] for s in members):
-            x, y = [m.settings["m"] * aside for m in ms], [m.value for m in ms]
+            x, y = [m.settings["m"] * offset for m in ms], [m.value for m in ms]
             below = [0.0 if m.lower is None else max(m.value - m.lower, 0) for m in ms]
             above = [0.0 if m.upper is None else max(m.upper - m.value, 0) for m in ms]
             if many:
@@ -85,7 +85,7 @@ def _curves(axes: Axes, points: Points, styles: dict[str, Style]) -> None:
             else:
                 axes.errorbar(x, y, yerr=[below, above], capsize=3, **style.line)
         if many:
-            _mean(axes, [measured[s.name] for s in members], style, aside, positive)
+            _mean(axes, [measured[s.name] for s in members], style, offset, positive)
     ms = [m for _, found in points for m in found]
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({m.settings["m"] for m in ms}))
@@ -96,7 +96,7 @@ def _curves(axes: Axes, points: Points, styles: dict[str, Style]) -> None:
         log_ticks(axes.yaxis)
 
 
-def _mean(axes: Axes, runs: list[list[Measure]], style: Style, aside: float, geometric: bool) -> None:
+def _mean(axes: Axes, runs: list[list[Measure]], style: Style, offset: float, geometric: bool) -> None:
     """The mean over runs at each m that all of them have."""
     by_m: dict[int, list[float]] = {}
     for ms in runs:
@@ -107,7 +107,7 @@ def _mean(axes: Axes, runs: list[list[Measure]], style: Style, aside: float, geo
     below = [0.0 if s.lower is None else s.value - s.lower for s in means]
     above = [0.0 if s.upper is None else s.upper - s.value for s in means]
     axes.errorbar(
-        [m * aside for m in whole],
+        [m * offset for m in whole],
         [s.value for s in means],
         yerr=[below, above],
         capsize=3,
@@ -117,19 +117,19 @@ def _mean(axes: Axes, runs: list[list[Measure]], style: Style, aside: float, geo
 
 def edge(comparison: Comparison, styles: dict[str, Style], rows: list[Row]) -> PageFigure | None:
     """lambda_max of each checkpoint and the edge of stability that its last step size sets."""
-    found = [(s, m) for s in comparison.subjects for m in _of(s, "edge") if m.value > 0]
+    found = [(s, m) for s in comparison.subjects for m in _measures_of(s, "edge") if m.value > 0]
     if not found:
         return None
     beyond = max(found, key=lambda entry: entry[1].value)
-    said = "; ".join(
+    description = "; ".join(
         f"{s.name}: lambda_max {m.settings['lambda_max']:.4g}, edge {m.settings[PLAIN]:.4g}, {m.value:.2g} of it"
         for s, m in found
     )
     drawing = panel(
         "edge-of-stability",
         "lambda_max against the edge of stability",
-        f"{said}. Nearest to its edge is {beyond[0].name}.",
-        lambda axes: _edges(axes, found, styles),
+        f"{description}. Nearest to its edge is {beyond[0].name}.",
+        lambda axes: _draw_edges(axes, found, styles),
         (1.6 * PAIR[0], 1.1 + 0.27 * len(found)),
         "",
     )
@@ -146,7 +146,7 @@ def edge(comparison: Comparison, styles: dict[str, Style], rows: list[Row]) -> P
 PLAIN, WITH_SAM = "SGD's edge", "SAM's edge without momentum"
 
 
-def _edges(axes: Axes, found: list[tuple[Subject, Measure]], styles: dict[str, Style]) -> None:
+def _draw_edges(axes: Axes, found: list[tuple[Subject, Measure]], styles: dict[str, Style]) -> None:
     axes.set_xscale("log")
     for y, (s, m) in enumerate(found):
         style, top = styles[s.name], float(m.settings["lambda_max"])

@@ -17,7 +17,7 @@ from sharpscope.report.drawing import (
     Panel,
     Style,
     group_by_style,
-    key,
+    legend,
     log_ticks,
     panel,
 )
@@ -46,12 +46,12 @@ def eigenvalues(comparison: Comparison, styles: dict[str, Style], rows: list[Row
         return None
     found = [(s, r) for s, r in zip(comparison.subjects, row.cells, strict=True) if r is not None]
     size = (PAIR[0], max(PAIR[1], 0.9 + 0.27 * len(found)))
-    said = "; ".join(f"{s.name} {r}" for s, r in found)
+    description = "; ".join(f"{s.name} {r}" for s, r in found)
     panels = [
         panel(
             "lambda-max",
             "lambda_max of each checkpoint",
-            f"lambda_max with its interval: {said}.",
+            f"lambda_max with its interval: {description}.",
             lambda axes: _bars(axes, [(s.name, styles[s.name], r) for s, r in found]),
             size,
             "lambda_max, with its interval",
@@ -66,8 +66,8 @@ def eigenvalues(comparison: Comparison, styles: dict[str, Style], rows: list[Row
             panel(
                 "top-eigenvalues",
                 f"The {k} largest eigenvalues of each checkpoint",
-                f"The largest eigenvalues: {'; '.join(f'{s.name} {_listed(s)}' for s in several)}.",
-                lambda axes: _top(axes, several, styles),
+                f"The largest eigenvalues: {'; '.join(f'{s.name} {_list_eigenvalues(s)}' for s in several)}.",
+                lambda axes: _largest(axes, several, styles),
                 size,
             )
         )
@@ -80,7 +80,7 @@ def eigenvalues(comparison: Comparison, styles: dict[str, Style], rows: list[Row
         f"Largest eigenvalues of the Hessian of the mean training loss. Whiskers: {', '.join(kinds)}{thin}"
         f"{unsure}. A larger lambda_max is a sharper direction, no worse network."
     )
-    return PageFigure("eigenvalues", "Largest eigenvalues", tuple(panels), caption, key=key(comparison, styles))
+    return PageFigure("eigenvalues", "Largest eigenvalues", tuple(panels), caption, legend=legend(comparison, styles))
 
 
 def bars_scale(values: list[float]) -> str:
@@ -88,14 +88,14 @@ def bars_scale(values: list[float]) -> str:
     return "log" if min(values) > 0 and max(values) > BARS * min(values) else "linear"
 
 
-def clipped(name: str) -> str:
+def shortened(name: str) -> str:
     """As much of a name as a figure has room for: its end, which tells runs apart."""
     return name if len(name) <= LETTERS else f"…{name[1 - LETTERS :]}"
 
 
 def label_rows(axes: Axes, names: list[str]) -> None:
     """Names of rows from the top downwards."""
-    axes.set_yticks(range(len(names)), [clipped(name) for name in names])
+    axes.set_yticks(range(len(names)), [shortened(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
@@ -106,19 +106,19 @@ def _bars(axes: Axes, found: list[tuple[str, Style, Cell]]) -> None:
     values = [cell.value for _, _, cell in found]
     scale = bars_scale(values)
     axes.set_xscale(scale)
-    ends: list[float] = []
-    starts: list[float] = []
+    highs: list[float] = []
+    lows: list[float] = []
     for y, (_, style, r) in enumerate(found):
         low, high = (r.value if end is None else end for end in (r.lower, r.upper))
         if scale == "linear":
             axes.barh(y, r.value, height=0.55, color=style.colour, alpha=0.35)
         error: Any = [[max(r.value - low, 0)], [max(high - r.value, 0)]]
         axes.errorbar(r.value, y, xerr=error, color=style.colour, marker=style.marker, capsize=3)
-        ends.append(max(high, r.value))
-        starts.append(min(low, r.value))
+        highs.append(max(high, r.value))
+        lows.append(min(low, r.value))
         axes.annotate(
             str(r),
-            (ends[-1], y),
+            (highs[-1], y),
             xytext=(6, 0),
             textcoords="offset points",
             va="center",
@@ -128,19 +128,19 @@ def _bars(axes: Axes, found: list[tuple[str, Style, Cell]]) -> None:
     label_rows(axes, [name for name, _, _ in found])
     axes.set_xlabel("lambda_max")
     if scale == "log":
-        lowest = min((start for start in starts if start > 0), default=min(values))
-        axes.set_xlim(lowest / 2, max(ends) * (max(ends) / min(values)) ** 0.5)
+        lowest = min((start for start in lows if start > 0), default=min(values))
+        axes.set_xlim(lowest / 2, max(highs) * (max(highs) / min(values)) ** 0.5)
         log_ticks(axes.xaxis)
     else:
-        low = 1.05 * min(0.0, *starts)
-        axes.set_xlim(low, low + 1.42 * (max(max(ends), 0.0) - low or 1.0))
+        low = 1.05 * min(0.0, *lows)
+        axes.set_xlim(low, low + 1.42 * (max(max(highs), 0.0) - low or 1.0))
 
 
-def _top(axes: Axes, subjects: list[Subject], styles: dict[str, Style]) -> None:
-    positive = all((_ends(s)[0] > 0).all() for s in subjects)
+def _largest(axes: Axes, subjects: list[Subject], styles: dict[str, Style]) -> None:
+    positive = all((_intervals(s)[0] > 0).all() for s in subjects)
     for s in subjects:
         if s.eigen is not None:
-            values, (lower, upper) = s.eigen.eigenvalues, _ends(s)
+            values, (lower, upper) = s.eigen.eigenvalues, _intervals(s)
             error = np.stack([values - lower, upper - values]).clip(0)
             axes.errorbar(np.arange(1, len(values) + 1), values, yerr=error, capsize=2, **styles[s.name].line)
     if positive:
@@ -150,13 +150,13 @@ def _top(axes: Axes, subjects: list[Subject], styles: dict[str, Style]) -> None:
     axes.set_xticks(range(1, max(len(s.eigen.eigenvalues) for s in subjects if s.eigen is not None) + 1))
 
 
-def _listed(subject: Subject) -> str:
+def _list_eigenvalues(subject: Subject) -> str:
     eigen = subject.eigen
     assert eigen is not None
-    return ", ".join(map(with_bound, eigen.eigenvalues, *_ends(subject)))
+    return ", ".join(map(with_bound, eigen.eigenvalues, *_intervals(subject)))
 
 
-def _ends(subject: Subject) -> tuple[Any, Any]:
+def _intervals(subject: Subject) -> tuple[Any, Any]:
     """The intervals that the table has: over examples where the eigenvalues are those of a sample."""
     eigen = subject.eigen
     assert eigen is not None
@@ -195,7 +195,7 @@ def densities(comparison: Comparison, styles: dict[str, Style], rows: list[Row])
 
 
 def _density_panel(
-    key: str,
+    legend: str,
     name: str,
     members: list[Subject],
     everyone: list[Subject],
@@ -212,15 +212,15 @@ def _density_panel(
                 axes.plot(at, shown, color=QUIET, alpha=0.55 if size is PAIR else 0.25, linewidth=1, zorder=1)
         for s in members:
             if s.density is not None:
-                _own(axes, s.density, s, styles[s.name], alone=len(members) == 1)
+                _density_line(axes, s.density, s, styles[s.name], alone=len(members) == 1)
         axes.set(xlabel="eigenvalue λ", ylabel="density", yscale="log", xlim=limits[0], ylim=limits[1])
         log_ticks(axes.yaxis)
 
-    said = "; ".join(_described(s.name, s.density) for s in members if s.density is not None)
-    return panel(key, f"Spectral density of {name}", said, draw, size, name)
+    description = "; ".join(_describe_density(s.name, s.density) for s in members if s.density is not None)
+    return panel(legend, f"Spectral density of {name}", description, draw, size, name)
 
 
-def _own(axes: Axes, density: DensityResult, subject: Subject, style: Style, alone: bool) -> None:
+def _density_line(axes: Axes, density: DensityResult, subject: Subject, style: Style, alone: bool) -> None:
     if not alone:
         at, shown, _, _ = with_gaps(density.curve())
         axes.plot(at, shown, color=style.colour, linewidth=1)
@@ -235,7 +235,7 @@ def _own(axes: Axes, density: DensityResult, subject: Subject, style: Style, alo
         legend.remove()
 
 
-def _described(name: str, density: DensityResult) -> str:
+def _describe_density(name: str, density: DensityResult) -> str:
     return (
         f"{name}: Frobenius norm {density.frobenius}, share of negative eigenvalues "
         f"{density.negative_mass}, nodes from {density.nodes.min():.3g} to {density.nodes.max():.3g}"

@@ -13,16 +13,16 @@ from sharpscope.results.serialization import (
     annotations_of,
     as_json,
     cell,
-    head,
+    header,
     jsonable,
     metadata_of,
     noun_phrase,
     parse_fields,
-    read,
+    read_json,
     reject_reserved_keys,
     require_shapes,
     without_header,
-    write,
+    write_json,
 )
 from sharpscope.results.table import Table
 
@@ -54,21 +54,21 @@ class Result(ABC):
         cls._repr_pretty_ = Result._repr_pretty_  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
-        reject_reserved_keys(self.provenance, self._keys())
+        reject_reserved_keys(self.provenance, self._json_keys())
         require_shapes(self, noun_phrase(self.analysis))
 
     @classmethod
-    def _fields(cls) -> list[str]:
+    def _json_fields(cls) -> list[str]:
         """The fields that are in the JSON, without the provenance."""
         hints = annotations_of(cls)
         return [f.name for f in fields(cls) if f.name != "provenance" and IN_NPZ not in metadata_of(hints[f.name])]
 
     @classmethod
-    def _keys(cls) -> tuple[str, ...]:
+    def _json_keys(cls) -> tuple[str, ...]:
         """The keys of the JSON that are not provenance."""
         return (*(f.name for f in fields(cls) if f.name != "provenance"), *cls.derived)
 
-    def _derived(self) -> dict[str, Any]:
+    def _derived_values(self) -> dict[str, Any]:
         """The values of ``derived``."""
         return {name: getattr(self, name) for name in self.derived}
 
@@ -78,8 +78,8 @@ class Result(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values; a number that is not finite is null."""
-        values = {name: getattr(self, name) for name in self._fields()}
-        return {**head(self.analysis, self.provenance), **as_json({**values, **self._derived()})}
+        values = {name: getattr(self, name) for name in self._json_fields()}
+        return {**header(self.analysis, self.provenance), **as_json({**values, **self._derived_values()})}
 
     @classmethod
     def from_dict(cls: type[Self], values: Mapping[str, Any]) -> Self:
@@ -88,21 +88,21 @@ class Result(ABC):
         Raises: DataError when a key is missing, a value has another type or length, or it is another analysis.
         """
         with cell(noun_phrase(cls.analysis), f"{cls.__name__}.to_dict()"):
-            found = without_header(values, cls.analysis)
-            rest = {key: value for key, value in found.items() if key not in cls._keys()}
-            return cls(**{**cls._read(found), "provenance": jsonable(rest)})
+            values_without_header = without_header(values, cls.analysis)
+            rest = {key: value for key, value in values_without_header.items() if key not in cls._json_keys()}
+            return cls(**{**cls._parse(values_without_header), "provenance": jsonable(rest)})
 
     @classmethod
-    def _read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _parse(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a JSON object."""
-        return parse_fields(cls, cls._fields(), values)
+        return parse_fields(cls, cls._json_fields(), values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON to ``path``, atomically.
 
         Raises: OutputError when it cannot be written.
         """
-        write(path, self.to_dict())
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
@@ -110,7 +110,7 @@ class Result(ABC):
 
         Raises: DataError when ``path`` holds something else, or is damaged.
         """
-        return cls.from_dict(read(path))
+        return cls.from_dict(read_json(path))
 
     @abstractmethod
     def table(self) -> Table:
@@ -148,12 +148,12 @@ class Cost:
     seconds: float
 
 
-def total(costs: Iterable[Cost]) -> Cost:
+def total_cost(costs: Iterable[Cost]) -> Cost:
     """The sum of costs."""
-    kept = list(costs)
+    costs_list = list(costs)
     return Cost(
-        passes=sum(c.passes for c in kept),
-        hvps=sum(c.hvps for c in kept),
-        gradients=sum(c.gradients for c in kept),
-        seconds=sum(c.seconds for c in kept),
+        passes=sum(c.passes for c in costs_list),
+        hvps=sum(c.hvps for c in costs_list),
+        gradients=sum(c.gradients for c in costs_list),
+        seconds=sum(c.seconds for c in costs_list),
     )

@@ -21,7 +21,7 @@ PerNode = Annotated[Array, Shape("K nodes")]
 
 # An eigenvalue counts as negative from so many widths below zero on, by a step softened to so many widths, lest one
 # node's side decide. Of an eigenvalue at zero 3e-5 then counts as negative.
-SURELY, SOFTNESS = 2.0, 0.5
+RESOLVED_WIDTHS, STEP_WIDTHS = 2.0, 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,15 +93,17 @@ class DensityResult(Result):
         of networks are, one node stands for all of them. (Seen on a CNN with a quarter of its eigenvalues below zero
         and half of them zero: the nodes below zero weigh 0.68 +- 0.04.) What is nearer is ``near_zero_mass``.
         """
-        return Estimate.of(self._below(-SURELY * self.width))
+        return Estimate.of(self._share_below(-RESOLVED_WIDTHS * self.width))
 
     @property
     def near_zero_mass(self) -> Estimate:
         """The share of eigenvalues within ``2 width`` of zero, whose sign these steps do not resolve."""
-        return Estimate.of(self._below(SURELY * self.width) - self._below(-SURELY * self.width))
+        return Estimate.of(
+            self._share_below(RESOLVED_WIDTHS * self.width) - self._share_below(-RESOLVED_WIDTHS * self.width)
+        )
 
-    def _below(self, at: float) -> Array:
-        return cumulative_shares(self.nodes, self.weights, at, SOFTNESS * self.width)
+    def _share_below(self, at: float) -> Array:
+        return cumulative_shares(self.nodes, self.weights, at, STEP_WIDTHS * self.width)
 
     @property
     def width(self) -> float:
@@ -135,7 +137,7 @@ class DensityResult(Result):
             raise DataError(f"width must be positive and confidence between 0 and 1, got {width} and {confidence}.")
         return smooth(self.nodes, self.weights, chosen, confidence, grid)
 
-    def _derived(self) -> dict[str, Any]:
+    def _derived_values(self) -> dict[str, Any]:
         return {**{name: getattr(self, name) for name in self.derived}, "curve": self.curve()}
 
     def table(self) -> Table:
@@ -166,15 +168,15 @@ def _notes(results: Sequence[DensityResult]) -> list[str]:
         notes += origin_notes(name, r.provenance)
         notes.append(
             f"{name}: {len(r.nodes)} random vectors, {steps} Lanczos steps each{without}; density smoothed to a width "
-            f"of {r.width:.2g}. Negative is what is below {-SURELY * r.width:.2g}; of the share {r.near_zero_mass} "
-            "nearer to zero the sign is not resolved."
+            f"of {r.width:.2g}. Negative is what is below {-RESOLVED_WIDTHS * r.width:.2g}; of the share "
+            f"{r.near_zero_mass} nearer to zero the sign is not resolved."
         )
     return [*notes, "± is one standard error, over the random vectors."]
 
 
 # The grid reaches this many widths beyond the points on it, where a Gaussian is 1e-8 of its height, in steps of a
 # tenth of the width, where the trapezoidal rule is exact for Gaussians to rounding.
-REACH, STEP = 6.0, 0.1
+GRID_MARGIN, GRID_STEP = 6.0, 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +201,7 @@ class Curve:
 def smooth(nodes: Array, weights: Array, width: float, confidence: float, grid: Array | None) -> Curve:
     """The mean of K draws ``sum_j w_j delta(t - node_j)``, convolved with a Gaussian, and a t-interval over draws."""
     at = default_grid(nodes[weights > 0], width) if grid is None else np.asarray(grid, float)
-    draws = np.stack([_mixture(at, n[w > 0], w[w > 0], width) for n, w in zip(nodes, weights, strict=True)])
+    draws = np.stack([_gaussian_mixture(at, n[w > 0], w[w > 0], width) for n, w in zip(nodes, weights, strict=True)])
     count = len(draws)
     half = student(confidence, count - 1) * draws.std(0, ddof=1) / np.sqrt(count)
     mean = draws.mean(0)
@@ -208,22 +210,22 @@ def smooth(nodes: Array, weights: Array, width: float, confidence: float, grid: 
 
 def cumulative_shares(nodes: Array, weights: Array, at: float, width: float) -> Array:
     """The integral of each draw (K,), smoothed to ``width``, from minus infinity to ``at``."""
-    parts = [0.5 * math.erfc((node - at) / (width * math.sqrt(2))) for node in nodes.ravel()]
-    return np.asarray((weights * np.reshape(parts, nodes.shape)).sum(1))
+    steps = [0.5 * math.erfc((node - at) / (width * math.sqrt(2))) for node in nodes.ravel()]
+    return np.asarray((weights * np.reshape(steps, nodes.shape)).sum(1))
 
 
 def default_grid(points: Array, width: float) -> Array:
     """A grid around all points, without the empty stretches between far ones: an outlier must not cost a million."""
     ends = np.sort(points)
-    cuts = np.flatnonzero(np.diff(ends) > 2 * REACH * width)
+    cuts = np.flatnonzero(np.diff(ends) > 2 * GRID_MARGIN * width)
     starts, stops = ends[np.r_[0, cuts + 1]], ends[np.r_[cuts, len(ends) - 1]]
-    pieces = []
-    for start, stop in zip(starts - REACH * width, stops + REACH * width, strict=True):
-        pieces.append(np.linspace(start, stop, int(np.ceil((stop - start) / (STEP * width))) + 1))
-    return np.concatenate(pieces)
+    segments = []
+    for start, stop in zip(starts - GRID_MARGIN * width, stops + GRID_MARGIN * width, strict=True):
+        segments.append(np.linspace(start, stop, int(np.ceil((stop - start) / (GRID_STEP * width))) + 1))
+    return np.concatenate(segments)
 
 
-def _mixture(at: Array, means: Array, weights: Array, width: float) -> Array:
+def _gaussian_mixture(at: Array, means: Array, weights: Array, width: float) -> Array:
     kernel = np.exp(-0.5 * ((at[:, None] - means) / width) ** 2)
     return np.asarray(kernel @ weights / (width * np.sqrt(2 * np.pi)))
 

@@ -15,7 +15,16 @@ from sharpscope.errors import DataError
 from sharpscope.formatting import narrower, with_bound
 from sharpscope.results.base import Cost, Result
 from sharpscope.results.provenance import LOSS_AND_COST, checkpoint_names, loss_and_cost_cells, origin_notes
-from sharpscope.results.serialization import IN_NPZ, Array, MaybeNaNs, Schema, Shape, arrays_path, read_arrays, write
+from sharpscope.results.serialization import (
+    IN_NPZ,
+    Array,
+    MaybeNaNs,
+    Schema,
+    Shape,
+    arrays_path,
+    read_arrays,
+    write_json,
+)
 from sharpscope.results.table import Table
 
 # Above this probability of a miss there is no certificate.
@@ -174,7 +183,7 @@ class EigenResult(Result):
         named = {"smallest": down, "both": up[:half] + down[:half][::-1]}
         return named.get(self.which, up if self.which == "largest" else [f"lambda_({i})" for i in range(1, count + 1)])
 
-    def _derived(self) -> dict[str, Any]:
+    def _derived_values(self) -> dict[str, Any]:
         return {"lambda_max": self.lambda_max if self.which in ("largest", "both") else None, "ratio": self.ratio}
 
     def save(self, path: str | os.PathLike[str], *, vectors: bool = False) -> None:
@@ -187,7 +196,7 @@ class EigenResult(Result):
             if self.eigenvectors is None:
                 raise DataError("The result must hold eigenvectors to save them. Measure with vectors=True.")
             arrays = {"eigenvectors": self.eigenvectors, "eigenvalues": self.eigenvalues}
-        write(path, self.to_dict(), arrays)
+        write_json(path, self.to_dict(), arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EigenResult:
@@ -196,11 +205,11 @@ class EigenResult(Result):
         Raises: DataError when ``path`` holds something else, or is damaged.
         """
         result = super().load(path)
-        beside = arrays_path(path)
-        if beside.is_file():
+        arrays_file = arrays_path(path)
+        if arrays_file.is_file():
             # A file of another run, or of another making, that only shares the name is not this one's vectors.
             with contextlib.suppress(DataError):
-                arrays = read_arrays(beside, ["eigenvalues", "eigenvectors"])
+                arrays = read_arrays(arrays_file, ["eigenvalues", "eigenvectors"])
                 if np.array_equal(arrays["eigenvalues"], result.eigenvalues):
                     return replace(result, eigenvectors=arrays["eigenvectors"])
         return result
@@ -242,10 +251,10 @@ def _notes(results: Sequence[EigenResult]) -> list[str]:
     for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
         p = r.provenance
         # Of a sample what it leaves open is more than the bounds in the table, and comes first.
-        if sampled := _sampled(r):
-            notes.append(f"{name}: {sampled}")
+        if sampling_note := _sampling_note(r):
+            notes.append(f"{name}: {sampling_note}")
         notes += origin_notes(name, p)
-        notes += [f"{name}: {said}" for said in (_missed(r), _certified(r)) if said]
+        notes += [f"{name}: {note}" for note in (_missed_note(r), _certificate_note(r)) if note]
         if r.ratio.value is None and r.ratio.k > 1 and r.which in ("largest", "both"):
             notes.append(f"{name}: no ratio, since {r.ratio.reason}.")
         if not r.converged.all():
@@ -253,12 +262,12 @@ def _notes(results: Sequence[EigenResult]) -> list[str]:
             which = "all" if len(missing) == len(r.converged) > 5 else ", ".join(r.labels[i] for i in missing)
             notes.append(
                 f"{name}: NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?): {which}. Their intervals may "
-                f"be about other eigenvalues. {_remedy(r)}"
+                f"be about other eigenvalues. {_convergence_advice(r)}"
             )
     return notes
 
 
-def _missed(result: EigenResult) -> str:
+def _missed_note(result: EigenResult) -> str:
     """How sure it is that nothing larger was missed, as far as the run's random vectors say."""
     if result.which not in ("largest", "smallest"):
         return "no probability is stated of eigenvalues that were missed; that goes with --which largest or smallest."
@@ -269,14 +278,14 @@ def _missed(result: EigenResult) -> str:
     if first >= 0.995:
         unknown = "nothing is known of eigenvalues that were missed"
         return f"{unknown}; power iteration may skip some." if result.provenance.get("method") == "power" else ""
-    said = f"an eigenvalue {side} {result.labels[0]} was missed with probability at most {_percent(first)}"
+    text = f"an eigenvalue {side} {result.labels[0]} was missed with probability at most {_percent(first)}"
     if len(result.labels) > 1:
-        said += f", {side} {result.labels[-1]} " + ("not excluded" if last >= 0.995 else f"at most {_percent(last)}")
-    pays = last > MAX_MISS_PROBABILITY and result.which == "largest" and not result.certificate
-    return said + ("; --certify pays for less." if pays else ".")
+        text += f", {side} {result.labels[-1]} " + ("not excluded" if last >= 0.995 else f"at most {_percent(last)}")
+    can_certify = last > MAX_MISS_PROBABILITY and result.which == "largest" and not result.certificate
+    return text + ("; --certify pays for less." if can_certify else ".")
 
 
-def _certified(result: EigenResult) -> str:
+def _certificate_note(result: EigenResult) -> str:
     """What --certify paid for."""
     proof = result.certificate
     if not proof:
@@ -289,7 +298,7 @@ def _certified(result: EigenResult) -> str:
     )
 
 
-def _sampled(result: EigenResult) -> str:
+def _sampling_note(result: EigenResult) -> str:
     """The intervals over the data."""
     if not result.sampling:
         return ""
@@ -299,18 +308,18 @@ def _sampled(result: EigenResult) -> str:
     if s["lower"] is None:
         return f"no intervals for all the data of which these are a sample: {s['reason']}."
     pairs = zip(result.labels, s["lower"], s["upper"], strict=True)
-    said = [f"{label} {low:.3g} to {high:.3g}" for label, low, high in pairs]
+    intervals = [f"{label} {low:.3g} to {high:.3g}" for label, low, high in pairs]
     if s.get("ratio"):
-        said.append(f"lambda_max/lambda_{result.ratio.k} {s['ratio']['lower']:.3g} to {s['ratio']['upper']:.3g}")
-    sure = f"{100 * s['confidence']:.3g} %"
-    return f"for all the data of which these are {s['examples']} examples, {sure} intervals: {', '.join(said)}."
+        intervals.append(f"lambda_max/lambda_{result.ratio.k} {s['ratio']['lower']:.3g} to {s['ratio']['upper']:.3g}")
+    level = f"{100 * s['confidence']:.3g} %"
+    return f"for all the data of which these are {s['examples']} examples, {level} intervals: {', '.join(intervals)}."
 
 
 def _percent(probability: float) -> str:
     return f"{100 * max(probability, 1e-6):.2g} %"
 
 
-def _remedy(result: EigenResult) -> str:
+def _convergence_advice(result: EigenResult) -> str:
     half = float((result.upper - result.lower).max()) / 2
     rounding = 64 * float(np.finfo(np.float32).eps) * float(np.abs(result.eigenvalues).max())
     if result.provenance.get("dtype") == "float32" and half <= rounding:

@@ -38,34 +38,34 @@ def describe_examples(provenance: Mapping[str, Any]) -> str:
     return where
 
 
-def origin(provenance: Mapping[str, Any]) -> str:
+def describe_origin(provenance: Mapping[str, Any]) -> str:
     """One sentence: which examples, how many parameters, which mode and precision, how the weights came about."""
     where = describe_examples(provenance)
     how = f"{provenance.get('num_params', '?')} parameters, {provenance.get('mode', '?')} mode"
-    return f"{where}, {how}, {provenance.get('dtype', '?')}{_training(provenance)}."
+    return f"{where}, {how}, {provenance.get('dtype', '?')}{_training_suffix(provenance)}."
 
 
 def origin_notes(name: str, provenance: Mapping[str, Any]) -> list[str]:
     """The origin under the checkpoint's name, and the matrix where it is not the Hessian by double backprop."""
-    notes, operator = [f"{name}: {origin(provenance)}"], provenance.get("operator", "hessian")
-    notes += _taken(name, provenance)
+    notes, operator = [f"{name}: {describe_origin(provenance)}"], provenance.get("operator", "hessian")
+    notes += _weights_note(name, provenance)
     if operator != "hessian":
         what = "finite differences of the gradient, approximate" if operator == "finite-difference" else operator
         notes.append(f"{name}: eigenvalues not of the Hessian by double backprop, but of: {what}.")
     return notes
 
 
-def _taken(name: str, provenance: Mapping[str, Any]) -> list[str]:
+def _weights_note(name: str, provenance: Mapping[str, Any]) -> list[str]:
     """Which of a file's weights were taken, where that is not all."""
     key, prefix = (provenance.get(key) for key in ("weights_key", "weights_prefix"))
     left = typed_value(provenance, "weights_left_out", list | tuple)
     if not (key or prefix or left):
         return []
-    said = [f"weights under {key!r}"] if key else []
-    said += [f"the prefix {prefix!r} taken off their names"] if prefix else []
+    parts = [f"weights under {key!r}"] if key else []
+    parts += [f"the prefix {prefix!r} taken off their names"] if prefix else []
     if left:
-        said.append(f"left out: {', '.join(map(str, left[:3]))}{f' and {len(left) - 3} more' if left[3:] else ''}")
-    return [f"{name}: {'; '.join(said)}."]
+        parts.append(f"left out: {', '.join(map(str, left[:3]))}{f' and {len(left) - 3} more' if left[3:] else ''}")
+    return [f"{name}: {'; '.join(parts)}."]
 
 
 def loss_and_cost_cells(loss: float, gradient_norm: float, cost: Cost) -> list[str]:
@@ -74,13 +74,13 @@ def loss_and_cost_cells(loss: float, gradient_norm: float, cost: Cost) -> list[s
     return [f"{loss:.4g}", f"{gradient_norm:.2g}", *paid]
 
 
-def _training(provenance: Mapping[str, Any]) -> str:
+def _training_suffix(provenance: Mapping[str, Any]) -> str:
     """How the weights came about, as far as the checkpoint says."""
     recipe, epoch = typed_value(provenance, "recipe", Mapping) or {}, provenance.get("epoch")
-    said = ""
+    text = ""
     if recipe.get("optimizer"):
         rho = typed_value(recipe, "rho", int | float)
         variant, m = str(recipe.get("variant", "sam")).upper(), recipe.get("m")
-        said += f", {recipe['optimizer']}" if rho is None else f", {variant} around {recipe['optimizer']}, rho {rho:g}"
-        said += "" if m is None else f", m {m}"
-    return said + (f", epoch {epoch}" if epoch is not None else "")
+        text += f", {recipe['optimizer']}" if rho is None else f", {variant} around {recipe['optimizer']}, rho {rho:g}"
+        text += "" if m is None else f", m {m}"
+    return text + (f", epoch {epoch}" if epoch is not None else "")

@@ -133,81 +133,81 @@ def parse_value(hint: Any, value: Any, where: str, nan: bool = False) -> Any:
     if hint is Any:
         return jsonable(value)
     if origin is np.ndarray:
-        return _array(get_args(args[1])[0], value, where, nan)
+        return _parse_array(get_args(args[1])[0], value, where, nan)
     if origin is tuple:
-        return _tuple(args, value, where)
+        return _parse_tuple(args, value, where)
     if isinstance(hint, type) and hasattr(hint, "from_dict"):
         try:
             return hint.from_dict(value)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
     if origin is Mapping or is_typeddict(hint) or is_dataclass(hint):
-        return _object(hint, args, value, where)
-    return _scalar(hint, value, where, nan)
+        return _parse_object(hint, args, value, where)
+    return _parse_scalar(hint, value, where, nan)
 
 
-_WANTED = {float: "a number", int: "a whole number", bool: "a boolean", str: "text"}
+_TYPE_NAMES = {float: "a number", int: "a whole number", bool: "a boolean", str: "text"}
 
 
-def _scalar(kind: type, value: Any, where: str, nan: bool) -> Any:
-    if kind not in _WANTED:
+def _parse_scalar(kind: type, value: Any, where: str, nan: bool) -> Any:
+    if kind not in _TYPE_NAMES:
         raise TypeError(f"Fields of results cannot be annotated with {kind}, got {where!r}.")
     if kind is not float:
         if type(value) is not kind:
-            raise _misfit(_WANTED[kind], where, value)
+            raise _wrong_type(_TYPE_NAMES[kind], where, value)
         return value
     if nan and value is None:
         return float("nan")
     if type(value) not in (int, float):
-        raise _misfit(_WANTED[float], where, value)
-    number = _held(float, value, where)
-    return number if nan else _finite(number, where)
+        raise _wrong_type(_TYPE_NAMES[float], where, value)
+    number = _convert(float, value, where)
+    return number if nan else _require_finite(number, where)
 
 
-def _held(convert: Callable[[Any], Any], value: Any, where: str) -> Any:
+def _convert(convert: Callable[[Any], Any], value: Any, where: str) -> Any:
     try:
         return convert(value)
     except OverflowError:
         raise FieldError(f"needs numbers in the range of their type in {where!r}, got larger ones") from None
 
 
-def _finite(value: Any, where: str) -> Any:
+def _require_finite(value: Any, where: str) -> Any:
     if not np.isfinite(value).all():
         raise FieldError(f"needs finite numbers in {where!r}, got infinity or NaN")
     return value
 
 
-def _array(dtype: type, value: Any, where: str, nan: bool) -> NDArray[Any]:
+def _parse_array(dtype: type, value: Any, where: str, nan: bool) -> NDArray[Any]:
     """Nested lists as an array. Booleans are no numbers, and numbers no booleans."""
     kind = np.dtype(dtype).kind
-    wanted, kinds = {"f": ("numbers", (int, float)), "i": ("whole numbers", (int,)), "b": ("booleans", (bool,))}[kind]
+    expected, kinds = {"f": ("numbers", (int, float)), "i": ("whole numbers", (int,)), "b": ("booleans", (bool,))}[kind]
     if isinstance(value, np.ndarray):  # from an .npz
         if value.dtype.kind != kind:
-            raise FieldError(f"needs {wanted} in {where!r}, got {value.dtype.name}")
+            raise FieldError(f"needs {expected} in {where!r}, got {value.dtype.name}")
         return value
     if not isinstance(value, list | tuple):
-        raise _misfit(f"a list of {wanted}", where, value)
-    for entry in _entries(value):
+        raise _wrong_type(f"a list of {expected}", where, value)
+    for entry in _flattened(value):
         if type(entry) not in kinds and not (nan and entry is None):
-            raise _misfit(wanted, where, entry)
+            raise _wrong_type(expected, where, entry)
     try:
-        array: NDArray[Any] = _held(lambda entries: np.array(entries, dtype), value, where)
+        array: NDArray[Any] = _convert(lambda entries: np.array(entries, dtype), value, where)
     except ValueError:
         raise FieldError(f"needs rows of one length in {where!r}, got different lengths") from None
-    return array if nan or kind != "f" else _finite(array, where)
+    return array if nan or kind != "f" else _require_finite(array, where)
 
 
-def _entries(value: Any) -> Iterator[Any]:
+def _flattened(value: Any) -> Iterator[Any]:
     if isinstance(value, list | tuple):
         for entry in value:
-            yield from _entries(entry)
+            yield from _flattened(entry)
     else:
         yield value
 
 
-def _tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+def _parse_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise _misfit("a list", where, value)
+        raise _wrong_type("a list", where, value)
     kinds = (args[0],) * len(value) if args[1:] == (...,) else args
     if len(kinds) != len(value):
         raise FieldError(f"needs {len(kinds)} entries in {where!r}, got {len(value)}")
@@ -216,23 +216,25 @@ def _tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     )
 
 
-def _object(hint: Any, args: tuple[Any, ...], value: Any, where: str) -> Any:
+def _parse_object(hint: Any, args: tuple[Any, ...], value: Any, where: str) -> Any:
     """A mapping, a TypedDict or a dataclass."""
     if not isinstance(value, Mapping):
-        raise _misfit("an object", where, value)
+        raise _wrong_type("an object", where, value)
     if args:
         return {str(key): parse_value(args[1], entry, f"{where}.{key}") for key, entry in value.items()}
     hints, is_typed_dict = annotations_of(hint), is_typeddict(hint)
-    kept = hints if is_typed_dict else {field.name: hints[field.name] for field in fields(hint)}
-    missing = sorted(name for name in kept if name not in value and (is_typed_dict or _required(hint, name)))
+    wanted_fields = hints if is_typed_dict else {field.name: hints[field.name] for field in fields(hint)}
+    missing = sorted(name for name in wanted_fields if name not in value and (is_typed_dict or _required(hint, name)))
     if missing:
         raise FieldError(f"needs the key {missing[0]!r} in {where!r}, got none")
     derived = getattr(hint, "derived", ())
-    unknown = [] if is_typed_dict else sorted(set(value) - set(kept) - set(derived))
+    unknown = [] if is_typed_dict else sorted(set(value) - set(wanted_fields) - set(derived))
     if unknown:
         raise FieldError(f"needs only known keys in {where!r}, got {unknown[0]!r}")
-    read = {name: parse_value(kind, value[name], f"{where}.{name}") for name, kind in kept.items() if name in value}
-    return {**jsonable(value), **read} if is_typed_dict else hint(**read)
+    parsed = {
+        name: parse_value(kind, value[name], f"{where}.{name}") for name, kind in wanted_fields.items() if name in value
+    }
+    return {**jsonable(value), **parsed} if is_typed_dict else hint(**parsed)
 
 
 def _required(kind: Any, name: str) -> bool:
@@ -240,10 +242,10 @@ def _required(kind: Any, name: str) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 
 
-def _misfit(wanted: str, where: str, value: Any) -> FieldError:
+def _wrong_type(expected: str, where: str, value: Any) -> FieldError:
     kinds = {NoneType: "null", bool: "a boolean", int: "a number", float: "a number", str: "text"}
-    came = "an object" if isinstance(value, Mapping) else "a list" if isinstance(value, list | tuple) else None
-    return FieldError(f"needs {wanted} in {where!r}, got {came or kinds.get(type(value), type(value).__name__)}")
+    got = "an object" if isinstance(value, Mapping) else "a list" if isinstance(value, list | tuple) else None
+    return FieldError(f"needs {expected} in {where!r}, got {got or kinds.get(type(value), type(value).__name__)}")
 
 
 @contextmanager
@@ -268,15 +270,15 @@ def require_shapes(result: Any, owner: str) -> None:
         value = None if shape is None else getattr(result, name)
         if shape is None or value is None:
             continue
-        came = (len(value),) if isinstance(value, tuple) else np.shape(value)
-        if len(came) != len(shape):
+        got = (len(value),) if isinstance(value, tuple) else np.shape(value)
+        if len(got) != len(shape):
             what = "a flat list" if len(shape) == 1 else f"{len(shape)} dimensions"
-            raise DataError(f"{owner} needs {what} in {name!r}, got the shape {came}. Measure it again.")
-        for size, count in zip(shape, came, strict=True):
-            most, first = sizes.setdefault(size, (count, name))
-            if count != most:
+            raise DataError(f"{owner} needs {what} in {name!r}, got the shape {got}. Measure it again.")
+        for size, count in zip(shape, got, strict=True):
+            expected, first_name = sizes.setdefault(size, (count, name))
+            if count != expected:
                 raise DataError(
-                    f"{owner} needs as many entries in {name!r} as in {first!r}, got {count} and {most}. "
+                    f"{owner} needs as many entries in {name!r} as in {first_name!r}, got {count} and {expected}. "
                     "Measure it again."
                 )
 
@@ -288,7 +290,7 @@ def reject_reserved_keys(provenance: Mapping[str, Any], keys: Iterable[str]) -> 
         raise DataError(f"Provenance must not use the result's own keys, got {', '.join(taken)}. Rename them.")
 
 
-def head(analysis: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
+def header(analysis: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that open every record: format, analysis, and the provenance as plain values."""
     return {"format": FORMAT, "analysis": analysis, **{str(key): jsonable(value) for key, value in provenance.items()}}
 
@@ -303,18 +305,18 @@ def without_header(values: Any, analysis: str) -> dict[str, Any]:
 
     Raises: DataError when it is no object, of another analysis, or of a later format.
     """
-    came = values.get("analysis") if isinstance(values, Mapping) else None
-    if came != analysis:
+    got = values.get("analysis") if isinstance(values, Mapping) else None
+    if got != analysis:
         what = f"an object with analysis {analysis!r}"
-        raise DataError(f"{noun_phrase(analysis)} must be {what}, got {_short(came)}. Choose another file.")
+        raise DataError(f"{noun_phrase(analysis)} must be {what}, got {_abbreviated(got)}. Choose another file.")
     if values.get("format", FORMAT) != FORMAT:
         raise DataError(
-            f"The result has format {_short(values['format'])}, and this sharpscope reads {FORMAT}. Update it."
+            f"The result has format {_abbreviated(values['format'])}, and this sharpscope reads {FORMAT}. Update it."
         )
     return {key: value for key, value in values.items() if key not in ("format", "analysis")}
 
 
-def _short(value: Any) -> str:
+def _abbreviated(value: Any) -> str:
     return repr(value)[:40] if isinstance(value, str | int | float | NoneType) else f"a {type(value).__name__}"
 
 
@@ -332,7 +334,7 @@ def arrays_path(path: str | os.PathLike[str]) -> Path:
     return place.with_name(f"{place.name.removesuffix('.json')}.npz")
 
 
-def write(
+def write_json(
     path: str | os.PathLike[str], values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]] | None = None
 ) -> None:
     """Write ``arrays``, if any, to the .npz next to ``path``, and then ``values`` to ``path`` as JSON, each atomically.
@@ -349,7 +351,7 @@ def write(
         temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str]) -> Any:
     """What the JSON file at ``path`` holds.
 
     Raises: DataError when there is none.

@@ -47,11 +47,11 @@ def student(confidence: float, freedom: int) -> float:
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         angle = (low + high) / 2
-        low, high = (angle, high) if _inside(angle, freedom) < confidence else (low, angle)
+        low, high = (angle, high) if _student_probability(angle, freedom) < confidence else (low, angle)
     return math.sqrt(freedom) * math.tan((low + high) / 2)
 
 
-def _inside(angle: float, freedom: int) -> float:
+def _student_probability(angle: float, freedom: int) -> float:
     """``P(|T| <= sqrt(freedom) tan(angle))``."""
     odd = freedom % 2
     term = math.cos(angle) if odd else 1.0
@@ -168,7 +168,7 @@ def spread(values: Sequence[float], *, log: bool = False) -> Spread:
     if len(found) == 0:
         raise DataError("A mean needs at least one run, got none.")
     mean, half = float(found.mean()), None
-    if _scatters(found):
+    if _varies(found):
         half = student(CONFIDENCE, len(found) - 1) * float(found.std(ddof=1)) / math.sqrt(len(found))
     back = math.exp if log else float
     lower, upper = (None, None) if half is None else (back(mean - half), back(mean + half))
@@ -190,21 +190,21 @@ def difference(
     if min(len(a), len(b)) == 0:
         raise DataError("A difference needs at least one run in each group.")
     mean, freedom, error = float(b.mean() - a.mean()), 0, 0.0
-    if paired and _scatters(b - a):
+    if paired and _varies(b - a):
         freedom, error = len(a) - 1, float((b - a).std(ddof=1)) / math.sqrt(len(a))
     elif not paired and min(len(a), len(b)) > 1:
-        parts = [float(x.var(ddof=1)) / len(x) for x in (a, b)]
-        error = math.sqrt(sum(parts))
-        weights = sum(part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True))
-        freedom = max(1, int(sum(parts) ** 2 / weights)) if weights else min(len(a), len(b)) - 1
-    half = student(CONFIDENCE, freedom) * error if freedom and _scatters(np.concatenate([a, b])) else None
+        variances = [float(x.var(ddof=1)) / len(x) for x in (a, b)]
+        error = math.sqrt(sum(variances))
+        weights = sum(variance**2 / (len(x) - 1) for variance, x in zip(variances, (a, b), strict=True))
+        freedom = max(1, int(sum(variances) ** 2 / weights)) if weights else min(len(a), len(b)) - 1
+    half = student(CONFIDENCE, freedom) * error if freedom and _varies(np.concatenate([a, b])) else None
     back = math.exp if ratio else float
     lower, upper = (None, None) if half is None else (back(mean - half), back(mean + half))
     runs, by = (len(a), PAIRS) if paired else (len(a) + len(b), WELCH)
     return Difference(back(mean), lower, upper, ratio, by, runs, freedom)
 
 
-def _scatters(values: Array) -> bool:
+def _varies(values: Array) -> bool:
     """Whether there is a scatter to speak of: equal accuracies, as few examples give them, say nothing of it."""
     return len(values) > 1 and float(np.ptp(values)) > 1e-12 * float(np.abs(values).max())
 
@@ -225,17 +225,17 @@ def contrast(one: Cell | None, two: Cell | None, factor: bool) -> Difference | N
     """
     if one is None or two is None or not (math.isfinite(one.value) and math.isfinite(two.value)):
         return None
-    ours, theirs, lower, upper = _ends(one), _ends(two), None, None
-    least = [cell.value if ends is None else ends[0] for cell, ends in ((one, ours), (two, theirs))]
+    first, second, lower, upper = _interval_95(one), _interval_95(two), None, None
+    least = [cell.value if ends is None else ends[0] for cell, ends in ((one, first), (two, second))]
     ratio = factor and min(least) > 0
     value = two.value / one.value if ratio else two.value - one.value
-    if ours is not None and theirs is not None:
-        (low, high), (lowest, highest) = ours, theirs
+    if first is not None and second is not None:
+        (low, high), (lowest, highest) = first, second
         lower, upper = (lowest / high, highest / low) if ratio else (lowest - high, highest - low)
     return Difference(value, lower, upper, ratio, converged=one.converged and two.converged)
 
 
-def _ends(cell: Cell) -> tuple[float, float] | None:
+def _interval_95(cell: Cell) -> tuple[float, float] | None:
     """The interval of about 95 %, or the bound."""
     if cell.lower is None or cell.upper is None:
         return None
@@ -276,7 +276,7 @@ class IntervalKind:
     ends: str = ""
     reach: float = 1.0
 
-    def told(self, apart: bool) -> str:
+    def describe(self, apart: bool) -> str:
         """What is said of two numbers whose intervals leave a gap, or do not."""
         if self.reach == STANDARD_ERROR_FACTOR:
             return f"they are {'more than' if apart else 'within'} two standard errors of each{' apart' * apart}"

@@ -10,7 +10,7 @@ from typing import Any
 from sharpscope.results.comparison.subject import Subject, group_subjects, pair_runs
 from sharpscope.results.density import TraceResult
 from sharpscope.results.eigen import EigenResult
-from sharpscope.results.provenance import describe_examples, origin, typed_value
+from sharpscope.results.provenance import describe_examples, describe_origin, typed_value
 from sharpscope.results.serialization import as_json
 from sharpscope.results.sharpness import Measure, SharpnessResult
 from sharpscope.results.statistics import (
@@ -67,18 +67,18 @@ class Row:
 class _Quantity:
     label: str
     definition: str
-    of: Callable[[Subject], Cell | None]
+    measure: Callable[[Subject], Cell | None]
     factor: bool = True
     quantity: str = ""
     m: int | None = None
-    share: bool = False
+    is_share: bool = False
 
 
 def comparison_rows(subjects: Sequence[Subject]) -> list[Row]:
     """Every quantity that was measured of any checkpoint, means of groups, and how others differ from the first."""
     found, groups = [], group_subjects(subjects)
     for quantity in _quantities(subjects):
-        cells = tuple(quantity.of(subject) for subject in subjects)
+        cells = tuple(quantity.measure(subject) for subject in subjects)
         if any(cell is not None for cell in cells):
             found.append(_row(subjects, groups, quantity, cells))
     return found
@@ -122,7 +122,7 @@ def _spreads(groups: Groups, quantity: _Quantity, values: Mapping[str, float]) -
     }
     factor = quantity.factor and all(value > 0 for column in kept.values() for value in column)
     found = {group: spread(column, log=factor) for group, column in kept.items()}
-    if quantity.share:
+    if quantity.is_share:
         found = {group: one.within(0.0, 1.0) for group, one in found.items()}
     return found, factor
 
@@ -149,7 +149,7 @@ def _quantities(subjects: Sequence[Subject]) -> list[_Quantity]:
             _PERFORMANCE[what].format(split=split),
             _performance(split, what),
             what == "loss",
-            share=what == "accuracy",
+            is_share=what == "accuracy",
         )
         for what in ("loss", "accuracy")
         for split in ("train", "test")
@@ -194,13 +194,17 @@ def _performance(split: str, what: str) -> Callable[[Subject], Cell | None]:
         if found is None or value is None:
             return None
         noise = typed_value(subject.provenance, "label_noise", int | float) if split == "train" else None
-        said = {**subject.provenance, "split": split, "label_noise": noise, "num_examples": found.examples}
-        where = describe_examples(said) if said.get("data") else f"{found.examples} examples of the {split} split"
+        provenance = {**subject.provenance, "split": split, "label_noise": noise, "num_examples": found.examples}
+        data = (
+            describe_examples(provenance)
+            if provenance.get("data")
+            else f"{found.examples} examples of the {split} split"
+        )
         if what == "accuracy":
             # Tokens of one text are not independent, so that many of them count as its examples.
             independent = found.examples if found.answers is None else min(found.examples, found.answers)
-            return Cell(value, *wilson(value, independent), BINOMIAL, origin=where, data=where)
-        return Cell(value, origin=where, data=where)
+            return Cell(value, *wilson(value, independent), BINOMIAL, origin=data, data=data)
+        return Cell(value, origin=data, data=data)
 
     return of
 
@@ -216,7 +220,7 @@ def _lambda_max(subject: Subject) -> Cell | None:
         known = sampling.get("lower") is not None
         ends = (None, None, f"{NO_INTERVAL}{sampling.get('reason')}")
         ends = (float(sampling["lower"][0]), float(sampling["upper"][0]), SAMPLED) if known else ends
-    return Cell(result.lambda_max, *ends, bool(result.converged[0]), **_source(result), more=more)
+    return Cell(result.lambda_max, *ends, bool(result.converged[0]), **_measured_on(result), more=more)
 
 
 def _ratio(k: int) -> Callable[[Subject], Cell | None]:
@@ -230,7 +234,7 @@ def _ratio(k: int) -> Callable[[Subject], Cell | None]:
             ends = (float(sampled["lower"]), float(sampled["upper"]), SAMPLED)
         elif result.sampling is not None:
             ends = (None, None, f"{NO_INTERVAL}{result.sampling.get('reason')}")
-        return Cell(float(ratio.value or math.nan), *ends, bool(result.converged.all()), **_source(result))
+        return Cell(float(ratio.value or math.nan), *ends, bool(result.converged.all()), **_measured_on(result))
 
     return of
 
@@ -241,9 +245,9 @@ def _trace(subject: Subject) -> Cell | None:
         return None
     value, error = result.whole.value, result.whole.standard_error
     if result.provenance.get("population") and result.sampling_error is None:
-        return Cell(value, interval=f"{NO_INTERVAL}too few micro-batches with loss terms", **_source(result))
+        return Cell(value, interval=f"{NO_INTERVAL}too few micro-batches with loss terms", **_measured_on(result))
     kind = PROBED if result.sampling_error is None else PROBED_SAMPLED
-    return Cell(value, value - error, value + error, kind, **_source(result))
+    return Cell(value, value - error, value + error, kind, **_measured_on(result))
 
 
 def _measure(label: str) -> Callable[[Subject], Cell | None]:
@@ -252,28 +256,28 @@ def _measure(label: str) -> Callable[[Subject], Cell | None]:
         found: list[Measure] = [] if result is None else [m for m in result.measures if m.label == label]
         if result is None or not found:
             return None
-        one = found[0]
-        told = ", ".join(f"{key} {value:.4g}" for key, value in one.prediction.items())
-        what = ONE_SUBSET if one.lower is None else SUBSETS if one.standard_error is not None else NUMERICAL
-        if one.name == "edge":
-            what = SAMPLED if one.settings.get("sampled") else NUMERICAL
+        measure = found[0]
+        prediction = ", ".join(f"{key} {value:.4g}" for key, value in measure.prediction.items())
+        kind = ONE_SUBSET if measure.lower is None else SUBSETS if measure.standard_error is not None else NUMERICAL
+        if measure.name == "edge":
+            kind = SAMPLED if measure.settings.get("sampled") else NUMERICAL
         # The edge comes from eigenvalues that may be of more examples than the other measures.
-        told_by = subject.eigen if one.name == "edge" and subject.eigen is not None else result
+        source = subject.eigen if measure.name == "edge" and subject.eigen is not None else result
         return Cell(
-            one.value,
-            one.lower,
-            one.upper,
-            what,
-            bool(one.settings.get("converged", True)),
-            **{**_source(told_by), "price": f"{one.gradients:.3g} gradients over these data"},
-            more=f"a small perturbation predicts {told}" if told else "",
+            measure.value,
+            measure.lower,
+            measure.upper,
+            kind,
+            bool(measure.settings.get("converged", True)),
+            **{**_measured_on(source), "price": f"{measure.gradients:.3g} gradients over these data"},
+            more=f"a small perturbation predicts {prediction}" if prediction else "",
         )
 
     return of
 
 
-def _source(result: EigenResult | TraceResult | SharpnessResult) -> dict[str, Any]:
+def _measured_on(result: EigenResult | TraceResult | SharpnessResult) -> dict[str, Any]:
     """On what a number was measured, and what it took."""
     cost = result.cost
     price = f"{cost.passes} passes, {cost.hvps} products, {cost.gradients:.3g} gradients, {cost.seconds:.3g} s"
-    return {"origin": origin(result.provenance), "price": price, "data": describe_examples(result.provenance)}
+    return {"origin": describe_origin(result.provenance), "price": price, "data": describe_examples(result.provenance)}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from sharpscope.results.base import Cost, total
+from sharpscope.results.base import Cost, total_cost
 from sharpscope.results.density import DensityResult, TraceResult
 from sharpscope.results.eigen import EigenResult
 from sharpscope.results.serialization import MaybeNaN, as_json
@@ -84,7 +84,7 @@ class Subject:
     @property
     def cost(self) -> Cost:
         """What all of it took; gradients over the examples that each analysis saw."""
-        return total(result.cost for result in self.results.values())
+        return total_cost(result.cost for result in self.results.values())
 
     def record(self) -> dict[str, Any]:
         """Everything as plain JSON values, without the analyses that were left out."""
