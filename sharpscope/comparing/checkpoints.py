@@ -1,4 +1,4 @@
-"""The checkpoints of a comparison, and what they must have in common to be compared."""
+"""The checkpoints of a comparison, and the checks that they can be compared."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Checkpoints = Mapping[str, ProblemOrLoader | Sequence[ProblemOrLoader] | Mapping
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A checkpoint that takes part.
+    """A checkpoint of the comparison.
 
     Attributes:
-        name: by which it is called, unique.
-        load: its Problem on the training data; another function for each.
+        name: unique.
+        load: returns its Problem on the training data; a distinct function for each checkpoint.
         group: "sgd", "sam", ..., or None where checkpoints stand for themselves.
-        numbered: whether the name is its place in the group, for want of a better one.
+        numbered: whether the name is only its number in the group.
     """
 
     name: str
@@ -39,9 +39,9 @@ class Checkpoint:
 
 
 class CheckpointSet:
-    """All that take part, after a look at each: weights that are finite and no other's, one loss, the same data.
+    """All checkpoints, checked: finite and distinct weights, one loss, the same data.
 
-    The Problems of the first and of the last that was asked for are held; of many not all may fit into memory.
+    Only the Problems of the first and of the most recent checkpoint are kept in memory.
 
     Attributes:
         entrants: in order; the runs of a sequence by the names of their files, where all have one of their own.
@@ -67,7 +67,7 @@ class CheckpointSet:
         self.representatives = tuple(firsts.values())
 
     def _check(self, checkpoint: Checkpoint, first: Checkpoint) -> str | None:
-        """The name of the file of a run that has no other name, after all checks."""
+        """Check a checkpoint; return its file name if it is a run that only has a number."""
         problem = self._load(checkpoint)
         _require_finite(checkpoint.name, problem)
         _require_distinct_weights(checkpoint.name, fingerprint(dict(problem.model.state_dict())), self._weights)
@@ -79,7 +79,7 @@ class CheckpointSet:
         return Path(str(file)).name if file and checkpoint.numbered else None
 
     def problem(self, checkpoint: Checkpoint) -> Problem:
-        """The Problem of an entrant on the data that all share."""
+        """Return the Problem of a checkpoint on the shared data."""
         found = self._load(checkpoint)
         provenance = {**found.provenance, "split": found.provenance.get("split") or "train"}
         return replace(found, data=self._shared.data, provenance=provenance)
@@ -94,7 +94,7 @@ class CheckpointSet:
 
 
 class SharedData:
-    """The data of a split, which all checkpoints must have in common: those of the first that is added.
+    """The data of a split, which all checkpoints must share: those of the first that is added.
 
     Attributes:
         data: of the first; held once, however many checkpoints there are. None before.
@@ -147,7 +147,7 @@ def _parse_checkpoints(checkpoints: Checkpoints) -> list[Checkpoint]:
 
 
 def _loader(name: str, given: Any) -> Callable[[], Problem]:
-    """A function of its own that returns the Problem."""
+    """Return a distinct function that loads the Problem."""
     if not isinstance(given, Problem) and (isinstance(given, nn.Module) or not callable(given)):
         raise ArgumentError(
             f"A checkpoint must be a Problem, a function that returns one, or a list of these as a group, but {name} "

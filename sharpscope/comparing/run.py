@@ -1,4 +1,4 @@
-"""Measure several checkpoints alike, step by step, and resume from the steps that are cached."""
+"""Measure several checkpoints with the same settings, step by step, and resume from cached steps."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def compare(
 
 
 class _ComparisonRun:
-    """One comparison at work: its arguments, so that no part has to be handed all of them."""
+    """A comparison in progress."""
 
     def __init__(
         self, checkpoints: CheckpointSet, settings: Settings, cache: StepCache, progress: Progress | None
@@ -184,7 +184,7 @@ class _ComparisonRun:
     def _cached(
         self, checkpoint: Checkpoint, problem: Problem, part: str, step: Step, report: Progress, **also: Any
     ) -> Any:
-        """What the step returns, now or in an earlier run."""
+        """Return the result of the step, from the cache or measured now."""
         return self._cache.get(
             checkpoint.name,
             part,
@@ -227,12 +227,12 @@ def _connectable(one: Problem, two: Problem) -> bool:
 
 
 class StepCache:
-    """The finished parts of a comparison in a folder, each with the key of what it is of.
+    """The finished steps of a comparison, one file each, with the key of what determines it.
 
-    A part is used again only under its own key; a killed one goes on in its journal.
+    A cached result is reused only if its key matches. An interrupted step resumes from its journal.
 
     Args:
-        folder: made when the first part is written; None keeps nothing.
+        folder: created with the first file; None disables the cache.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
@@ -273,6 +273,6 @@ def _read_cached(path: Path, part: str, key: str) -> Any:
 
 
 def _file_name(name: str) -> str:
-    """A name as part of a file name, another for each: what had to be replaced is told apart by a hash."""
+    """Return a name that is safe in a file name; a hash keeps names distinct whose characters were replaced."""
     jsonable = re.sub(r"[^\w.+-]", "-", name)
     return jsonable if jsonable == name else f"{jsonable}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"

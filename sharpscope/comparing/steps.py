@@ -36,7 +36,7 @@ PathLike = str | os.PathLike[str] | None
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides the numbers beside checkpoint and data.
+    """Everything that determines the numbers, apart from checkpoint and data.
 
     Attributes:
         level: how much is paid for.
@@ -55,12 +55,12 @@ class Settings:
 
     @property
     def generator(self) -> torch.Generator:
-        """Random numbers, the same for each part."""
+        """A new generator, the same for each step."""
         return torch.Generator().manual_seed(self.seed)
 
     @property
     def dtype_and_device(self) -> dict[str, Any]:
-        """As the analyses take it."""
+        """Keyword arguments of the analyses."""
         return {"dtype": self.dtype, "device": self.device}
 
 

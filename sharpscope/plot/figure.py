@@ -1,4 +1,4 @@
-"""Figures with a caption, and the check that what they show was measured alike."""
+"""New figures, their captions, and the check that results in one figure are comparable."""
 
 from __future__ import annotations
 
@@ -110,10 +110,10 @@ def caption(
     """Which examples, mode, BatchNorm, directions, seed and range a figure shows, on which scale, and what it cuts off.
 
     Args:
-        results: in the figure; what they have in common is said once.
+        results: shown in the figure; common values appear once.
         splits: shown; by default all.
         scale: as "logarithmic scale".
-        clip: the loss above which nothing is told apart.
+        clip: the loss above which the colours saturate.
         also: sentences of the figure's own.
     """
     shown = list(results[0].splits if splits is None else splits)

@@ -1,4 +1,4 @@
-"""Levels that several surfaces share, and the colours that go with them."""
+"""Contour levels and colours shared by several surfaces."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sharpscope.results.slice import DONE
 
 QUANTITIES = ("loss", "accuracy")
 
-# Perceptually uniform, and told apart by colour-blind readers.
+# Perceptually uniform, and safe for colour-blind readers.
 COLOUR_MAP = "viridis"
 
 # Round numbers of a decade, from coarse to fine.
@@ -107,14 +107,14 @@ def grid_values(result: SliceResult, split: str | None, quantity: str, line: int
 
 
 def colour_norm(levels: Array, log: bool) -> Any:
-    """From values to colours, the same for everything that is drawn with these levels."""
+    """Return the colour normalisation for these levels."""
     from matplotlib.colors import LogNorm, Normalize
 
     return (LogNorm if log else Normalize)(vmin=float(levels[0]), vmax=float(levels[-1]))
 
 
 def subdivided(levels: Array, log: bool) -> Array:
-    """``levels`` with each step divided, for colours that change too softly to be taken for contours."""
+    """Subdivide ``levels``, so that filled colours change smoothly and do not look like contours."""
     parts = max(2, 120 // (len(levels) - 1))
     spaced = np.log(levels) if log else levels
     at = np.arange((len(levels) - 1) * parts + 1) / parts
@@ -125,5 +125,5 @@ def subdivided(levels: Array, log: bool) -> Array:
 
 
 def format_level(value: float, quantity: str) -> str:
-    """A level as text."""
+    """Format a level as text."""
     return f"{100 * value:.3g}%" if quantity == "accuracy" else f"{value:.3g}"

@@ -223,7 +223,7 @@ class Style:
 
 
 def group_by_style(subjects: Iterable[Subject]) -> list[tuple[str, list[Subject]]]:
-    """What looks alike, in order: each group with its runs, each checkpoint of no group by itself."""
+    """Return the subjects that share a style, in order: each group, and each checkpoint without a group."""
     found: dict[tuple[str | None, str | None], list[Subject]] = {}
     for subject in subjects:
         found.setdefault((subject.group, None if subject.group else subject.name), []).append(subject)
@@ -231,7 +231,7 @@ def group_by_style(subjects: Iterable[Subject]) -> list[tuple[str, list[Subject]
 
 
 def assign_styles(comparison: Comparison) -> dict[str, Style]:
-    """By name of the subject; runs of a group look alike."""
+    """Return the style of each subject by name; the runs of a group share one."""
     markers, count = list(MARKERS), len(COLOURS)
     styles: dict[str, Style] = {}
     for i, (_, members) in enumerate(group_by_style(comparison.subjects)):
@@ -241,7 +241,7 @@ def assign_styles(comparison: Comparison) -> dict[str, Style]:
 
 
 def legend(comparison: Comparison, styles: dict[str, Style], only: Sequence[str] | None = None) -> str:
-    """Which checkpoint or group looks how, as a list; ``only`` of the subjects of these names."""
+    """Return the legend of checkpoints or groups as an HTML list; ``only`` of subjects with these names."""
     shown = [s for s in comparison.subjects if only is None or s.name in only]
     items = []
     for name, members in group_by_style(shown):
@@ -252,7 +252,7 @@ def legend(comparison: Comparison, styles: dict[str, Style], only: Sequence[str]
 
 
 def swatch(style: Style) -> str:
-    """A short line with its marker."""
+    """Return a short line with its marker, as SVG."""
     colour = f"var(--c{style.colour_index + 1})"
     dashes = " ".join(f"{2 * dash:g}" for dash in style.dashes)
     line = tag(
@@ -266,7 +266,7 @@ def swatch(style: Style) -> str:
 
 
 def escape(value: object) -> str:
-    """``value`` as HTML shows it, whatever is in it, between tags or in a quoted attribute."""
+    """Escape ``value`` for HTML text or a quoted attribute."""
     return html.escape(str(value))
 
 

@@ -1,4 +1,4 @@
-"""The base class of results: saved, loaded and shown alike, from the fields of the dataclass."""
+"""The base class of results, which saves, loads and displays them from their dataclass fields; and their cost."""
 
 from __future__ import annotations
 
@@ -77,13 +77,15 @@ class Result(ABC):
         return self.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values; a number that is not finite is null."""
+        """Return everything as plain JSON values; a number that is not finite is null."""
         values = {name: getattr(self, name) for name in self._json_fields()}
         return {**header(self.analysis, self.provenance), **as_json({**values, **self._derived_values()})}
 
     @classmethod
     def from_dict(cls: type[Self], values: Mapping[str, Any]) -> Self:
-        """The inverse of ``to_dict``. Unknown keys become provenance; null stands for NaN where NaN is possible.
+        """Build a result from the dictionary of ``to_dict``.
+
+        Unknown keys become provenance; null stands for NaN where NaN is possible.
 
         Raises: DataError when a key is missing, a value has another type or length, or it is another analysis.
         """
@@ -98,7 +100,7 @@ class Result(ABC):
         return parse_fields(cls, cls._json_fields(), values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON to ``path``, atomically.
+        """Write the result to ``path`` as JSON, atomically.
 
         Raises: OutputError when it cannot be written.
         """
@@ -114,10 +116,10 @@ class Result(ABC):
 
     @abstractmethod
     def table(self) -> Table:
-        """The result as rows and notes."""
+        """Return the result as a table with notes."""
 
     def summary(self) -> str:
-        """The result as a table of text."""
+        """Return the table as text."""
         return str(self.table())
 
     def __str__(self) -> str:
@@ -133,13 +135,13 @@ class Result(ABC):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a measurement took.
+    """The cost of a measurement.
 
     Attributes:
-        passes: full walks over the data.
+        passes: passes over the whole data set.
         hvps: Hessian-vector products over the whole data set.
         gradients: everything done, audit included, in units of one gradient (forward and backward) over the data set.
-        seconds: wall-clock.
+        seconds: wall-clock time.
     """
 
     passes: int
@@ -149,7 +151,7 @@ class Cost:
 
 
 def total_cost(costs: Iterable[Cost]) -> Cost:
-    """The sum of costs."""
+    """Add up costs."""
     costs_list = list(costs)
     return Cost(
         passes=sum(c.passes for c in costs_list),

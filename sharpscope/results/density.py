@@ -141,7 +141,7 @@ class DensityResult(Result):
         return {**{name: getattr(self, name) for name in self.derived}, "curve": self.curve()}
 
     def table(self) -> Table:
-        """The result as rows and notes."""
+        """Return the result as a table with notes."""
         return density_table([self])
 
 
@@ -260,7 +260,7 @@ class TraceResult(Result):
         return Estimate(self.trace.value, math.hypot(self.trace.standard_error, self.sampling_error or 0.0))
 
     def table(self) -> Table:
-        """The result as rows and notes."""
+        """Return the result as a table with notes."""
         return trace_table([self])
 
 

@@ -215,7 +215,7 @@ class EigenResult(Result):
         return result
 
     def table(self) -> Table:
-        """The result as rows and notes."""
+        """Return the result as a table with notes."""
         return eigen_table([self])
 
 

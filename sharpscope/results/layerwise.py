@@ -125,7 +125,7 @@ class BlockResult(Result):
         return super()._parse({**values, **columns})
 
     def table(self) -> Table:
-        """The result as rows and notes."""
+        """Return the result as a table with notes."""
         return block_table([self])
 
 

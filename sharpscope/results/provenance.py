@@ -13,7 +13,7 @@ LOSS_AND_COST = ("loss", "|grad|", "gradients", "passes", "seconds")
 
 
 def typed_value(provenance: Mapping[str, Any], key: str, kind: Any) -> Any:
-    """The value under ``key``, None where it is of another type: a provenance may be anyone's, and is shown anyway."""
+    """Return the value under ``key``, None where it has another type: users may put anything into a provenance."""
     value = provenance.get(key)
     return value if isinstance(value, kind) else None
 
@@ -56,7 +56,7 @@ def origin_notes(name: str, provenance: Mapping[str, Any]) -> list[str]:
 
 
 def _weights_note(name: str, provenance: Mapping[str, Any]) -> list[str]:
-    """Which of a file's weights were taken, where that is not all."""
+    """Describe which weights of a file were loaded, if not all."""
     key, prefix = (provenance.get(key) for key in ("weights_key", "weights_prefix"))
     left = typed_value(provenance, "weights_left_out", list | tuple)
     if not (key or prefix or left):
@@ -75,7 +75,7 @@ def loss_and_cost_cells(loss: float, gradient_norm: float, cost: Cost) -> list[s
 
 
 def _training_suffix(provenance: Mapping[str, Any]) -> str:
-    """How the weights came about, as far as the checkpoint says."""
+    """Describe how the weights were trained, as far as the checkpoint records it."""
     recipe, epoch = typed_value(provenance, "recipe", Mapping) or {}, provenance.get("epoch")
     text = ""
     if recipe.get("optimizer"):

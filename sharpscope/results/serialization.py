@@ -1,4 +1,4 @@
-"""Results as JSON and back: plain values, values checked against their annotations, and the files."""
+"""Write results as JSON and .npz files, and read them back, checking each value against its annotation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sharpscope.errors import DataError, OutputError, first_line
 # The layout of the saved JSON; a reader refuses a later one.
 FORMAT = 1
 
-# What np.load and its archive raise for a file of another making, or a damaged one.
+# Raised by np.load for a damaged file, or one that another program wrote.
 UNREADABLE = (
     *(KeyError, ValueError, TypeError, AttributeError, OSError, EOFError, RuntimeError, NotImplementedError),
     *(zipfile.BadZipFile, zlib.error),
@@ -54,11 +54,11 @@ class Schema:
 
 
 class FieldError(Exception):
-    """A value that is not as annotated: "needs numbers in 'lower', got text"."""
+    """A value that does not match its annotation: "needs numbers in 'lower', got text"."""
 
 
 def jsonable(value: Any) -> Any:
-    """``value`` as JSON can hold it: non-finite numbers become null, objects of other types their ``str``."""
+    """Convert to JSON types: non-finite numbers become null, objects of other types their ``str``."""
     if isinstance(value, Mapping):
         return {str(key): jsonable(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -90,7 +90,7 @@ def annotations_of(kind: Any) -> dict[str, Any]:
 
 
 def metadata_of(hint: Any) -> tuple[Any, ...]:
-    """What ``Annotated`` adds to a type, also inside ``... | None``."""
+    """Return the metadata of ``Annotated``, also inside ``... | None``."""
     if get_origin(hint) is Annotated:
         inner, *notes = get_args(hint)
         return (*notes, *metadata_of(inner))
@@ -99,7 +99,7 @@ def metadata_of(hint: Any) -> tuple[Any, ...]:
 
 
 def parse_fields(kind: type, names: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields ``names`` of the dataclass ``kind``, each read as annotated; absent ones keep their default.
+    """Parse the fields ``names`` of the dataclass ``kind`` as annotated; absent ones keep their default.
 
     Raises: Misfit for a value of another type, KeyError for a missing key.
     """
@@ -113,7 +113,7 @@ def parse_fields(kind: type, names: Iterable[str], values: Mapping[str, Any]) ->
 
 
 def parse_value(hint: Any, value: Any, where: str, nan: bool = False) -> Any:
-    """A JSON value as an object of the annotated type.
+    """Convert a JSON value to the annotated type.
 
     Args:
         hint: the annotation.
@@ -250,7 +250,7 @@ def _wrong_type(expected: str, where: str, value: Any) -> FieldError:
 
 @contextmanager
 def cell(owner: str, keys: str) -> Iterator[None]:
-    """Turn whatever is wrong with a record into one DataError that begins with ``owner``, as "An eigen result"."""
+    """Translate errors in a dictionary into a DataError that begins with ``owner``, such as "An eigen result"."""
     try:
         yield
     except FieldError as error:
@@ -291,19 +291,19 @@ def reject_reserved_keys(provenance: Mapping[str, Any], keys: Iterable[str]) -> 
 
 
 def header(analysis: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that open every record: format, analysis, and the provenance as plain values."""
+    """Return the first keys of every file: format, analysis, and the provenance as plain values."""
     return {"format": FORMAT, "analysis": analysis, **{str(key): jsonable(value) for key, value in provenance.items()}}
 
 
 def noun_phrase(analysis: str) -> str:
-    """A result of that analysis as the subject of a sentence: "An eigen result"."""
+    """Return the analysis as a noun phrase for messages: "An eigen result"."""
     return f"{'An' if analysis[0] in 'aeiou' else 'A'} {analysis} result"
 
 
 def without_header(values: Any, analysis: str) -> dict[str, Any]:
-    """A copy of a record without its format and analysis.
+    """Return a copy of the dictionary without its format and analysis.
 
-    Raises: DataError when it is no object, of another analysis, or of a later format.
+    Raises: DataError when it is not an object, belongs to another analysis, or has a later format.
     """
     got = values.get("analysis") if isinstance(values, Mapping) else None
     if got != analysis:
@@ -329,7 +329,7 @@ def require_json_name(path: str | os.PathLike[str]) -> None:
 
 
 def arrays_path(path: str | os.PathLike[str]) -> Path:
-    """The path of a JSON file's arrays: ``sgd.json`` has ``sgd.npz``, ``run.1`` has ``run.1.npz``."""
+    """Return the path of a JSON file's .npz: ``sgd.npz`` for ``sgd.json``, ``run.1.npz`` for ``run.1``."""
     place = Path(path)
     return place.with_name(f"{place.name.removesuffix('.json')}.npz")
 
@@ -352,7 +352,7 @@ def write_json(
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """What the JSON file at ``path`` holds.
+    """Return the content of a JSON file.
 
     Raises: DataError when there is none.
     """
@@ -365,7 +365,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def read_arrays(path: Path, names: Iterable[str]) -> dict[str, NDArray[Any]]:
-    """The arrays of an .npz file.
+    """Return the arrays of an .npz file.
 
     Raises: DataError when it cannot be read, or lacks one of ``names``.
     """

@@ -143,7 +143,7 @@ class SharpnessResult(Result):
         return values
 
     def table(self) -> Table:
-        """The result as rows and notes."""
+        """Return the result as a table with notes."""
         return sharpness_table([self])
 
 
@@ -282,7 +282,7 @@ class InvarianceResult(Result):
         return all(m.settings.get("converged", True) for m in (*self.before, *self.after))
 
     def table(self) -> Table:
-        """The result as rows and notes."""
+        """Return the result as a table with notes."""
         return invariance_table([self])
 
 

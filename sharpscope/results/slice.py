@@ -270,7 +270,7 @@ class SliceResult(Result):
         return digest.hexdigest()
 
     def table(self) -> Table:
-        """The result as rows and notes."""
+        """Return the result as a table with notes."""
         return slice_table([self])
 
 

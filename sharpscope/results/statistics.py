@@ -64,7 +64,7 @@ def _student_probability(angle: float, freedom: int) -> float:
     return math.sin(angle) * total
 
 
-# How the interval came about: Student's over pairs of runs, Welch's over runs, or what both numbers' own ends allow.
+# The origin of an interval: Student's over pairs of runs, Welch's over runs, or arithmetic on both intervals.
 PAIRS, WELCH, ENDS = "pairs", "Welch", "ends"
 
 # A factor whose interval is wider than this share of it is shown with both ends.
@@ -75,7 +75,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """A second number less a first, or over it; of groups of runs the difference or factor of their means.
+    """The difference or ratio of two numbers, or of the means of two groups of runs.
 
     Attributes:
         value: the difference; with ``ratio`` the factor.
@@ -98,7 +98,7 @@ class Difference:
 
     @property
     def sure(self) -> bool | None:
-        """Whether the interval leaves out no difference; None where there is none."""
+        """Whether the interval excludes "no difference"; None without an interval."""
         if self.lower is None or self.upper is None:
             return None
         none = 1.0 if self.ratio else 0.0
@@ -130,7 +130,7 @@ def interval_text(lower: float | None, upper: float | None) -> str:
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean over runs and its 95 % interval; None where one run says nothing of the scatter.
+    """A mean over runs and its 95 % confidence interval, None where the runs do not vary or there is one.
 
     Attributes:
         value: the mean; of ``log`` quantities the geometric one.
@@ -143,7 +143,7 @@ class Spread:
     runs: int
 
     def within(self, least: float, most: float) -> Spread:
-        """The same with its interval cut off there, as that of a share at 0 and 1."""
+        """Clip the interval, for example to [0, 1] for an accuracy."""
         if self.lower is None or self.upper is None:
             return self
         return replace(self, lower=max(self.lower, least), upper=min(self.upper, most))
@@ -205,7 +205,7 @@ def difference(
 
 
 def _varies(values: Array) -> bool:
-    """Whether there is a scatter to speak of: equal accuracies, as few examples give them, say nothing of it."""
+    """Whether the values vary: equal accuracies on few examples do not show the variance of the runs."""
     return len(values) > 1 and float(np.ptp(values)) > 1e-12 * float(np.abs(values).max())
 
 
@@ -236,7 +236,7 @@ def contrast(one: Cell | None, two: Cell | None, factor: bool) -> Difference | N
 
 
 def _interval_95(cell: Cell) -> tuple[float, float] | None:
-    """The interval of about 95 %, or the bound."""
+    """Return the interval, widened to about 95 %, or the bound."""
     if cell.lower is None or cell.upper is None:
         return None
     reach = INTERVAL_KINDS[cell.interval].reach if cell.interval in INTERVAL_KINDS else 1.0
@@ -258,7 +258,7 @@ NO_INTERVAL = "none: "
 ONE_SUBSET = f"{NO_INTERVAL}one subset"
 
 
-# A standard error reaches so many times as far for about 95 %.
+# Widens one standard error to about 95 %.
 STANDARD_ERROR_FACTOR = 2.0
 
 
@@ -267,9 +267,9 @@ class IntervalKind:
     """A kind of interval.
 
     Attributes:
-        meaning: for a glossary.
-        ends: what two of them are called, that meet or do not.
-        reach: how many times as wide it is taken, for about 95 %.
+        meaning: the glossary entry.
+        ends: the plural noun for two of them in a finding.
+        reach: the factor that widens it to about 95 %.
     """
 
     meaning: str
@@ -277,7 +277,7 @@ class IntervalKind:
     reach: float = 1.0
 
     def describe(self, apart: bool) -> str:
-        """What is said of two numbers whose intervals leave a gap, or do not."""
+        """Describe two numbers whose intervals are disjoint (``apart``) or overlap."""
         if self.reach == STANDARD_ERROR_FACTOR:
             return f"they are {'more than' if apart else 'within'} two standard errors of each{' apart' * apart}"
         return f"their {self.ends} {'do not ' * apart}meet"

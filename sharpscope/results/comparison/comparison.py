@@ -1,4 +1,4 @@
-"""Several checkpoints measured alike, with everything measured of each and between them, and their table."""
+"""The results of several checkpoints measured with the same settings, and their table."""
 
 from __future__ import annotations
 

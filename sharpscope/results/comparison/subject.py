@@ -96,7 +96,7 @@ Interpolation = tuple[str, str, SliceResult]
 
 
 def group_subjects(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
-    """The subjects of each group in order; empty where there are no groups."""
+    """Return the subjects of each group in order; empty without groups."""
     found: dict[str, list[Subject]] = {}
     for subject in subjects:
         if subject.group is not None:
@@ -105,7 +105,7 @@ def group_subjects(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
 
 
 def pair_runs(first: Sequence[Subject], second: Sequence[Subject]) -> list[tuple[Subject, Subject]] | None:
-    """The runs of two groups that share what pairs them; None unless every run of both has its partner."""
+    """Pair the runs of two groups by ``pair``; None unless every run of both has a partner."""
     one, two = ({s.pair: s for s in group} for group in (first, second))
     complete = None not in one and set(one) == set(two)
     alone = len(one) == len(first) and len(two) == len(second)
