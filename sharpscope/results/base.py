@@ -12,7 +12,6 @@ from sharpscope.results.serialization import (
     IN_NPZ,
     annotations_of,
     as_json,
-    cell,
     header,
     jsonable,
     metadata_of,
@@ -21,6 +20,7 @@ from sharpscope.results.serialization import (
     read_json,
     reject_reserved_keys,
     require_shapes,
+    translate_errors,
     without_header,
     write_json,
 )
@@ -89,7 +89,7 @@ class Result(ABC):
 
         Raises: DataError when a key is missing, a value has another type or length, or it is another analysis.
         """
-        with cell(noun_phrase(cls.analysis), f"{cls.__name__}.to_dict()"):
+        with translate_errors(noun_phrase(cls.analysis), f"{cls.__name__}.to_dict()"):
             values_without_header = without_header(values, cls.analysis)
             rest = {key: value for key, value in values_without_header.items() if key not in cls._json_keys()}
             return cls(**{**cls._parse(values_without_header), "provenance": jsonable(rest)})

@@ -249,7 +249,7 @@ def _wrong_type(expected: str, where: str, value: Any) -> FieldError:
 
 
 @contextmanager
-def cell(owner: str, keys: str) -> Iterator[None]:
+def translate_errors(owner: str, keys: str) -> Iterator[None]:
     """Translate errors in a dictionary into a DataError that begins with ``owner``, such as "An eigen result"."""
     try:
         yield
