@@ -84,13 +84,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Measure what is not done yet, then show and write all of it."""
     from sharpscope import compare
-    from sharpscope.comparing.levels import level_of
+    from sharpscope.comparing.levels import resolve_level
     from sharpscope.errors import ArgumentError
 
     options.import_from_here(args)
     groups = comparing.groups(args)
     paths = [path for members in groups.values() for path in members] or args.checkpoints
-    folder, level = Path(args.out), level_of(args.level).within(args.examples)
+    folder, level = Path(args.out), resolve_level(args.level).within(args.examples)
     if not paths:
         raise ArgumentError("A comparison needs checkpoints. Name some, or groups by --sgd and --sam.")
     named = dict(zip(comparing.names(paths), paths, strict=True))

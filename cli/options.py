@@ -225,7 +225,7 @@ def outputs(
     ``own(output, checkpoint)``: whether what is there is of this very run; by default that of one with passes left.
     """
     from sharpscope.errors import OutputError
-    from sharpscope.results.serialization import arrays_beside
+    from sharpscope.results.serialization import arrays_path
 
     if args.out is None:
         return [None] * len(args.checkpoints)
@@ -244,7 +244,7 @@ def outputs(
             raise OutputError(f"The result is JSON, and its vectors go beside it as .npz, got {out}. Name it .json.")
         # What an unfinished run has written already is its own.
         mine = own(out, path) if own is not None else any(state(out).glob("[0-9]*.entry")) and _measured(out, path)
-        require_new(args, out, *([arrays_beside(out)] if arrays else []), own=mine)
+        require_new(args, out, *([arrays_path(out)] if arrays else []), own=mine)
     return list(files)
 
 

@@ -152,9 +152,9 @@ def _read(path: str) -> SliceResult:
 
 
 def _is_monitor(path: str) -> bool:
-    from sharpscope.results.serialization import read
+    from sharpscope.results.serialization import read_json
 
-    said = None if Path(path).suffix in H5 else read(path)
+    said = None if Path(path).suffix in H5 else read_json(path)
     return isinstance(said, dict) and said.get("analysis") == "monitor"
 
 

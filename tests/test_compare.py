@@ -26,7 +26,7 @@ from sharpscope import report
 from sharpscope.cli import comparing, main
 from sharpscope.comparing import LEVELS, levels
 from sharpscope.comparing.steps import sampled
-from sharpscope.results.comparison.statistics import difference
+from sharpscope.results.statistics import difference
 from sharpscope.training import Recipe, train
 
 QUICK, DEFAULT = LEVELS["quick"], LEVELS["default"]

@@ -20,13 +20,13 @@ from comparisons import groups, subject, two
 from sharpscope import Comparison, Problem, report
 from sharpscope.cli import comparing, main, parser
 from sharpscope.comparing import LEVELS, compare, steps
-from sharpscope.comparing.run import Parts
+from sharpscope.comparing.run import StepCache
 from sharpscope.errors import ArgumentError, DataError, SharpscopeError
 from sharpscope.report import page
 from sharpscope.results import SliceResult
 from sharpscope.results.comparison import ANALYSES, Performance, Subject
-from sharpscope.results.estimate import wilson
 from sharpscope.results.slice import DIVERGED
+from sharpscope.results.statistics import wilson
 
 FEW = replace(
     replace(LEVELS["quick"], density_examples=20, sharpness_examples=20, slice_examples=20, surface_examples=20),
@@ -205,7 +205,7 @@ def test_the_analyses_are_the_same_everywhere() -> None:
     """Table of results, table of steps and attributes of Subject have the same names, and each step that result."""
     others = {"name", "group", "pair", "performance", "provenance"}
     assert list(ANALYSES) == list(steps.STEPS) == [f.name for f in fields(Subject) if f.name not in others]
-    how = steps.How(level=FEW)
+    how = steps.Settings(level=FEW)
     for name, (_, step) in steps.STEPS.items():
         assert type(step(problem(0), how, None, lambda *_: None)) is ANALYSES[name].result
     assert list(subject("a").results) == list(ANALYSES)
@@ -250,7 +250,7 @@ def test_the_same_call_goes_on_in_its_folder(tmp_path: Path, monkeypatch: pytest
 
 def test_a_journal_that_outlived_its_part_is_removed(tmp_path: Path) -> None:
     """Killed between writing a part and removing its journal, the next call removes it and measures nothing again."""
-    parts, found = Parts(tmp_path), {"train": Performance(0.5, None, 10)}
+    parts, found = StepCache(tmp_path), {"train": Performance(0.5, None, 10)}
     parts.keep("sgd.pt", "performance", lambda: "key", lambda journal: found)
     journal = tmp_path / "sgd.pt-performance.partial"
     journal.mkdir()
@@ -264,7 +264,7 @@ def test_a_part_that_is_none_is_measured_again(text: str, tmp_path: Path) -> Non
     """A file that is empty, cut short or of something else counts as absent."""
     (tmp_path / "a-trace.json").write_text(text)
     found = subject("a").trace
-    assert Parts(tmp_path).keep("a", "trace", lambda: "key", lambda journal: found).to_dict() == found.to_dict()  # type: ignore[union-attr]
+    assert StepCache(tmp_path).keep("a", "trace", lambda: "key", lambda journal: found).to_dict() == found.to_dict()  # type: ignore[union-attr]
 
 
 def diverged() -> Comparison:
@@ -489,6 +489,6 @@ def test_an_accuracy_is_of_the_examples_that_have_a_label() -> None:
     labels[10:] = -100
     comparison = compare({"a": problem(0, (DATA[0], labels)), "b": problem(1, (DATA[0], labels))}, level=FEW)
     row = next(row for row in comparison.rows if row.label == "train accuracy")
-    reading = row.readings[0]
-    assert reading is not None
-    assert (reading.lower, reading.upper) == pytest.approx(wilson(reading.value, 10))
+    cell = row.cells[0]
+    assert cell is not None
+    assert (cell.lower, cell.upper) == pytest.approx(wilson(cell.value, 10))

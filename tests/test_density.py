@@ -33,7 +33,7 @@ from sharpscope import (
 from sharpscope.cli import main
 from sharpscope.linalg import lanczos_quadrature
 from sharpscope.plot import density_curve
-from sharpscope.results.estimate import student
+from sharpscope.results.statistics import student
 from sharpscope.training import Recipe, train
 from sharpscope.zoo import load_data, make_model
 

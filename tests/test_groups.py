@@ -11,8 +11,7 @@ from scipy import stats
 from sharpscope.errors import DataError
 from sharpscope.results import Cost, EigenResult, Measure, SharpnessResult
 from sharpscope.results.comparison import Comparison, Performance, Subject
-from sharpscope.results.comparison.statistics import difference, spread
-from sharpscope.results.estimate import wilson
+from sharpscope.results.statistics import difference, spread, wilson
 
 DRAW = np.random.default_rng(0)
 
@@ -181,7 +180,7 @@ def test_a_single_subset_is_not_called_exact() -> None:
         subjects.append(Subject(name=name, sharpness=found))
     compared = Comparison(subjects=tuple(subjects))
     (row,) = compared.rows
-    assert {reading.interval for reading in row.readings} == {"none: one subset"}
+    assert {cell.interval for cell in row.cells} == {"none: one subset"}
     said = "m-sharpness, rho=0.05 of sam.pt is 0.5 (m=256) times that of sgd.pt; no interval (one subset)"
     assert compared.findings[0].startswith(said)
 

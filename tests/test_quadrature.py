@@ -11,7 +11,7 @@ from torch import Tensor
 from sharpscope import ArgumentError
 from sharpscope.linalg import TraceEstimate, lanczos_quadrature, trace_and_frobenius
 from sharpscope.linalg.trace import trace_from_images
-from sharpscope.results.estimate import student
+from sharpscope.results.statistics import student
 
 DTYPES = (torch.float64, torch.float32)
 

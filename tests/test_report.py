@@ -131,14 +131,14 @@ def test_every_number_is_in_the_page_with_its_definition(made: tuple[Comparison,
     said = {notes[e["popovertarget"]]: e["text"] for e in tree.all("button") if e.get("popovertarget")}
     assert len(said) == len(notes)
     for row in comparison.rows:
-        for subject_, reading in zip(comparison.subjects, row.readings, strict=True):
-            if reading is None:
+        for subject_, cell in zip(comparison.subjects, row.cells, strict=True):
+            if cell is None:
                 continue
             (note,) = [n for n in said if f"{row.label}, {subject_.name}Value" in n]
-            assert said[note].replace(" ", "") == str(reading).replace(" ", "")
-            for expected in (row.definition, reading.interval, reading.price, reading.origin, digits(reading.value)):
+            assert said[note].replace(" ", "") == str(cell).replace(" ", "")
+            for expected in (row.definition, cell.interval, cell.price, cell.origin, digits(cell.value)):
                 assert expected in note
-            for end in (reading.lower, reading.upper):
+            for end in (cell.lower, cell.upper):
                 assert end is None or digits(end) in note
 
 
@@ -280,7 +280,7 @@ def test_a_notebook_shows_the_numbers_and_what_they_are() -> None:
         for row in comparison.rows:
             assert row.label in words
             if not comparison.groups:
-                assert all(str(reading) in words for reading in row.readings)
+                assert all(str(cell) in words for cell in row.cells)
             assert all(f"{spread.value:.4g}" in words for spread in row.spreads.values())
         assert len(shown) < 20_000
         assert "largest eigenvalue of the Hessian of the mean training loss" in str(comparison)

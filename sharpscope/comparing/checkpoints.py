@@ -1,4 +1,4 @@
-"""The checkpoints of a comparison, and what they must have in common to be compared."""
+"""The checkpoints of a comparison, and the checks that they can be compared."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from sharpscope.objective import Objective
 from sharpscope.problem import Problem
 from sharpscope.resume.key import fingerprint
 
-Given = Problem | Callable[[], Problem]
-Checkpoints = Mapping[str, Given | Sequence[Given] | Mapping[str, Given]]
+ProblemOrLoader = Problem | Callable[[], Problem]
+Checkpoints = Mapping[str, ProblemOrLoader | Sequence[ProblemOrLoader] | Mapping[str, ProblemOrLoader]]
 
 
 @dataclass(frozen=True, eq=False)
-class Entrant:
-    """A checkpoint that takes part.
+class Checkpoint:
+    """A checkpoint of the comparison.
 
     Attributes:
-        name: by which it is called, unique.
-        load: its Problem on the training data; another function for each.
+        name: unique.
+        load: returns its Problem on the training data; a distinct function for each checkpoint.
         group: "sgd", "sam", ..., or None where checkpoints stand for themselves.
-        numbered: whether the name is its place in the group, for want of a better one.
+        numbered: whether the name is only its number in the group.
     """
 
     name: str
@@ -38,10 +38,10 @@ class Entrant:
     numbered: bool = False
 
 
-class Field:
-    """All that take part, after a look at each: weights that are finite and no other's, one loss, the same data.
+class CheckpointSet:
+    """All checkpoints, checked: finite and distinct weights, one loss, the same data.
 
-    The Problems of the first and of the last that was asked for are held; of many not all may fit into memory.
+    Only the Problems of the first and of the most recent checkpoint are kept in memory.
 
     Attributes:
         entrants: in order; the runs of a sequence by the names of their files, where all have one of their own.
@@ -54,47 +54,47 @@ class Field:
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
-        given = _entrants(checkpoints)
+        given = _parse_checkpoints(checkpoints)
         self._first = given[0].load, given[0].load()
         self._last = self._first
         self._shared = SharedData("train")
         self._weights: dict[str, str] = {}
         self._runs: dict[tuple[str, str], str] = {}
-        self.entrants = _renamed(given, [self._looked_at(entrant, given[0]) for entrant in given])
-        firsts: dict[str, Entrant] = {}
-        for entrant in self.entrants:
-            firsts.setdefault(entrant.name if entrant.group is None else entrant.group, entrant)
-        self.ends = tuple(firsts.values())
+        self.checkpoints = _named_by_file(given, [self._check(checkpoint, given[0]) for checkpoint in given])
+        firsts: dict[str, Checkpoint] = {}
+        for checkpoint in self.checkpoints:
+            firsts.setdefault(checkpoint.name if checkpoint.group is None else checkpoint.group, checkpoint)
+        self.representatives = tuple(firsts.values())
 
-    def _looked_at(self, entrant: Entrant, first: Entrant) -> str | None:
-        """The name of the file of a run that has no other name, after all checks."""
-        problem = self._held(entrant)
-        _require_finite(entrant.name, problem)
-        _require_own(entrant.name, fingerprint(dict(problem.model.state_dict())), self._weights)
-        _require_own_run(entrant, problem, self._runs)
-        if entrant is not first:
-            _require_alike(first.name, self._first[1], entrant.name, problem)
-        self._shared.add(entrant.name, problem)
+    def _check(self, checkpoint: Checkpoint, first: Checkpoint) -> str | None:
+        """Check a checkpoint; return its file name if it is a run that only has a number."""
+        problem = self._load(checkpoint)
+        _require_finite(checkpoint.name, problem)
+        _require_distinct_weights(checkpoint.name, fingerprint(dict(problem.model.state_dict())), self._weights)
+        _require_independent_run(checkpoint, problem, self._runs)
+        if checkpoint is not first:
+            _require_same_loss(first.name, self._first[1], checkpoint.name, problem)
+        self._shared.add(checkpoint.name, problem)
         file = problem.provenance.get("checkpoint")
-        return Path(str(file)).name if file and entrant.numbered else None
+        return Path(str(file)).name if file and checkpoint.numbered else None
 
-    def problem(self, entrant: Entrant) -> Problem:
-        """The Problem of an entrant on the data that all share."""
-        found = self._held(entrant)
-        said = {**found.provenance, "split": found.provenance.get("split") or "train"}
-        return replace(found, data=self._shared.data, provenance=said)
+    def problem(self, checkpoint: Checkpoint) -> Problem:
+        """Return the Problem of a checkpoint on the shared data."""
+        found = self._load(checkpoint)
+        provenance = {**found.provenance, "split": found.provenance.get("split") or "train"}
+        return replace(found, data=self._shared.data, provenance=provenance)
 
-    def _held(self, entrant: Entrant) -> Problem:
-        if entrant.load is self._first[0]:
+    def _load(self, checkpoint: Checkpoint) -> Problem:
+        if checkpoint.load is self._first[0]:
             return self._first[1]
-        if entrant.load is not self._last[0]:
+        if checkpoint.load is not self._last[0]:
             self._last = self._first  # what was held is let go before the next is built
-            self._last = entrant.load, entrant.load()
+            self._last = checkpoint.load, checkpoint.load()
         return self._last[1]
 
 
 class SharedData:
-    """The data of a split, which all checkpoints must have in common: those of the first that is added.
+    """The data of a split, which all checkpoints must share: those of the first that is added.
 
     Attributes:
         data: of the first; held once, however many checkpoints there are. None before.
@@ -102,73 +102,75 @@ class SharedData:
 
     def __init__(self, split: str) -> None:
         self.data: Any = None
-        self._split, self._first, self._print = split, "", ""
+        self._split, self._first, self._fingerprint = split, "", ""
 
     def add(self, name: str, problem: Problem) -> None:
         """Raise DataError where the data of ``problem`` are not those of the first. Cost: a walk over both."""
         if not self._first:
-            self.data, self._first = problem.data, f"{name} ({_data(problem)})"
+            self.data, self._first = problem.data, f"{name} ({_describe_data(problem)})"
         if problem.data is self.data:
             return
-        self._print = self._print or fingerprint(self.data)
-        if fingerprint(problem.data) != self._print:
+        self._fingerprint = self._fingerprint or fingerprint(self.data)
+        if fingerprint(problem.data) != self._fingerprint:
             raise DataError(
                 f"Checkpoints must be compared on the same data, but the {self._split} data of {self._first} and "
-                f"{name} ({_data(problem)}) differ. Name those for all (--data), and let a problem() of your own "
-                "return the same examples at every call."
+                f"{name} ({_describe_data(problem)}) differ. Name those for all (--data), and let a problem() of "
+                "your own return the same examples at every call."
             )
 
 
-def _entrants(checkpoints: Checkpoints) -> list[Entrant]:
+def _parse_checkpoints(checkpoints: Checkpoints) -> list[Checkpoint]:
     """Those given, in order; the runs of a sequence by their numbers."""
-    found: list[Entrant] = []
+    parsed: list[Checkpoint] = []
     for name, given in checkpoints.items():
         if isinstance(given, str | bytes) or not isinstance(given, Mapping | Sequence):
-            found.append(Entrant(str(name), _loader(str(name), given)))
+            parsed.append(Checkpoint(str(name), _loader(str(name), given)))
             continue
         numbered = not isinstance(given, Mapping)
         runs = given if isinstance(given, Mapping) else {f"{name} {i}": run for i, run in enumerate(given, start=1)}
         if not runs:
             raise ArgumentError(f"A group must hold at least one run, but {name!r} is empty.")
-        found += [Entrant(str(run), _loader(str(run), one), str(name), numbered) for run, one in runs.items()]
-    if not found:
+        parsed += [
+            Checkpoint(str(run), _loader(str(run), problem), str(name), numbered) for run, problem in runs.items()
+        ]
+    if not parsed:
         raise ArgumentError("A comparison needs at least one checkpoint, got none.")
-    groups = {entrant.group for entrant in found}
+    groups = {checkpoint.group for checkpoint in parsed}
     if len(groups) > 1 and None in groups:
         raise ArgumentError("Checkpoints stand for themselves or in groups, got both. Name all in groups, or none.")
     if len(groups) == 1 and None not in groups:
         raise ArgumentError(f"A group needs another to be compared with, got {groups.pop()!r} alone.")
-    twice = next((name for name, count in Counter(entrant.name for entrant in found).items() if count > 1), None)
+    twice = next((name for name, count in Counter(checkpoint.name for checkpoint in parsed).items() if count > 1), None)
     if twice is not None:
         raise ArgumentError(f"Each checkpoint needs a name of its own, got {twice!r} twice. Name them otherwise.")
-    return found
+    return parsed
 
 
 def _loader(name: str, given: Any) -> Callable[[], Problem]:
-    """A function of its own that returns the Problem."""
+    """Return a distinct function that loads the Problem."""
     if not isinstance(given, Problem) and (isinstance(given, nn.Module) or not callable(given)):
         raise ArgumentError(
             f"A checkpoint must be a Problem, a function that returns one, or a list of these as a group, but {name} "
             f"is a {type(given).__name__}. sharpscope.load makes a Problem of a file."
         )
-    return partial(_loaded, name, given)
+    return partial(_load_problem, name, given)
 
 
-def _loaded(name: str, given: Given) -> Problem:
+def _load_problem(name: str, given: ProblemOrLoader) -> Problem:
     found = given if isinstance(given, Problem) else given()
     if not isinstance(found, Problem):
         raise ArgumentError(f"The function of {name} must return a Problem, got {type(found).__name__}.")
     return found
 
 
-def _renamed(entrants: Sequence[Entrant], files: Sequence[str | None]) -> tuple[Entrant, ...]:
+def _named_by_file(checkpoints: Sequence[Checkpoint], files: Sequence[str | None]) -> tuple[Checkpoint, ...]:
     """The runs of a group by their files' names, where each has one and nothing else is called so."""
-    counts = Counter([*(entrant.name for entrant in entrants), *files])
+    counts = Counter([*(checkpoint.name for checkpoint in checkpoints), *files])
     found = []
-    for entrant, file in zip(entrants, files, strict=True):
-        group = [f for e, f in zip(entrants, files, strict=True) if e.group == entrant.group]
+    for checkpoint, file in zip(checkpoints, files, strict=True):
+        group = [f for e, f in zip(checkpoints, files, strict=True) if e.group == checkpoint.group]
         clear = file is not None and all(f is not None and counts[f] == 1 for f in group)
-        found.append(replace(entrant, name=file) if clear and file is not None else entrant)
+        found.append(replace(checkpoint, name=file) if clear and file is not None else checkpoint)
     return tuple(found)
 
 
@@ -178,7 +180,7 @@ def _require_finite(name: str, problem: Problem) -> None:
             raise DataError(f"Weights must be finite, but {name} has diverged: {key} is not. Leave it out, and say so.")
 
 
-def _require_own(name: str, weights: str, seen: dict[str, str]) -> None:
+def _require_distinct_weights(name: str, weights: str, seen: dict[str, str]) -> None:
     if weights in seen:
         raise ArgumentError(
             f"A comparison needs other weights in each checkpoint, but {seen[weights]} and {name} hold the same. "
@@ -187,35 +189,35 @@ def _require_own(name: str, weights: str, seen: dict[str, str]) -> None:
     seen[weights] = name
 
 
-def _require_own_run(entrant: Entrant, problem: Problem, seen: dict[tuple[str, str], str]) -> None:
+def _require_independent_run(checkpoint: Checkpoint, problem: Problem, seen: dict[tuple[str, str], str]) -> None:
     """Two checkpoints of one run are not two runs, and would make an interval too narrow."""
     recipe = problem.provenance.get("recipe")
-    if entrant.group is None or not recipe:
+    if checkpoint.group is None or not recipe:
         return
-    run = entrant.group, fingerprint({key: str(value) for key, value in recipe.items()})
+    run = checkpoint.group, fingerprint({key: str(value) for key, value in recipe.items()})
     if run in seen:
         raise ArgumentError(
-            f"A group must hold independent runs, but {seen[run]} and {entrant.name} of {entrant.group} are of one "
-            f"recipe and seed. Narrow the pattern to one checkpoint a run."
+            f"A group must hold independent runs, but {seen[run]} and {checkpoint.name} of {checkpoint.group} are of "
+            "one recipe and seed. Narrow the pattern to one checkpoint a run."
         )
-    seen[run] = entrant.name
+    seen[run] = checkpoint.name
 
 
-def _require_alike(one: str, ours: Problem, two: str, theirs: Problem) -> None:
-    losses = [Objective(problem).loss_name for problem in (ours, theirs)]
+def _require_same_loss(first: str, first_problem: Problem, second: str, second_problem: Problem) -> None:
+    losses = [Objective(problem).loss_name for problem in (first_problem, second_problem)]
     if losses[0] != losses[1]:
         raise ArgumentError(
-            f"Checkpoints must be compared on one loss, but {one} has {losses[0]} and {two} {losses[1]}. "
+            f"Checkpoints must be compared on one loss, but {first} has {losses[0]} and {second} {losses[1]}. "
             "Name one for all (--loss)."
         )
-    if theirs.model is ours.model:
+    if second_problem.model is first_problem.model:
         raise ArgumentError(
-            f"Each checkpoint needs a model of its own, but {one} and {two} share one, which holds the weights that "
-            "came last. Build it inside the function."
+            f"Each checkpoint needs a model of its own, but {first} and {second} share one, which holds the weights "
+            "that came last. Build it inside the function."
         )
 
 
-def _data(problem: Problem) -> str:
+def _describe_data(problem: Problem) -> str:
     noise = problem.provenance.get("label_noise")
     wrong = f", {100 * noise:.3g} % wrong labels" if noise else ""
     return f"{problem.provenance.get('data', type(problem.data).__name__)}{wrong}"

@@ -134,7 +134,7 @@ LEVELS |= {
 }
 
 
-def level_of(level: str | Level) -> Level:
+def resolve_level(level: str | Level) -> Level:
     """The level of that name, or the one given.
 
     Raises: ArgumentError when there is none.

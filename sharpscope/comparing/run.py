@@ -1,4 +1,4 @@
-"""Measure several checkpoints alike, step by step, and resume from the steps that are cached."""
+"""Measure several checkpoints with the same settings, step by step, and resume from cached steps."""
 
 from __future__ import annotations
 
@@ -13,15 +13,23 @@ from typing import Any
 
 import torch
 
-from sharpscope.comparing.checkpoints import Checkpoints, Entrant, Field
-from sharpscope.comparing.levels import Level, level_of
-from sharpscope.comparing.steps import STEPS, How, Place, Step, between, performance, sampled
+from sharpscope.comparing.checkpoints import Checkpoint, Checkpoints, CheckpointSet
+from sharpscope.comparing.levels import Level, resolve_level
+from sharpscope.comparing.steps import STEPS, PathLike, Settings, Step, interpolation, performance, sampled
 from sharpscope.errors import ArgumentError, DataError, ProblemError
 from sharpscope.objective import Objective, Progress
 from sharpscope.problem import Problem
 from sharpscope.results import Comparison, SliceResult
 from sharpscope.results.comparison import ANALYSES, Performance, Subject
-from sharpscope.results.serialization import Misfit, as_json, head, opened, read, value_as, write
+from sharpscope.results.serialization import (
+    FieldError,
+    as_json,
+    header,
+    parse_value,
+    read_json,
+    without_header,
+    write_json,
+)
 from sharpscope.resume import key_of
 from sharpscope.resume.journal import discard
 from sharpscope.resume.key import fingerprint
@@ -81,60 +89,62 @@ def compare(
     """
     if isinstance(test, Problem):
         raise ArgumentError("test must be data, got a Problem. Pass its data.")
-    how = How(level=level_of(level), test=test, seed=seed, rho=rho, dtype=dtype, device=device)
-    return _Run(Field(checkpoints), how, Parts(folder), progress).comparison()
+    settings = Settings(level=resolve_level(level), test=test, seed=seed, rho=rho, dtype=dtype, device=device)
+    return _ComparisonRun(CheckpointSet(checkpoints), settings, StepCache(folder), progress).comparison()
 
 
-class _Run:
-    """One comparison at work: its arguments, so that no part has to be handed all of them."""
+class _ComparisonRun:
+    """A comparison in progress."""
 
-    def __init__(self, field: Field, how: How, parts: Parts, progress: Progress | None) -> None:
-        self._field, self._how, self._parts, self._progress = field, how, parts, progress
+    def __init__(
+        self, checkpoints: CheckpointSet, settings: Settings, cache: StepCache, progress: Progress | None
+    ) -> None:
+        self._checkpoints, self._settings, self._cache, self._progress = checkpoints, settings, cache, progress
         self._keys: dict[str, str] = {}
 
     def comparison(self) -> Comparison:
         """Everything that the level asks for, of each entrant and of the lines between them."""
-        performances = [self.performance(entrant) for entrant in self._field.entrants]
-        subjects, ways = [], []
-        for entrant, known in zip(self._field.entrants, performances, strict=True):
-            subjects.append(self.subject(entrant, known))
-            ways += self.way_to(entrant)
-        return Comparison(subjects=tuple(subjects), between=tuple(ways), level=self._how.level.name)
+        performances = [self.performance(checkpoint) for checkpoint in self._checkpoints.checkpoints]
+        subjects, lines = [], []
+        for checkpoint, known in zip(self._checkpoints.checkpoints, performances, strict=True):
+            subjects.append(self.subject(checkpoint, known))
+            lines += self.interpolation_to(checkpoint)
+        return Comparison(subjects=tuple(subjects), between=tuple(lines), level=self._settings.level.name)
 
-    def performance(self, entrant: Entrant) -> dict[str, Performance]:
+    def performance(self, checkpoint: Checkpoint) -> dict[str, Performance]:
         """By split; cheap."""
-        problem, how = self._field.problem(entrant), self._how
+        problem, settings = self._checkpoints.problem(checkpoint), self._settings
         splits = {"train": problem}
-        if how.test is not None:
-            splits["test"] = replace(problem, data=how.test)
+        if settings.test is not None:
+            splits["test"] = replace(problem, data=settings.test)
 
-        def measure(journal: Place) -> dict[str, Performance]:
+        def measure(journal: PathLike) -> dict[str, Performance]:
             found = {}
             for split, one in splits.items():
-                self._report(entrant.name, "loss and accuracy")(split, 0, None)
-                drawn = sampled(one, how.level.performance_examples, how.seed)
-                found[split] = performance(drawn, **how.computation)
+                self._report(checkpoint.name, "loss and accuracy")(split, 0, None)
+                subset = sampled(one, settings.level.performance_examples, settings.seed)
+                found[split] = performance(subset, **settings.dtype_and_device)
             return found
 
-        found: dict[str, Performance] = self._parts.keep(
-            entrant.name, "performance", lambda: self._key(entrant, problem, "performance"), measure
+        found: dict[str, Performance] = self._cache.get(
+            checkpoint.name, "performance", lambda: self._key(checkpoint, problem, "performance"), measure
         )
         for split, known in found.items():
             if not math.isfinite(known.loss):
                 raise DataError(
-                    f"Losses must be finite, but {entrant.name} has diverged: its {split} loss is {known.loss}. Leave "
-                    "it out, and say so."
+                    f"Losses must be finite, but {checkpoint.name} has diverged: its {split} loss is {known.loss}. "
+                    "Leave it out, and say so."
                 )
         return found
 
-    def subject(self, entrant: Entrant, performances: Mapping[str, Performance]) -> Subject:
+    def subject(self, checkpoint: Checkpoint, performances: Mapping[str, Performance]) -> Subject:
         """All analyses of one checkpoint."""
-        problem = self._field.problem(entrant)
+        problem = self._checkpoints.problem(checkpoint)
         found: dict[str, Any] = {}
         left_out: dict[str, str] = {}
         for name, (stage, step) in STEPS.items():
             try:
-                found[name] = self._part(entrant, problem, name, step, self._report(entrant.name, stage))
+                found[name] = self._cached(checkpoint, problem, name, step, self._report(checkpoint.name, stage))
             except (ArgumentError, ProblemError, DataError) as error:
                 if name == "eigen":
                     raise
@@ -144,54 +154,60 @@ class _Run:
             found["sharpness"] = replace(found["sharpness"], measures=(*found["sharpness"].measures, edge))
         seed = (problem.provenance.get("recipe") or {}).get("seed", problem.provenance.get("pair"))
         return Subject(
-            name=entrant.name,
-            group=entrant.group,
+            name=checkpoint.name,
+            group=checkpoint.group,
             pair=None if seed is None else str(seed),
             performance=performances,
             provenance={**problem.provenance, **({"left_out": left_out} if left_out else {})},
             **found,
         )
 
-    def way_to(self, entrant: Entrant) -> list[tuple[str, str, SliceResult]]:
+    def interpolation_to(self, checkpoint: Checkpoint) -> list[tuple[str, str, SliceResult]]:
         """From the first entrant to this one, or of groups from first run to first run; of one architecture."""
-        first, *others = self._field.ends
-        if entrant not in others:
+        first, *others = self._checkpoints.representatives
+        if checkpoint not in others:
             return []
-        problem, end = self._field.problem(first), self._field.problem(entrant)
-        if not _alike(problem, end):
+        problem, end = self._checkpoints.problem(first), self._checkpoints.problem(checkpoint)
+        if not _connectable(problem, end):
             return []
-        report = self._report(f"{first.name} to {entrant.name}", "line")
+        report = self._report(f"{first.name} to {checkpoint.name}", "line")
         theirs = fingerprint(dict(end.model.state_dict()))
-        step = between(entrant.name, end)
+        step = interpolation(checkpoint.name, end)
         return [
-            (first.name, entrant.name, self._part(first, problem, f"to-{entrant.name}", step, report, other=theirs))
+            (
+                first.name,
+                checkpoint.name,
+                self._cached(first, problem, f"to-{checkpoint.name}", step, report, other=theirs),
+            )
         ]
 
-    def _part(self, entrant: Entrant, problem: Problem, part: str, step: Step, report: Progress, **also: Any) -> Any:
-        """What the step returns, now or in an earlier run."""
-        return self._parts.keep(
-            entrant.name,
+    def _cached(
+        self, checkpoint: Checkpoint, problem: Problem, part: str, step: Step, report: Progress, **also: Any
+    ) -> Any:
+        """Return the result of the step, from the cache or measured now."""
+        return self._cache.get(
+            checkpoint.name,
             part,
-            lambda: self._key(entrant, problem, part, **also),
-            lambda journal: step(problem, self._how, journal, report),
+            lambda: self._key(checkpoint, problem, part, **also),
+            lambda journal: step(problem, self._settings, journal, report),
         )
 
-    def _key(self, entrant: Entrant, problem: Problem, part: str, **also: Any) -> str:
+    def _key(self, checkpoint: Checkpoint, problem: Problem, part: str, **also: Any) -> str:
         """Of all that decides the part's numbers; what all of the entrant share is hashed once: it walks the data."""
-        if entrant.name not in self._keys:
+        if checkpoint.name not in self._keys:
             # Where the file lies is no part of what is in it.
             said = {k: str(v) for k, v in problem.provenance.items() if k != "checkpoint"}
-            h = self._how
-            self._keys[entrant.name] = key_of(
-                Objective(problem, **h.computation),
-                name=entrant.name,
-                level={**asdict(h.level), "name": ""},
-                seed=h.seed,
-                rho=h.rho,
+            settings = self._settings
+            self._keys[checkpoint.name] = key_of(
+                Objective(problem, **settings.dtype_and_device),
+                name=checkpoint.name,
+                level={**asdict(settings.level), "name": ""},
+                seed=settings.seed,
+                rho=settings.rho,
                 said=said,
-                test=h.test,
+                test=settings.test,
             )
-        return fingerprint(self._keys[entrant.name], part, also)
+        return fingerprint(self._keys[checkpoint.name], part, also)
 
     def _report(self, name: str, what: str) -> Progress:
         def report(stage: str, done: int, total: int | None) -> None:
@@ -201,7 +217,7 @@ class _Run:
         return report
 
 
-def _alike(one: Problem, two: Problem) -> bool:
+def _connectable(one: Problem, two: Problem) -> bool:
     """Whether a straight line leads from one network to the other: the same weights, and those that stay are equal."""
     ours, theirs = (dict(problem.model.named_parameters()) for problem in (one, two))
     if {name: w.shape for name, w in ours.items()} != {name: w.shape for name, w in theirs.items()}:
@@ -210,19 +226,19 @@ def _alike(one: Problem, two: Problem) -> bool:
     return all(id(w) in moving or torch.equal(w.cpu(), theirs[name].cpu()) for name, w in ours.items())
 
 
-class Parts:
-    """The finished parts of a comparison in a folder, each with the key of what it is of.
+class StepCache:
+    """The finished steps of a comparison, one file each, with the key of what determines it.
 
-    A part is used again only under its own key; a killed one goes on in its journal.
+    A cached result is reused only if its key matches. An interrupted step resumes from its journal.
 
     Args:
-        folder: made when the first part is written; None keeps nothing.
+        folder: created with the first file; None disables the cache.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         self._folder = None if folder is None else Path(folder)
 
-    def keep(self, name: str, part: str, key: Callable[[], str], measure: Callable[[Path | None], Any]) -> Any:
+    def get(self, name: str, part: str, key: Callable[[], str], measure: Callable[[Path | None], Any]) -> Any:
         """``measure(journal)``, or what it returned under this key; on disk always as it is read back.
 
         Args:
@@ -232,31 +248,31 @@ class Parts:
         """
         if self._folder is None:
             return measure(None)
-        now, path = key(), self._folder / f"{_plain(name)}-{_plain(part)}.json"
+        now, path = key(), self._folder / f"{_file_name(name)}-{_file_name(part)}.json"
         journal = path.with_suffix(".partial")
-        found = _read(path, part, now)
+        found = _read_cached(path, part, now)
         if found is None:
-            write(path, {**head("part", {"key": now}), "holds": as_json(measure(journal))})
-            found = _read(path, part, now)
+            write_json(path, {**header("part", {"key": now}), "holds": as_json(measure(journal))})
+            found = _read_cached(path, part, now)
             assert found is not None
         discard(journal)  # also one that was left by a kill just here
         return found
 
 
-def _read(path: Path, part: str, key: str) -> Any:
+def _read_cached(path: Path, part: str, key: str) -> Any:
     """The part at ``path``, None where there is none of this key."""
     try:
-        said = opened(read(path), "part")
-        if said["key"] != key:
+        values = without_header(read_json(path), "part")
+        if values["key"] != key:
             return None
         if part == "performance":
-            return value_as(Mapping[str, Performance], said["holds"], "holds")
-        return (ANALYSES[part].result if part in ANALYSES else SliceResult).from_dict(said["holds"])
-    except (DataError, KeyError, Misfit):
+            return parse_value(Mapping[str, Performance], values["holds"], "holds")
+        return (ANALYSES[part].result if part in ANALYSES else SliceResult).from_dict(values["holds"])
+    except (DataError, KeyError, FieldError):
         return None
 
 
-def _plain(name: str) -> str:
-    """A name as part of a file name, another for each: what had to be replaced is told apart by a hash."""
-    plain = re.sub(r"[^\w.+-]", "-", name)
-    return plain if plain == name else f"{plain}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"
+def _file_name(name: str) -> str:
+    """Return a name that is safe in a file name; a hash keeps names distinct whose characters were replaced."""
+    jsonable = re.sub(r"[^\w.+-]", "-", name)
+    return jsonable if jsonable == name else f"{jsonable}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"

@@ -24,19 +24,19 @@ from sharpscope.spectrum import spectral_density, top_eigenvalues
 from sharpscope.spectrum import trace as trace_of
 from sharpscope.weights.parameters import select
 
-M = (1, 4, 16, 64, 256)
-BETWEEN = (-0.2, 1.2)
+M_VALUES = (1, 4, 16, 64, 256)
+INTERPOLATION_RANGE = (-0.2, 1.2)
 
 # Examples of a sample from which on a part of it guides the solver: of the cnn on 2,000 of Fashion-MNIST, to 1e-2, 63
 # gradients in place of Lanczos's 88.
-GUIDED = 2000
+GUIDED_FROM = 2000
 
-Place = str | os.PathLike[str] | None
+PathLike = str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class How:
-    """What decides the numbers beside checkpoint and data.
+class Settings:
+    """Everything that determines the numbers, apart from checkpoint and data.
 
     Attributes:
         level: how much is paid for.
@@ -54,87 +54,96 @@ class How:
     device: torch.device | str | None = None
 
     @property
-    def source(self) -> torch.Generator:
-        """Random numbers, the same for each part."""
+    def generator(self) -> torch.Generator:
+        """A new generator, the same for each step."""
         return torch.Generator().manual_seed(self.seed)
 
     @property
-    def computation(self) -> dict[str, Any]:
-        """As the analyses take it."""
+    def dtype_and_device(self) -> dict[str, Any]:
+        """Keyword arguments of the analyses."""
         return {"dtype": self.dtype, "device": self.device}
 
 
-def eigen(problem: Problem, how: How, journal: Place, progress: Progress) -> EigenResult:
+def eigen(problem: Problem, settings: Settings, journal: PathLike, progress: Progress) -> EigenResult:
     """lambda_1 >= ... >= lambda_K of the training loss, with sampling intervals where it is not on all the data."""
-    drawn = sampled(problem, how.level.eigen_examples, how.seed)
-    few = drawn is problem or (how.level.eigen_examples or 0) < GUIDED or problem.mode != "eval"
+    subset = sampled(problem, settings.level.eigen_examples, settings.seed)
+    few = subset is problem or (settings.level.eigen_examples or 0) < GUIDED_FROM or problem.mode != "eval"
     return top_eigenvalues(
-        drawn,
+        subset,
         min(K, _num_params(problem)),
-        how.level.tol,
+        settings.level.tol,
         "auto" if few else "guided",
-        generator=how.source,
+        generator=settings.generator,
         progress=progress,
-        certify=how.level.certify,
-        population=drawn is not problem,
+        certify=settings.level.certify,
+        population=subset is not problem,
         journal=journal,
-        **how.computation,
+        **settings.dtype_and_device,
     )
 
 
-def trace(problem: Problem, how: How, journal: Place, progress: Progress) -> TraceResult:
+def trace(problem: Problem, settings: Settings, journal: PathLike, progress: Progress) -> TraceResult:
     """The trace of the Hessian of the training loss, with its error over examples where it is not on all of them."""
-    drawn, n = sampled(problem, how.level.density_examples, how.seed), _num_params(problem)
-    probes, population = min(how.level.trace_probes, n), drawn is not problem
-    return trace_of(drawn, probes, how.source, progress, population=population, **how.computation)
+    subset, n = sampled(problem, settings.level.density_examples, settings.seed), _num_params(problem)
+    probes, population = min(settings.level.trace_probes, n), subset is not problem
+    return trace_of(subset, probes, settings.generator, progress, population=population, **settings.dtype_and_device)
 
 
-def density(problem: Problem, how: How, journal: Place, progress: Progress) -> DensityResult:
+def density(problem: Problem, settings: Settings, journal: PathLike, progress: Progress) -> DensityResult:
     """The spectral density of the training loss."""
-    drawn, n = sampled(problem, how.level.density_examples, how.seed), _num_params(problem)
-    return spectral_density(drawn, min(how.level.probes, n), how.level.steps, how.source, progress, **how.computation)
+    subset, n = sampled(problem, settings.level.density_examples, settings.seed), _num_params(problem)
+    return spectral_density(
+        subset,
+        min(settings.level.probes, n),
+        settings.level.steps,
+        settings.generator,
+        progress,
+        **settings.dtype_and_device,
+    )
 
 
-def sharpness(problem: Problem, how: How, journal: Place, progress: Progress) -> SharpnessResult:
+def sharpness(problem: Problem, settings: Settings, journal: PathLike, progress: Progress) -> SharpnessResult:
     """m-sharpness against m."""
-    drawn = sampled(problem, how.level.sharpness_examples, how.seed)
-    count = count_examples(drawn.data)
-    sizes = [m for m in M if count is None or m <= count]
-    return measure_sharpness(drawn, ("m-sharpness",), how.source, progress, m=sizes, rho=how.rho, **how.computation)
+    subset = sampled(problem, settings.level.sharpness_examples, settings.seed)
+    count = count_examples(subset.data)
+    sizes = [m for m in M_VALUES if count is None or m <= count]
+    return measure_sharpness(
+        subset, ("m-sharpness",), settings.generator, progress, m=sizes, rho=settings.rho, **settings.dtype_and_device
+    )
 
 
-def line(problem: Problem, how: How, journal: Place, progress: Progress) -> SliceResult:
+def line(problem: Problem, settings: Settings, journal: PathLike, progress: Progress) -> SliceResult:
     """Loss and accuracy along random, filter-normalised lines, on train and test."""
-    level = how.level
+    level = settings.level
     directions = [
-        random_directions(problem, 1, torch.Generator().manual_seed(how.seed + i))[0] for i in range(level.seeds)
+        random_directions(problem, 1, torch.Generator().manual_seed(settings.seed + i))[0] for i in range(level.seeds)
     ]
     return loss_slice(
-        sampled(problem, level.slice_examples, how.seed),
+        sampled(problem, level.slice_examples, settings.seed),
         directions,
         level.line_points,
         progress=progress,
-        also=_beside(problem, how),
-        batchnorm=_statistics(problem),
+        also=_test_data(problem, settings),
+        batchnorm=_batchnorm_statistics(problem),
         journal=journal,
-        **how.computation,
+        **settings.dtype_and_device,
     )
 
 
-def surface(problem: Problem, how: How, journal: Place, progress: Progress) -> SliceResult:
+def surface(problem: Problem, settings: Settings, journal: PathLike, progress: Progress) -> SliceResult:
     """The training loss over a random, filter-normalised plane, from -1 to 1 for all."""
     return loss_surface(
-        sampled(problem, how.level.surface_examples, how.seed),
-        random_directions(problem, 2, how.source),
-        how.level.surface_points,
+        sampled(problem, settings.level.surface_examples, settings.seed),
+        random_directions(problem, 2, settings.generator),
+        settings.level.surface_points,
         progress=progress,
-        batchnorm=_statistics(problem),
+        batchnorm=_batchnorm_statistics(problem),
         journal=journal,
-        **how.computation,
+        **settings.dtype_and_device,
     )
 
 
-Step = Callable[[Problem, How, Place, Progress], Any]
+Step = Callable[[Problem, Settings, PathLike, Progress], Any]
 
 # By the keys of ANALYSES: what the analysis is called while it is at work, and the function that makes it, which may
 # keep a journal.
@@ -148,37 +157,37 @@ STEPS: dict[str, tuple[str, Step]] = {
 }
 
 
-def between(name: str, other: Problem) -> Step:
+def interpolation(name: str, other: Problem) -> Step:
     """The step that measures loss and accuracy on the straight line to ``other``, on train and test.
 
     Raises: ProblemError where the architectures differ.
     """
 
-    def measure(problem: Problem, how: How, journal: Place, progress: Progress) -> SliceResult:
+    def measure(problem: Problem, settings: Settings, journal: PathLike, progress: Progress) -> SliceResult:
         return loss_slice(
-            sampled(problem, how.level.slice_examples, how.seed),
+            sampled(problem, settings.level.slice_examples, settings.seed),
             [towards(problem, other, name)],
-            how.level.between_points,
-            BETWEEN,
+            settings.level.between_points,
+            INTERPOLATION_RANGE,
             progress,
-            also=_beside(problem, how),
-            batchnorm=_statistics(problem),
+            also=_test_data(problem, settings),
+            batchnorm=_batchnorm_statistics(problem),
             marks={name: other},
             journal=journal,
-            **how.computation,
+            **settings.dtype_and_device,
         )
 
     return measure
 
 
-def _beside(problem: Problem, how: How) -> dict[str, Any]:
+def _test_data(problem: Problem, settings: Settings) -> dict[str, Any]:
     """As many test examples as training ones, where there are any."""
-    if how.test is None:
+    if settings.test is None:
         return {}
-    return {"test": sampled(replace(problem, data=how.test), how.level.slice_examples, how.seed).data}
+    return {"test": sampled(replace(problem, data=settings.test), settings.level.slice_examples, settings.seed).data}
 
 
-def _statistics(problem: Problem) -> str:
+def _batchnorm_statistics(problem: Problem) -> str:
     """BatchNorm's statistics anew at each point: those of the centre are another network's away from it."""
     return "recalibrate" if problem.mode == "eval" and running_norms(problem.model) else "frozen"
 
@@ -211,5 +220,5 @@ def sampled(problem: Problem, examples: int | None, seed: int) -> Problem:
     count = count_examples(problem.data)
     if examples is None or count is None or examples >= count:
         return problem
-    said = {"split_examples": count, **problem.provenance, "examples_seed": seed}
-    return replace(problem, data=random_subset(problem.data, examples, seed), provenance=said)
+    provenance = {"split_examples": count, **problem.provenance, "examples_seed": seed}
+    return replace(problem, data=random_subset(problem.data, examples, seed), provenance=provenance)

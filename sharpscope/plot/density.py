@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sharpscope.errors import DataError
-from sharpscope.plot.training import COLOURS
+from sharpscope.plot.figure import COLOURS
 from sharpscope.results import Curve, DensityResult, EigenResult
 
 if TYPE_CHECKING:
@@ -63,17 +63,17 @@ def density_curve(
     if differ:
         raise DataError(f"Eigenvalues must be those of the density's own Hessian, but the {', '.join(differ)} differ.")
     curve = result.curve(width=width)
-    single = height_of_one(result, curve)
+    single = single_eigenvalue_height(result, curve)
     floor = single / 100
-    at, shown, lower, upper = broken(curve)
+    at, shown, lower, upper = with_gaps(curve)
     axes.fill_between(at, np.maximum(lower, floor), np.maximum(upper, floor), color=colour, alpha=0.25, linewidth=0)
     axes.plot(at, shown, color=colour, label=f"{label + ', ' if label else ''}width {curve.width:.2g}")
     axes.axhline(single, color=colour, linestyle=":", linewidth=1, label=None if axes.lines[1:] else "one eigenvalue")
     marks, below, above = _marks(result, eigenvalues)
     if len(marks):
-        heights = 1.5 * np.maximum(result.curve(marks, curve.width).density, single)
+        grid_values = 1.5 * np.maximum(result.curve(marks, curve.width).density, single)
         error: Any = np.stack([marks - below, above - marks]).clip(0)
-        axes.errorbar(marks, heights, xerr=error, color=colour, marker="v", markersize=5, linestyle="", capsize=2)
+        axes.errorbar(marks, grid_values, xerr=error, color=colour, marker="v", markersize=5, linestyle="", capsize=2)
     low, high = axes.get_ylim()
     top = 5 * float(curve.upper.max())
     # Autoscaling would follow the tails down to nothing; what was drawn before stays in the picture.
@@ -85,12 +85,12 @@ def density_curve(
     return axes
 
 
-def height_of_one(result: DensityResult, curve: Curve) -> float:
+def single_eigenvalue_height(result: DensityResult, curve: Curve) -> float:
     """How high a single eigenvalue's bump is."""
     return float(1 / (result.n * curve.width * np.sqrt(2 * np.pi)))
 
 
-def broken(curve: Curve) -> tuple[Any, Any, Any, Any]:
+def with_gaps(curve: Curve) -> tuple[Any, Any, Any, Any]:
     """Grid, density and band, where a gap in the grid is a gap in the picture, no line across it."""
     gaps = np.flatnonzero(np.diff(curve.grid) > curve.width) + 1
     at, shown, lower, upper = (

@@ -1,4 +1,4 @@
-"""Figures with a caption, and the check that what they show was measured alike."""
+"""New figures, their captions, and the check that results in one figure are comparable."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import numpy as np
 
 from sharpscope.errors import DataError
 from sharpscope.results import SliceResult
-from sharpscope.results.provenance import names_of
-from sharpscope.results.slice import DIVERGED, PENDING, also_said, described, misleads
+from sharpscope.results.provenance import checkpoint_names
+from sharpscope.results.slice import DIVERGED, PENDING, describe_directions, describe_mode, keeps_centre_statistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Okabe and Ito's colours, distinguishable by colour-blind readers.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # In inches; a narrower figure is a column of print, with type of its size.
 COLUMN = 4.5
 
@@ -54,7 +56,7 @@ def column_width(axes: Axes) -> float:
     return float(figure.get_figwidth() / (1 if place is None else place.get_gridspec().ncols))
 
 
-def small(axes: Axes, less: float = 0.0) -> float:
+def small_font(axes: Axes, less: float = 0.0) -> float:
     """The size in points of the small type in a figure of this width."""
     import matplotlib.pyplot as plt
 
@@ -64,11 +66,11 @@ def small(axes: Axes, less: float = 0.0) -> float:
 
 def draw_caption(axes: Axes, text: str, own: bool) -> None:
     """Set ``text`` small beneath the figure where that is ``own``, else beneath the axes."""
-    figure, size = axes.get_figure(root=True), small(axes, 0.5)
+    figure, size = axes.get_figure(root=True), small_font(axes, 0.5)
     assert figure is not None
     # Less than the whole: small type on a screen is set up to 6 % wider than in print.
     share = 0.9 if own else min(0.9, 1.1 * axes.get_position().width)
-    lines = _filled(text, 72 * share * figure.get_figwidth(), size)
+    lines = _wrapped(text, 72 * share * figure.get_figwidth(), size)
     style: dict[str, Any] = {"fontsize": size, "linespacing": 1.3}
     if own:
         figure.supxlabel(lines, x=0.02, ha="left", weight="normal", **style)
@@ -80,7 +82,7 @@ def draw_caption(axes: Axes, text: str, own: bool) -> None:
     axes.annotate(lines, (0.5, 0), xytext=(0, -4), textcoords="offset points", va="top", ha="center", **style)
 
 
-def _filled(text: str, width: float, size: float) -> str:
+def _wrapped(text: str, width: float, size: float) -> str:
     """``text`` with line breaks, so that no line is wider than ``width`` points."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextToPath
@@ -103,36 +105,38 @@ def caption(
     splits: Sequence[str] | None = None,
     scale: str = "",
     clip: float | None = None,
-    also: Sequence[str] = (),
+    extra: Sequence[str] = (),
 ) -> str:
     """Which examples, mode, BatchNorm, directions, seed and range a figure shows, on which scale, and what it cuts off.
 
     Args:
-        results: in the figure; what they have in common is said once.
+        results: shown in the figure; common values appear once.
         splits: shown; by default all.
         scale: as "logarithmic scale".
-        clip: the loss above which nothing is told apart.
+        clip: the loss above which the colours saturate.
         also: sentences of the figure's own.
     """
     shown = list(results[0].splits if splits is None else splits)
-    said = [f"{_shared(_examples(r, shown) for r in results)}; {_shared(also_said(r) for r in results)}"]
-    said.append(f"{_shared(_directions(r) for r in results)}; {_shared(_range(r) for r in results)}")
-    said.append("; ".join([*([scale] if scale else []), "not clipped" if clip is None else f"clipped at {clip:g}"]))
-    said += also
-    said += [f"barrier {b}" for b in [_shared(_barrier(r, shown[0]) for r in results)] if b]
+    sentences = [f"{_shared(_examples(r, shown) for r in results)}; {_shared(describe_mode(r) for r in results)}"]
+    sentences.append(f"{_shared(_directions(r) for r in results)}; {_shared(_range(r) for r in results)}")
+    sentences.append(
+        "; ".join([*([scale] if scale else []), "not clipped" if clip is None else f"clipped at {clip:g}"])
+    )
+    sentences += extra
+    sentences += [f"barrier {b}" for b in [_shared(_barrier(r, shown[0]) for r in results)] if b]
     left = sum(int((r.status == PENDING).sum()) for r in results)
     if left:
-        said.append(f"preview: {left} points still to be measured")
+        sentences.append(f"preview: {left} points still to be measured")
     if any(abs(r.provenance.get("cosine") or 0) > 1e-6 for r in results):
-        said.append(f"axes drawn at right angles, their cosine is {_shared(_cosine(r) for r in results)}")
-    if any(misleads(r) for r in results):
-        said.append("BatchNorm keeps the centre's statistics, which misleads away from it")
-    return ". ".join(s[:1].upper() + s[1:] for s in said) + "."
+        sentences.append(f"axes drawn at right angles, their cosine is {_shared(_cosine(r) for r in results)}")
+    if any(keeps_centre_statistics(r) for r in results):
+        sentences.append("BatchNorm keeps the centre's statistics, which misleads away from it")
+    return ". ".join(s[:1].upper() + s[1:] for s in sentences) + "."
 
 
-def labels_of(results: Sequence[SliceResult]) -> list[str]:
+def short_labels(results: Sequence[SliceResult]) -> list[str]:
     """The checkpoints' names, as short as tells them apart."""
-    names = names_of([r.provenance for r in results])
+    names = checkpoint_names([r.provenance for r in results])
     short = list(map(short_name, names))
     return short if len(set(short)) == len(set(names)) else names
 
@@ -153,7 +157,7 @@ def _shared(values: Any) -> str:
     return " | ".join(dict.fromkeys(values))
 
 
-def _told(value: Any) -> str:
+def _text_or_unknown(value: Any) -> str:
     return "unknown" if value is None else str(value)
 
 
@@ -164,10 +168,10 @@ def _examples(result: SliceResult, splits: Sequence[str]) -> str:
     parts = []
     for split in splits:
         count = counts.get(split)
-        told = "an unknown number of" if count is None else f"{count:,}"
+        text = "an unknown number of" if count is None else f"{count:,}"
         if split == result.splits[0] and count is not None and all_of_them is not None:
-            told = f"{told} of {all_of_them:,}" if count < all_of_them else f"all {told}"
-        parts.append(f"{told} {split}")
+            text = f"{text} of {all_of_them:,}" if count < all_of_them else f"all {text}"
+        parts.append(f"{text} {split}")
     data = f" of {known['data']}" if known.get("data") else ""
     seed = known.get("examples_seed")
     drawn = f" (drawn with seed {seed})" if seed is not None and known.get("num_examples") != all_of_them else ""
@@ -178,8 +182,8 @@ def _directions(result: SliceResult) -> str:
     kinds = {d.get("kind") for line in result.directions for d in line}
     if kinds == {"random"}:
         many = "s" if result.dimensions > 1 or result.directions[1:] else ""
-        return f"{described(result).rpartition(', seed ')[0]} direction{many}, {_seeds(result)}"
-    lines = [described(result, i) for i in range(len(result.directions))]
+        return f"{describe_directions(result).rpartition(', seed ')[0]} direction{many}, {_seeds(result)}"
+    lines = [describe_directions(result, i) for i in range(len(result.directions))]
     unit = ", of length 1" if kinds == {"eigenvector"} else ""
     return ("along " if result.dimensions == 1 and kinds != {"checkpoint"} else "") + ", ".join(lines) + unit
 
@@ -187,10 +191,10 @@ def _directions(result: SliceResult) -> str:
 def _seeds(result: SliceResult) -> str:
     seeds: list[Any] = list(dict.fromkeys(d.get("seed") for line in result.directions for d in line))
     if len(seeds) == 1:
-        return f"seed {_told(seeds[0])}"
+        return f"seed {_text_or_unknown(seeds[0])}"
     if all(isinstance(s, int) for s in seeds) and seeds == list(range(seeds[0], seeds[0] + len(seeds))):
         return f"seeds {seeds[0]} to {seeds[-1]}"
-    return f"seeds {', '.join(map(_told, seeds))}"
+    return f"seeds {', '.join(map(_text_or_unknown, seeds))}"
 
 
 def _range(result: SliceResult) -> str:
@@ -211,7 +215,7 @@ def _cosine(result: SliceResult) -> str:
     return f"{result.provenance.get('cosine') or 0:.2g}"
 
 
-def require_alike(results: Sequence[SliceResult], *, grid: bool) -> None:
+def require_comparable(results: Sequence[SliceResult], *, grid: bool) -> None:
     """Raise DataError unless the results are of the same data, measured alike along directions made alike.
 
     Args:
@@ -245,7 +249,9 @@ def require_alike(results: Sequence[SliceResult], *, grid: bool) -> None:
     differ = [name for name, values in found.items() if any(v != values[0] for v in values)]
     if differ:
         first = found[differ[0]]
-        came = "" if differ[0] == "grid" else f" ({' against '.join(dict.fromkeys(_named(v) for v in first))})"
+        came = (
+            "" if differ[0] == "grid" else f" ({' against '.join(dict.fromkeys(_text_or_unknown(v) for v in first))})"
+        )
         raise DataError(
             f"Slices in one figure must be alike, but the {', '.join(differ)} differ{'' if differ[1:] else 's'}{came}. "
             "Measure them in one call."
@@ -254,7 +260,3 @@ def require_alike(results: Sequence[SliceResult], *, grid: bool) -> None:
 
 def _settings(result: SliceResult, key: str) -> list[Any]:
     return [d.get(key) for line in result.directions for d in line]
-
-
-def _named(value: Any) -> str:
-    return "unknown" if value is None else str(value)

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from sharpscope.errors import ArgumentError, DataError
-from sharpscope.plot.figure import caption, diverged, labels_of, require_alike
-from sharpscope.plot.levels import heights, logarithmic, shared_levels, told
-from sharpscope.plot.surface import is_on, marks_said
+from sharpscope.plot.figure import caption, diverged, require_comparable, short_labels
+from sharpscope.plot.levels import format_level, grid_values, logarithmic, shared_levels
+from sharpscope.plot.surface import describe_marks, on_slice
 from sharpscope.results import SliceResult
 from sharpscope.results.serialization import Array
 
 # Turning one surface turns all.
-TOGETHER = """
+LINKED_CAMERAS = """
 var page = document.getElementById('{plot_id}'), busy = false;
 page.on('plotly_relayout', function(change) {
   if (busy) return;
@@ -69,7 +69,7 @@ def interactive_surface(
     except ImportError as error:
         raise ArgumentError("An interactive figure needs plotly. Run pip install 'sharpscope[interactive]'.") from error
     results = [results] if isinstance(results, SliceResult) else list(results)
-    require_alike(results, grid=True)
+    require_comparable(results, grid=True)
     if results[0].dimensions != 2:
         raise DataError("A surface is of planes, but the results are of lines. Use slice_curves.")
     shown = [r if r.complete else r.finished() for r in results]
@@ -77,12 +77,11 @@ def interactive_surface(
     log = logarithmic(log, quantity)
     scaled = np.log10 if log else np.asarray
     ends = [float(scaled(at[0])), float(scaled(at[-1]))]
-    ticks = {"tickvals": scaled(at).tolist(), "ticktext": [told(level, quantity) for level in at]}
+    ticks = {"tickvals": scaled(at).tolist(), "ticktext": [format_level(level, quantity) for level in at]}
     name = results[0].splits[results[0].split(split)]
     columns = len(results)
-    figure = make_subplots(
-        1, columns, specs=[[{"type": "surface"}] * columns], subplot_titles=labels_of(results), horizontal_spacing=0.02
-    )
+    specs = [[{"type": "surface"}] * columns]
+    figure = make_subplots(1, columns, specs=specs, subplot_titles=short_labels(results), horizontal_spacing=0.02)
     for i, r in enumerate(shown, start=1):
         for trace in surface_traces(go, r, at, split=split, quantity=quantity, log=log):
             figure.add_trace(trace, row=1, col=i)
@@ -93,14 +92,14 @@ def interactive_surface(
     axis = {"colorscale": "Viridis", "cmin": ends[0], "cmax": ends[1], "colorbar": bar}
     figure.update_layout(coloraxis=axis, margin={"l": 0, "r": 0, "t": 40, "b": 0}, template="plotly_white")
     scale = f"{'logarithmic' if log else 'linear'} scale"
-    said = caption(results, splits=[name], scale=scale, clip=clip, also=marks_said(results))
+    text = caption(results, splits=[name], scale=scale, clip=clip, extra=describe_marks(results))
     config = {"displaylogo": False, "responsive": True}
-    plot = figure.to_html(full_html=False, include_plotlyjs=True, post_script=TOGETHER, config=config)
-    title = html.escape(" | ".join(labels_of(results)))
+    plot = figure.to_html(full_html=False, include_plotlyjs=True, post_script=LINKED_CAMERAS, config=config)
+    title = html.escape(" | ".join(short_labels(results)))
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title></head>\n'
         '<body style="margin: 0; font-family: sans-serif">\n'
-        f'<div style="height: 85vh">{plot}</div>\n<p style="margin: 1em">{html.escape(said)}</p>\n</body>\n</html>\n'
+        f'<div style="height: 85vh">{plot}</div>\n<p style="margin: 1em">{html.escape(text)}</p>\n</body>\n</html>\n'
     )
 
 
@@ -113,7 +112,7 @@ def surface_traces(
     """
     log = logarithmic(log, quantity)
     scaled = np.log10 if log else np.asarray
-    (x, y), z = r.axes, heights(r, split, quantity)
+    (x, y), z = r.axes, grid_values(r, split, quantity)
     surface = go.Surface(
         x=x,
         y=y,
@@ -122,33 +121,33 @@ def surface_traces(
         coloraxis="coloraxis",
         hovertemplate="x %{x:.4g}<br>y %{y:.4g}<br>" + f"{quantity} " + "%{customdata:.5g}<extra></extra>",
     )
-    found = [surface]
+    traces = [surface]
     rows, columns = np.nonzero(diverged(r, r.split(split)))
     if len(rows):
         style = {"mode": "markers", "marker": {"symbol": "x", "color": "#CC0000", "size": 3}, "name": "diverged"}
         tops = np.full(len(rows), scaled(at[-1]))
-        found.append(go.Scatter3d(x=x[columns], y=y[rows], z=tops, showlegend=False, hoverinfo="name+x+y", **style))
-    return [*found, *_marks(go, r, r.splits[r.split(split)], quantity, scaled, at)]
+        traces.append(go.Scatter3d(x=x[columns], y=y[rows], z=tops, showlegend=False, hoverinfo="name+x+y", **style))
+    return [*traces, *_marks(go, r, r.splits[r.split(split)], quantity, scaled, at)]
 
 
 def _marks(go: Any, r: SliceResult, split: str, quantity: str, scaled: Any, at: Any) -> list[Any]:
     """The path of a training run as one line in order, and each other network."""
     path = [m for m in r.marks if m.on_path]
     groups = [[m] for m in r.marks if not m.on_path] + ([path] if path else [])
-    found = []
+    traces = []
     for marks in groups:
         own = [(m.loss if quantity == "loss" else m.accuracy)[split] for m in marks]
         xs, ys = zip(*(m.coordinates for m in marks), strict=True)
-        symbols = ["circle" if is_on(m) else "circle-open" for m in marks]
+        symbols = ["circle" if on_slice(m) else "circle-open" for m in marks]
         style: dict[str, Any] = {"mode": "lines+markers" if len(marks) > 1 else "markers", "line": {"color": "black"}}
         style["marker"] = {"symbol": symbols, "color": "black", "size": 4}
-        told = [
+        hover_texts = [
             f"{m.name}: {quantity} {v:.4g}, {m.distance:.3g} off the plane" for m, v in zip(marks, own, strict=True)
         ]
         tops = scaled(np.clip(np.asarray(own, dtype=float), at[0], at[-1]))
-        found.append(
+        traces.append(
             go.Scatter3d(
-                x=xs, y=ys, z=tops, text=told, hovertemplate="%{text}<extra></extra>", showlegend=False, **style
+                x=xs, y=ys, z=tops, text=hover_texts, hovertemplate="%{text}<extra></extra>", showlegend=False, **style
             )
         )
-    return found
+    return traces

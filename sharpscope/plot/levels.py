@@ -1,4 +1,4 @@
-"""Levels that several surfaces share, and the colours that go with them."""
+"""Contour levels and colours shared by several surfaces."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sharpscope.results.slice import DONE
 
 QUANTITIES = ("loss", "accuracy")
 
-# Perceptually uniform, and told apart by colour-blind readers.
-MAP = "viridis"
+# Perceptually uniform, and safe for colour-blind readers.
+COLOUR_MAP = "viridis"
 
 # Round numbers of a decade, from coarse to fine.
 ROUND: tuple[tuple[float, ...], ...] = (
@@ -51,7 +51,8 @@ def shared_levels(
     from matplotlib.ticker import MaxNLocator
 
     results = [results] if isinstance(results, SliceResult) else results
-    values = np.concatenate([heights(r, split, quantity, i).ravel() for r in results for i in range(len(r.directions))])
+    grids = [grid_values(r, split, quantity, i) for r in results for i in range(len(r.directions))]
+    values = np.concatenate([grid.ravel() for grid in grids])
     values = values[np.isfinite(values)]
     if not len(values):
         raise DataError(f"A figure needs finite values of the {quantity}, but there are none.")
@@ -90,7 +91,7 @@ def require_positive(low: float) -> None:
         raise DataError(f"A logarithmic scale needs losses above 0, the lowest is {low:g}. Draw it linear (log=False).")
 
 
-def heights(result: SliceResult, split: str | None, quantity: str, line: int = 0) -> Array:
+def grid_values(result: SliceResult, split: str | None, quantity: str, line: int = 0) -> Array:
     """The quantity (points of y, points of x) where it is known and finite; NaN elsewhere.
 
     Raises: ArgumentError for an unknown quantity, DataError where there is no accuracy.
@@ -105,15 +106,15 @@ def heights(result: SliceResult, split: str | None, quantity: str, line: int = 0
     return np.where(known, values, np.nan)
 
 
-def norm_of(levels: Array, log: bool) -> Any:
-    """From values to colours, the same for everything that is drawn with these levels."""
+def colour_norm(levels: Array, log: bool) -> Any:
+    """Return the colour normalisation for these levels."""
     from matplotlib.colors import LogNorm, Normalize
 
     return (LogNorm if log else Normalize)(vmin=float(levels[0]), vmax=float(levels[-1]))
 
 
-def between(levels: Array, log: bool) -> Array:
-    """``levels`` with each step divided, for colours that change too softly to be taken for contours."""
+def subdivided(levels: Array, log: bool) -> Array:
+    """Subdivide ``levels``, so that filled colours change smoothly and do not look like contours."""
     parts = max(2, 120 // (len(levels) - 1))
     spaced = np.log(levels) if log else levels
     at = np.arange((len(levels) - 1) * parts + 1) / parts
@@ -123,6 +124,6 @@ def between(levels: Array, log: bool) -> Array:
     return fine
 
 
-def told(value: float, quantity: str) -> str:
-    """A level as text."""
+def format_level(value: float, quantity: str) -> str:
+    """Format a level as text."""
     return f"{100 * value:.3g}%" if quantity == "accuracy" else f"{value:.3g}"

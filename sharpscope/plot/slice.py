@@ -9,19 +9,19 @@ import numpy as np
 
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.plot.figure import (
+    COLOURS,
     caption,
     column_width,
     diverged,
     draw_caption,
-    labels_of,
     new_figure,
-    require_alike,
+    require_comparable,
+    short_labels,
     short_name,
-    small,
+    small_font,
 )
 from sharpscope.plot.levels import require_positive
-from sharpscope.plot.surface import is_on
-from sharpscope.plot.training import COLOURS
+from sharpscope.plot.surface import on_slice
 from sharpscope.results import SliceResult
 from sharpscope.results.serialization import Array
 
@@ -75,7 +75,7 @@ def slice_curves(
     >>> axes.figure.savefig("line.png")
     """
     results = [results] if isinstance(results, SliceResult) else list(results)
-    require_alike(results, grid=False)
+    require_comparable(results, grid=False)
     if results[0].dimensions != 1:
         raise DataError("Curves are of lines, but the results are planes. Use surface_contour.")
     shown = [r if r.complete else r.finished() for r in results]
@@ -87,8 +87,8 @@ def slice_curves(
     entries, styles, extremes = _curves(axes, twin, results, shown, splits)
     _frame(axes, extremes, log, clip)
     for r in shown:
-        _breaks(axes, r, splits, styles)
-    axes.set(xlabel=_along(results), ylabel=f"{splits[0]} loss" if len(splits) == 1 else "loss")
+        _mark_diverged(axes, r, splits, styles)
+    axes.set(xlabel=_axis_label(results), ylabel=f"{splits[0]} loss" if len(splits) == 1 else "loss")
     if twin is not None:
         from matplotlib.ticker import PercentFormatter
 
@@ -106,8 +106,8 @@ def slice_curves(
     scale = "logarithmic scale" if log else "linear scale"
     bands = any(len(lines) > 1 for r in shown for _, lines in _groups(r))
     of = f", lowest to highest {splits[0]} loss" if len(splits) > 1 else ", lowest to highest loss"
-    also = [f"lines are medians over directions, bands their range{of}"] if bands else []
-    draw_caption(axes, caption(results, splits=splits, scale=scale, clip=clip, also=also), own)
+    extra = [f"lines are medians over directions, bands their range{of}"] if bands else []
+    draw_caption(axes, caption(results, splits=splits, scale=scale, clip=clip, extra=extra), own)
     return axes
 
 
@@ -120,8 +120,8 @@ def _curves(
     """Draw all lines; returns what the legend says of lines and of styles, and all losses that are in the picture."""
     entries: Entries = {}
     styles: Entries = {}
-    heights: list[Array] = []
-    names = labels_of(results)
+    losses_shown: list[Array] = []
+    names = short_labels(results)
     for i, (name, r) in enumerate(zip(names, shown, strict=True)):
         for j, (what, lines) in enumerate(_groups(r)):
             colour = COLOURS[(i if len(results) > 1 else j) % len(COLOURS)]
@@ -138,7 +138,7 @@ def _curves(
                 middle[~np.isfinite(middle)] = np.nan
                 style = {"color": colour, "linestyle": STYLES[k % len(STYLES)], "linewidth": 1.5}
                 axes.plot(x, middle, marker=marker, markersize=3, **style)
-                heights += [middle, losses[:, whole].ravel()]
+                losses_shown += [middle, losses[:, whole].ravel()]
                 if len(lines) > 1 and k == 0:
                     low, high = (np.where(whole, end(losses, axis=0), np.nan) for end in (np.min, np.max))
                     axes.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
@@ -152,10 +152,10 @@ def _curves(
                     # Without a part in the limits, which are those of what was measured.
                     axes.plot(fine, predicted, color=colour, linestyle=dashes, linewidth=0.9, scaley=False)
                     styles["quadratic prediction"] = {"color": "grey", "linestyle": dashes, "linewidth": 0.9}
-        heights.append(_marks(axes, r, splits, entries, COLOURS[i % len(COLOURS)]))
+        losses_shown.append(_marks(axes, r, splits, entries, COLOURS[i % len(COLOURS)]))
     if len(splits) > 1:
         styles |= {split: {"color": "grey", "linestyle": STYLES[k % len(STYLES)]} for k, split in enumerate(splits)}
-    flat = np.concatenate([h[np.isfinite(h)] for h in heights])
+    flat = np.concatenate([h[np.isfinite(h)] for h in losses_shown])
     return entries, styles, flat
 
 
@@ -178,7 +178,7 @@ def _marks(axes: Axes, r: SliceResult, splits: Sequence[str], entries: Entries, 
     ink = plt.rcParams["text.color"]
     path = [m for m in r.marks if m.on_path]
     for i, mark in enumerate([m for m in r.marks if not m.on_path]):
-        on = is_on(mark)
+        on = on_slice(mark)
         shape = {"marker": MARKERS[(i + 1) % len(MARKERS)], "linestyle": "", "color": ink, "markersize": 5}
         shape |= {"fillstyle": "full" if on else "none"}
         axes.plot([mark.coordinates[0]] * len(splits), [mark.loss[s] for s in splits], zorder=4, **shape)
@@ -189,34 +189,34 @@ def _marks(axes: Axes, r: SliceResult, splits: Sequence[str], entries: Entries, 
         for s in splits:
             axes.plot([m.coordinates[0] for m in path], [m.loss[s] for m in path], zorder=3.5, **line)
             for m in path:
-                fill = "full" if is_on(m) else "none"
+                fill = "full" if on_slice(m) else "none"
                 axes.plot(m.coordinates[0], m.loss[s], "o", color=ink, fillstyle=fill, markersize=4, zorder=4)
         furthest = max(m.distance for m in path)
-        said = "" if all(map(is_on, path)) else f", off the line by up to {furthest:.3g}"
-        fill = "none" if said else "full"
-        entries[f"training{said}"] = {**line, "marker": "o", "fillstyle": fill, "markersize": 4}
+        note = "" if all(map(on_slice, path)) else f", off the line by up to {furthest:.3g}"
+        fill = "none" if note else "full"
+        entries[f"training{note}"] = {**line, "marker": "o", "fillstyle": fill, "markersize": 4}
     return np.array([m.loss[s] for m in r.marks for s in splits], dtype=np.float64)
 
 
-def _frame(axes: Axes, heights: Array, log: bool, clip: float | None) -> None:
+def _frame(axes: Axes, losses_shown: Array, log: bool, clip: float | None) -> None:
     """Limits from what was measured."""
-    if not len(heights):
+    if not len(losses_shown):
         return
-    low, high = float(heights.min()), float(heights.max())
+    low, high = float(losses_shown.min()), float(losses_shown.max())
     top = high if clip is None else min(clip, high)
     if clip is not None and clip <= low:
         raise ArgumentError(f"clip must be above the lowest loss ({low:.4g}), got {clip:g}.")
     if not log:
-        room = 0.05 * (top - low) or 1e-6 + 0.05 * abs(low)
-        axes.set_ylim(low - room, top + room if clip is None else top)
+        margin = 0.05 * (top - low) or 1e-6 + 0.05 * abs(low)
+        axes.set_ylim(low - margin, top + margin if clip is None else top)
         return
     require_positive(low)
     axes.set_yscale("log")
-    room = (top / low) ** 0.05 if top > low else 1.05
-    axes.set_ylim(low / room, top * room if clip is None else top)
+    margin = (top / low) ** 0.05 if top > low else 1.05
+    axes.set_ylim(low / margin, top * margin if clip is None else top)
 
 
-def _breaks(axes: Axes, r: SliceResult, splits: Sequence[str], entries: Entries) -> None:
+def _mark_diverged(axes: Axes, r: SliceResult, splits: Sequence[str], entries: Entries) -> None:
     """A cross at the upper edge wherever a line has no finite loss."""
     for lines in [lines for _, lines in _groups(r)]:
         wrong = np.any([diverged(r, r.split(s), line) for s in splits for line in lines], axis=0)
@@ -227,14 +227,14 @@ def _breaks(axes: Axes, r: SliceResult, splits: Sequence[str], entries: Entries)
             entries["diverged" if len(lines) == 1 else "diverged in some direction"] = cross
 
 
-def _along(results: Sequence[SliceResult]) -> str:
+def _axis_label(results: Sequence[SliceResult]) -> str:
     """The name of the horizontal axis."""
     kinds = {(d.get("kind"), d.get("towards")) for r in results for line in r.directions for d in line}
     if len(kinds) > 1 or not kinds:
         return "t, from w to w + t d"
     kind, towards = kinds.pop()
     if kind == "checkpoint" and len(results) == 1:
-        return f"t, from {labels_of(results)[0]} (0) to {short_name(str(towards))} (1)"
+        return f"t, from {short_labels(results)[0]} (0) to {short_name(str(towards))} (1)"
     several = any(len(r.directions) > 1 for r in results)
     random = "t along random directions" if several else "t along a random direction"
     names = {"random": random, "eigenvector": "t along an eigenvector of length 1"}
@@ -247,14 +247,14 @@ def _legend(axes: Axes, entries: Entries) -> None:
 
     handles = [Line2D([], [], label=label, **style) for label, style in entries.items()]
     longest = max(map(len, entries))
-    room = 72 * column_width(axes) / (small(axes) * (0.55 * longest + 4))
-    columns = max(1, min(len(handles), int(room)))
+    margin = 72 * column_width(axes) / (small_font(axes) * (0.55 * longest + 4))
+    columns = max(1, min(len(handles), int(margin)))
     style = {"frameon": False, "borderaxespad": 0.1, "handlelength": 2.2, "columnspacing": 1.2}
     axes.legend(
         handles=handles,
         loc="lower left",
         bbox_to_anchor=(0, 1.01),
         ncols=columns,
-        fontsize=small(axes),
+        fontsize=small_font(axes),
         **style,
     )

@@ -12,13 +12,21 @@ from sharpscope.plot.figure import (
     caption,
     diverged,
     draw_caption,
-    labels_of,
     new_figure,
-    require_alike,
+    require_comparable,
+    short_labels,
     short_name,
-    small,
+    small_font,
 )
-from sharpscope.plot.levels import MAP, between, heights, logarithmic, norm_of, shared_levels, told
+from sharpscope.plot.levels import (
+    COLOUR_MAP,
+    colour_norm,
+    format_level,
+    grid_values,
+    logarithmic,
+    shared_levels,
+    subdivided,
+)
 from sharpscope.results import Mark, SliceResult
 from sharpscope.results.serialization import Array
 
@@ -77,7 +85,7 @@ def surface_contour(
     ('x: random direction 1', 'y: random direction 2')
     >>> axes.figure.savefig("plane.png")
     """
-    shown, at = _checked([result], levels, split, quantity, log, clip)
+    shown, at = _finished_and_levels([result], levels, split, quantity, log, clip)
     own = axes is None
     if axes is None:
         _, axes = new_figure(width, 0.84)
@@ -85,7 +93,9 @@ def surface_contour(
     if colorbar:
         _colorbar([axes], filled, at, result, split, quantity, log)
     if captioned:
-        draw_caption(axes, _said([result], split, quantity, log, _cut(shown, at, split, quantity, clip), False), own)
+        draw_caption(
+            axes, _caption([result], split, quantity, log, _clip_level(shown, at, split, quantity, clip), False), own
+        )
     return axes
 
 
@@ -118,16 +128,18 @@ def surface_3d(
     >>> axes.name, axes.get_xlabel()
     ('3d', 'x: random direction 1')
     """
-    shown, at = _checked([result], levels, split, quantity, log, clip)
+    shown, at = _finished_and_levels([result], levels, split, quantity, log, clip)
     own = axes is None
     if axes is None:
         _, axes = new_figure(width, 0.76, subplot_kw={"projection": "3d"})
     elif axes.name != "3d":
         raise ArgumentError("A surface needs 3D axes. Make them with subplot_kw={'projection': '3d'}.")
-    drawn = draw_solid(axes, shown[0], at, split, quantity, log, line)
+    drawn = draw_surface(axes, shown[0], at, split, quantity, log, line)
     if colorbar:
         _colorbar([axes], drawn, at, result, split, quantity, log)
-    draw_caption(axes, _said([result], split, quantity, log, _cut(shown, at, split, quantity, clip), True), own)
+    draw_caption(
+        axes, _caption([result], split, quantity, log, _clip_level(shown, at, split, quantity, clip), True), own
+    )
     return axes
 
 
@@ -161,26 +173,28 @@ def surfaces_side_by_side(
     """
     if kind not in KINDS:
         raise ArgumentError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
-    require_alike(results, grid=True)
-    shown, at = _checked(results, levels, split, quantity, log, clip)
+    require_comparable(results, grid=True)
+    shown, at = _finished_and_levels(results, levels, split, quantity, log, clip)
     solid = kind == "3d"
     _, found = new_figure(
         width, 0.86 if solid else 1.04, len(results), subplot_kw={"projection": "3d"} if solid else {}
     )
     axes = list(np.ravel(found))
-    for each, r, name in zip(axes, shown, labels_of(results), strict=True):
-        drawn = (draw_solid if solid else _contours)(each, r, at, split, quantity, log, 0)
+    for each, r, name in zip(axes, shown, short_labels(results), strict=True):
+        drawn = (draw_surface if solid else _contours)(each, r, at, split, quantity, log, 0)
         above = each.get_legend()
-        each.set_title(name, fontsize=small(each, -1), pad=4 if above is None else 2.2 * small(each))
+        each.set_title(name, fontsize=small_font(each, -1), pad=4 if above is None else 2.2 * small_font(each))
         if not solid and each is not axes[0]:
             each.tick_params(labelleft=False)
             each.set_ylabel("")
     _colorbar(axes, drawn, at, results[0], split, quantity, log)
-    draw_caption(axes[0], _said(results, split, quantity, log, _cut(shown, at, split, quantity, clip), solid), True)
+    draw_caption(
+        axes[0], _caption(results, split, quantity, log, _clip_level(shown, at, split, quantity, clip), solid), True
+    )
     return axes
 
 
-def _checked(
+def _finished_and_levels(
     results: Sequence[SliceResult], levels: Any, split: str | None, quantity: str, log: bool, clip: float | None
 ) -> tuple[list[SliceResult], Array]:
     """What is finished of the results, and their levels."""
@@ -197,9 +211,11 @@ def _checked(
     return shown, at
 
 
-def _cut(shown: Sequence[SliceResult], at: Array, split: str | None, quantity: str, clip: float | None) -> float | None:
+def _clip_level(
+    shown: Sequence[SliceResult], at: Array, split: str | None, quantity: str, clip: float | None
+) -> float | None:
     """Where the picture ends below the highest value."""
-    highest = max(float(np.nanmax(heights(r, split, quantity))) for r in shown)
+    highest = max(float(np.nanmax(grid_values(r, split, quantity))) for r in shown)
     return clip if clip is not None or highest <= at[-1] * (1 + 1e-9) else float(at[-1])
 
 
@@ -209,15 +225,17 @@ def _contours(axes: Axes, r: SliceResult, at: Array, split: str | None, quantity
     from matplotlib.patches import Patch, Rectangle
 
     log = logarithmic(log, quantity)
-    (x, y), z, norm = r.axes, heights(r, split, quantity, line), norm_of(at, log)
+    (x, y), z, norm = r.axes, grid_values(r, split, quantity, line), colour_norm(at, log)
     low, high = float(np.nanmin(z)), float(np.nanmax(z))
     extend = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[(low < at[0], high > at[-1])]
-    filled = axes.contourf(x, y, z, between(at, log), norm=norm, cmap=MAP, extend=extend)
+    filled = axes.contourf(x, y, z, subdivided(at, log), norm=norm, cmap=COLOUR_MAP, extend=extend)
     filled.set_edgecolor("face")  # else viewers show the seams
     inks = ["white" if norm(level) < 0.6 else "black" for level in at]
     lines = axes.contour(x, y, z, at, colors=inks, linewidths=0.7, linestyles="solid")
-    where = _labels(lines.allsegs, x, y)
-    axes.clabel(lines, fmt=lambda v: told(v, quantity), fontsize=small(axes, 0.5), inline_spacing=2, manual=where)
+    where = _label_positions(lines.allsegs, x, y)
+    axes.clabel(
+        lines, fmt=lambda v: format_level(v, quantity), fontsize=small_font(axes, 0.5), inline_spacing=2, manual=where
+    )
     entries: list[Any] = []
     wrong = diverged(r, r.split(split), line)
     if wrong.any():
@@ -239,35 +257,35 @@ def _contours(axes: Axes, r: SliceResult, at: Array, split: str | None, quantity
     figure = axes.get_figure(root=True)
     tight = figure is not None and axes.get_window_extent().width < 1.6 * figure.dpi
     for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_fontsize(small(axes, 0.5 if tight else -1))
-    _equal(axes, r, line)
+        label.set_fontsize(small_font(axes, 0.5 if tight else -1))
+    _set_aspect(axes, r, line)
     if entries:
         layout: dict[str, Any] = {"frameon": False, "borderaxespad": 0.1, "ncols": 2 if len(entries) > 1 else 1}
-        size = small(axes)
+        size = small_font(axes)
         axes.legend(handles=entries, loc="lower left", bbox_to_anchor=(0, 1.01), fontsize=size, **layout)
     return filled
 
 
-def _labels(segments: Sequence[Sequence[Array]], x: Array, y: Array) -> list[tuple[float, float]]:
+def _label_positions(segments: Sequence[Sequence[Array]], x: Array, y: Array) -> list[tuple[float, float]]:
     """A place for the label of each level that has room for one: on its line, far from the edges and other labels."""
     low, size = np.array([x[0], y[0]]), np.array([x[-1] - x[0], y[-1] - y[0]])
-    taken: list[Array] = []
-    for pieces in segments:
-        scaled = [(piece - low) / size for piece in pieces if len(piece) > 1]
+    chosen: list[Array] = []
+    for curves in segments:
+        scaled = [(piece - low) / size for piece in curves if len(piece) > 1]
         long = [p for p in scaled if np.linalg.norm(np.diff(p, axis=0), axis=1).sum() > 0.4]
         if not long:
             continue
         points = np.concatenate(long)
         edge = np.minimum(points, 1 - points).min(axis=1)
-        near = [np.linalg.norm(points - other, axis=1) for other in taken]
+        near = [np.linalg.norm(points - other, axis=1) for other in chosen]
         # As far from an edge as is half of what it should be from another label.
-        room = np.min([2 * edge, *near, np.full(len(points), 0.5)], axis=0)
-        if room.max() > 0.08:
-            taken.append(points[int(room.argmax())])
-    return [(float(a), float(b)) for a, b in (low + place * size for place in taken)]
+        space = np.min([2 * edge, *near, np.full(len(points), 0.5)], axis=0)
+        if space.max() > 0.08:
+            chosen.append(points[int(space.argmax())])
+    return [(float(a), float(b)) for a, b in (low + place * size for place in chosen)]
 
 
-def _equal(axes: Axes, r: SliceResult, line: int) -> None:
+def _set_aspect(axes: Axes, r: SliceResult, line: int) -> None:
     """Let equal distances in weight space be equal in the picture, unless that makes it a strip."""
     lengths: list[Any] = [d.get("length") for d in r.directions[line]]
     sides = [a[-1] - a[0] for a in r.axes]
@@ -290,53 +308,53 @@ def _colorbar(
         bar = figure.colorbar(drawn, cax=axes[-1].inset_axes((1.04, 0, 0.05, 1)))
     bar.ax.minorticks_off()
     marked = thinned(at, axes[-1], 0.6 if axes[0].name == "3d" else 0.8)
-    bar.ax.set_yticks(marked, [told(level, quantity) for level in marked])
-    bar.ax.tick_params(labelsize=small(axes[0]))
-    bar.set_label(f"{r.splits[r.split(split)]} {quantity}", fontsize=small(axes[0], -1))
+    bar.ax.set_yticks(marked, [format_level(level, quantity) for level in marked])
+    bar.ax.tick_params(labelsize=small_font(axes[0]))
+    bar.set_label(f"{r.splits[r.split(split)]} {quantity}", fontsize=small_font(axes[0], -1))
 
 
-def _said(
+def _caption(
     results: Sequence[SliceResult], split: str | None, quantity: str, log: bool, clip: float | None, solid: bool
 ) -> str:
     scale = f"{'logarithmic' if logarithmic(log, quantity) else 'linear'} scale"
     name = results[0].splits[results[0].split(split)]
-    return caption(results, splits=[name], scale=scale, clip=clip, also=[] if solid else marks_said(results))
+    return caption(results, splits=[name], scale=scale, clip=clip, extra=[] if solid else describe_marks(results))
 
 
 CROSS = "#CC0000"
 
 
-def draw_solid(axes: Any, r: SliceResult, at: Array, split: str | None, quantity: str, log: bool, line: int) -> Any:
+def draw_surface(axes: Any, r: SliceResult, at: Array, split: str | None, quantity: str, log: bool, line: int) -> Any:
     """One plane as a surface; returns what the colours are of."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
     log = logarithmic(log, quantity)
-    (x, y), z = r.axes, heights(r, split, quantity, line)
+    (x, y), z = r.axes, grid_values(r, split, quantity, line)
     height = np.log10 if log else np.asarray
     top, bottom = float(height(at[-1])), float(height(min(at[0], np.nanmin(z))))
-    norm, cut = norm_of(at, log), np.minimum(z, at[-1])
-    colours = plt.get_cmap(MAP)(norm(_corners(cut)))
+    norm, cut = colour_norm(at, log), np.minimum(z, at[-1])
+    colours = plt.get_cmap(COLOUR_MAP)(norm(_corners(cut)))
     mesh = np.meshgrid(x, y)
     axes.plot_surface(*mesh, height(cut), facecolors=colours, rstride=1, cstride=1, linewidth=0.2, shade=False)
     wrong = diverged(r, r.split(split), line)
     if wrong.any():
         label = f"diverged ({wrong.sum()} of {wrong.size})"
         axes.scatter(*(m[wrong] for m in mesh), top, marker="x", color=CROSS, label=label, depthshade=False)
-        axes.legend(loc="upper left", frameon=False, fontsize=small(axes))
+        axes.legend(loc="upper left", frameon=False, fontsize=small_font(axes))
     labels = [str(d["label"]) for d in r.directions[line]]
     axes.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), zlim=(bottom, top))
-    axes.set_xlabel(f"x: {labels[0]}", fontsize=small(axes), labelpad=2)
-    axes.set_ylabel(f"y: {labels[1]}", fontsize=small(axes), labelpad=2)
+    axes.set_xlabel(f"x: {labels[0]}", fontsize=small_font(axes), labelpad=2)
+    axes.set_ylabel(f"y: {labels[1]}", fontsize=small_font(axes), labelpad=2)
     axes.xaxis.set_major_locator(MaxNLocator(4, prune="upper"))  # which would lie on the lowest of y
     axes.yaxis.set_major_locator(MaxNLocator(4))
     marked = thinned(at, axes, 0.45)
-    axes.set_zticks([float(height(level)) for level in marked], [told(level, quantity) for level in marked])
+    axes.set_zticks([float(height(level)) for level in marked], [format_level(level, quantity) for level in marked])
     axes.set_box_aspect(None, zoom=0.88)  # the layout knows too little of 3D labels
-    axes.tick_params(labelsize=small(axes), pad=0)
+    axes.tick_params(labelsize=small_font(axes), pad=0)
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
         axis.set_pane_color((0, 0, 0, 0))
-    return plt.cm.ScalarMappable(norm=norm, cmap=MAP)
+    return plt.cm.ScalarMappable(norm=norm, cmap=COLOUR_MAP)
 
 
 def _corners(z: Array) -> Array:
@@ -350,33 +368,35 @@ def thinned(levels: Array, axes: Axes, share: float) -> Array:
     """Every level, or every other, or so, as ``share`` of the height of ``axes`` has room for their labels."""
     figure = axes.get_figure(root=True)
     assert figure is not None
-    room = share * axes.get_window_extent().height / figure.dpi * 72 / (1.4 * small(axes))
-    return levels[:: max(1, int(np.ceil(len(levels) / max(room, 2))))]
+    space = share * axes.get_window_extent().height / figure.dpi * 72 / (1.4 * small_font(axes))
+    return levels[:: max(1, int(np.ceil(len(levels) / max(space, 2))))]
 
 
 # A network nearer to the line or plane than this share of its distance from the centre lies on it.
 ON_IT = 1e-3
 
 
-def is_on(mark: Mark) -> bool:
+def on_slice(mark: Mark) -> bool:
     """Whether the network lies on the line or plane, as far as a picture can tell."""
     return mark.distance <= ON_IT * mark.length or mark.distance < 1e-9
 
 
-def marks_said(results: Sequence[SliceResult]) -> list[str]:
+def describe_marks(results: Sequence[SliceResult]) -> list[str]:
     """What a caption must say of networks that are beside the plane, or outside of the picture."""
-    said = []
+    sentences = []
     marks = [mark for r in results for mark in r.marks]
-    off = [mark for mark in marks if not is_on(mark)]
+    off = [mark for mark in marks if not on_slice(mark)]
     if off:
         furthest = max(off, key=lambda m: m.distance)
         of = f", {furthest.distance / furthest.length:.0%} of its distance from the centre" if furthest.length else ""
         where = f"{furthest.distance:.3g} ({short_name(furthest.name)}{of})"
-        said.append(f"open points are off the plane, by up to {where}, so that their own loss is not the picture's")
+        sentences.append(
+            f"open points are off the plane, by up to {where}, so that their own loss is not the picture's"
+        )
     outside = sum(not _inside(mark, r) for r in results for mark in r.marks)
     if outside:
-        said.append(f"{outside} network{'s lie' if outside > 1 else ' lies'} outside of the picture")
-    return said
+        sentences.append(f"{outside} network{'s lie' if outside > 1 else ' lies'} outside of the picture")
+    return sentences
 
 
 def draw_marks(axes: Axes, r: SliceResult, split: str | None, quantity: str, norm: Any) -> list[Any]:
@@ -386,45 +406,45 @@ def draw_marks(axes: Axes, r: SliceResult, split: str | None, quantity: str, nor
     from matplotlib.patheffects import withStroke
 
     name = r.splits[r.split(split)]
-    colours = plt.get_cmap(MAP)
+    colours = plt.get_cmap(COLOUR_MAP)
     entries: list[Any] = []
     stroke = [withStroke(linewidth=2, foreground="black")]
-    if all(a[0] <= 0 <= a[-1] for a in r.axes) and not any(is_on(m) and m.length < 1e-9 for m in r.marks):
+    if all(a[0] <= 0 <= a[-1] for a in r.axes) and not any(on_slice(m) and m.length < 1e-9 for m in r.marks):
         axes.plot(0, 0, "+", color="white", markersize=7, markeredgewidth=1.2, path_effects=stroke, zorder=4)
     path = [m for m in r.marks if m.on_path]
     if path:
         xs, ys = zip(*(m.coordinates for m in path), strict=True)
         axes.plot(xs, ys, color="white", linewidth=1, path_effects=stroke, zorder=3.5, label="training path")
         grey: dict[str, Any] = {"color": "grey", "marker": "o", "markersize": 4}
-        entries.append(Line2D([], [], label="training", fillstyle="none" if not is_on(path[-1]) else "full", **grey))
+        entries.append(Line2D([], [], label="training", fillstyle="none" if not on_slice(path[-1]) else "full", **grey))
     for m in r.marks:
         if not _inside(m, r):
             continue
         own = (m.loss if quantity == "loss" else m.accuracy)[name]
-        face = colours(norm(own)) if is_on(m) and np.isfinite(own) else "none"
+        face = colours(norm(own)) if on_slice(m) and np.isfinite(own) else "none"
         size = 4 if m.on_path else 6
         style: dict[str, Any] = {"markersize": size, "markerfacecolor": face, "markeredgecolor": "white", "zorder": 4}
         axes.plot(*m.coordinates, "o" if m.on_path else "D", path_effects=stroke, **style)
-    for m in _named(r):
+    for m in _labelled_marks(r):
         own = (m.loss if quantity == "loss" else m.accuracy)[name]
-        told = f"{short_name(m.name)}, {f'loss {own:.3g}' if quantity == 'loss' else f'{own:.1%}'}"
+        label = f"{short_name(m.name)}, {f'loss {own:.3g}' if quantity == 'loss' else f'{own:.1%}'}"
         x, y = m.coordinates
         right = x < (r.axes[0][0] + r.axes[0][-1]) / 2
         axes.annotate(
-            told,
+            label,
             (x, y),
             xytext=(6 if right else -6, 5),
             textcoords="offset points",
             ha="left" if right else "right",
             color="white",
-            fontsize=small(axes),
+            fontsize=small_font(axes),
             path_effects=stroke,
             zorder=5,
         )
     return entries
 
 
-def _named(r: SliceResult) -> list[Mark]:
+def _labelled_marks(r: SliceResult) -> list[Mark]:
     """The networks with room for their name: all but the steps between the ends of a path."""
     path = [m for m in r.marks if m.on_path]
     ends = path[:1] + path[-1:]

@@ -23,7 +23,7 @@ THEMED |= {colour.lower(): f"var(--c{i})" for i, colour in enumerate(COLOURS, st
 
 # In inches; a point of type is 1.3 to 1.5 pixels where the page shows a panel half as wide as itself.
 PAIR, THIRD, SMALL = (4.8, 3.2), (3.4, 2.5), (2.6, 2.3)
-STYLE: dict[str, Any] = {
+RC_PARAMS: dict[str, Any] = {
     "font.size": 8.5,
     "axes.labelsize": 8.5,
     "xtick.labelsize": 8,
@@ -67,7 +67,7 @@ STYLE: dict[str, Any] = {
     "text.parse_math": False,
 }
 # What is drawn as pixels, at twice those of a common screen.
-DOTS = 190
+RASTER_DPI = 190
 
 _ATTRIBUTES = re.compile(r'\b(?:d|x|y|x1|y1|x2|y2|points|transform|width|height)="[^"]*"')
 _DIGITS = re.compile(r"-?\d+\.\d{3,}(?!\d|e)")
@@ -75,23 +75,23 @@ _DIGITS = re.compile(r"-?\d+\.\d{3,}(?!\d|e)")
 
 @dataclass(frozen=True)
 class Panel:
-    """One drawing of a figure, as SVG, and what stands above it."""
+    """One drawing of a figure as SVG, and the text above it."""
 
     title: str
     svg: str
 
 
 @dataclass(frozen=True)
-class Drawn:
+class PageFigure:
     """A figure of the page.
 
     Attributes:
         name: of its anchor.
-        heading: what it is of.
+        heading: its subject.
         panels: its drawings.
         caption: how to read it, on what it was measured.
         layout: "pair", "wide" or "many".
-        key: which line is whose, HTML.
+        legend: which style belongs to which checkpoint, as HTML.
         after: HTML beneath it.
     """
 
@@ -100,7 +100,7 @@ class Drawn:
     panels: tuple[Panel, ...]
     caption: str
     layout: str = "pair"
-    key: str = ""
+    legend: str = ""
     after: str = ""
 
 
@@ -110,7 +110,7 @@ def panel(
     description: str,
     draw: Callable[[Axes], object],
     size: tuple[float, float] = PAIR,
-    above: str | None = None,
+    heading: str | None = None,
 ) -> Panel:
     """What ``draw`` draws, as inline SVG; the same drawing gives the same bytes.
 
@@ -120,7 +120,7 @@ def panel(
         description: what it shows, with its main numbers.
         draw: on the Axes it is given.
         size: in inches.
-        above: what stands above it; by default the title.
+        heading: the text above the drawing; by default the title.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -128,16 +128,16 @@ def panel(
     file = io.StringIO()
     with mpl.rc_context():
         mpl.rcdefaults()
-        style: dict[Any, Any] = {**STYLE, "svg.hashsalt": name}
+        style: dict[Any, Any] = {**RC_PARAMS, "svg.hashsalt": name}
         mpl.rcParams.update(style)
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.add_subplot())
-        figure.savefig(file, format="svg", dpi=DOTS)
-    return Panel(title if above is None else above, _inline(file.getvalue(), name, title, description))
+        figure.savefig(file, format="svg", dpi=RASTER_DPI)
+    return Panel(title if heading is None else heading, _inline(file.getvalue(), name, title, description))
 
 
 def _inline(svg: str, name: str, title: str, description: str) -> str:
-    """The drawing without what is a file's alone, its ids its own, its colours the theme's, its words said."""
+    """Inline an SVG: strip file metadata, prefix ids, map colours to CSS variables, add an accessible title."""
     svg = svg[svg.index("<svg") :]
     for dropped in (r"<metadata>.*?</metadata>", r"<style.*?</style>", r"<!--.*?-->"):
         svg = re.sub(dropped, "", svg, flags=re.DOTALL)
@@ -152,12 +152,12 @@ def _inline(svg: str, name: str, title: str, description: str) -> str:
     box = re.search(r'viewBox="([^"]*)"', svg)
     assert box is not None
     body = re.sub(r"\s*\n\s*", " ", svg[svg.index(">") + 1 :].strip())
-    said = f'<title id="{name}-t">{text(title)}</title><desc id="{name}-d">{text(description)}</desc>'
+    accessible_text = f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(description)}</desc>'
     labelled = f'role="img" aria-labelledby="{name}-t" aria-describedby="{name}-d"'
-    return f'<svg class="plot" viewBox="{box[1]}" {labelled}>{said}{body}'
+    return f'<svg class="plot" viewBox="{box[1]}" {labelled}>{accessible_text}{body}'
 
 
-def powers(axis: Any, *, ticks: bool = True) -> None:
+def log_ticks(axis: Any, *, ticks: bool = True) -> None:
     """Label a logarithmic axis, whose limits are set, with short numbers or powers of ten, without mathematics.
 
     ``ticks``: choose them too, more than the powers where these are few.
@@ -166,14 +166,14 @@ def powers(axis: Any, *, ticks: bool = True) -> None:
 
     if ticks:
         low, high = axis.get_view_interval()
-        steps = next((steps for range_, steps in STEPS if high < range_ * low), (1.0,))
+        steps = next((steps for range_, steps in LOG_TICKS if high < range_ * low), (1.0,))
         axis.set_major_locator(LogLocator(subs=steps, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
 # The range of an axis, and which multiples of powers of ten it then needs for a handful of ticks.
-STEPS = ((4, (1, 1.5, 2, 3, 4, 5, 6, 8)), (50, (1, 2, 5)), (1000, (1, 3)))
+LOG_TICKS = ((4, (1, 1.5, 2, 3, 4, 5, 6, 8)), (50, (1, 2, 5)), (1000, (1, 3)))
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -199,17 +199,17 @@ MARKERS = {
 
 
 @dataclass(frozen=True)
-class Look:
+class Style:
     """Of a checkpoint, or of all of a group: the place of its colour in COLOURS, its dashes and its marker."""
 
-    place: int
+    colour_index: int
     dashes: tuple[float, ...] = ()
     marker: str = "o"
 
     @property
     def colour(self) -> str:
         """As matplotlib draws it; the page then has a darker or lighter one of its theme in its place."""
-        return COLOURS[self.place]
+        return COLOURS[self.colour_index]
 
     @property
     def linestyle(self) -> Any:
@@ -222,62 +222,62 @@ class Look:
         return {"color": self.colour, "linestyle": self.linestyle, "marker": self.marker}
 
 
-def together(subjects: Iterable[Subject]) -> list[tuple[str, list[Subject]]]:
-    """What looks alike, in order: each group with its runs, each checkpoint of no group by itself."""
+def group_by_style(subjects: Iterable[Subject]) -> list[tuple[str, list[Subject]]]:
+    """Return the subjects that share a style, in order: each group, and each checkpoint without a group."""
     found: dict[tuple[str | None, str | None], list[Subject]] = {}
     for subject in subjects:
         found.setdefault((subject.group, None if subject.group else subject.name), []).append(subject)
     return [(group or name or "", members) for (group, name), members in found.items()]
 
 
-def looks_of(comparison: Comparison) -> dict[str, Look]:
-    """By name of the subject; runs of a group look alike."""
+def assign_styles(comparison: Comparison) -> dict[str, Style]:
+    """Return the style of each subject by name; the runs of a group share one."""
     markers, count = list(MARKERS), len(COLOURS)
-    looks: dict[str, Look] = {}
-    for i, (_, members) in enumerate(together(comparison.subjects)):
-        look = Look(i % count, DASHES[i // count % len(DASHES)], markers[(i + i // count) % len(markers)])
-        looks |= {subject.name: look for subject in members}
-    return looks
+    styles: dict[str, Style] = {}
+    for i, (_, members) in enumerate(group_by_style(comparison.subjects)):
+        style = Style(i % count, DASHES[i // count % len(DASHES)], markers[(i + i // count) % len(markers)])
+        styles |= {subject.name: style for subject in members}
+    return styles
 
 
-def key(comparison: Comparison, looks: dict[str, Look], only: Sequence[str] | None = None) -> str:
-    """Which checkpoint or group looks how, as a list; ``only`` of the subjects of these names."""
+def legend(comparison: Comparison, styles: dict[str, Style], only: Sequence[str] | None = None) -> str:
+    """Return the legend of checkpoints or groups as an HTML list; ``only`` of subjects with these names."""
     shown = [s for s in comparison.subjects if only is None or s.name in only]
     items = []
-    for name, members in together(shown):
+    for name, members in group_by_style(shown):
         runs = f" ({len(members)} run{'s' * (len(members) > 1)})"
         counted = tag("span", runs, class_="quiet") if members[0].group else ""
-        items.append(tag("li", swatch(looks[members[0].name]), tag("span", text(name)), counted))
+        items.append(tag("li", swatch(styles[members[0].name]), tag("span", escape(name)), counted))
     return tag("ul", *items, class_="key", aria_label="Key")
 
 
-def swatch(look: Look) -> str:
-    """A short line with its marker."""
-    colour = f"var(--c{look.place + 1})"
-    dashes = " ".join(f"{2 * dash:g}" for dash in look.dashes)
+def swatch(style: Style) -> str:
+    """Return a short line with its marker, as SVG."""
+    colour = f"var(--c{style.colour_index + 1})"
+    dashes = " ".join(f"{2 * dash:g}" for dash in style.dashes)
     line = tag(
         "line", x1="0", y1="6", x2="28", y2="6", stroke=colour, stroke_width="2", stroke_dasharray=dashes or None
     )
-    corners = MARKERS[look.marker]
+    corners = MARKERS[style.marker]
     shape = (
         tag("polygon", points=corners, fill=colour) if corners else tag("circle", cx="14", cy="6", r="3.4", fill=colour)
     )
     return tag("svg", line, shape, viewBox="0 0 28 12", class_="swatch", aria_hidden="true")
 
 
-def text(value: object) -> str:
-    """``value`` as HTML shows it, whatever is in it, between tags or in a quoted attribute."""
+def escape(value: object) -> str:
+    """Escape ``value`` for HTML text or a quoted attribute."""
     return html.escape(str(value))
 
 
 def tag(name: str, *inside: str, **attributes: object) -> str:
     """An element around HTML; ``class_`` is class, ``aria_label`` is aria-label, None leaves an attribute out."""
-    said = []
-    for key, value in attributes.items():
+    parts = []
+    for attribute, value in attributes.items():
         if value is not None and value is not False:
-            written = key.rstrip("_").replace("_", "-")
-            said.append(f" {written}" if value is True else f' {written}="{text(value)}"')
-    return f"<{name}{''.join(said)}>{''.join(inside)}</{name}>"
+            written = attribute.rstrip("_").replace("_", "-")
+            parts.append(f" {written}" if value is True else f' {written}="{escape(value)}"')
+    return f"<{name}{''.join(parts)}>{''.join(inside)}</{name}>"
 
 
 def table(head: list[str], body: list[list[str]], caption: str, class_: str = "") -> str:
@@ -293,7 +293,7 @@ def table(head: list[str], body: list[list[str]], caption: str, class_: str = ""
     return tag("div", whole, class_="scroll", tabindex="0", role="group", aria_label=caption)
 
 
-def data(value: Any, name: str) -> str:
+def json_block(value: Any, name: str) -> str:
     """``value`` as JSON in a block that no browser runs; a "<" in it is written so that none ends the block."""
     written = json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{written}</script>'

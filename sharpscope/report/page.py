@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sharpscope.errors import SharpscopeError
-from sharpscope.report import groups, sharpness, slices, spectra
-from sharpscope.report.drawing import Drawn, Look, looks_of, tag, text
+from sharpscope.report import numbers, sharpness, slices, spectra
+from sharpscope.report.drawing import PageFigure, Style, assign_styles, escape, tag
 from sharpscope.report.numbers import Notes, every_number, groups_table
 from sharpscope.report.reproduction import costs, facts, reproduction
 from sharpscope.results.comparison import Comparison
 from sharpscope.results.comparison.rows import Row
-from sharpscope.results.comparison.statistics import KINDS
+from sharpscope.results.statistics import INTERVAL_KINDS
 
 HERE = Path(__file__).parent
 # A browser that keeps to it fetches nothing; plotly compiles its shaders' callers, hence the last word on scripts.
@@ -23,9 +23,9 @@ POLICY = (
     "base-uri 'none'; form-action 'none'"
 )
 
-Maker = Callable[[Comparison, dict[str, Look], list[Row]], Drawn | None]
-FIGURES: dict[str, Maker] = {
-    "Run by run": groups.runs,
+FigureFunction = Callable[[Comparison, dict[str, Style], list[Row]], PageFigure | None]
+FIGURES: dict[str, FigureFunction] = {
+    "Run by run": numbers.runs,
     "Largest eigenvalues": spectra.eigenvalues,
     "Spectral density": spectra.densities,
     "m-sharpness": sharpness.m_sharpness,
@@ -42,15 +42,15 @@ def page(comparison: Comparison) -> str:
     Its findings, the first of which stands out; numbers with their intervals, figures, definitions, costs and origin;
     surfaces to turn where plotly is installed.
     """
-    rows, looks = comparison.rows, looks_of(comparison)
-    drawn, left_out = _figures(comparison, looks, rows)
-    title = title_of(comparison)
+    rows, styles = comparison.rows, assign_styles(comparison)
+    figures, left_out = _figures(comparison, styles, rows)
+    title = page_title(comparison)
     notes = Notes()
-    grouped = groups_table(comparison, rows, looks, notes)
-    every = every_number(comparison, rows, looks, notes)
+    grouped = groups_table(comparison, rows, styles, notes)
+    every = every_number(comparison, rows, styles, notes)
     sections = {
-        "numbers": ("Numbers", _guide() + grouped + (tag("h3", "Every run") if grouped else "") + every),
-        "figures": ("Figures", "".join(map(_figure, drawn)) + left_out),
+        "numbers": ("Numbers", _reading_guide() + grouped + (tag("h3", "Every run") if grouped else "") + every),
+        "figures": ("Figures", "".join(map(_figure, figures)) + left_out),
         "limits": ("What these numbers do not say", limits(comparison, rows)),
         "glossary": ("Definitions", glossary(rows)),
         "costs": ("Costs", costs(comparison)),
@@ -63,12 +63,12 @@ def page(comparison: Comparison) -> str:
     )
     links = "".join(tag("li", tag("a", heading, href=f"#{name}")) for name, (heading, _) in sections.items())
     contents = tag("nav", tag("ul", links), aria_label="Contents")
-    main = tag("main", _opening(comparison, title), contents, body, notes.html(), id="main")
-    packed = _packed(slices.plotly_script()) if 'data-scenes="scenes"' in main else ""
-    return _document(title, main, packed)
+    main = tag("main", _summary(comparison, title), contents, body, notes.html(), id="main")
+    compressed = _compressed(slices.plotly_script()) if 'data-scenes="scenes"' in main else ""
+    return _document(title, main, compressed)
 
 
-def _document(title: str, main: str, packed: str) -> str:
+def _document(title: str, main: str, compressed: str) -> str:
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     theme = tag("button", "Theme: system", type="button", class_="theme", id="theme", hidden=True)
     bar = tag("header", tag("span", "sharpscope", class_="brand"), theme, class_="bar")
@@ -78,24 +78,28 @@ def _document(title: str, main: str, packed: str) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{text(title)} · sharpscope</title><style>{style}</style>"
+        f"<title>{escape(title)} · sharpscope</title><style>{style}</style>"
     )
     skip = tag("a", "Skip to the content", href="#main", class_="skip")
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}</head>\n<body>{skip}{bar}\n{main}\n{foot}\n{packed}'
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}</head>\n<body>{skip}{bar}\n{main}\n{foot}\n{compressed}'
         f"<script>{script}</script>\n</body>\n</html>\n"
     )
 
 
-def _opening(comparison: Comparison, title: str) -> str:
+def _summary(comparison: Comparison, title: str) -> str:
     first, *others = comparison.findings or [""]
-    answer = tag("p", text(first), class_="answer") if first else ""
-    answer += tag("ul", *(tag("li", text(said)) for said in others), class_="findings") if others else ""
-    known = "".join(tag("div", tag("dt", term), tag("dd", text(said))) for term, said in facts(comparison).items())
-    return tag("div", tag("h1", text(title)), answer, tag("dl", known, class_="facts"), class_="opening")
+    answer = tag("p", escape(first), class_="answer") if first else ""
+    answer += (
+        tag("ul", *(tag("li", escape(description)) for description in others), class_="findings") if others else ""
+    )
+    known = "".join(
+        tag("div", tag("dt", term), tag("dd", escape(description))) for term, description in facts(comparison).items()
+    )
+    return tag("div", tag("h1", escape(title)), answer, tag("dl", known, class_="facts"), class_="opening")
 
 
-def _guide() -> str:
+def _reading_guide() -> str:
     return tag(
         "p",
         "Each number opens its definition, the kind of its interval, what it cost and what it was measured on. ± is "
@@ -104,37 +108,42 @@ def _guide() -> str:
     )
 
 
-def _figures(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> tuple[list[Drawn], str]:
+def _figures(comparison: Comparison, styles: dict[str, Style], rows: list[Row]) -> tuple[list[PageFigure], str]:
     """All figures there are data for, and a sentence for each that could not be drawn."""
-    drawn, left_out = [], ""
+    figures, left_out = [], ""
     for heading, make in FIGURES.items():
         try:
-            found = make(comparison, looks, rows)
+            found = make(comparison, styles, rows)
         except SharpscopeError as error:  # as of slices that were not measured alike
-            left_out += tag("p", text(f"No figure “{heading}”: {error}"), class_="quiet")
+            left_out += tag("p", escape(f"No figure “{heading}”: {error}"), class_="quiet")
             continue
-        drawn += [found] if found is not None else []
-    return drawn, left_out
+        figures += [found] if found is not None else []
+    return figures, left_out
 
 
-def _figure(d: Drawn) -> str:
+def _figure(d: PageFigure) -> str:
     panels = "".join(
-        tag("div", tag("p", text(p.title), class_="above") if p.title else "", p.svg, class_="panel") for p in d.panels
+        tag("div", tag("p", escape(p.title), class_="above") if p.title else "", p.svg, class_="panel")
+        for p in d.panels
     )
-    heading = tag("h3", text(d.heading), id=f"{d.name}-heading")
-    inside = heading + d.key + tag("div", panels, class_=f"panels {d.layout}") + d.after
+    heading = tag("h3", escape(d.heading), id=f"{d.name}-heading")
+    inside = heading + d.legend + tag("div", panels, class_=f"panels {d.layout}") + d.after
     return tag(
-        "figure", inside, tag("figcaption", text(d.caption)), id=f"figure-{d.name}", aria_labelledby=f"{d.name}-heading"
+        "figure",
+        inside,
+        tag("figcaption", escape(d.caption)),
+        id=f"figure-{d.name}",
+        aria_labelledby=f"{d.name}-heading",
     )
 
 
-def _packed(script: str | None) -> str:
+def _compressed(script: str | None) -> str:
     """A script that runs when it is asked for: compressed, a quarter of its size, and no work for who never asks."""
     if script is None:
         return ""
-    squeeze = zlib.compressobj(9, zlib.DEFLATED, 31)  # gzip without a time in its head
-    packed = squeeze.compress(script.encode()) + squeeze.flush()
-    return f'<script type="text/plain" id="plotly">{base64.b64encode(packed).decode()}</script>\n'
+    compressor = zlib.compressobj(9, zlib.DEFLATED, 31)  # gzip without a time in its head
+    compressed = compressor.compress(script.encode()) + compressor.flush()
+    return f'<script type="text/plain" id="plotly">{base64.b64encode(compressed).decode()}</script>\n'
 
 
 TERMS = {
@@ -153,7 +162,7 @@ TERMS = {
 }
 
 
-def title_of(comparison: Comparison) -> str:
+def page_title(comparison: Comparison) -> str:
     """What is compared, in a line."""
     groups = comparison.groups
     if groups:
@@ -169,34 +178,36 @@ def title_of(comparison: Comparison) -> str:
 
 def glossary(rows: list[Row]) -> str:
     """Every quantity of the table by what defines it, the figures' terms, and the kinds of interval."""
-    meant: dict[str, list[str]] = {}
+    labels_by_definition: dict[str, list[str]] = {}
     for row in rows:
-        meant.setdefault(row.definition, []).append(row.label)
-    kinds = dict.fromkeys(r.interval for row in rows for r in row.readings if r is not None)
-    entries = [_entry(labels, definition) for definition, labels in meant.items()]
-    entries += [_entry([term], said) for term, said in TERMS.items()]
-    entries += [_entry([f"Interval: {kind}"], KINDS[kind].meaning) for kind in kinds if kind in KINDS]
+        labels_by_definition.setdefault(row.definition, []).append(row.label)
+    kinds = dict.fromkeys(r.interval for row in rows for r in row.cells if r is not None)
+    entries = [_entry(labels, definition) for definition, labels in labels_by_definition.items()]
+    entries += [_entry([term], description) for term, description in TERMS.items()]
+    entries += [_entry([f"Interval: {kind}"], INTERVAL_KINDS[kind].meaning) for kind in kinds if kind in INTERVAL_KINDS]
     return tag("dl", *entries, class_="glossary")
 
 
-def _entry(terms: list[str], said: str) -> str:
-    return tag("div", *(tag("dt", text(term)) for term in terms), tag("dd", text(f"{_capital(said)}.")))
+def _entry(terms: list[str], description: str) -> str:
+    return tag("div", *(tag("dt", escape(term)) for term in terms), tag("dd", escape(f"{_capitalised(description)}.")))
 
 
-def _capital(said: str) -> str:
+def _capitalised(description: str) -> str:
     """A sentence's first letter, unless it begins with a symbol's name."""
-    return f"{said[:1].upper()}{said[1:]}" if said.split()[0].isalpha() else said
+    return f"{description[:1].upper()}{description[1:]}" if description.split()[0].isalpha() else description
 
 
 def limits(comparison: Comparison, rows: list[Row]) -> str:
     """What the numbers of this comparison do not say."""
-    said = [_runs(comparison), _better(), *_sampled(comparison, rows)]
+    limitations = [_seed_limits(comparison), _flatness_limits(), *_data_limits(comparison, rows)]
     return tag(
-        "ul", *(tag("li", tag("strong", text(head)), " ", text(rest)) for head, rest in said if rest), class_="limits"
+        "ul",
+        *(tag("li", tag("strong", escape(head)), " ", escape(rest)) for head, rest in limitations if rest),
+        class_="limits",
     )
 
 
-def _runs(comparison: Comparison) -> tuple[str, str]:
+def _seed_limits(comparison: Comparison) -> tuple[str, str]:
     groups = comparison.groups
     fewest = min(map(len, groups.values()), default=1)
     if fewest < 2 and max(map(len, groups.values()), default=1) > 1:
@@ -219,7 +230,7 @@ def _runs(comparison: Comparison) -> tuple[str, str]:
     )
 
 
-def _better() -> tuple[str, str]:
+def _flatness_limits() -> tuple[str, str]:
     return (
         "Flatter is not better by itself.",
         "Rescaling a ReLU network changes its eigenvalues and not its function (Dinh et al. 2017), and over many "
@@ -228,7 +239,7 @@ def _better() -> tuple[str, str]:
     )
 
 
-def _sampled(comparison: Comparison, rows: list[Row]) -> list[tuple[str, str]]:
+def _data_limits(comparison: Comparison, rows: list[Row]) -> list[tuple[str, str]]:
     found = [
         (
             "A bound on the numerical error is no more than that.",
@@ -236,7 +247,7 @@ def _sampled(comparison: Comparison, rows: list[Row]) -> list[tuple[str, str]]:
             "of a subset is often tens of per cent off that of all the data.",
         )
     ]
-    part = sorted(
+    subsets = sorted(
         {
             (what, int(counted), int(whole))
             for s in comparison.subjects
@@ -245,9 +256,9 @@ def _sampled(comparison: Comparison, rows: list[Row]) -> list[tuple[str, str]]:
             if counted < whole
         }
     )
-    if part:
-        told = "; ".join(f"{what} on {counted:,} of {whole:,} examples" for what, counted, whole in part)
-        found.append(("Not all the data were used for everything:", f"{told}."))
+    if subsets:
+        sentence = "; ".join(f"{what} on {counted:,} of {whole:,} examples" for what, counted, whole in subsets)
+        found.append(("Not all the data were used for everything:", f"{sentence}."))
     if any(s.line is not None or s.surface is not None for s in comparison.subjects):
         found.append(
             (
@@ -264,7 +275,7 @@ def _sampled(comparison: Comparison, rows: list[Row]) -> list[tuple[str, str]]:
                 "more for every checkpoint.",
             )
         )
-    unsure = [f"{row.label} of {s.name}" for row in rows for s, r in zip(comparison.subjects, row.readings, strict=True)
+    unsure = [f"{row.label} of {s.name}" for row in rows for s, r in zip(comparison.subjects, row.cells, strict=True)
               if r is not None and not r.converged]  # fmt: skip
     if unsure:
         found.append(("Not converged, marked with a question mark:", f"{'; '.join(unsure)}."))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sharpscope.report.drawing import table, tag, text
-from sharpscope.results.base import Cost, total
+from sharpscope.report.drawing import escape, table, tag
+from sharpscope.results.base import Cost, total_cost
 from sharpscope.results.comparison import ANALYSES, Comparison, Subject
 from sharpscope.version import __version__
 
@@ -25,15 +25,15 @@ def costs(comparison: Comparison) -> str:
         found = [s.results[name].cost for s in comparison.subjects if name in s.results]
         if found:
             everything += found
-            body.append([analysis.title, *_cells(str(len(found)), total(found))])
+            body.append([analysis.title, *_cells(str(len(found)), total_cost(found))])
     ways = [r.cost for _, _, r in comparison.between]
     if ways:
         everything += ways
-        body.append(["Lines between checkpoints", *_cells(str(len(ways)), total(ways))])
-    body.append([tag("strong", "All"), *_cells("", total(everything))])
+        body.append(["Lines between checkpoints", *_cells(str(len(ways)), total_cost(ways))])
+    body.append([tag("strong", "All"), *_cells("", total_cost(everything))])
     parts = table(["Part", *_COLUMNS], body, "What each part took", "costs")
     each = [
-        [f"{text(s.name)}: {ANALYSES[name].title.lower()}", *_cells("", r.cost)[1:]]
+        [f"{escape(s.name)}: {ANALYSES[name].title.lower()}", *_cells("", r.cost)[1:]]
         for s in comparison.subjects
         for name, r in s.results.items()
     ]
@@ -45,7 +45,7 @@ def _cells(count: str, cost: Cost) -> list[str]:
     return [count, f"{cost.passes:,}", f"{cost.hvps:,}", f"{cost.gradients:,.1f}", f"{cost.seconds:,.1f}"]
 
 
-def known_of(subject: Subject) -> dict[str, Any]:
+def merged_provenance(subject: Subject) -> dict[str, Any]:
     """The provenance of a checkpoint, with what its analyses know where it says nothing."""
     found: dict[str, Any] = {}
     for result in subject.results.values():
@@ -55,62 +55,64 @@ def known_of(subject: Subject) -> dict[str, Any]:
 
 def facts(comparison: Comparison) -> dict[str, str]:
     """What all of it is about, by term: model, parameters, data, precision, level."""
-    known = [known_of(subject) for subject in comparison.subjects]
+    known = [merged_provenance(subject) for subject in comparison.subjects]
     found = {
         "Checkpoints": str(len(comparison.subjects)),
-        "Model": _shared(known, "model"),
-        "Parameters": _shared(known, "num_params", "{:,}"),
-        "Data": _shared(known, "data"),
-        "Loss": _shared(known, "loss_function"),
-        "Precision": _shared(known, "dtype"),
+        "Model": _common_value(known, "model"),
+        "Parameters": _common_value(known, "num_params", "{:,}"),
+        "Data": _common_value(known, "data"),
+        "Loss": _common_value(known, "loss_function"),
+        "Precision": _common_value(known, "dtype"),
         "Level": comparison.level,
     }
-    return {term: said for term, said in found.items() if said}
+    return {term: description for term, description in found.items() if description}
 
 
-def _shared(known: list[dict[str, Any]], name: str, shape: str = "{}") -> str:
+def _common_value(known: list[dict[str, Any]], name: str, shape: str = "{}") -> str:
     values = dict.fromkeys(shape.format(k[name]) for k in known if k.get(name) is not None)
     return ", ".join(values) if len(values) < 4 else f"{len(values)} different"
 
 
 def reproduction(comparison: Comparison) -> str:
     """The command, the checkpoints with their hashes and seeds, and the versions."""
-    known = {subject.name: known_of(subject) for subject in comparison.subjects}
-    command = tag("pre", tag("code", text(comparison.command), id="command"), tabindex="0")
+    known = {subject.name: merged_provenance(subject) for subject in comparison.subjects}
+    command = tag("pre", tag("code", escape(comparison.command), id="command"), tabindex="0")
     copy = tag("button", "Copy", type="button", class_="copy", data_copy="command", hidden=True)
     how = tag("div", command, copy, class_="command") if comparison.command else ""
     body = [
         [
-            text(name),
-            text(k.get("checkpoint", "-")),
-            text(_training(k)),
-            text(_seeds(comparison, name)),
+            escape(name),
+            escape(k.get("checkpoint", "-")),
+            escape(_training(k)),
+            escape(_seeds(comparison, name)),
             _hash(k.get("sha256")),
         ]
         for name, k in known.items()
     ]
     head = ["Checkpoint", "File", "Trained by", "Seeds", "SHA-256"]
     versions = _versions(known.values())
-    said = tag("p", text(f"Versions: {', '.join(f'{name} {v}' for name, v in versions.items())}."), class_="quiet")
-    return how + table(head, body, "Checkpoints", "origin") + said
+    description = tag(
+        "p", escape(f"Versions: {', '.join(f'{name} {v}' for name, v in versions.items())}."), class_="quiet"
+    )
+    return how + table(head, body, "Checkpoints", "origin") + description
 
 
 def _training(known: Mapping[str, Any]) -> str:
     recipe = known.get("recipe") or {}
-    said = [str(recipe["optimizer"])] if recipe.get("optimizer") else []
-    said += [
+    description = [str(recipe["optimizer"])] if recipe.get("optimizer") else []
+    description += [
         f"{key.replace('_', ' ')} {recipe[key]:g}"
         for key in ("rho", "lr", "momentum", "weight_decay")
         if recipe.get(key)
     ]
-    said += [f"epoch {known['epoch']}"] if known.get("epoch") is not None else []
-    return ", ".join(said) or "-"
+    description += [f"epoch {known['epoch']}"] if known.get("epoch") is not None else []
+    return ", ".join(description) or "-"
 
 
 def _seeds(comparison: Comparison, name: str) -> str:
     """Of training, and of each analysis's random vectors, subsets and directions."""
     subject = next(s for s in comparison.subjects if s.name == name)
-    recipe = known_of(subject).get("recipe") or {}
+    recipe = merged_provenance(subject).get("recipe") or {}
     found = {"training": recipe.get("seed")}
     for key, result in subject.results.items():
         seeds: list[Any] = [result.provenance.get("seed")]
@@ -124,7 +126,7 @@ def _seeds(comparison: Comparison, name: str) -> str:
 
 
 def _hash(value: Any) -> str:
-    return tag("code", text(value), class_="hash") if value else "-"
+    return tag("code", escape(value), class_="hash") if value else "-"
 
 
 def _versions(known: Any) -> dict[str, str]:

@@ -8,11 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sharpscope.plot.figure import caption, diverged, require_alike
+from sharpscope.plot.figure import caption, diverged, require_comparable
 from sharpscope.plot.interactive import surface_traces
-from sharpscope.plot.levels import MAP, heights, norm_of, shared_levels, told
-from sharpscope.plot.surface import marks_said, surface_contour
-from sharpscope.report.drawing import QUIET, Drawn, Look, Panel, data, key, panel, powers, table, tag, text
+from sharpscope.plot.levels import COLOUR_MAP, colour_norm, format_level, grid_values, shared_levels
+from sharpscope.plot.surface import describe_marks, surface_contour
+from sharpscope.report.drawing import (
+    QUIET,
+    PageFigure,
+    Panel,
+    Style,
+    escape,
+    json_block,
+    legend,
+    log_ticks,
+    panel,
+    table,
+    tag,
+)
 from sharpscope.results import SliceResult
 from sharpscope.results.comparison import Comparison
 from sharpscope.results.comparison.rows import Row
@@ -27,13 +39,13 @@ BANDS = 4
 RANGE = 50.0
 
 
-def lines(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> Drawn | None:
+def lines(comparison: Comparison, styles: dict[str, Style], rows: list[Row]) -> PageFigure | None:
     """The loss along random directions, a panel a split, on one scale."""
     found = [(s.name, s.line) for s in comparison.subjects if s.line is not None and s.line.dimensions == 1]
     if not found:
         return None
     results = [r for _, r in found]
-    require_alike(results, grid=False)
+    require_comparable(results, grid=False)
     shown = [(name, r if r.complete else r.finished()) for name, r in found]
     splits, (limits, log) = results[0].splits, _limits([r for _, r in shown])
     bands = len(shown) <= BANDS and any(len(r.directions) > 1 for _, r in shown)
@@ -41,64 +53,71 @@ def lines(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> Dr
     def drawing(split: str) -> Panel:
         def draw(axes: Axes) -> None:
             for name, r in shown:
-                _line(axes, r, split, looks[name], bands, thin=len(shown) > BANDS)
-            _frame(axes, limits, log, f"{split} loss")
+                _line(axes, r, split, styles[name], bands, thin=len(shown) > BANDS)
+            _set_loss_axis(axes, limits, log, f"{split} loss")
             axes.set_xlabel("t along random directions")
 
-        said = "; ".join(f"{name}: {_ends(r, split)}" for name, r in shown)
+        description = "; ".join(f"{name}: {_describe_line(r, split)}" for name, r in shown)
         return panel(
-            f"line-{splits.index(split) + 1}", f"{split} loss along random lines", said, draw, above=f"{split} loss"
+            f"line-{splits.index(split) + 1}",
+            f"{split} loss along random lines",
+            description,
+            draw,
+            heading=f"{split} loss",
         )
 
-    also = ["lines are medians over directions" + (", bands from the lowest to the highest" if bands else "")]
-    also = also if any(len(r.directions) > 1 for _, r in shown) else []
+    extra = ["lines are medians over directions" + (", bands from the lowest to the highest" if bands else "")]
+    extra = extra if any(len(r.directions) > 1 for _, r in shown) else []
     scale = "logarithmic scale, shared" if log else "linear scale, shared"
-    said = caption(results, scale=scale, also=also)
+    description = caption(results, scale=scale, extra=extra)
     names = [name for name, _ in shown]
     panels = tuple(map(drawing, splits))
-    return Drawn("lines", "Loss along random lines", panels, said, key=key(comparison, looks, names))
+    return PageFigure("lines", "Loss along random lines", panels, description, legend=legend(comparison, styles, names))
 
 
-def between(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> Drawn | None:
+def between(comparison: Comparison, styles: dict[str, Style], rows: list[Row]) -> PageFigure | None:
     """The loss on the way from one checkpoint to another, with the barrier."""
-    ways = [(a, b, r if r.complete else r.finished()) for a, b, r in comparison.between]
-    if not ways:
+    interpolations = [(a, b, r if r.complete else r.finished()) for a, b, r in comparison.between]
+    if not interpolations:
         return None
-    require_alike([r for _, _, r in ways], grid=False)
-    splits, (limits, log) = ways[0][2].splits, _limits([r for _, _, r in ways])
-    star = not comparison.groups and len(ways) > 1 and len({a for a, _, _ in ways}) == 1
+    require_comparable([r for _, _, r in interpolations], grid=False)
+    splits, (limits, log) = interpolations[0][2].splits, _limits([r for _, _, r in interpolations])
+    star = not comparison.groups and len(interpolations) > 1 and len({a for a, _, _ in interpolations}) == 1
 
     def drawing(split: str) -> Panel:
         def draw(axes: Axes) -> None:
-            for a, b, r in ways:
-                look = looks[b] if star else None
-                style = {"color": QUIET} if look is None else {"color": look.colour, "linestyle": look.linestyle}
+            for a, b, r in interpolations:
+                line = {"color": styles[b].colour, "linestyle": styles[b].linestyle} if star else {"color": QUIET}
                 t, loss = _median(r, split)
-                axes.plot(t, loss, linewidth=1.5 if len(ways) == 1 else 1.0, **style)
+                axes.plot(t, loss, linewidth=1.5 if len(interpolations) == 1 else 1.0, **line)
                 for end, name in ((0.0, a), (1.0, b)):
                     near = int(np.argmin(np.abs(t - end)))
-                    axes.plot(t[near], loss[near], marker=looks[name].marker, color=looks[name].colour, markersize=6)
-            _frame(axes, limits, log, f"{split} loss")
+                    axes.plot(t[near], loss[near], marker=styles[name].marker, color=styles[name].colour, markersize=6)
+            _set_loss_axis(axes, limits, log, f"{split} loss")
             axes.set_xlabel("t, from the first checkpoint (0) to the second (1)")
 
-        said = "; ".join(f"{a} to {b}: {_ends(r, split)}, barrier {_barrier(r, split)}" for a, b, r in ways)
+        description = "; ".join(
+            f"{a} to {b}: {_describe_line(r, split)}, barrier {_barrier(r, split)}" for a, b, r in interpolations
+        )
         name = f"between-{splits.index(split) + 1}"
-        return panel(name, f"{split} loss between checkpoints", said, draw, above=f"{split} loss")
+        return panel(name, f"{split} loss between checkpoints", description, draw, heading=f"{split} loss")
 
-    said = (
+    description = (
         "Loss of the weights (1 - t) w + t w' on the straight line between two checkpoints. The barrier is the most "
         "by which it lies above the straight line between the losses of its ends, on these points (Frankle et al. "
         f"2020); 0 means that nothing stands between them. {'Logarithmic' if log else 'Linear'} scale, shared."
     )
-    heights = [[_way(a, b), *(_barrier(r, split) for split in splits)] for a, b, r in ways]
-    after = table(["From, to", *(text(f"barrier, {split}") for split in splits)], heights, "Barriers")
-    names = [name for a, b, _ in ways for name in (a, b)]
+    barriers = [[_pair_label(a, b), *(_barrier(r, split) for split in splits)] for a, b, r in interpolations]
+    after = table(["From, to", *(escape(f"barrier, {split}") for split in splits)], barriers, "Barriers")
+    names = [name for a, b, _ in interpolations for name in (a, b)]
     panels = tuple(map(drawing, splits))
-    return Drawn("between", "Between minima", panels, said, key=key(comparison, looks, names), after=after)
+    return PageFigure(
+        "between", "Between minima", panels, description, legend=legend(comparison, styles, names), after=after
+    )
 
 
-def _way(a: str, b: str) -> str:
-    return f"{text(a)} → {text(b)}"
+def _pair_label(a: str, b: str) -> str:
+    return f"{escape(a)} → {escape(b)}"
 
 
 def _losses(r: SliceResult, split: str) -> Array:
@@ -113,18 +132,18 @@ def _median(r: SliceResult, split: str) -> tuple[Array, Array]:
     return r.axes[0], np.where(np.isfinite(middle), middle, np.nan)
 
 
-def _line(axes: Axes, r: SliceResult, split: str, look: Look, bands: bool, thin: bool) -> None:
+def _line(axes: Axes, r: SliceResult, split: str, style: Style, bands: bool, thin: bool) -> None:
     t, middle = _median(r, split)
-    axes.plot(t, middle, color=look.colour, linestyle=look.linestyle, linewidth=1.1 if thin else 1.7)
+    axes.plot(t, middle, color=style.colour, linestyle=style.linestyle, linewidth=1.1 if thin else 1.7)
     if bands and len(r.directions) > 1:
         losses = _losses(r, split)
         whole = np.isfinite(losses).all(axis=0)
         low, high = (np.where(whole, end(losses, axis=0), np.nan) for end in (np.min, np.max))
-        axes.fill_between(t, low, high, color=look.colour, alpha=0.18, linewidth=0)
-    broken = ~np.isfinite(middle)
-    if broken.any():
-        cross: dict[str, Any] = {"marker": "x", "linestyle": "", "color": look.colour, "markersize": 6}
-        axes.plot(t[broken], np.ones(broken.sum()), transform=axes.get_xaxis_transform(), clip_on=False, **cross)
+        axes.fill_between(t, low, high, color=style.colour, alpha=0.18, linewidth=0)
+    missing = ~np.isfinite(middle)
+    if missing.any():
+        cross: dict[str, Any] = {"marker": "x", "linestyle": "", "color": style.colour, "markersize": 6}
+        axes.plot(t[missing], np.ones(missing.sum()), transform=axes.get_xaxis_transform(), clip_on=False, **cross)
 
 
 def _limits(results: Sequence[SliceResult]) -> tuple[tuple[float, float], bool]:
@@ -135,18 +154,18 @@ def _limits(results: Sequence[SliceResult]) -> tuple[tuple[float, float], bool]:
     low, high = float(found.min()), float(found.max())
     if low > 0 and high > RANGE * low:
         return (low / (high / low) ** 0.05, high * (high / low) ** 0.05), True
-    room = 0.05 * (high - low) or 0.05 * abs(low) + 1e-6
-    return (low - room, high + room), False
+    margin = 0.05 * (high - low) or 0.05 * abs(low) + 1e-6
+    return (low - margin, high + margin), False
 
 
-def _frame(axes: Axes, limits: tuple[float, float], log: bool, label: str) -> None:
+def _set_loss_axis(axes: Axes, limits: tuple[float, float], log: bool, label: str) -> None:
     axes.set(ylabel=label, yscale="log" if log else "linear")
     axes.set_ylim(*limits)
     if log:
-        powers(axes.yaxis)
+        log_ticks(axes.yaxis)
 
 
-def _ends(r: SliceResult, split: str) -> str:
+def _describe_line(r: SliceResult, split: str) -> str:
     t, loss = _median(r, split)
     if not np.isfinite(loss).any():
         return "diverged everywhere"
@@ -163,25 +182,25 @@ def _barrier(r: SliceResult, split: str) -> str:
 
 
 # Browsers keep about 16 WebGL contexts alive, and a page may hold others.
-SCENES = 12
+MAX_SCENES = 12
 # In inches.
 PLANE, BAR = (3.2, 3.1), (6.4, 0.62)
 
 
-def planes(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> Drawn | None:
+def planes(comparison: Comparison, styles: dict[str, Style], rows: list[Row]) -> PageFigure | None:
     """Contours of the loss over a random plane, a panel a checkpoint, with one set of levels and colours."""
     found = _surfaces(comparison)
     if not found:
         return None
     results = [r for _, r in found]
-    require_alike(results, grid=True)
+    require_comparable(results, grid=True)
     at, log = _levels(results)
     split = results[0].splits[0]
     panels = [
         panel(
             f"plane-{i}",
             f"{split} loss of {name} over a random plane",
-            f"{name}: {_described(r)}.",
+            f"{name}: {_describe_plane(r)}.",
             lambda axes, r=r: _plane(axes, r, at, log),  # type: ignore[misc]
             PLANE,
             name,
@@ -192,14 +211,14 @@ def planes(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> D
         "plane-levels",
         f"Colours of the {split} loss",
         f"From {at[0]:.3g} to {at[-1]:.3g}, {'logarithmic' if log else 'linear'}, the same in all panels.",
-        lambda axes: _bar(axes, at, log, f"{split} loss"),
+        lambda axes: _colour_bar(axes, at, log, f"{split} loss"),
         BAR,
         "",
     )
     scale = f"{'logarithmic' if log else 'linear'} scale, the same levels in all"
-    said = caption(results, splits=[split], scale=scale, also=marks_said(results))
-    after = tag("div", bar.svg, class_="levels") + _turning(found, at, log)
-    return Drawn("planes", "Loss over random planes", tuple(panels), said, "many", after=after)
+    description = caption(results, splits=[split], scale=scale, extra=describe_marks(results))
+    after = tag("div", bar.svg, class_="levels") + _interactive(found, at, log)
+    return PageFigure("planes", "Loss over random planes", tuple(panels), description, "many", after=after)
 
 
 def _surfaces(comparison: Comparison) -> list[tuple[str, SliceResult]]:
@@ -209,7 +228,7 @@ def _surfaces(comparison: Comparison) -> list[tuple[str, SliceResult]]:
 
 def _levels(results: list[SliceResult]) -> tuple[Array, bool]:
     """Levels of all, logarithmic where every loss is above zero."""
-    log = all(float(np.nanmin(heights(r, None, "loss"))) > 0 for r in results)
+    log = all(float(np.nanmin(grid_values(r, None, "loss"))) > 0 for r in results)
     return shared_levels(results, log=log), log
 
 
@@ -224,22 +243,22 @@ def _plane(axes: Axes, r: SliceResult, at: Array, log: bool) -> None:
             drawn.set_rasterized(True)
 
 
-def _bar(axes: Axes, at: Array, log: bool, label: str) -> None:
+def _colour_bar(axes: Axes, at: Array, log: bool, label: str) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.ticker import NullLocator
 
     axes.grid(False)
-    colours = ScalarMappable(norm_of(at, log), MAP)
+    colours = ScalarMappable(colour_norm(at, log), COLOUR_MAP)
     axes.figure.colorbar(colours, cax=axes, orientation="horizontal", label=label)
-    axes.set_xticks(at, [told(level, "loss") for level in at])
+    axes.set_xticks(at, [format_level(level, "loss") for level in at])
     axes.xaxis.set_minor_locator(NullLocator())
     for drawn in axes.collections:
         drawn.set_rasterized(True)
     axes.tick_params(color=QUIET)
 
 
-def _described(r: SliceResult) -> str:
-    z = heights(r, None, "loss")
+def _describe_plane(r: SliceResult) -> str:
+    z = grid_values(r, None, "loss")
     y, x = np.unravel_index(int(np.nanargmin(z)), z.shape)
     lost = int((~np.isfinite(z)).sum())
     return (
@@ -257,24 +276,24 @@ def plotly_script() -> str | None:
     return str(get_plotlyjs())
 
 
-def _turning(found: list[tuple[str, SliceResult]], at: Array, log: bool) -> str:
+def _interactive(found: list[tuple[str, SliceResult]], at: Array, log: bool) -> str:
     """A button that starts the interactive surfaces, and their data; nothing without plotly."""
     try:
         import plotly.graph_objects as go
     except ImportError:
         return ""
-    shown = found[:SCENES]
+    shown = found[:MAX_SCENES]
     scenes: list[dict[str, Any]] = []
     for name, r in shown:
         figure = go.Figure(surface_traces(go, r, at, log=log))
         scenes.append({"name": name, "traces": json.loads(figure.to_json())["data"]})
     scaled = np.log10(at) if log else at
     ends = {"low": float(scaled[0]), "high": float(scaled[-1])}
-    axis = {**ends, "at": scaled.tolist(), "told": [told(level, "loss") for level in at]}
-    left = f" Of {len(found)} surfaces the first {SCENES}." if found[SCENES:] else ""
+    axis = {**ends, "at": scaled.tolist(), "told": [format_level(level, "loss") for level in at]}
+    left = f" Of {len(found)} surfaces the first {MAX_SCENES}." if found[MAX_SCENES:] else ""
     button = tag("button", "Turn the surfaces in 3D", type="button", class_="start", data_scenes="scenes", hidden=True)
     hint = tag(
         "span", f"Drag to turn all of them together; the panels above show the same.{left}", class_="quiet", hidden=True
     )
     stage = tag("div", class_="stage", role="group", aria_label="Interactive surfaces", hidden=True)
-    return tag("div", button, hint, stage, class_="turning") + data({"scenes": scenes, "axis": axis}, "scenes")
+    return tag("div", button, hint, stage, class_="turning") + json_block({"scenes": scenes, "axis": axis}, "scenes")

@@ -8,12 +8,23 @@ import numpy as np
 
 from sharpscope.errors import DataError
 from sharpscope.formatting import with_bound
-from sharpscope.plot.density import broken, density_curve, height_of_one
-from sharpscope.report.drawing import PAIR, QUIET, THIRD, Drawn, Look, Panel, key, panel, powers, together
+from sharpscope.plot.density import density_curve, single_eigenvalue_height, with_gaps
+from sharpscope.report.drawing import (
+    PAIR,
+    QUIET,
+    THIRD,
+    PageFigure,
+    Panel,
+    Style,
+    group_by_style,
+    legend,
+    log_ticks,
+    panel,
+)
 from sharpscope.results.comparison import Comparison, Subject
 from sharpscope.results.comparison.rows import Row
-from sharpscope.results.comparison.statistics import Reading
 from sharpscope.results.density import DensityResult
+from sharpscope.results.statistics import Cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,20 +39,20 @@ BANDS = (
 )
 
 
-def eigenvalues(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> Drawn | None:
+def eigenvalues(comparison: Comparison, styles: dict[str, Style], rows: list[Row]) -> PageFigure | None:
     """lambda_max as bars with bounds, and the k largest eigenvalues."""
     row = next((row for row in rows if row.label == "lambda_max"), None)
     if row is None:
         return None
-    found = [(s, r) for s, r in zip(comparison.subjects, row.readings, strict=True) if r is not None]
+    found = [(s, r) for s, r in zip(comparison.subjects, row.cells, strict=True) if r is not None]
     size = (PAIR[0], max(PAIR[1], 0.9 + 0.27 * len(found)))
-    said = "; ".join(f"{s.name} {r}" for s, r in found)
+    description = "; ".join(f"{s.name} {r}" for s, r in found)
     panels = [
         panel(
             "lambda-max",
             "lambda_max of each checkpoint",
-            f"lambda_max with its interval: {said}.",
-            lambda axes: _bars(axes, [(s.name, looks[s.name], r) for s, r in found]),
+            f"lambda_max with its interval: {description}.",
+            lambda axes: _bars(axes, [(s.name, styles[s.name], r) for s, r in found]),
             size,
             "lambda_max, with its interval",
         )
@@ -55,8 +66,8 @@ def eigenvalues(comparison: Comparison, looks: dict[str, Look], rows: list[Row])
             panel(
                 "top-eigenvalues",
                 f"The {k} largest eigenvalues of each checkpoint",
-                f"The largest eigenvalues: {'; '.join(f'{s.name} {_listed(s)}' for s in several)}.",
-                lambda axes: _top(axes, several, looks),
+                f"The largest eigenvalues: {'; '.join(f'{s.name} {_list_eigenvalues(s)}' for s in several)}.",
+                lambda axes: _largest(axes, several, styles),
                 size,
             )
         )
@@ -69,7 +80,7 @@ def eigenvalues(comparison: Comparison, looks: dict[str, Look], rows: list[Row])
         f"Largest eigenvalues of the Hessian of the mean training loss. Whiskers: {', '.join(kinds)}{thin}"
         f"{unsure}. A larger lambda_max is a sharper direction, no worse network."
     )
-    return Drawn("eigenvalues", "Largest eigenvalues", tuple(panels), caption, key=key(comparison, looks))
+    return PageFigure("eigenvalues", "Largest eigenvalues", tuple(panels), caption, legend=legend(comparison, styles))
 
 
 def bars_scale(values: list[float]) -> str:
@@ -77,75 +88,75 @@ def bars_scale(values: list[float]) -> str:
     return "log" if min(values) > 0 and max(values) > BARS * min(values) else "linear"
 
 
-def clipped(name: str) -> str:
+def shortened(name: str) -> str:
     """As much of a name as a figure has room for: its end, which tells runs apart."""
     return name if len(name) <= LETTERS else f"…{name[1 - LETTERS :]}"
 
 
-def name_rows(axes: Axes, names: list[str]) -> None:
+def label_rows(axes: Axes, names: list[str]) -> None:
     """Names of rows from the top downwards."""
-    axes.set_yticks(range(len(names)), [clipped(name) for name in names])
+    axes.set_yticks(range(len(names)), [shortened(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
     axes.spines["left"].set_visible(False)
 
 
-def _bars(axes: Axes, found: list[tuple[str, Look, Reading]]) -> None:
-    values = [reading.value for _, _, reading in found]
+def _bars(axes: Axes, found: list[tuple[str, Style, Cell]]) -> None:
+    values = [cell.value for _, _, cell in found]
     scale = bars_scale(values)
     axes.set_xscale(scale)
-    ends: list[float] = []
-    starts: list[float] = []
-    for y, (_, look, r) in enumerate(found):
+    highs: list[float] = []
+    lows: list[float] = []
+    for y, (_, style, r) in enumerate(found):
         low, high = (r.value if end is None else end for end in (r.lower, r.upper))
         if scale == "linear":
-            axes.barh(y, r.value, height=0.55, color=look.colour, alpha=0.35)
+            axes.barh(y, r.value, height=0.55, color=style.colour, alpha=0.35)
         error: Any = [[max(r.value - low, 0)], [max(high - r.value, 0)]]
-        axes.errorbar(r.value, y, xerr=error, color=look.colour, marker=look.marker, capsize=3)
-        ends.append(max(high, r.value))
-        starts.append(min(low, r.value))
+        axes.errorbar(r.value, y, xerr=error, color=style.colour, marker=style.marker, capsize=3)
+        highs.append(max(high, r.value))
+        lows.append(min(low, r.value))
         axes.annotate(
             str(r),
-            (ends[-1], y),
+            (highs[-1], y),
             xytext=(6, 0),
             textcoords="offset points",
             va="center",
             fontsize=8,
             annotation_clip=False,
         )
-    name_rows(axes, [name for name, _, _ in found])
+    label_rows(axes, [name for name, _, _ in found])
     axes.set_xlabel("lambda_max")
     if scale == "log":
-        lowest = min((start for start in starts if start > 0), default=min(values))
-        axes.set_xlim(lowest / 2, max(ends) * (max(ends) / min(values)) ** 0.5)
-        powers(axes.xaxis)
+        lowest = min((start for start in lows if start > 0), default=min(values))
+        axes.set_xlim(lowest / 2, max(highs) * (max(highs) / min(values)) ** 0.5)
+        log_ticks(axes.xaxis)
     else:
-        low = 1.05 * min(0.0, *starts)
-        axes.set_xlim(low, low + 1.42 * (max(max(ends), 0.0) - low or 1.0))
+        low = 1.05 * min(0.0, *lows)
+        axes.set_xlim(low, low + 1.42 * (max(max(highs), 0.0) - low or 1.0))
 
 
-def _top(axes: Axes, subjects: list[Subject], looks: dict[str, Look]) -> None:
-    positive = all((_ends(s)[0] > 0).all() for s in subjects)
+def _largest(axes: Axes, subjects: list[Subject], styles: dict[str, Style]) -> None:
+    positive = all((_intervals(s)[0] > 0).all() for s in subjects)
     for s in subjects:
         if s.eigen is not None:
-            values, (lower, upper) = s.eigen.eigenvalues, _ends(s)
+            values, (lower, upper) = s.eigen.eigenvalues, _intervals(s)
             error = np.stack([values - lower, upper - values]).clip(0)
-            axes.errorbar(np.arange(1, len(values) + 1), values, yerr=error, capsize=2, **looks[s.name].line)
+            axes.errorbar(np.arange(1, len(values) + 1), values, yerr=error, capsize=2, **styles[s.name].line)
     if positive:
         axes.set_yscale("log")
-        powers(axes.yaxis)
+        log_ticks(axes.yaxis)
     axes.set(xlabel="k", ylabel="lambda_k")
     axes.set_xticks(range(1, max(len(s.eigen.eigenvalues) for s in subjects if s.eigen is not None) + 1))
 
 
-def _listed(subject: Subject) -> str:
+def _list_eigenvalues(subject: Subject) -> str:
     eigen = subject.eigen
     assert eigen is not None
-    return ", ".join(map(with_bound, eigen.eigenvalues, *_ends(subject)))
+    return ", ".join(map(with_bound, eigen.eigenvalues, *_intervals(subject)))
 
 
-def _ends(subject: Subject) -> tuple[Any, Any]:
+def _intervals(subject: Subject) -> tuple[Any, Any]:
     """The intervals that the table has: over examples where the eigenvalues are those of a sample."""
     eigen = subject.eigen
     assert eigen is not None
@@ -155,21 +166,21 @@ def _ends(subject: Subject) -> tuple[Any, Any]:
     return np.array(sampling["lower"]), np.array(sampling["upper"])
 
 
-def densities(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -> Drawn | None:
+def densities(comparison: Comparison, styles: dict[str, Style], rows: list[Row]) -> PageFigure | None:
     """The spectral density of each checkpoint or group, on one scale, with the others in grey behind."""
     found = [s for s in comparison.subjects if s.density is not None]
     if not found:
         return None
     curves = {s.name: (s.density, s.density.curve()) for s in found if s.density is not None}
-    floor = min(height_of_one(d, c) for d, c in curves.values()) / 100
+    floor = min(single_eigenvalue_height(d, c) for d, c in curves.values()) / 100
     limits = (
         (min(float(c.grid[0]) for _, c in curves.values()), max(float(c.grid[-1]) for _, c in curves.values())),
         (floor, 5 * max(float(c.upper.max()) for _, c in curves.values())),
     )
-    parts = together(found)
+    parts = group_by_style(found)
     size = PAIR if len(parts) < 5 else THIRD
     panels = [
-        _density_panel(f"density-{i}", name, members, found, looks, limits, size)
+        _density_panel(f"density-{i}", name, members, found, styles, limits, size)
         for i, (name, members) in enumerate(parts, start=1)
     ]
     widths = [c.width for _, c in curves.values()]
@@ -180,15 +191,15 @@ def densities(comparison: Comparison, looks: dict[str, Look], rows: list[Row]) -
         f"{'Grey: the others.' if len(panels) > 1 else ''}"
     )
     layout = "pair" if size is PAIR else "many"
-    return Drawn("density", "Spectral density", tuple(panels), caption, layout)
+    return PageFigure("density", "Spectral density", tuple(panels), caption, layout)
 
 
 def _density_panel(
-    key: str,
+    legend: str,
     name: str,
     members: list[Subject],
     everyone: list[Subject],
-    looks: dict[str, Look],
+    styles: dict[str, Style],
     limits: Any,
     size: tuple[float, float],
 ) -> Panel:
@@ -197,34 +208,34 @@ def _density_panel(
     def draw(axes: Axes) -> None:
         for s in everyone:
             if s.density is not None and s.name not in own:
-                at, shown, _, _ = broken(s.density.curve())
+                at, shown, _, _ = with_gaps(s.density.curve())
                 axes.plot(at, shown, color=QUIET, alpha=0.55 if size is PAIR else 0.25, linewidth=1, zorder=1)
         for s in members:
             if s.density is not None:
-                _own(axes, s.density, s, looks[s.name], alone=len(members) == 1)
+                _density_line(axes, s.density, s, styles[s.name], alone=len(members) == 1)
         axes.set(xlabel="eigenvalue λ", ylabel="density", yscale="log", xlim=limits[0], ylim=limits[1])
-        powers(axes.yaxis)
+        log_ticks(axes.yaxis)
 
-    said = "; ".join(_described(s.name, s.density) for s in members if s.density is not None)
-    return panel(key, f"Spectral density of {name}", said, draw, size, name)
+    description = "; ".join(_describe_density(s.name, s.density) for s in members if s.density is not None)
+    return panel(legend, f"Spectral density of {name}", description, draw, size, name)
 
 
-def _own(axes: Axes, density: DensityResult, subject: Subject, look: Look, alone: bool) -> None:
+def _density_line(axes: Axes, density: DensityResult, subject: Subject, style: Style, alone: bool) -> None:
     if not alone:
-        at, shown, _, _ = broken(density.curve())
-        axes.plot(at, shown, color=look.colour, linewidth=1)
+        at, shown, _, _ = with_gaps(density.curve())
+        axes.plot(at, shown, color=style.colour, linewidth=1)
         return
     eigen = subject.eigen if subject.eigen is not None and subject.eigen.which == "largest" else None
     try:
-        density_curve(density, eigen, axes, colour=look.colour)
+        density_curve(density, eigen, axes, colour=style.colour)
     except DataError:  # eigenvalues of other data have no place on this curve
-        density_curve(density, None, axes, colour=look.colour)
+        density_curve(density, None, axes, colour=style.colour)
     legend = axes.get_legend()
     if legend is not None:
         legend.remove()
 
 
-def _described(name: str, density: DensityResult) -> str:
+def _describe_density(name: str, density: DensityResult) -> str:
     return (
         f"{name}: Frobenius norm {density.frobenius}, share of negative eigenvalues "
         f"{density.negative_mass}, nodes from {density.nodes.min():.3g} to {density.nodes.max():.3g}"

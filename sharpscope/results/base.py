@@ -1,4 +1,4 @@
-"""The base class of results: saved, loaded and shown alike, from the fields of the dataclass."""
+"""The base class of results, which saves, loads and displays them from their dataclass fields; and their cost."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any, ClassVar, TypeVar
 
 from sharpscope.results.serialization import (
     IN_NPZ,
+    annotations_of,
     as_json,
-    fields_from,
-    head,
-    hints_of,
-    notes_of,
-    opened,
-    owner_of,
-    plain,
-    read,
-    reading,
-    refuse_taken,
+    header,
+    jsonable,
+    metadata_of,
+    noun_phrase,
+    parse_fields,
+    read_json,
+    reject_reserved_keys,
     require_shapes,
-    write,
+    translate_errors,
+    without_header,
+    write_json,
 )
 from sharpscope.results.table import Table
 
@@ -54,21 +54,21 @@ class Result(ABC):
         cls._repr_pretty_ = Result._repr_pretty_  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
-        refuse_taken(self.provenance, self._keys())
-        require_shapes(self, owner_of(self.analysis))
+        reject_reserved_keys(self.provenance, self._json_keys())
+        require_shapes(self, noun_phrase(self.analysis))
 
     @classmethod
-    def _fields(cls) -> list[str]:
+    def _json_fields(cls) -> list[str]:
         """The fields that are in the JSON, without the provenance."""
-        hints = hints_of(cls)
-        return [f.name for f in fields(cls) if f.name != "provenance" and IN_NPZ not in notes_of(hints[f.name])]
+        hints = annotations_of(cls)
+        return [f.name for f in fields(cls) if f.name != "provenance" and IN_NPZ not in metadata_of(hints[f.name])]
 
     @classmethod
-    def _keys(cls) -> tuple[str, ...]:
+    def _json_keys(cls) -> tuple[str, ...]:
         """The keys of the JSON that are not provenance."""
         return (*(f.name for f in fields(cls) if f.name != "provenance"), *cls.derived)
 
-    def _derived(self) -> dict[str, Any]:
+    def _derived_values(self) -> dict[str, Any]:
         """The values of ``derived``."""
         return {name: getattr(self, name) for name in self.derived}
 
@@ -77,32 +77,34 @@ class Result(ABC):
         return self.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values; a number that is not finite is null."""
-        values = {name: getattr(self, name) for name in self._fields()}
-        return {**head(self.analysis, self.provenance), **as_json({**values, **self._derived()})}
+        """Return everything as plain JSON values; a number that is not finite is null."""
+        values = {name: getattr(self, name) for name in self._json_fields()}
+        return {**header(self.analysis, self.provenance), **as_json({**values, **self._derived_values()})}
 
     @classmethod
     def from_dict(cls: type[Self], values: Mapping[str, Any]) -> Self:
-        """The inverse of ``to_dict``. Unknown keys become provenance; null stands for NaN where NaN is possible.
+        """Build a result from the dictionary of ``to_dict``.
+
+        Unknown keys become provenance; null stands for NaN where NaN is possible.
 
         Raises: DataError when a key is missing, a value has another type or length, or it is another analysis.
         """
-        with reading(owner_of(cls.analysis), f"{cls.__name__}.to_dict()"):
-            found = opened(values, cls.analysis)
-            rest = {key: value for key, value in found.items() if key not in cls._keys()}
-            return cls(**{**cls._read(found), "provenance": plain(rest)})
+        with translate_errors(noun_phrase(cls.analysis), f"{cls.__name__}.to_dict()"):
+            values_without_header = without_header(values, cls.analysis)
+            rest = {key: value for key, value in values_without_header.items() if key not in cls._json_keys()}
+            return cls(**{**cls._parse(values_without_header), "provenance": jsonable(rest)})
 
     @classmethod
-    def _read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _parse(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a JSON object."""
-        return fields_from(cls, cls._fields(), values)
+        return parse_fields(cls, cls._json_fields(), values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON to ``path``, atomically.
+        """Write the result to ``path`` as JSON, atomically.
 
         Raises: OutputError when it cannot be written.
         """
-        write(path, self.to_dict())
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
@@ -110,14 +112,14 @@ class Result(ABC):
 
         Raises: DataError when ``path`` holds something else, or is damaged.
         """
-        return cls.from_dict(read(path))
+        return cls.from_dict(read_json(path))
 
     @abstractmethod
     def table(self) -> Table:
-        """The result as rows and notes."""
+        """Return the result as a table with notes."""
 
     def summary(self) -> str:
-        """The result as a table of text."""
+        """Return the table as text."""
         return str(self.table())
 
     def __str__(self) -> str:
@@ -133,13 +135,13 @@ class Result(ABC):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a measurement took.
+    """The cost of a measurement.
 
     Attributes:
-        passes: full walks over the data.
+        passes: passes over the whole data set.
         hvps: Hessian-vector products over the whole data set.
         gradients: everything done, audit included, in units of one gradient (forward and backward) over the data set.
-        seconds: wall-clock.
+        seconds: wall-clock time.
     """
 
     passes: int
@@ -148,12 +150,12 @@ class Cost:
     seconds: float
 
 
-def total(costs: Iterable[Cost]) -> Cost:
-    """The sum of costs."""
-    kept = list(costs)
+def total_cost(costs: Iterable[Cost]) -> Cost:
+    """Add up costs."""
+    costs_list = list(costs)
     return Cost(
-        passes=sum(c.passes for c in kept),
-        hvps=sum(c.hvps for c in kept),
-        gradients=sum(c.gradients for c in kept),
-        seconds=sum(c.seconds for c in kept),
+        passes=sum(c.passes for c in costs_list),
+        hvps=sum(c.hvps for c in costs_list),
+        gradients=sum(c.gradients for c in costs_list),
+        seconds=sum(c.seconds for c in costs_list),
     )

@@ -1,4 +1,4 @@
-"""The spectral density: quadratures, one a random vector, and what follows from them."""
+"""The results of random probes: the spectral density with its moments and curve, and the trace."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 from sharpscope.errors import DataError
 from sharpscope.formatting import transpose_if_narrower
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.estimate import Estimate, student
-from sharpscope.results.provenance import POINT_AND_PRICE, names_of, origin_notes, point_and_price
+from sharpscope.results.provenance import LOSS_AND_COST, checkpoint_names, loss_and_cost_cells, origin_notes
 from sharpscope.results.serialization import Array, Shape
+from sharpscope.results.statistics import Estimate, student
 from sharpscope.results.table import Table
 
 PerNode = Annotated[Array, Shape("K nodes")]
 
 # An eigenvalue counts as negative from so many widths below zero on, by a step softened to so many widths, lest one
 # node's side decide. Of an eigenvalue at zero 3e-5 then counts as negative.
-SURELY, SOFTNESS = 2.0, 0.5
+RESOLVED_WIDTHS, STEP_WIDTHS = 2.0, 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,15 +93,17 @@ class DensityResult(Result):
         of networks are, one node stands for all of them. (Seen on a CNN with a quarter of its eigenvalues below zero
         and half of them zero: the nodes below zero weigh 0.68 +- 0.04.) What is nearer is ``near_zero_mass``.
         """
-        return Estimate.of(self._below(-SURELY * self.width))
+        return Estimate.of(self._share_below(-RESOLVED_WIDTHS * self.width))
 
     @property
     def near_zero_mass(self) -> Estimate:
         """The share of eigenvalues within ``2 width`` of zero, whose sign these steps do not resolve."""
-        return Estimate.of(self._below(SURELY * self.width) - self._below(-SURELY * self.width))
+        return Estimate.of(
+            self._share_below(RESOLVED_WIDTHS * self.width) - self._share_below(-RESOLVED_WIDTHS * self.width)
+        )
 
-    def _below(self, at: float) -> Array:
-        return shares_below(self.nodes, self.weights, at, SOFTNESS * self.width)
+    def _share_below(self, at: float) -> Array:
+        return cumulative_shares(self.nodes, self.weights, at, STEP_WIDTHS * self.width)
 
     @property
     def width(self) -> float:
@@ -133,13 +135,13 @@ class DensityResult(Result):
         chosen = self.width if width is None else float(width)
         if not chosen > 0 or not 0 < confidence < 1:
             raise DataError(f"width must be positive and confidence between 0 and 1, got {width} and {confidence}.")
-        return smoothed(self.nodes, self.weights, chosen, confidence, grid)
+        return smooth(self.nodes, self.weights, chosen, confidence, grid)
 
-    def _derived(self) -> dict[str, Any]:
+    def _derived_values(self) -> dict[str, Any]:
         return {**{name: getattr(self, name) for name in self.derived}, "curve": self.curve()}
 
     def table(self) -> Table:
-        """The result as rows and notes."""
+        """Return the result as a table with notes."""
         return density_table([self])
 
 
@@ -150,31 +152,31 @@ def density_table(results: Sequence[DensityResult]) -> Table:
 
 def _rows(results: Sequence[DensityResult]) -> list[list[str]]:
     estimates = ["trace", "||H||_F", "mean eigenvalue", "negative mass"]
-    rows = [["checkpoint", *estimates, *POINT_AND_PRICE]]
-    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
+    rows = [["checkpoint", *estimates, *LOSS_AND_COST]]
+    for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
         shown = [str(r.trace), str(r.frobenius), str(r.mean), str(r.negative_mass)]
-        rows.append([name, *shown, *point_and_price(r.loss, r.gradient_norm, r.cost)])
+        rows.append([name, *shown, *loss_and_cost_cells(r.loss, r.gradient_norm, r.cost)])
     return rows
 
 
 def _notes(results: Sequence[DensityResult]) -> list[str]:
     notes = []
-    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
+    for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
         known = r.num_known
         steps = r.nodes.shape[1] - known
         without = f", {known} eigenvalues taken out before" if known else ""
         notes += origin_notes(name, r.provenance)
         notes.append(
             f"{name}: {len(r.nodes)} random vectors, {steps} Lanczos steps each{without}; density smoothed to a width "
-            f"of {r.width:.2g}. Negative is what is below {-SURELY * r.width:.2g}; of the share {r.near_zero_mass} "
-            "nearer to zero the sign is not resolved."
+            f"of {r.width:.2g}. Negative is what is below {-RESOLVED_WIDTHS * r.width:.2g}; of the share "
+            f"{r.near_zero_mass} nearer to zero the sign is not resolved."
         )
     return [*notes, "± is one standard error, over the random vectors."]
 
 
 # The grid reaches this many widths beyond the points on it, where a Gaussian is 1e-8 of its height, in steps of a
 # tenth of the width, where the trapezoidal rule is exact for Gaussians to rounding.
-REACH, STEP = 6.0, 0.1
+GRID_MARGIN, GRID_STEP = 6.0, 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,33 +198,81 @@ class Curve:
     confidence: float
 
 
-def smoothed(nodes: Array, weights: Array, width: float, confidence: float, grid: Array | None) -> Curve:
+def smooth(nodes: Array, weights: Array, width: float, confidence: float, grid: Array | None) -> Curve:
     """The mean of K draws ``sum_j w_j delta(t - node_j)``, convolved with a Gaussian, and a t-interval over draws."""
-    at = covering(nodes[weights > 0], width) if grid is None else np.asarray(grid, float)
-    draws = np.stack([_mixture(at, n[w > 0], w[w > 0], width) for n, w in zip(nodes, weights, strict=True)])
+    at = default_grid(nodes[weights > 0], width) if grid is None else np.asarray(grid, float)
+    draws = np.stack([_gaussian_mixture(at, n[w > 0], w[w > 0], width) for n, w in zip(nodes, weights, strict=True)])
     count = len(draws)
     half = student(confidence, count - 1) * draws.std(0, ddof=1) / np.sqrt(count)
     mean = draws.mean(0)
     return Curve(at, mean, np.maximum(mean - half, 0), mean + half, width, confidence)
 
 
-def shares_below(nodes: Array, weights: Array, at: float, width: float) -> Array:
+def cumulative_shares(nodes: Array, weights: Array, at: float, width: float) -> Array:
     """The integral of each draw (K,), smoothed to ``width``, from minus infinity to ``at``."""
-    parts = [0.5 * math.erfc((node - at) / (width * math.sqrt(2))) for node in nodes.ravel()]
-    return np.asarray((weights * np.reshape(parts, nodes.shape)).sum(1))
+    steps = [0.5 * math.erfc((node - at) / (width * math.sqrt(2))) for node in nodes.ravel()]
+    return np.asarray((weights * np.reshape(steps, nodes.shape)).sum(1))
 
 
-def covering(points: Array, width: float) -> Array:
+def default_grid(points: Array, width: float) -> Array:
     """A grid around all points, without the empty stretches between far ones: an outlier must not cost a million."""
     ends = np.sort(points)
-    cuts = np.flatnonzero(np.diff(ends) > 2 * REACH * width)
+    cuts = np.flatnonzero(np.diff(ends) > 2 * GRID_MARGIN * width)
     starts, stops = ends[np.r_[0, cuts + 1]], ends[np.r_[cuts, len(ends) - 1]]
-    pieces = []
-    for start, stop in zip(starts - REACH * width, stops + REACH * width, strict=True):
-        pieces.append(np.linspace(start, stop, int(np.ceil((stop - start) / (STEP * width))) + 1))
-    return np.concatenate(pieces)
+    segments = []
+    for start, stop in zip(starts - GRID_MARGIN * width, stops + GRID_MARGIN * width, strict=True):
+        segments.append(np.linspace(start, stop, int(np.ceil((stop - start) / (GRID_STEP * width))) + 1))
+    return np.concatenate(segments)
 
 
-def _mixture(at: Array, means: Array, weights: Array, width: float) -> Array:
+def _gaussian_mixture(at: Array, means: Array, weights: Array, width: float) -> Array:
     kernel = np.exp(-0.5 * ((at[:, None] - means) / width) ** 2)
     return np.asarray(kernel @ weights / (width * np.sqrt(2 * np.pi)))
+
+
+@dataclass(frozen=True)
+class TraceResult(Result):
+    """Trace and Frobenius norm of the Hessian of a data set's mean loss, each with its standard error.
+
+    Attributes:
+        trace: ``tr H``, the sum of all eigenvalues, in units of the loss over squared weights.
+        frobenius: ``||H||_F``, the root of the sum of their squares.
+        loss: L(w), with the weight decay if it was asked for.
+        gradient_norm: ``||grad L(w)||``.
+        cost: what it took.
+        provenance: as EigenResult's, with ``probes``.
+        sampling_error: one standard error of the trace over the examples, where they are a sample of more; else None.
+    """
+
+    analysis = "trace"
+
+    trace: Estimate
+    frobenius: Estimate
+    loss: float
+    gradient_norm: float
+    cost: Cost
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    sampling_error: float | None = None
+
+    @property
+    def whole(self) -> Estimate:
+        """The trace for all the data that these examples are a sample of: both standard errors in one."""
+        return Estimate(self.trace.value, math.hypot(self.trace.standard_error, self.sampling_error or 0.0))
+
+    def table(self) -> Table:
+        """Return the result as a table with notes."""
+        return trace_table([self])
+
+
+def trace_table(results: Sequence[TraceResult]) -> Table:
+    """A row a result, or a column where that is narrower."""
+    names = checkpoint_names([r.provenance for r in results])
+    rows = [["checkpoint", "trace", "||H||_F", *LOSS_AND_COST]]
+    notes = []
+    for r, name in zip(results, names, strict=True):
+        rows.append([name, str(r.trace), str(r.frobenius), *loss_and_cost_cells(r.loss, r.gradient_norm, r.cost)])
+        notes += origin_notes(name, r.provenance)
+    for r, name in zip(results, names, strict=True):
+        if r.sampling_error is not None:
+            notes.append(f"{name}: for all the data of which these are a sample, {r.whole} (± one standard error).")
+    return Table(transpose_if_narrower(rows), [*notes, "± is one standard error, over the random vectors."])

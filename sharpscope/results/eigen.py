@@ -14,12 +14,21 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError
 from sharpscope.formatting import transpose_if_narrower, with_bound
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.provenance import POINT_AND_PRICE, names_of, origin_notes, point_and_price
-from sharpscope.results.serialization import IN_NPZ, Array, Like, MaybeNaNs, Shape, arrays_beside, read_arrays, write
+from sharpscope.results.provenance import LOSS_AND_COST, checkpoint_names, loss_and_cost_cells, origin_notes
+from sharpscope.results.serialization import (
+    IN_NPZ,
+    Array,
+    MaybeNaNs,
+    Schema,
+    Shape,
+    arrays_path,
+    read_arrays,
+    write_json,
+)
 from sharpscope.results.table import Table
 
 # Above this probability of a miss there is no certificate.
-CERTAIN = 0.01
+MAX_MISS_PROBABILITY = 0.01
 
 PerEigenvalue = Annotated[Array, Shape("k")]
 
@@ -120,8 +129,8 @@ class EigenResult(Result):
     provenance: Mapping[str, Any] = field(default_factory=dict)
     eigenvectors: Annotated[NDArray[Any], Shape("n k"), IN_NPZ] | None = None
     missed_probability: Annotated[MaybeNaNs, Shape("k")] | None = None
-    sampling: Annotated[Mapping[str, Any], Like(Sampling)] | None = None
-    certificate: Annotated[Mapping[str, Any], Like(Certificate)] | None = None
+    sampling: Annotated[Mapping[str, Any], Schema(Sampling)] | None = None
+    certificate: Annotated[Mapping[str, Any], Schema(Certificate)] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,7 +148,7 @@ class EigenResult(Result):
     @property
     def certified(self) -> bool:
         """Whether the certificate that was asked for holds; True where none was."""
-        return self.certificate is None or bool(self.certificate["probability"] <= CERTAIN)
+        return self.certificate is None or bool(self.certificate["probability"] <= MAX_MISS_PROBABILITY)
 
     @property
     def which(self) -> str:
@@ -174,7 +183,7 @@ class EigenResult(Result):
         named = {"smallest": down, "both": up[:half] + down[:half][::-1]}
         return named.get(self.which, up if self.which == "largest" else [f"lambda_({i})" for i in range(1, count + 1)])
 
-    def _derived(self) -> dict[str, Any]:
+    def _derived_values(self) -> dict[str, Any]:
         return {"lambda_max": self.lambda_max if self.which in ("largest", "both") else None, "ratio": self.ratio}
 
     def save(self, path: str | os.PathLike[str], *, vectors: bool = False) -> None:
@@ -187,7 +196,7 @@ class EigenResult(Result):
             if self.eigenvectors is None:
                 raise DataError("The result must hold eigenvectors to save them. Measure with vectors=True.")
             arrays = {"eigenvectors": self.eigenvectors, "eigenvalues": self.eigenvalues}
-        write(path, self.to_dict(), arrays)
+        write_json(path, self.to_dict(), arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EigenResult:
@@ -196,17 +205,17 @@ class EigenResult(Result):
         Raises: DataError when ``path`` holds something else, or is damaged.
         """
         result = super().load(path)
-        beside = arrays_beside(path)
-        if beside.is_file():
+        arrays_file = arrays_path(path)
+        if arrays_file.is_file():
             # A file of another run, or of another making, that only shares the name is not this one's vectors.
             with contextlib.suppress(DataError):
-                arrays = read_arrays(beside, ["eigenvalues", "eigenvectors"])
+                arrays = read_arrays(arrays_file, ["eigenvalues", "eigenvectors"])
                 if np.array_equal(arrays["eigenvalues"], result.eigenvalues):
                     return replace(result, eigenvectors=arrays["eigenvectors"])
         return result
 
     def table(self) -> Table:
-        """The result as rows and notes."""
+        """Return the result as a table with notes."""
         return eigen_table([self])
 
 
@@ -221,8 +230,8 @@ def _rows(results: Sequence[EigenResult]) -> list[list[str]]:
     widest = max(results, key=lambda result: len(result.eigenvalues))
     k, with_ratio = len(widest.labels), any(r.which in ("largest", "both") and r.ratio.k > 1 for r in results)
     ratio_head = [f"lambda_max/lambda_{widest.ratio.k if len(ks) == 1 else 'k'}"] if with_ratio else []
-    rows = [["checkpoint", *widest.labels, *ratio_head, *POINT_AND_PRICE]]
-    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
+    rows = [["checkpoint", *widest.labels, *ratio_head, *LOSS_AND_COST]]
+    for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
         intervals = zip(r.eigenvalues, r.lower, r.upper, r.converged, strict=True)
         values = [with_bound(v, low, up) + ("" if sure else " ?") for v, low, up, sure in intervals]
         ratio = r.ratio
@@ -232,20 +241,20 @@ def _rows(results: Sequence[EigenResult]) -> list[list[str]]:
         if len(ks) > 1:
             shown += f" (k={ratio.k})"
         measured = [*values, *[""] * (k - len(values)), *([shown] if with_ratio else [])]
-        rows.append([name, *measured, *point_and_price(r.loss, r.gradient_norm, r.cost)])
+        rows.append([name, *measured, *loss_and_cost_cells(r.loss, r.gradient_norm, r.cost)])
     return rows
 
 
 def _notes(results: Sequence[EigenResult]) -> list[str]:
     """What a reader of the table must know: the data, the mode, what has not converged, ratios that mean nothing."""
     notes = []
-    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
+    for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
         p = r.provenance
         # Of a sample what it leaves open is more than the bounds in the table, and comes first.
-        if sampled := _sampled(r):
-            notes.append(f"{name}: {sampled}")
+        if sampling_note := _sampling_note(r):
+            notes.append(f"{name}: {sampling_note}")
         notes += origin_notes(name, p)
-        notes += [f"{name}: {said}" for said in (_missed(r), _certified(r)) if said]
+        notes += [f"{name}: {note}" for note in (_missed_note(r), _certificate_note(r)) if note]
         if r.ratio.value is None and r.ratio.k > 1 and r.which in ("largest", "both"):
             notes.append(f"{name}: no ratio, since {r.ratio.reason}.")
         if not r.converged.all():
@@ -253,12 +262,12 @@ def _notes(results: Sequence[EigenResult]) -> list[str]:
             which = "all" if len(missing) == len(r.converged) > 5 else ", ".join(r.labels[i] for i in missing)
             notes.append(
                 f"{name}: NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?): {which}. Their intervals may "
-                f"be about other eigenvalues. {_remedy(r)}"
+                f"be about other eigenvalues. {_convergence_advice(r)}"
             )
     return notes
 
 
-def _missed(result: EigenResult) -> str:
+def _missed_note(result: EigenResult) -> str:
     """How sure it is that nothing larger was missed, as far as the run's random vectors say."""
     if result.which not in ("largest", "smallest"):
         return "no probability is stated of eigenvalues that were missed; that goes with --which largest or smallest."
@@ -269,19 +278,19 @@ def _missed(result: EigenResult) -> str:
     if first >= 0.995:
         unknown = "nothing is known of eigenvalues that were missed"
         return f"{unknown}; power iteration may skip some." if result.provenance.get("method") == "power" else ""
-    said = f"an eigenvalue {side} {result.labels[0]} was missed with probability at most {_percent(first)}"
+    text = f"an eigenvalue {side} {result.labels[0]} was missed with probability at most {_percent(first)}"
     if len(result.labels) > 1:
-        said += f", {side} {result.labels[-1]} " + ("not excluded" if last >= 0.995 else f"at most {_percent(last)}")
-    pays = last > CERTAIN and result.which == "largest" and not result.certificate
-    return said + ("; --certify pays for less." if pays else ".")
+        text += f", {side} {result.labels[-1]} " + ("not excluded" if last >= 0.995 else f"at most {_percent(last)}")
+    can_certify = last > MAX_MISS_PROBABILITY and result.which == "largest" and not result.certificate
+    return text + ("; --certify pays for less." if can_certify else ".")
 
 
-def _certified(result: EigenResult) -> str:
+def _certificate_note(result: EigenResult) -> str:
     """What --certify paid for."""
     proof = result.certificate
     if not proof:
         return ""
-    if proof["probability"] > CERTAIN:
+    if proof["probability"] > MAX_MISS_PROBABILITY:
         return f"NO CERTIFICATE: after {proof['runs']} runs one above {proof['above']:.4g} is not excluded."
     where = f"above {proof['above']:.4g} (lambda_{result.ratio.k} + {proof['eps']:g} lambda_max)"
     return f"certificate, {proof['steps']} steps: one {where} was missed with probability at most " + (
@@ -289,7 +298,7 @@ def _certified(result: EigenResult) -> str:
     )
 
 
-def _sampled(result: EigenResult) -> str:
+def _sampling_note(result: EigenResult) -> str:
     """The intervals over the data."""
     if not result.sampling:
         return ""
@@ -299,18 +308,18 @@ def _sampled(result: EigenResult) -> str:
     if s["lower"] is None:
         return f"no intervals for all the data of which these are a sample: {s['reason']}."
     pairs = zip(result.labels, s["lower"], s["upper"], strict=True)
-    said = [f"{label} {low:.3g} to {high:.3g}" for label, low, high in pairs]
+    intervals = [f"{label} {low:.3g} to {high:.3g}" for label, low, high in pairs]
     if s.get("ratio"):
-        said.append(f"lambda_max/lambda_{result.ratio.k} {s['ratio']['lower']:.3g} to {s['ratio']['upper']:.3g}")
-    sure = f"{100 * s['confidence']:.3g} %"
-    return f"for all the data of which these are {s['examples']} examples, {sure} intervals: {', '.join(said)}."
+        intervals.append(f"lambda_max/lambda_{result.ratio.k} {s['ratio']['lower']:.3g} to {s['ratio']['upper']:.3g}")
+    level = f"{100 * s['confidence']:.3g} %"
+    return f"for all the data of which these are {s['examples']} examples, {level} intervals: {', '.join(intervals)}."
 
 
 def _percent(probability: float) -> str:
     return f"{100 * max(probability, 1e-6):.2g} %"
 
 
-def _remedy(result: EigenResult) -> str:
+def _convergence_advice(result: EigenResult) -> str:
     half = float((result.upper - result.lower).max()) / 2
     rounding = 64 * float(np.finfo(np.float32).eps) * float(np.abs(result.eigenvalues).max())
     if result.provenance.get("dtype") == "float32" and half <= rounding:

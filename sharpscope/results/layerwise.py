@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError
 from sharpscope.formatting import with_bound
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.estimate import Estimate
-from sharpscope.results.provenance import names_of, origin
-from sharpscope.results.serialization import Array, Shape, as_json, hints_of, notes_of, value_as
+from sharpscope.results.provenance import checkpoint_names, describe_origin
+from sharpscope.results.serialization import Array, Shape, annotations_of, as_json, metadata_of, parse_value
+from sharpscope.results.statistics import Estimate
 from sharpscope.results.table import Table, stacked
 
 # A field of this shape is a key of each block's object in the JSON, of the same name or this one.
@@ -29,9 +29,9 @@ _RENAMED = {
 }
 
 # Standard errors that the whole trace must be away from zero before shares of it are told.
-SURELY = 4.0
+MIN_STANDARD_ERRORS = 4.0
 
-RULES = {
+BLOCK_DEFINITIONS = {
     "module": "a block is the parameters that one module holds itself, named as in model.named_modules()",
     "parameter": "a block is one parameter tensor",
 }
@@ -90,7 +90,7 @@ class BlockResult(Result):
         None where ``tr H`` is not positive beyond doubt, and shares of it would mean nothing.
         """
         whole = self.trace
-        if whole.value <= SURELY * whole.standard_error:
+        if whole.value <= MIN_STANDARD_ERRORS * whole.standard_error:
             return None
         parts = self.traces / whole.value
         others = whole.standard_error**2 - self.trace_errors**2
@@ -100,12 +100,12 @@ class BlockResult(Result):
     @classmethod
     def _columns(cls) -> dict[str, str]:
         """The fields with an entry a block, and each one's key in a block's object."""
-        hints = hints_of(cls)
-        return {name: _RENAMED.get(name, name) for name in cls._fields() if BLOCKS in notes_of(hints[name])}
+        hints = annotations_of(cls)
+        return {name: _RENAMED.get(name, name) for name in cls._json_fields() if BLOCKS in metadata_of(hints[name])}
 
     @classmethod
-    def _keys(cls) -> tuple[str, ...]:
-        return ("blocks", *(key for key in super()._keys() if key not in cls._columns()))
+    def _json_keys(cls) -> tuple[str, ...]:
+        return ("blocks", *(key for key in super()._json_keys() if key not in cls._columns()))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values: an object a block, with its share of the trace."""
@@ -118,20 +118,20 @@ class BlockResult(Result):
         return {**values, "blocks": blocks}
 
     @classmethod
-    def _read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        blocks = value_as(tuple[Mapping[str, Any], ...], values["blocks"], "blocks")
+    def _parse(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        blocks = parse_value(tuple[Mapping[str, Any], ...], values["blocks"], "blocks")
         known = {name: key for name, key in cls._columns().items() if any(key in block for block in blocks)}
         columns = {name: [block[key] for block in blocks] for name, key in known.items()}
-        return super()._read({**values, **columns})
+        return super()._parse({**values, **columns})
 
     def table(self) -> Table:
-        """The result as rows and notes."""
+        """Return the result as a table with notes."""
         return block_table([self])
 
 
 def block_table(results: Sequence[BlockResult]) -> Table:
     """A table a result, one row a block, each with its notes below."""
-    names = names_of([r.provenance for r in results])
+    names = checkpoint_names([r.provenance for r in results])
     return stacked([Table(_rows(r), _notes(r, name)) for r, name in zip(results, names, strict=True)])
 
 
@@ -153,13 +153,13 @@ def _percent(share: Estimate) -> str:
 def _notes(r: BlockResult, name: str) -> list[str]:
     p, cost = r.provenance, r.cost
     notes = [
-        f"{name}: {origin(p)}",
+        f"{name}: {describe_origin(p)}",
         f"{name}: loss {r.loss:.4g}, |grad| {r.gradient_norm:.2g}; {cost.gradients:.1f} gradients in {cost.passes} "
         f"passes, {cost.seconds:.1f} seconds.",
     ]
-    rule = RULES.get(str(p.get("by")))
-    if rule:
-        notes.append(f"{rule[0].upper()}{rule[1:]}; a tied parameter counts under the first of its names.")
+    definition = BLOCK_DEFINITIONS.get(str(p.get("by")))
+    if definition:
+        notes.append(f"{definition[0].upper()}{definition[1:]}; a tied parameter counts under the first of its names.")
     if p.get("operator", "hessian") != "hessian":
         about = "approximate, and their intervals leave its error out" if p["operator"] == "finite-difference" else ""
         notes.append(f"Blocks of the operator {p['operator']}, {about or 'not of the Hessian'}.")

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError
 from sharpscope.formatting import with_bound
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.provenance import names_of, origin_notes, typed
+from sharpscope.results.provenance import checkpoint_names, origin_notes, typed_value
 from sharpscope.results.serialization import MaybeNaN
 from sharpscope.results.table import Table, stacked
 
 # Rows of the table, evenly spread over the run, the first and the last among them.
-ROWS = 20
+MAX_ROWS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,45 +113,45 @@ class MonitorResult(Result):
 
 def monitor_table(results: Sequence[MonitorResult]) -> Table:
     """A table a run, one row a record, each with its notes below."""
-    names = names_of([r.provenance for r in results])
+    names = checkpoint_names([r.provenance for r in results])
     return stacked([Table(_rows(r), _notes(r, name)) for r, name in zip(results, names, strict=True)])
 
 
 def _rows(result: MonitorResult) -> list[list[str]]:
-    shown = _shown(result.records)
+    shown = _evenly_spaced(result.records)
     edges = {"2/eta": "two_over_eta", "momentum edge": "momentum_edge", "SAM edge": "sam_edge"}
     known = {title: name for title, name in edges.items() if np.isfinite(result.column(name)).any()}
     rows = [["step", "lambda_max", *known, "loss", "|grad|", "products"]]
     for r in shown:
         value = "none" if math.isnan(r.lambda_max) else with_bound(r.lambda_max, r.lower, r.upper)
-        unsure = "" if r.converged or r.reason else " ?"
+        mark = "" if r.converged or r.reason else " ?"
         numbers = [*(getattr(r, name) for name in known.values()), r.loss]
         cells = ["-" if math.isnan(x) else f"{x:.4g}" for x in numbers]
         grad = "-" if math.isnan(r.gradient_norm) else f"{r.gradient_norm:.2g}"
-        rows.append([str(r.step), value + unsure, *cells, grad, str(r.products)])
+        rows.append([str(r.step), value + mark, *cells, grad, str(r.products)])
     return rows
 
 
-def _shown(records: Sequence[MonitorRecord]) -> list[MonitorRecord]:
-    if len(records) <= ROWS:
+def _evenly_spaced(records: Sequence[MonitorRecord]) -> list[MonitorRecord]:
+    if len(records) <= MAX_ROWS:
         return list(records)
-    return [records[round(i * (len(records) - 1) / (ROWS - 1))] for i in range(ROWS)]
+    return [records[round(i * (len(records) - 1) / (MAX_ROWS - 1))] for i in range(MAX_ROWS)]
 
 
 def _notes(result: MonitorResult, name: str) -> list[str]:
     p, cost = result.provenance, result.cost
     notes = origin_notes(name, p)
-    drawn, total = (typed(p, key, int) for key in ("num_examples", "split_examples"))
-    if drawn and total and drawn < total:
+    sampled, total = (typed_value(p, key, int) for key in ("num_examples", "split_examples"))
+    if sampled and total and sampled < total:
         notes.append(
-            f"{name}: lambda_max of these {drawn} of {total} examples, often above that of all; intervals are the "
+            f"{name}: lambda_max of these {sampled} of {total} examples, often above that of all; intervals are the "
             "solver's alone."
         )
-    if len(result.records) > ROWS:
-        notes.append(f"{name}: {ROWS} of {len(result.records)} records; all are in the saved result.")
-    late = sum(not r.converged and r.reason is None for r in result.records)
-    if late:
-        notes.append(f"{name}: {late} NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?).")
+    if len(result.records) > MAX_ROWS:
+        notes.append(f"{name}: {MAX_ROWS} of {len(result.records)} records; all are in the saved result.")
+    unconverged = sum(not r.converged and r.reason is None for r in result.records)
+    if unconverged:
+        notes.append(f"{name}: {unconverged} NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?).")
     failed = [r for r in result.records if r.reason is not None]
     if failed:
         notes.append(f"{name}: {len(failed)} without a number, first at step {failed[0].step}: {failed[0].reason}")

@@ -1,4 +1,4 @@
-"""Results as JSON and back: plain values, values checked against their annotations, and the files."""
+"""Write results as JSON and .npz files, and read them back, checking each value against its annotation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sharpscope.errors import DataError, OutputError, first_line
 # The layout of the saved JSON; a reader refuses a later one.
 FORMAT = 1
 
-# What np.load and its archive raise for a file of another making, or a damaged one.
+# Raised by np.load for a damaged file, or one that another program wrote.
 UNREADABLE = (
     *(KeyError, ValueError, TypeError, AttributeError, OSError, EOFError, RuntimeError, NotImplementedError),
     *(zipfile.BadZipFile, zlib.error),
@@ -47,22 +47,22 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Like:
+class Schema:
     """A mapping whose entries must have the types of this TypedDict; it stays a plain mapping."""
 
     kind: Any
 
 
-class Misfit(Exception):
-    """A value that is not as annotated: "needs numbers in 'lower', got text"."""
+class FieldError(Exception):
+    """A value that does not match its annotation: "needs numbers in 'lower', got text"."""
 
 
-def plain(value: Any) -> Any:
-    """``value`` as JSON can hold it: non-finite numbers become null, objects of other types their ``str``."""
+def jsonable(value: Any) -> Any:
+    """Convert to JSON types: non-finite numbers become null, objects of other types their ``str``."""
     if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {str(key): jsonable(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
+        return [jsonable(entry) for entry in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not np.isfinite(value):
@@ -71,49 +71,49 @@ def plain(value: Any) -> Any:
 
 
 def as_json(value: Any) -> Any:
-    """``plain`` for fields of results: arrays become lists, dataclasses objects, unless they have a ``record()``."""
+    """``jsonable`` for fields of results: arrays become lists, dataclasses objects, unless they have a ``record()``."""
     if isinstance(value, np.ndarray):
-        return plain(value.tolist())
+        return jsonable(value.tolist())
     if hasattr(value, "record"):
         return value.record()
     if is_dataclass(value):
         return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): as_json(entry) for key, entry in value.items()}
-    return [as_json(entry) for entry in value] if isinstance(value, list | tuple) else plain(value)
+    return [as_json(entry) for entry in value] if isinstance(value, list | tuple) else jsonable(value)
 
 
 @functools.cache
-def hints_of(kind: Any) -> dict[str, Any]:
+def annotations_of(kind: Any) -> dict[str, Any]:
     """The annotations of a dataclass or TypedDict by field, those of its bases included."""
     return get_type_hints(kind, include_extras=True)
 
 
-def notes_of(hint: Any) -> tuple[Any, ...]:
-    """What ``Annotated`` adds to a type, also inside ``... | None``."""
+def metadata_of(hint: Any) -> tuple[Any, ...]:
+    """Return the metadata of ``Annotated``, also inside ``... | None``."""
     if get_origin(hint) is Annotated:
         inner, *notes = get_args(hint)
-        return (*notes, *notes_of(inner))
+        return (*notes, *metadata_of(inner))
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
-    return tuple(note for option in options for note in notes_of(option))
+    return tuple(note for option in options for note in metadata_of(option))
 
 
-def fields_from(kind: type, names: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields ``names`` of the dataclass ``kind``, each read as annotated; absent ones keep their default.
+def parse_fields(kind: type, names: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Parse the fields ``names`` of the dataclass ``kind`` as annotated; absent ones keep their default.
 
     Raises: Misfit for a value of another type, KeyError for a missing key.
     """
-    hints, found = hints_of(kind), {}
+    hints, found = annotations_of(kind), {}
     for name in names:
         if name in values:
-            found[name] = value_as(hints[name], values[name], name)
+            found[name] = parse_value(hints[name], values[name], name)
         elif _required(kind, name):
             raise KeyError(name)
     return found
 
 
-def value_as(hint: Any, value: Any, where: str, nan: bool = False) -> Any:
-    """A JSON value as an object of the annotated type.
+def parse_value(hint: Any, value: Any, where: str, nan: bool = False) -> Any:
+    """Convert a JSON value to the annotated type.
 
     Args:
         hint: the annotation.
@@ -125,114 +125,116 @@ def value_as(hint: Any, value: Any, where: str, nan: bool = False) -> Any:
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        like = next((note.kind for note in args[1:] if isinstance(note, Like)), None)
-        return value_as(like or args[0], value, where, nan or NULL_IS_NAN in args[1:])
+        like = next((note.kind for note in args[1:] if isinstance(note, Schema)), None)
+        return parse_value(like or args[0], value, where, nan or NULL_IS_NAN in args[1:])
     if origin in (Union, UnionType):
         (inner,) = (arg for arg in args if arg is not NoneType)
-        return None if value is None else value_as(inner, value, where, nan)
+        return None if value is None else parse_value(inner, value, where, nan)
     if hint is Any:
-        return plain(value)
+        return jsonable(value)
     if origin is np.ndarray:
-        return _array(get_args(args[1])[0], value, where, nan)
+        return _parse_array(get_args(args[1])[0], value, where, nan)
     if origin is tuple:
-        return _tuple(args, value, where)
+        return _parse_tuple(args, value, where)
     if isinstance(hint, type) and hasattr(hint, "from_dict"):
         try:
             return hint.from_dict(value)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
     if origin is Mapping or is_typeddict(hint) or is_dataclass(hint):
-        return _object(hint, args, value, where)
-    return _scalar(hint, value, where, nan)
+        return _parse_object(hint, args, value, where)
+    return _parse_scalar(hint, value, where, nan)
 
 
-_WANTED = {float: "a number", int: "a whole number", bool: "a boolean", str: "text"}
+_TYPE_NAMES = {float: "a number", int: "a whole number", bool: "a boolean", str: "text"}
 
 
-def _scalar(kind: type, value: Any, where: str, nan: bool) -> Any:
-    if kind not in _WANTED:
+def _parse_scalar(kind: type, value: Any, where: str, nan: bool) -> Any:
+    if kind not in _TYPE_NAMES:
         raise TypeError(f"Fields of results cannot be annotated with {kind}, got {where!r}.")
     if kind is not float:
         if type(value) is not kind:
-            raise _misfit(_WANTED[kind], where, value)
+            raise _wrong_type(_TYPE_NAMES[kind], where, value)
         return value
     if nan and value is None:
         return float("nan")
     if type(value) not in (int, float):
-        raise _misfit(_WANTED[float], where, value)
-    number = _held(float, value, where)
-    return number if nan else _finite(number, where)
+        raise _wrong_type(_TYPE_NAMES[float], where, value)
+    number = _convert(float, value, where)
+    return number if nan else _require_finite(number, where)
 
 
-def _held(convert: Callable[[Any], Any], value: Any, where: str) -> Any:
+def _convert(convert: Callable[[Any], Any], value: Any, where: str) -> Any:
     try:
         return convert(value)
     except OverflowError:
-        raise Misfit(f"needs numbers in the range of their type in {where!r}, got larger ones") from None
+        raise FieldError(f"needs numbers in the range of their type in {where!r}, got larger ones") from None
 
 
-def _finite(value: Any, where: str) -> Any:
+def _require_finite(value: Any, where: str) -> Any:
     if not np.isfinite(value).all():
-        raise Misfit(f"needs finite numbers in {where!r}, got infinity or NaN")
+        raise FieldError(f"needs finite numbers in {where!r}, got infinity or NaN")
     return value
 
 
-def _array(dtype: type, value: Any, where: str, nan: bool) -> NDArray[Any]:
+def _parse_array(dtype: type, value: Any, where: str, nan: bool) -> NDArray[Any]:
     """Nested lists as an array. Booleans are no numbers, and numbers no booleans."""
     kind = np.dtype(dtype).kind
-    wanted, kinds = {"f": ("numbers", (int, float)), "i": ("whole numbers", (int,)), "b": ("booleans", (bool,))}[kind]
+    expected, kinds = {"f": ("numbers", (int, float)), "i": ("whole numbers", (int,)), "b": ("booleans", (bool,))}[kind]
     if isinstance(value, np.ndarray):  # from an .npz
         if value.dtype.kind != kind:
-            raise Misfit(f"needs {wanted} in {where!r}, got {value.dtype.name}")
+            raise FieldError(f"needs {expected} in {where!r}, got {value.dtype.name}")
         return value
     if not isinstance(value, list | tuple):
-        raise _misfit(f"a list of {wanted}", where, value)
-    for entry in _entries(value):
+        raise _wrong_type(f"a list of {expected}", where, value)
+    for entry in _flattened(value):
         if type(entry) not in kinds and not (nan and entry is None):
-            raise _misfit(wanted, where, entry)
+            raise _wrong_type(expected, where, entry)
     try:
-        array: NDArray[Any] = _held(lambda entries: np.array(entries, dtype), value, where)
+        array: NDArray[Any] = _convert(lambda entries: np.array(entries, dtype), value, where)
     except ValueError:
-        raise Misfit(f"needs rows of one length in {where!r}, got different lengths") from None
-    return array if nan or kind != "f" else _finite(array, where)
+        raise FieldError(f"needs rows of one length in {where!r}, got different lengths") from None
+    return array if nan or kind != "f" else _require_finite(array, where)
 
 
-def _entries(value: Any) -> Iterator[Any]:
+def _flattened(value: Any) -> Iterator[Any]:
     if isinstance(value, list | tuple):
         for entry in value:
-            yield from _entries(entry)
+            yield from _flattened(entry)
     else:
         yield value
 
 
-def _tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+def _parse_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise _misfit("a list", where, value)
+        raise _wrong_type("a list", where, value)
     kinds = (args[0],) * len(value) if args[1:] == (...,) else args
     if len(kinds) != len(value):
-        raise Misfit(f"needs {len(kinds)} entries in {where!r}, got {len(value)}")
+        raise FieldError(f"needs {len(kinds)} entries in {where!r}, got {len(value)}")
     return tuple(
-        value_as(kind, entry, f"{where}[{i}]") for i, (kind, entry) in enumerate(zip(kinds, value, strict=True))
+        parse_value(kind, entry, f"{where}[{i}]") for i, (kind, entry) in enumerate(zip(kinds, value, strict=True))
     )
 
 
-def _object(hint: Any, args: tuple[Any, ...], value: Any, where: str) -> Any:
+def _parse_object(hint: Any, args: tuple[Any, ...], value: Any, where: str) -> Any:
     """A mapping, a TypedDict or a dataclass."""
     if not isinstance(value, Mapping):
-        raise _misfit("an object", where, value)
+        raise _wrong_type("an object", where, value)
     if args:
-        return {str(key): value_as(args[1], entry, f"{where}.{key}") for key, entry in value.items()}
-    hints, typed = hints_of(hint), is_typeddict(hint)
-    kept = hints if typed else {field.name: hints[field.name] for field in fields(hint)}
-    missing = sorted(name for name in kept if name not in value and (typed or _required(hint, name)))
+        return {str(key): parse_value(args[1], entry, f"{where}.{key}") for key, entry in value.items()}
+    hints, is_typed_dict = annotations_of(hint), is_typeddict(hint)
+    wanted_fields = hints if is_typed_dict else {field.name: hints[field.name] for field in fields(hint)}
+    missing = sorted(name for name in wanted_fields if name not in value and (is_typed_dict or _required(hint, name)))
     if missing:
-        raise Misfit(f"needs the key {missing[0]!r} in {where!r}, got none")
+        raise FieldError(f"needs the key {missing[0]!r} in {where!r}, got none")
     derived = getattr(hint, "derived", ())
-    unknown = [] if typed else sorted(set(value) - set(kept) - set(derived))
+    unknown = [] if is_typed_dict else sorted(set(value) - set(wanted_fields) - set(derived))
     if unknown:
-        raise Misfit(f"needs only known keys in {where!r}, got {unknown[0]!r}")
-    read = {name: value_as(kind, value[name], f"{where}.{name}") for name, kind in kept.items() if name in value}
-    return {**plain(value), **read} if typed else hint(**read)
+        raise FieldError(f"needs only known keys in {where!r}, got {unknown[0]!r}")
+    parsed = {
+        name: parse_value(kind, value[name], f"{where}.{name}") for name, kind in wanted_fields.items() if name in value
+    }
+    return {**jsonable(value), **parsed} if is_typed_dict else hint(**parsed)
 
 
 def _required(kind: Any, name: str) -> bool:
@@ -240,18 +242,18 @@ def _required(kind: Any, name: str) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 
 
-def _misfit(wanted: str, where: str, value: Any) -> Misfit:
+def _wrong_type(expected: str, where: str, value: Any) -> FieldError:
     kinds = {NoneType: "null", bool: "a boolean", int: "a number", float: "a number", str: "text"}
-    came = "an object" if isinstance(value, Mapping) else "a list" if isinstance(value, list | tuple) else None
-    return Misfit(f"needs {wanted} in {where!r}, got {came or kinds.get(type(value), type(value).__name__)}")
+    got = "an object" if isinstance(value, Mapping) else "a list" if isinstance(value, list | tuple) else None
+    return FieldError(f"needs {expected} in {where!r}, got {got or kinds.get(type(value), type(value).__name__)}")
 
 
 @contextmanager
-def reading(owner: str, keys: str) -> Iterator[None]:
-    """Turn whatever is wrong with a record into one DataError that begins with ``owner``, as "An eigen result"."""
+def translate_errors(owner: str, keys: str) -> Iterator[None]:
+    """Translate errors in a dictionary into a DataError that begins with ``owner``, such as "An eigen result"."""
     try:
         yield
-    except Misfit as error:
+    except FieldError as error:
         raise DataError(f"{owner} {error}. Measure it again.") from None
     except KeyError as error:
         raise DataError(f"{owner} must have the keys of {keys}, got none named {error}. Measure it again.") from None
@@ -263,58 +265,58 @@ def require_shapes(result: Any, owner: str) -> None:
     """Raise DataError unless arrays and tuples have the dimensions of their ``Shape``, equal where named alike."""
     kind: Any = type(result)
     sizes: dict[str, tuple[int, str]] = {}
-    for name, hint in hints_of(kind).items():
-        shape = next((note.names.split() for note in notes_of(hint) if isinstance(note, Shape)), None)
+    for name, hint in annotations_of(kind).items():
+        shape = next((note.names.split() for note in metadata_of(hint) if isinstance(note, Shape)), None)
         value = None if shape is None else getattr(result, name)
         if shape is None or value is None:
             continue
-        came = (len(value),) if isinstance(value, tuple) else np.shape(value)
-        if len(came) != len(shape):
+        got = (len(value),) if isinstance(value, tuple) else np.shape(value)
+        if len(got) != len(shape):
             what = "a flat list" if len(shape) == 1 else f"{len(shape)} dimensions"
-            raise DataError(f"{owner} needs {what} in {name!r}, got the shape {came}. Measure it again.")
-        for size, count in zip(shape, came, strict=True):
-            most, first = sizes.setdefault(size, (count, name))
-            if count != most:
+            raise DataError(f"{owner} needs {what} in {name!r}, got the shape {got}. Measure it again.")
+        for size, count in zip(shape, got, strict=True):
+            expected, first_name = sizes.setdefault(size, (count, name))
+            if count != expected:
                 raise DataError(
-                    f"{owner} needs as many entries in {name!r} as in {first!r}, got {count} and {most}. "
+                    f"{owner} needs as many entries in {name!r} as in {first_name!r}, got {count} and {expected}. "
                     "Measure it again."
                 )
 
 
-def refuse_taken(provenance: Mapping[str, Any], keys: Iterable[str]) -> None:
+def reject_reserved_keys(provenance: Mapping[str, Any], keys: Iterable[str]) -> None:
     """Raise DataError when ``provenance`` uses one of a result's ``keys``: both are keys of one JSON object."""
     taken = sorted({"format", "analysis", *keys} & set(provenance))
     if taken:
         raise DataError(f"Provenance must not use the result's own keys, got {', '.join(taken)}. Rename them.")
 
 
-def head(analysis: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that open every record: format, analysis, and the provenance as plain values."""
-    return {"format": FORMAT, "analysis": analysis, **{str(key): plain(value) for key, value in provenance.items()}}
+def header(analysis: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the first keys of every file: format, analysis, and the provenance as plain values."""
+    return {"format": FORMAT, "analysis": analysis, **{str(key): jsonable(value) for key, value in provenance.items()}}
 
 
-def owner_of(analysis: str) -> str:
-    """A result of that analysis as the subject of a sentence: "An eigen result"."""
+def noun_phrase(analysis: str) -> str:
+    """Return the analysis as a noun phrase for messages: "An eigen result"."""
     return f"{'An' if analysis[0] in 'aeiou' else 'A'} {analysis} result"
 
 
-def opened(values: Any, analysis: str) -> dict[str, Any]:
-    """A copy of a record without its format and analysis.
+def without_header(values: Any, analysis: str) -> dict[str, Any]:
+    """Return a copy of the dictionary without its format and analysis.
 
-    Raises: DataError when it is no object, of another analysis, or of a later format.
+    Raises: DataError when it is not an object, belongs to another analysis, or has a later format.
     """
-    came = values.get("analysis") if isinstance(values, Mapping) else None
-    if came != analysis:
+    got = values.get("analysis") if isinstance(values, Mapping) else None
+    if got != analysis:
         what = f"an object with analysis {analysis!r}"
-        raise DataError(f"{owner_of(analysis)} must be {what}, got {_short(came)}. Choose another file.")
+        raise DataError(f"{noun_phrase(analysis)} must be {what}, got {_abbreviated(got)}. Choose another file.")
     if values.get("format", FORMAT) != FORMAT:
         raise DataError(
-            f"The result has format {_short(values['format'])}, and this sharpscope reads {FORMAT}. Update it."
+            f"The result has format {_abbreviated(values['format'])}, and this sharpscope reads {FORMAT}. Update it."
         )
     return {key: value for key, value in values.items() if key not in ("format", "analysis")}
 
 
-def _short(value: Any) -> str:
+def _abbreviated(value: Any) -> str:
     return repr(value)[:40] if isinstance(value, str | int | float | NoneType) else f"a {type(value).__name__}"
 
 
@@ -326,13 +328,13 @@ def require_json_name(path: str | os.PathLike[str]) -> None:
         )
 
 
-def arrays_beside(path: str | os.PathLike[str]) -> Path:
-    """The path of a JSON file's arrays: ``sgd.json`` has ``sgd.npz``, ``run.1`` has ``run.1.npz``."""
+def arrays_path(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a JSON file's .npz: ``sgd.npz`` for ``sgd.json``, ``run.1.npz`` for ``run.1``."""
     place = Path(path)
     return place.with_name(f"{place.name.removesuffix('.json')}.npz")
 
 
-def write(
+def write_json(
     path: str | os.PathLike[str], values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]] | None = None
 ) -> None:
     """Write ``arrays``, if any, to the .npz next to ``path``, and then ``values`` to ``path`` as JSON, each atomically.
@@ -343,14 +345,14 @@ def write(
     if arrays is not None:
         # As keywords, mypy would take them for savez's own.
         given: dict[str, Any] = dict(arrays)
-        with atomic(arrays_beside(path)) as temporary, open(temporary, "wb") as file:
+        with atomic(arrays_path(path)) as temporary, open(temporary, "wb") as file:
             np.savez(file, **given)
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read(path: str | os.PathLike[str]) -> Any:
-    """What the JSON file at ``path`` holds.
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Return the content of a JSON file.
 
     Raises: DataError when there is none.
     """
@@ -363,7 +365,7 @@ def read(path: str | os.PathLike[str]) -> Any:
 
 
 def read_arrays(path: Path, names: Iterable[str]) -> dict[str, NDArray[Any]]:
-    """The arrays of an .npz file.
+    """Return the arrays of an .npz file.
 
     Raises: DataError when it cannot be read, or lacks one of ``names``.
     """

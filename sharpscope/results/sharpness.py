@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from sharpscope.errors import DataError, nearest
 from sharpscope.formatting import with_bound
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.provenance import names_of, origin_notes, typed
+from sharpscope.results.provenance import checkpoint_names, origin_notes, typed_value
 from sharpscope.results.serialization import MaybeNaN, Shape
 from sharpscope.results.table import Table, stacked
 
@@ -30,7 +30,7 @@ DEFINITIONS = {
 }
 
 # Settings that tell measures of one name apart, in a table's first column.
-_TELLING = ("m", "rho", "sigma", "box", "layer", "of")
+_LABEL_SETTINGS = ("m", "rho", "sigma", "box", "layer", "of")
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,21 @@ class Measure:
         """The name with what tells it from others of that name in one result."""
         return self.labelled(())
 
-    def labelled(self, also: Iterable[str]) -> str:
+    def labelled(self, extra: Iterable[str]) -> str:
         """``label``, with these settings said too."""
         if self.name in ("pac-bayes", "edge"):
-            told = []
+            parts = []
         else:
-            told = [f"{key}={short(self.settings[key])}" for key in _TELLING if self.settings.get(key) is not None]
+            parts = [
+                f"{key}={format_setting(self.settings[key])}"
+                for key in _LABEL_SETTINGS
+                if self.settings.get(key) is not None
+            ]
         adaptive = self.settings.get("adaptive")
         if adaptive:
-            told.append(f"adaptive ({adaptive})")
-        told += [f"{key} {short(self.settings[key])}" for key in also if self.settings.get(key) is not None]
-        return ", ".join([{"pac-bayes": "pac-bayes 1/sigma^2"}.get(self.name, self.name), *told])
+            parts.append(f"adaptive ({adaptive})")
+        parts += [f"{key} {format_setting(self.settings[key])}" for key in extra if self.settings.get(key) is not None]
+        return ", ".join([{"pac-bayes": "pac-bayes 1/sigma^2"}.get(self.name, self.name), *parts])
 
     def __str__(self) -> str:
         sure = "" if self.settings.get("converged", True) else "?"
@@ -139,21 +143,21 @@ class SharpnessResult(Result):
         return values
 
     def table(self) -> Table:
-        """The result as rows and notes."""
+        """Return the result as a table with notes."""
         return sharpness_table([self])
 
 
-def short(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """A setting as text."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # Settings that are said once below the table, unless results differ in them.
-_COMPARED = ("p", "ascent", "eta", "drop", "tol", "order")
+_NOTE_SETTINGS = ("p", "ascent", "eta", "drop", "tol", "order")
 
 
 # What scales the ball, see ``sharpscope.ball``.
-_D = {"None": "1", "elementwise": "|w| + eta", "filter": "the filter's norm + eta"}
+_SCALINGS = {"None": "1", "elementwise": "|w| + eta", "filter": "the filter's norm + eta"}
 
 
 def sharpness_table(results: Sequence[SharpnessResult]) -> Table:
@@ -164,21 +168,21 @@ def sharpness_table(results: Sequence[SharpnessResult]) -> Table:
 def _labels(results: Sequence[SharpnessResult]) -> list[list[str]]:
     """What each measure is called, with every setting in which results differ, lest unlike ones share a row."""
     differing: dict[str, set[str]] = {}
-    for key in _COMPARED:
-        said: dict[str, set[str]] = {}
+    for key in _NOTE_SETTINGS:
+        values_by_measure: dict[str, set[str]] = {}
         for r in results:
             for m in r.measures:
-                said.setdefault(m.name, set()).add(str(m.settings.get(key)))
-        for name, values in said.items():
+                values_by_measure.setdefault(m.name, set()).add(str(m.settings.get(key)))
+        for name, values in values_by_measure.items():
             if len(values) > 1:
                 differing.setdefault(name, set()).add(key)
     return [[m.labelled(sorted(differing.get(m.name, ()))) for m in r.measures] for r in results]
 
 
 def _rows(results: Sequence[SharpnessResult]) -> list[list[str]]:
-    names = names_of([r.provenance for r in results])
-    called = _labels(results)
-    labels = list(dict.fromkeys(label for column in called for label in column))
+    names = checkpoint_names([r.provenance for r in results])
+    labels_by_result = _labels(results)
+    labels = list(dict.fromkeys(label for column in labels_by_result for label in column))
     predicted = [any(m.prediction for m in r.measures) for r in results]
     heading = ["measure"]
     for name, has in zip(names, predicted, strict=True):
@@ -186,7 +190,7 @@ def _rows(results: Sequence[SharpnessResult]) -> list[list[str]]:
     rows = [heading]
     for label in labels:
         row = [label]
-        for r, column, has in zip(results, called, predicted, strict=True):
+        for r, column, has in zip(results, labels_by_result, predicted, strict=True):
             one = r.measures[column.index(label)] if label in column else None
             row.append("-" if one is None else str(one))
             if has:
@@ -207,37 +211,39 @@ def _rows(results: Sequence[SharpnessResult]) -> list[list[str]]:
 
 def _notes(results: Sequence[SharpnessResult]) -> list[str]:
     notes = []
-    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
+    for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
         notes += origin_notes(name, r.provenance)
         for m in r.measures:
             if m.name in ("edge", "pac-bayes"):
-                said = [f"{key} {short(value)}" for key, value in m.settings.items() if key != "converged"]
-                notes.append(f"{name}: {m.name}: {', '.join(said)}.")
-        for left_out, why in (typed(r.provenance, "left_out", Mapping) or {}).items():
+                settings = [f"{key} {format_setting(value)}" for key, value in m.settings.items() if key != "converged"]
+                notes.append(f"{name}: {m.name}: {', '.join(settings)}.")
+        for left_out, why in (typed_value(r.provenance, "left_out", Mapping) or {}).items():
             notes.append(f"{name}: {left_out} was left out. {why}")
         if any(m.settings.get("order") == "as loaded" for m in r.measures):
             notes.append(f"{name}: subsets are of neighbours in the loader's order, which must not be sorted by class.")
-    seen: dict[str, str] = {}
+    definitions: dict[str, str] = {}
     for r in results:
         for m in r.measures:
-            how = [
-                f"{key} {short(value)}"
+            settings_shown = [
+                f"{key} {format_setting(value)}"
                 for key, value in m.settings.items()
                 if key in ("p", "ascent", "eta", "probes", "pairs of draws", "draws") and value not in (None, 0.0)
             ]
             rule = f"; predicted: {' to '.join(m.prediction)}" if m.prediction else ""
-            shape = f"; D = {_D.get(str(m.settings.get('adaptive')), 'unknown')}" if "D" in m.definition else ""
-            seen.setdefault(m.name, f"{m.name}: {m.definition}{shape}{''.join(f'; {h}' for h in how)}{rule}.")
+            shape = f"; D = {_SCALINGS.get(str(m.settings.get('adaptive')), 'unknown')}" if "D" in m.definition else ""
+            definitions.setdefault(
+                m.name, f"{m.name}: {m.definition}{shape}{''.join(f'; {h}' for h in settings_shown)}{rule}."
+            )
     sampled = any(m.standard_error is not None for r in results for m in r.measures)
     if not all(r.converged for r in results):
-        seen["?"] = "? has not converged."
-    if "average-case" in seen:
-        seen["kinks"] = (
+        definitions["?"] = "? has not converged."
+    if "average-case" in definitions:
+        definitions["kinks"] = (
             "The Hessian does not see the kinks of ReLU and max-pooling, which add a term of the same order to the "
             "average case: with them it may differ from what is predicted however small sigma is."
         )
     closing = ["± is a 95 % interval over subsets or draws, or a bound from residuals."] if sampled else []
-    return [*notes, *seen.values(), *closing]
+    return [*notes, *definitions.values(), *closing]
 
 
 @dataclass(frozen=True)
@@ -276,13 +282,13 @@ class InvarianceResult(Result):
         return all(m.settings.get("converged", True) for m in (*self.before, *self.after))
 
     def table(self) -> Table:
-        """The result as rows and notes."""
+        """Return the result as a table with notes."""
         return invariance_table([self])
 
 
 def invariance_table(results: Sequence[InvarianceResult]) -> Table:
     """A table a result under its name, and the notes of all at the end."""
-    names = names_of([r.provenance for r in results])
+    names = checkpoint_names([r.provenance for r in results])
     *others, last = (Table(_invariance_rows(r), title=name) for name, r in zip(names, results, strict=True))
     return stacked([*others, replace(last, notes=_invariance_notes(results))])
 
@@ -297,7 +303,7 @@ def _invariance_rows(result: InvarianceResult) -> list[list[str]]:
 
 def _invariance_notes(results: Sequence[InvarianceResult]) -> list[str]:
     notes = []
-    for r, name in zip(results, names_of([r.provenance for r in results]), strict=True):
+    for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
         pairs = ", ".join(f"{a or 'the model'} and {b}" for a, b in r.layers)
         notes += origin_notes(name, r.provenance)
         notes.append(

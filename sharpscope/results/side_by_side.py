@@ -7,14 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from sharpscope.errors import DataError
-from sharpscope.results.density import DensityResult, density_table
+from sharpscope.results.density import DensityResult, TraceResult, density_table, trace_table
 from sharpscope.results.eigen import EigenResult, eigen_table
 from sharpscope.results.layerwise import BlockResult, block_table
 from sharpscope.results.monitor import MonitorResult, monitor_table
 from sharpscope.results.sharpness import InvarianceResult, SharpnessResult, invariance_table, sharpness_table
 from sharpscope.results.slice import SliceResult, slice_table
 from sharpscope.results.table import Table
-from sharpscope.results.trace import TraceResult, trace_table
 
 SHOWN: dict[type, Callable[[Any], Table]] = {
     EigenResult: eigen_table,

@@ -13,21 +13,21 @@ from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.provenance import names_of, origin_notes, typed
+from sharpscope.results.provenance import checkpoint_names, origin_notes, typed_value
 from sharpscope.results.serialization import (
     IN_NPZ,
     Array,
+    FieldError,
     MaybeNaN,
     MaybeNaNs,
-    Misfit,
-    arrays_beside,
+    arrays_path,
     as_json,
-    fields_from,
-    opened,
-    read,
+    parse_fields,
+    parse_value,
     read_arrays,
-    value_as,
-    write,
+    read_json,
+    without_header,
+    write_json,
 )
 from sharpscope.results.table import Table
 
@@ -35,7 +35,7 @@ PENDING, DONE, DIVERGED = 0, 1, 2
 STATUSES = ("pending", "done", "diverged")
 
 _ARRAYS = ("loss", "accuracy", "status", "centre", "slopes", "curvatures")
-_GRID = ("loss", "accuracy", "status")
+_GRID_ARRAYS = ("loss", "accuracy", "status")
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,11 @@ class SliceResult(Result):
         shapes = {"loss": (splits, lines, *grid), "accuracy": (splits, lines, *grid), "status": (lines, *grid)}
         shapes |= {"centre": (splits, 2), "slopes": (lines, q), "curvatures": (lines, q, q)}
         for name, shape in shapes.items():
-            came = getattr(self, name).shape
-            if came != shape:
+            got = getattr(self, name).shape
+            if got != shape:
                 what = {"loss": "losses", "accuracy": "accuracies"}.get(name, f"{name!r}")
                 of = f"{splits} splits and {lines} lines or planes"
-                raise DataError(f"A slice of {of} needs {what} of shape {shape}, got {came}. Measure it again.")
+                raise DataError(f"A slice of {of} needs {what} of shape {shape}, got {got}. Measure it again.")
         if not np.isin(self.status, (PENDING, DONE, DIVERGED)).all():
             raise DataError("A slice needs 0, 1 or 2 in 'status', got other numbers. Measure it again.")
         for mark in self.marks:
@@ -122,8 +122,8 @@ class SliceResult(Result):
                 )
 
     @classmethod
-    def _keys(cls) -> tuple[str, ...]:
-        return (*super()._keys(), "digest", "infinite")
+    def _json_keys(cls) -> tuple[str, ...]:
+        return (*super()._json_keys(), "digest", "infinite")
 
     @property
     def dimensions(self) -> int:
@@ -213,32 +213,34 @@ class SliceResult(Result):
         values = super().to_dict()
         if not grid:
             return {**values, "digest": self._digest()}
-        arrays = {name: as_json(getattr(self, name)) for name in _GRID}
+        arrays = {name: as_json(getattr(self, name)) for name in _GRID_ARRAYS}
         return {**values, **arrays, "infinite": np.flatnonzero(np.isposinf(self.loss)).tolist()}
 
     @classmethod
-    def _read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        missing = [name for name in _GRID if name not in values]
+    def _parse(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        missing = [name for name in _GRID_ARRAYS if name not in values]
         if missing:
             raise DataError(
                 f"A slice result must have the keys of SliceResult.to_dict(grid=True), got none named {missing[0]!r}. "
                 "Load its file, next to which its arrays are."
             )
-        found = super()._read(values) | fields_from(cls, _GRID, values)
-        if value_as(int, values["dimensions"], "dimensions") != len(found["axes"]):
-            raise Misfit(f"needs the number of axes in 'dimensions', got {values['dimensions']}")
-        infinite = value_as(tuple[int, ...], values.get("infinite", ()), "infinite")
-        if any(not 0 <= i < found["loss"].size for i in infinite):
-            raise Misfit(f"needs places of losses in 'infinite', got others than 0 to {found['loss'].size - 1}")
-        found["loss"].flat[list(infinite)] = np.inf
-        return found
+        fields_read = super()._parse(values) | parse_fields(cls, _GRID_ARRAYS, values)
+        if parse_value(int, values["dimensions"], "dimensions") != len(fields_read["axes"]):
+            raise FieldError(f"needs the number of axes in 'dimensions', got {values['dimensions']}")
+        infinite = parse_value(tuple[int, ...], values.get("infinite", ()), "infinite")
+        if any(not 0 <= i < fields_read["loss"].size for i in infinite):
+            raise FieldError(
+                f"needs places of losses in 'infinite', got others than 0 to {fields_read['loss'].size - 1}"
+            )
+        fields_read["loss"].flat[list(infinite)] = np.inf
+        return fields_read
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON to ``path`` and the arrays beside it as ``.npz``, each atomically.
 
         Raises: OutputError when they cannot be written.
         """
-        write(path, self.to_dict(), self._arrays())
+        write_json(path, self.to_dict(), self._arrays())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SliceResult:
@@ -246,13 +248,15 @@ class SliceResult(Result):
 
         Raises: DataError when ``path`` holds something else, or its arrays are not beside it.
         """
-        values, beside = read(path), arrays_beside(path)
-        opened(values, cls.analysis)
-        arrays = read_arrays(beside, [*_ARRAYS, "axis0"])
+        values, arrays_file = read_json(path), arrays_path(path)
+        without_header(values, cls.analysis)
+        arrays = read_arrays(arrays_file, [*_ARRAYS, "axis0"])
         axes = tuple(arrays[name] for name in ("axis0", "axis1") if name in arrays)
         result = cls.from_dict({**values, **{name: arrays[name] for name in _ARRAYS}, "axes": axes})
         if result._digest() != values.get("digest"):
-            raise DataError(f"{beside} must hold the arrays of {path}, but they are of another run. Measure it again.")
+            raise DataError(
+                f"{arrays_file} must hold the arrays of {path}, but they are of another run. Measure it again."
+            )
         return result
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
@@ -266,17 +270,17 @@ class SliceResult(Result):
         return digest.hexdigest()
 
     def table(self) -> Table:
-        """The result as rows and notes."""
+        """Return the result as a table with notes."""
         return slice_table([self])
 
 
 def slice_table(results: Sequence[SliceResult]) -> Table:
     """A row a line or plane and split, and beside them the networks on or near it."""
-    marks = [row for r in results for row in _marks(r)]
-    return Table(_rows(results), _notes(results), beside=[_MARKS, *marks] if marks else [])
+    marks = [row for r in results for row in _mark_rows(r)]
+    return Table(_rows(results), _notes(results), beside=[_MARK_COLUMNS, *marks] if marks else [])
 
 
-def described(result: SliceResult, line: int = 0) -> str:
+def describe_directions(result: SliceResult, line: int = 0) -> str:
     """The directions of a line or plane in a few words."""
     labels = [str(d["label"]) for d in result.directions[line]]
     kinds = {str(d.get("kind")) for d in result.directions[line]}
@@ -293,23 +297,25 @@ def _rows(results: Sequence[SliceResult]) -> list[list[str]]:
     curved = any(np.isfinite(r.curvatures).all() for r in results)
     head = ["", "split", "direction", "loss at w", "accuracy", "lowest", "at", "highest", "at"]
     rows = [head + ["barrier"] * barriers + ["curvature"] * curved + ["diverged"]]
-    for name, r in zip(names_of([r.provenance for r in results]), results, strict=True):
+    for name, r in zip(checkpoint_names([r.provenance for r in results]), results, strict=True):
         for line in range(len(r.directions)):
             for s, split in enumerate(r.splits):
-                row = [name, split, described(r, line), f"{r.centre[s, 0]:.4g}", _share(r.centre[s, 1])]
+                row = [name, split, describe_directions(r, line), f"{r.centre[s, 0]:.4g}", _percent(r.centre[s, 1])]
                 row += [*_extreme(r, s, line, np.nanargmin), *_extreme(r, s, line, np.nanargmax)]
                 barrier = r.barrier(split, line)
                 row += [("" if barrier is None else f"{barrier:.4g}")] * barriers
-                bends = np.diagonal(r.curvatures[line])
-                row += [", ".join(f"{c:.4g}" for c in bends) if s == 0 and np.isfinite(bends).all() else ""] * curved
+                curvature = np.diagonal(r.curvatures[line])
+                row += [
+                    ", ".join(f"{c:.4g}" for c in curvature) if s == 0 and np.isfinite(curvature).all() else ""
+                ] * curved
                 rows.append([*row, str(int((r.status[line] == DIVERGED).sum()))])
     return rows
 
 
-_MARKS = ["network", "split", "coordinates", "distance to the picture", "distance to w", "its loss", "accuracy"]
+_MARK_COLUMNS = ["network", "split", "coordinates", "distance to the picture", "distance to w", "its loss", "accuracy"]
 
 
-def _marks(result: SliceResult) -> list[list[str]]:
+def _mark_rows(result: SliceResult) -> list[list[str]]:
     return [
         [
             mark.name,
@@ -318,7 +324,7 @@ def _marks(result: SliceResult) -> list[list[str]]:
             f"{mark.distance:.3g}",
             f"{mark.length:.3g}",
             f"{mark.loss[split]:.4g}",
-            _share(mark.accuracy[split]),
+            _percent(mark.accuracy[split]),
         ]
         for mark in result.marks
         for split in result.splits
@@ -327,24 +333,24 @@ def _marks(result: SliceResult) -> list[list[str]]:
 
 def _notes(results: Sequence[SliceResult]) -> list[str]:
     notes = []
-    for name, r in zip(names_of([r.provenance for r in results]), results, strict=True):
+    for name, r in zip(checkpoint_names([r.provenance for r in results]), results, strict=True):
         notes += origin_notes(name, r.provenance)
         grid = " x ".join(f"{len(a)} points from {a[0]:.3g} to {a[-1]:.3g}" for a in r.axes)
-        kept = typed(r.provenance, "repeated", int) or 0
+        kept = typed_value(r.provenance, "repeated", int) or 0
         known = f", {kept} of them from disk" if kept else ""
         lines = f"{len(r.directions)} lines of " if len(r.directions) > 1 else ""
         notes.append(
             f"{name}: {lines}{grid}{known}; {r.cost.passes} passes over the data, {r.cost.seconds:.1f} seconds; "
-            f"{also_said(r)}."
+            f"{describe_mode(r)}."
         )
         pending = int((r.status == PENDING).sum())
         if pending:
             notes.append(f"{name}: {pending} points are still to be measured; the same command goes on with them.")
-        cosine = typed(r.provenance, "cosine", int | float)
+        cosine = typed_value(r.provenance, "cosine", int | float)
         if cosine is not None and abs(cosine) > 1e-6:
             notes.append(f"{name}: the axes have a cosine of {cosine:.3g}, and a picture draws them at right angles.")
-        if misleads(r):
-            notes.append(f"{name}: {MISLEADS}")
+        if keeps_centre_statistics(r):
+            notes.append(f"{name}: {CENTRE_STATISTICS}")
     if any(r.barrier(line=i) is not None for r in results for i in range(len(r.directions))):
         notes.append(
             "barrier: the most by which the loss lies above the straight line between its ends, on these points."
@@ -352,28 +358,28 @@ def _notes(results: Sequence[SliceResult]) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-MISLEADS = (
+CENTRE_STATISTICS = (
     "BatchNorm's running statistics stay those of the centre, so that away from it this is the loss of a network that "
     "nobody would use. Pass --batchnorm recalibrate (batchnorm='recalibrate')."
 )
 
 
-def misleads(result: SliceResult) -> bool:
+def keeps_centre_statistics(result: SliceResult) -> bool:
     """Whether BatchNorm normalises everywhere by the statistics of the centre."""
     return (
         result.provenance.get("batchnorm") == "running statistics" and result.provenance.get("statistics") == "frozen"
     )
 
 
-def also_said(result: SliceResult) -> str:
+def describe_mode(result: SliceResult) -> str:
     """What a caption must say of how weights and statistics moved."""
-    said = [f"{result.provenance.get('mode', '?')} mode"]
+    parts = [f"{result.provenance.get('mode', '?')} mode"]
     fixed = [d.get("one_dimensional") for line in result.directions for d in line]
     if "fixed" in fixed:
-        said.append("biases and norms fixed")
+        parts.append("biases and norms fixed")
     if result.provenance.get("batchnorm") == "running statistics":
-        said.append(f"BatchNorm {result.provenance.get('statistics')}")
-    return ", ".join(said)
+        parts.append(f"BatchNorm {result.provenance.get('statistics')}")
+    return ", ".join(parts)
 
 
 def _extreme(r: SliceResult, split: int, line: int, which: Any) -> list[str]:
@@ -385,5 +391,5 @@ def _extreme(r: SliceResult, split: int, line: int, which: Any) -> list[str]:
     return [f"{loss[place]:.4g}", ", ".join(f"{c:.3g}" for c in at)]
 
 
-def _share(value: float) -> str:
+def _percent(value: float) -> str:
     return f"{value:.2%}" if np.isfinite(value) else "-"

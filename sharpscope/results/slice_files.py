@@ -14,7 +14,7 @@ from sharpscope.atomic_io import atomic
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.results.base import Cost
 from sharpscope.results.serialization import Array
-from sharpscope.results.slice import DIVERGED, DONE, PENDING, STATUSES, SliceResult, described
+from sharpscope.results.slice import DIVERGED, DONE, PENDING, STATUSES, SliceResult, describe_directions
 
 
 def to_csv(result: SliceResult, path: str | os.PathLike[str]) -> None:
@@ -38,7 +38,7 @@ def to_csv(result: SliceResult, path: str | os.PathLike[str]) -> None:
             for split in range(len(result.splits)):
                 loss, accuracy = (float(values[split][place]) for values in (result.loss, result.accuracy))
                 cells += ["" if status == PENDING else repr(loss), repr(accuracy) if np.isfinite(accuracy) else ""]
-            rows.writerow([line, described(result, line), *map(repr, at), STATUSES[status], *cells])
+            rows.writerow([line, describe_directions(result, line), *map(repr, at), STATUSES[status], *cells])
 
 
 def to_vtk(result: SliceResult, path: str | os.PathLike[str], line: int | None = None) -> None:
@@ -56,7 +56,9 @@ def to_vtk(result: SliceResult, path: str | os.PathLike[str], line: int | None =
         raise ArgumentError(f"line must be from 0 to {len(result.directions) - 1}, got {line}.")
     axes = [*result.axes, *[np.zeros(1)] * (3 - result.dimensions)]
     # The format's title is one line of at most 256 characters.
-    title = f"{result.provenance.get('checkpoint') or 'model'}: {described(result, line)}".replace("\n", " ")[:255]
+    title = f"{result.provenance.get('checkpoint') or 'model'}: {describe_directions(result, line)}".replace("\n", " ")[
+        :255
+    ]
     text = ["# vtk DataFile Version 3.0", title, "ASCII", "DATASET RECTILINEAR_GRID"]
     text.append(f"DIMENSIONS {' '.join(str(len(a)) for a in axes)}")
     for name, a in zip("XYZ", axes, strict=True):
@@ -66,7 +68,7 @@ def to_vtk(result: SliceResult, path: str | os.PathLike[str], line: int | None =
     for split, name in enumerate(result.splits):
         for what, values in (("loss", result.loss), ("accuracy", result.accuracy)):
             scalars = np.where(pending, np.nan, values[split, line])
-            text += [f"SCALARS {_word(name)}_{what} double 1", "LOOKUP_TABLE default", _numbers(scalars)]
+            text += [f"SCALARS {_vtk_name(name)}_{what} double 1", "LOOKUP_TABLE default", _numbers(scalars)]
     text += ["SCALARS status int 1", "LOOKUP_TABLE default", " ".join(str(int(s)) for s in result.status[line].flat)]
     with atomic(path) as temporary:
         temporary.write_text("\n".join(text) + "\n", encoding="ascii", errors="replace")
@@ -76,7 +78,7 @@ def _numbers(values: Array) -> str:
     return " ".join(repr(float(v)) for v in values.flat)
 
 
-def _word(name: str) -> str:
+def _vtk_name(name: str) -> str:
     """A name as VTK takes it, without spaces."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
 
@@ -103,28 +105,28 @@ def read_loss_landscape(path: str | os.PathLike[str]) -> SliceResult:
         raise ArgumentError("Reading .h5 files needs h5py. Run pip install 'sharpscope[h5]'.") from error
     try:
         with h5py.File(path, "r") as file:
-            kept = {key: np.asarray(file[key][()], dtype=np.float64) for key in file if _wanted(key)}
-            said = file["dir_file"][()] if "dir_file" in file else b""
+            arrays = {key: np.asarray(file[key][()], dtype=np.float64) for key in file if _is_known_key(key)}
+            directions_file = file["dir_file"][()] if "dir_file" in file else b""
     except (OSError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} must be an h5 file of loss-landscape; problem: {error}.") from error
-    if "xcoordinates" not in kept:
+    if "xcoordinates" not in arrays:
         raise DataError(f"{path} must be an h5 surface of loss-landscape, but it has no xcoordinates.")
-    axes = tuple(kept[key] for key in ("xcoordinates", "ycoordinates") if key in kept)
+    axes = tuple(arrays[key] for key in ("xcoordinates", "ycoordinates") if key in arrays)
     shape = tuple(len(a) for a in reversed(axes))
-    splits = [s for s in SPLITS if (kept.get(f"{s}_loss", np.full(1, -1.0)) != -1).any()]
+    splits = [s for s in SPLITS if (arrays.get(f"{s}_loss", np.full(1, -1.0)) != -1).any()]
     if not splits:
         raise DataError(f"{path} must hold a train_loss or test_loss with a finished point, but has none.")
     if any(a.ndim != 1 or len(a) < 2 or not (np.diff(a) > 0).all() for a in axes):
         raise DataError(f"{path} must have at least two ascending coordinates on each axis.")
-    loss = np.stack([_grid(kept[f"{s}_loss"], shape, path) for s in splits])[:, None]
+    loss = np.stack([_grid(arrays[f"{s}_loss"], shape, path) for s in splits])[:, None]
     missing = np.full(shape, -100.0)
-    accuracy = np.stack([_grid(kept.get(f"{s}_acc", missing), shape, path) for s in splits])[:, None] / 100
+    accuracy = np.stack([_grid(arrays.get(f"{s}_acc", missing), shape, path) for s in splits])[:, None] / 100
     pending = (loss == -1).any(axis=0)
     status = np.where(pending, PENDING, np.where(np.isfinite(loss).all(axis=0), DONE, DIVERGED)).astype(np.int8)
     loss[:, pending] = np.nan
     accuracy[(accuracy < 0) | np.broadcast_to(pending, accuracy.shape)] = np.nan
-    name = said.decode(errors="replace") if isinstance(said, bytes) else str(said)
-    checkpoint, directions = _read_name(Path(name).name, len(axes))
+    name = directions_file.decode(errors="replace") if isinstance(directions_file, bytes) else str(directions_file)
+    checkpoint, directions = _parse_file_name(Path(name).name, len(axes))
     q = len(axes)
     return SliceResult(
         axes=axes,
@@ -146,7 +148,7 @@ def read_loss_landscape(path: str | os.PathLike[str]) -> SliceResult:
     )
 
 
-def _wanted(key: str) -> bool:
+def _is_known_key(key: str) -> bool:
     return key in ("xcoordinates", "ycoordinates") or key in {f"{s}_{w}" for s in SPLITS for w in ("loss", "acc")}
 
 
@@ -167,16 +169,19 @@ def _centre(axes: tuple[Array, ...], loss: Array, accuracy: Array) -> Array:
     return np.stack([loss[place], accuracy[place]], axis=1)
 
 
-def _read_name(name: str, count: int) -> tuple[str, list[dict[str, Any]]]:
+def _parse_file_name(name: str, count: int) -> tuple[str, list[dict[str, Any]]]:
     """The checkpoint and the directions, from a name such as ``model.t7_weights_xignore=biasbn_xnorm=filter.h5``."""
     found = re.match(r"(.+?)_(?:weights|states)(?=[_.])", name)
     directions = []
     for axis in "xy"[:count]:
         norm, ignored = (re.search(rf"_{axis}{what}=([a-z]+)", name) for what in ("norm", "ignore"))
-        entry: dict[str, Any] = {"label": f"direction {axis}", "length": None, "kind": "unknown"}
+        direction: dict[str, Any] = {"label": f"direction {axis}", "length": None, "kind": "unknown"}
         # Only a random direction has a norm beside it: one towards another model is named after that.
         if norm is not None:
-            entry |= {"label": f"random direction {axis}", "kind": "random", "normalisation": norm[1]}
-            entry |= {"seed": "unknown", "one_dimensional": "fixed" if ignored and ignored[1] == "biasbn" else "copied"}
-        directions.append(entry)
+            direction |= {"label": f"random direction {axis}", "kind": "random", "normalisation": norm[1]}
+            direction |= {
+                "seed": "unknown",
+                "one_dimensional": "fixed" if ignored and ignored[1] == "biasbn" else "copied",
+            }
+        directions.append(direction)
     return (found[1] if found else ""), directions

@@ -16,7 +16,7 @@ from torch import Tensor
 from sharpscope.errors import ArgumentError
 from sharpscope.objective import Objective, Progress
 from sharpscope.objective.accumulate import PerBatch
-from sharpscope.results.estimate import student
+from sharpscope.results.statistics import student
 
 Array = NDArray[np.float64]
 

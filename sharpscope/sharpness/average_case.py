@@ -13,7 +13,7 @@ from torch import Tensor
 from sharpscope.errors import ArgumentError
 from sharpscope.objective import Objective, Progress
 from sharpscope.precision import wide
-from sharpscope.results.estimate import Estimate
+from sharpscope.results.statistics import Estimate
 from sharpscope.sharpness.losses import whole
 from sharpscope.weights.norm_ball import Ball
 from sharpscope.weights.perturbation import Perturbation

@@ -18,7 +18,7 @@ from sharpscope.linalg.trace import trace_and_frobenius_rows
 from sharpscope.objective import Objective, Progress
 from sharpscope.precision import wide
 from sharpscope.results import EigenResult, Measure
-from sharpscope.results.estimate import Estimate
+from sharpscope.results.statistics import Estimate
 from sharpscope.sharpness.losses import whole
 from sharpscope.weights.norm_ball import Ball, inner_of, norm_of
 from sharpscope.weights.parameters import select, views

@@ -17,7 +17,7 @@ from sharpscope.objective.data import leaves
 from sharpscope.precision import cast_model
 from sharpscope.problem import Problem
 from sharpscope.results import InvarianceResult, SharpnessResult
-from sharpscope.results.base import total
+from sharpscope.results.base import total_cost
 from sharpscope.sharpness.ascent import Ascent
 from sharpscope.sharpness.measures import measure_sharpness
 
@@ -112,7 +112,7 @@ def rescaling_invariance(
         factor=factor,
         layers=tuple(chosen),
         loss=one.loss,
-        cost=total(side.cost for pair in sides for side in pair),
+        cost=total_cost(side.cost for pair in sides for side in pair),
         provenance={key: value for key, value in one.provenance.items() if key != "left_out"},
     )
 

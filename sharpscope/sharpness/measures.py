@@ -17,7 +17,7 @@ from sharpscope.measurement import Measurement
 from sharpscope.objective import Objective, Progress
 from sharpscope.problem import Problem
 from sharpscope.results import Measure, SharpnessResult
-from sharpscope.results.estimate import Estimate, student
+from sharpscope.results.statistics import Estimate, student
 from sharpscope.sharpness import hessian
 from sharpscope.sharpness.ascent import Ascent
 from sharpscope.sharpness.average_case import DROP, average_rise, pac_bayes_sigma

@@ -21,7 +21,7 @@ from sharpscope.measurement import seeded
 from sharpscope.objective import Objective
 from sharpscope.problem import Problem
 from sharpscope.results import EigenResult
-from sharpscope.results.serialization import UNREADABLE, plain
+from sharpscope.results.serialization import UNREADABLE, jsonable
 from sharpscope.weights import parameters
 from sharpscope.weights.norm_ball import Ball
 from sharpscope.weights.parameters import views
@@ -193,7 +193,7 @@ def read_directions(path: str | os.PathLike[str], asked: Mapping[str, Any]) -> l
 
 def _json_round_trip(value: Any) -> Any:
     """``value`` after writing and reading as JSON."""
-    return json.loads(json.dumps(plain(value)))
+    return json.loads(json.dumps(jsonable(value)))
 
 
 NORMALISATIONS = ("filter", "layer", "model", "none")

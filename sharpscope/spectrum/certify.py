@@ -12,7 +12,7 @@ from torch import Tensor
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg import Eigenpairs
 from sharpscope.linalg.certificate import STEPS, Certificate, certificate
-from sharpscope.results.eigen import CERTAIN
+from sharpscope.results.eigen import MAX_MISS_PROBABILITY
 
 # Missed eigenvalues found by certificates before giving up.
 MAX_MISSED = 5
@@ -42,7 +42,7 @@ def certify_eigenpairs(
     """Certify that no eigenvalue above ``lambda_k + eps |lambda_1|`` was missed; improve ``pairs`` if one was.
 
     If a run finds such an eigenvalue, its vector is passed to the solver, and another run follows the solve. The j-th
-    run has the level ``CERTAIN / 2^j``, so the probability of an error in any of them is at most CERTAIN.
+    run has the level ``MAX_MISS_PROBABILITY / 2^j``, so the probability of an error in any of them is at most MAX_MISS_PROBABILITY.
 
     Args:
         hessian: rows (b, n) to rows (b, n) times H.
@@ -56,7 +56,7 @@ def certify_eigenpairs(
     for run in range(1, MAX_MISSED + 2):
         products_left = remaining()
         vectors = pairs.eigenvectors.T.contiguous()
-        level = CERTAIN / 2**run
+        level = MAX_MISS_PROBABILITY / 2**run
         above = float(pairs.upper[-1] + eps * pairs.eigenvalues[0].abs())
         if products_left == 0:
             proof = Certificate(1.0, above, 0, -math.inf, None, (), (), vectors.shape[1] - len(vectors), 0.0)

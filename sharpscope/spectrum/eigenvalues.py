@@ -24,7 +24,7 @@ from sharpscope.objective.audit import float32_rounding
 from sharpscope.precision import available_device
 from sharpscope.problem import Problem
 from sharpscope.results import EigenResult
-from sharpscope.results.eigen import CERTAIN
+from sharpscope.results.eigen import MAX_MISS_PROBABILITY
 from sharpscope.resume import once_with_cost
 from sharpscope.sampling.importance_sample import (
     MIN_SIZE,
@@ -281,7 +281,7 @@ def _warn(m: Measurement, pairs: Eigenpairs, proof: CertifiedEigenpairs | None, 
     if not bool(pairs.converged.all()):
         missing = [i + 1 for i in range(len(pairs.converged)) if not pairs.converged[i]]
         warnings.warn(m.unconverged(f"Eigenvalues {missing} have", tol), ConvergenceWarning, stacklevel=3)
-    if proof is not None and proof.probability > CERTAIN:
+    if proof is not None and proof.probability > MAX_MISS_PROBABILITY:
         warnings.warn(
             f"No certificate: an eigenvalue above {proof.last.above:.4g} may have been missed with probability "
             f"{proof.probability:.2g} after {proof.runs} runs. Raise max_passes or certify.",

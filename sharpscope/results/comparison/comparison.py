@@ -1,4 +1,4 @@
-"""Several checkpoints measured alike, with everything measured of each and between them, and their table."""
+"""The results of several checkpoints measured with the same settings, and their table."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from sharpscope.errors import DataError
 from sharpscope.results.base import Result
 from sharpscope.results.comparison.findings import findings
-from sharpscope.results.comparison.rows import Row, contrasted, rows_of
-from sharpscope.results.comparison.subject import Subject, Way, groups_of, pairs_of
-from sharpscope.results.provenance import typed
-from sharpscope.results.serialization import plain, value_as
+from sharpscope.results.comparison.rows import Row, comparison_rows, reference_and_others
+from sharpscope.results.comparison.subject import Interpolation, Subject, group_subjects, pair_runs
+from sharpscope.results.provenance import typed_value
+from sharpscope.results.serialization import jsonable, parse_value
 from sharpscope.results.slice import SliceResult
 from sharpscope.results.table import Table
 
 # What the record of every subject has, whatever was measured.
-_OF_EACH = ("name", "group", "pair", "performance", "provenance")
+_SUBJECT_KEYS = ("name", "group", "pair", "performance", "provenance")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -37,7 +37,7 @@ class Comparison(Result):
     derived = ("findings", "rows")
 
     subjects: tuple[Subject, ...]
-    between: tuple[Way, ...] = ()
+    between: tuple[Interpolation, ...] = ()
     level: str = ""
     command: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Comparison(Result):
     @cached_property
     def rows(self) -> list[Row]:
         """Each quantity with the numbers of all subjects, the means of groups, and how others differ from the first."""
-        return rows_of(self.subjects)
+        return comparison_rows(self.subjects)
 
     @property
     def findings(self) -> list[str]:
@@ -61,38 +61,38 @@ class Comparison(Result):
     @property
     def groups(self) -> dict[str, list[Subject]]:
         """The subjects of each group in order; empty where there are no groups."""
-        return groups_of(self.subjects)
+        return group_subjects(self.subjects)
 
     def paired(self, first: str, second: str) -> list[tuple[Subject, Subject]] | None:
         """The runs of two groups that share what pairs them; None unless every run of both has its partner."""
-        return pairs_of(self.groups[first], self.groups[second])
+        return pair_runs(self.groups[first], self.groups[second])
 
     def to_dict(self) -> dict[str, Any]:
         """Findings, table and every result whole, as plain JSON values; a number that is not finite is null."""
-        return {**super().to_dict(), "between": [_way_record(*way) for way in self.between]}
+        return {**super().to_dict(), "between": [_interpolation_record(*line) for line in self.between]}
 
     @classmethod
-    def _read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        absent = [key for key in cls._fields() if key not in values]
-        for entry in value_as(tuple[Mapping[str, Any], ...], values.get("subjects", ()), "subjects"):
-            absent += [key for key in _OF_EACH if key not in entry]
-        if absent:
-            raise KeyError(absent[0])
-        ways = value_as(tuple[Mapping[str, Any], ...], values["between"], "between")
-        return super()._read({**values, "between": [_way_values(way) for way in ways]})
+    def _parse(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        missing = [key for key in cls._json_fields() if key not in values]
+        for entry in parse_value(tuple[Mapping[str, Any], ...], values.get("subjects", ()), "subjects"):
+            missing += [key for key in _SUBJECT_KEYS if key not in entry]
+        if missing:
+            raise KeyError(missing[0])
+        lines = parse_value(tuple[Mapping[str, Any], ...], values["between"], "between")
+        return super()._parse({**values, "between": [_interpolation_values(line) for line in lines]})
 
     def table(self) -> Table:
         """The numbers as rows and notes."""
         return comparison_table(self.rows, self.subjects)
 
 
-def _way_record(first: str, second: str, way: SliceResult) -> dict[str, Any]:
+def _interpolation_record(first: str, second: str, line: SliceResult) -> dict[str, Any]:
     """A line between two subjects, with its barrier on each split."""
-    barriers = {split: plain(way.barrier(split)) for split in way.splits}
-    return {"from": first, "to": second, **way.record(), "barrier": barriers}
+    barriers = {split: jsonable(line.barrier(split)) for split in line.splits}
+    return {"from": first, "to": second, **line.record(), "barrier": barriers}
 
 
-def _way_values(record: Mapping[str, Any]) -> list[Any]:
+def _interpolation_values(record: Mapping[str, Any]) -> list[Any]:
     """The inverse: the two names and the slice's own record."""
     own = {key: value for key, value in record.items() if key not in ("from", "to", "barrier")}
     return [record["from"], record["to"], own]
@@ -100,43 +100,45 @@ def _way_values(record: Mapping[str, Any]) -> list[Any]:
 
 def comparison_table(rows: Sequence[Row], subjects: Sequence[Subject]) -> Table:
     """A row a quantity, a column a checkpoint or a group, then what the quantities are."""
-    return Table(_cells(rows, subjects), _notes(rows, subjects))
+    return Table(_table_rows(rows, subjects), _notes(rows, subjects))
 
 
-def _cells(rows: Sequence[Row], subjects: Sequence[Subject]) -> list[list[str]]:
+def _table_rows(rows: Sequence[Row], subjects: Sequence[Subject]) -> list[list[str]]:
     """With groups their means, since the runs are many, else every checkpoint; and how others differ from the first."""
-    groups, (first, others) = list(groups_of(subjects)), contrasted(subjects)
-    cells = [["", *(groups or [s.name for s in subjects]), *(f"{name} against {first}" for name in others)]]
+    groups, (first, others) = list(group_subjects(subjects)), reference_and_others(subjects)
+    table_rows = [["", *(groups or [s.name for s in subjects]), *(f"{name} against {first}" for name in others)]]
     for row in rows:
-        numbers = [row.spreads.get(group) for group in groups] if groups else row.readings
-        cells.append([row.label, *map(_shown, numbers), *(_shown(row.differences.get(name)) for name in others)])
-    return cells
+        numbers = [row.spreads.get(group) for group in groups] if groups else row.cells
+        table_rows.append(
+            [row.label, *map(_cell_text, numbers), *(_cell_text(row.differences.get(name)) for name in others)]
+        )
+    return table_rows
 
 
-def _shown(number: object) -> str:
+def _cell_text(number: object) -> str:
     return "-" if number is None else str(number)
 
 
 def _notes(rows: Sequence[Row], subjects: Sequence[Subject]) -> list[str]:
-    groups = groups_of(subjects)
-    meant: dict[str, list[str]] = {}
+    groups = group_subjects(subjects)
+    labels_by_definition: dict[str, list[str]] = {}
     for row in rows:
-        kinds = dict.fromkeys(r.interval for r in row.readings if r is not None)
+        kinds = dict.fromkeys(r.interval for r in row.cells if r is not None)
         # Of groups the columns have intervals over runs.
         of = "" if groups else f". Intervals: {', '.join(kinds)}"
-        meant.setdefault(f"{row.definition}{of}", []).append(row.label)
-    notes = [f"{_together(labels)}: {said}." for said, labels in meant.items()]
-    measured: dict[str, list[str]] = {}
+        labels_by_definition.setdefault(f"{row.definition}{of}", []).append(row.label)
+    notes = [f"{_join_labels(labels)}: {definition}." for definition, labels in labels_by_definition.items()]
+    labels_by_data: dict[str, list[str]] = {}
     for row in rows:
-        for data in dict.fromkeys(r.data for r in row.readings if r is not None):
-            measured.setdefault(data, []).append(row.label)
-    notes += [f"On {data}: {_together(labels)}." for data, labels in measured.items() if data]
+        for data in dict.fromkeys(r.data for r in row.cells if r is not None):
+            labels_by_data.setdefault(data, []).append(row.label)
+    notes += [f"On {data}: {_join_labels(labels)}." for data, labels in labels_by_data.items() if data]
     for subject in subjects:
-        left_out = typed(subject.provenance, "left_out", Mapping) or {}
+        left_out = typed_value(subject.provenance, "left_out", Mapping) or {}
         notes += [f"{subject.name}: no {what}. {why}" for what, why in left_out.items()]
-    if any(r is not None and not r.converged for row in rows for r in row.readings):
+    if any(r is not None and not r.converged for row in rows for r in row.cells):
         notes.append("? marks what did not converge to its tolerance.")
-    if contrasted(subjects)[1] and not groups:
+    if reference_and_others(subjects)[1] and not groups:
         notes.append(
             "One against the other: a factor (x) or a difference, with what the ends of both intervals leave possible "
             "(of a standard error, two of them)."
@@ -150,6 +152,6 @@ def _notes(rows: Sequence[Row], subjects: Sequence[Subject]) -> list[str]:
     return notes
 
 
-def _together(labels: list[str]) -> str:
+def _join_labels(labels: list[str]) -> str:
     """Labels with commas between, each name once whatever its settings."""
     return ", ".join(dict.fromkeys(label.partition(",")[0] for label in labels))

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from sharpscope.results.comparison.statistics import (
+from sharpscope.results.comparison.subject import Subject, group_subjects, pair_runs
+from sharpscope.results.density import TraceResult
+from sharpscope.results.eigen import EigenResult
+from sharpscope.results.provenance import describe_examples, describe_origin, typed_value
+from sharpscope.results.serialization import as_json
+from sharpscope.results.sharpness import Measure, SharpnessResult
+from sharpscope.results.statistics import (
     BINOMIAL,
-    NONE,
+    NO_INTERVAL,
     NUMERICAL,
     ONE_SUBSET,
     PROBED,
     PROBED_SAMPLED,
     SAMPLED,
     SUBSETS,
+    Cell,
     Difference,
-    Reading,
     Spread,
     contrast,
     difference,
     spread,
+    wilson,
 )
-from sharpscope.results.comparison.subject import Subject, groups_of, pairs_of
-from sharpscope.results.eigen import EigenResult
-from sharpscope.results.estimate import wilson
-from sharpscope.results.provenance import examples_of, origin, typed
-from sharpscope.results.sharpness import Measure, SharpnessResult
-from sharpscope.results.trace import TraceResult
 
 Groups = Mapping[str, Sequence[Subject]]
 
@@ -40,7 +41,7 @@ class Row:
     Attributes:
         label: the quantity, with all settings that tell it from others.
         definition: what it is, in a sentence.
-        readings: one for each subject, None where it was not measured.
+        cells: one for each subject, None where it was not measured.
         factor: whether numbers are compared by ratios, as quantities are that range over factors.
         spreads: of each group, by name.
         differences: by name, of each later group from the first; without groups of each later checkpoint.
@@ -49,56 +50,61 @@ class Row:
 
     label: str
     definition: str
-    readings: tuple[Reading | None, ...]
+    cells: tuple[Cell | None, ...]
     factor: bool
     spreads: dict[str, Spread]
     differences: dict[str, Difference]
     quantity: str = ""
     m: int | None = None
 
+    def record(self) -> dict[str, Any]:
+        """Return the row as plain JSON values; the key of ``cells`` is "readings"."""
+        values = {field.name: as_json(getattr(self, field.name)) for field in fields(self)}
+        return {"readings" if name == "cells" else name: value for name, value in values.items()}
+
 
 @dataclass(frozen=True)
 class _Quantity:
     label: str
     definition: str
-    of: Callable[[Subject], Reading | None]
+    measure: Callable[[Subject], Cell | None]
     factor: bool = True
     quantity: str = ""
     m: int | None = None
-    share: bool = False
+    is_share: bool = False
 
 
-def rows_of(subjects: Sequence[Subject]) -> list[Row]:
+def comparison_rows(subjects: Sequence[Subject]) -> list[Row]:
     """Every quantity that was measured of any checkpoint, means of groups, and how others differ from the first."""
-    found, groups = [], groups_of(subjects)
+    found, groups = [], group_subjects(subjects)
     for quantity in _quantities(subjects):
-        readings = tuple(quantity.of(subject) for subject in subjects)
-        if any(reading is not None for reading in readings):
-            found.append(_row(subjects, groups, quantity, readings))
+        cells = tuple(quantity.measure(subject) for subject in subjects)
+        if any(cell is not None for cell in cells):
+            found.append(_row(subjects, groups, quantity, cells))
     return found
 
 
-def contrasted(subjects: Sequence[Subject]) -> tuple[str, list[str]]:
+def reference_and_others(subjects: Sequence[Subject]) -> tuple[str, list[str]]:
     """The first group or checkpoint, and those whose differences from it a table has room for."""
-    groups = groups_of(subjects)
+    groups = group_subjects(subjects)
     first, *others = list(groups) or [subject.name for subject in subjects]
     return first, others if groups or len(others) == 1 else []
 
 
-def _row(subjects: Sequence[Subject], groups: Groups, quantity: _Quantity, readings: tuple[Reading | None, ...]) -> Row:
-    values = {s.name: r.value for s, r in zip(subjects, readings, strict=True) if r is not None}
+def _row(subjects: Sequence[Subject], groups: Groups, quantity: _Quantity, cells: tuple[Cell | None, ...]) -> Row:
+    values = {s.name: r.value for s, r in zip(subjects, cells, strict=True) if r is not None}
     spreads, factor = _spreads(groups, quantity, values)
     if quantity.label == "edge":  # it follows the learning rate at the end, which says nothing of the minimum
         differences: dict[str, Difference] = {}
     elif groups:
         differences = _differences(groups, values, spreads, factor)
     else:
-        found = {s.name: contrast(readings[0], r, factor) for s, r in zip(subjects[1:], readings[1:], strict=True)}
+        found = {s.name: contrast(cells[0], r, factor) for s, r in zip(subjects[1:], cells[1:], strict=True)}
         differences = {name: one for name, one in found.items() if one is not None}
     return Row(
         quantity.label,
         quantity.definition,
-        readings,
+        cells,
         factor,
         spreads,
         differences,
@@ -116,7 +122,7 @@ def _spreads(groups: Groups, quantity: _Quantity, values: Mapping[str, float]) -
     }
     factor = quantity.factor and all(value > 0 for column in kept.values() for value in column)
     found = {group: spread(column, log=factor) for group, column in kept.items()}
-    if quantity.share:
+    if quantity.is_share:
         found = {group: one.within(0.0, 1.0) for group, one in found.items()}
     return found, factor
 
@@ -129,7 +135,7 @@ def _differences(
     found: dict[str, Difference] = {}
     for group in others:
         if first in spreads and group in spreads:
-            pairs = pairs_of(groups[first], groups[group])
+            pairs = pair_runs(groups[first], groups[group])
             runs = zip(*pairs, strict=True) if pairs else (groups[name] for name in (first, group))
             one, two = ([values[run.name] for run in column] for column in runs)
             found[group] = difference(one, two, paired=bool(pairs), ratio=factor)
@@ -143,7 +149,7 @@ def _quantities(subjects: Sequence[Subject]) -> list[_Quantity]:
             _PERFORMANCE[what].format(split=split),
             _performance(split, what),
             what == "loss",
-            share=what == "accuracy",
+            is_share=what == "accuracy",
         )
         for what in ("loss", "accuracy")
         for split in ("train", "test")
@@ -181,25 +187,29 @@ _PERFORMANCE = {
 }
 
 
-def _performance(split: str, what: str) -> Callable[[Subject], Reading | None]:
-    def of(subject: Subject) -> Reading | None:
+def _performance(split: str, what: str) -> Callable[[Subject], Cell | None]:
+    def of(subject: Subject) -> Cell | None:
         found = subject.performance.get(split)
         value = None if found is None else getattr(found, what)
         if found is None or value is None:
             return None
-        noise = typed(subject.provenance, "label_noise", int | float) if split == "train" else None
-        said = {**subject.provenance, "split": split, "label_noise": noise, "num_examples": found.examples}
-        where = examples_of(said) if said.get("data") else f"{found.examples} examples of the {split} split"
+        noise = typed_value(subject.provenance, "label_noise", int | float) if split == "train" else None
+        provenance = {**subject.provenance, "split": split, "label_noise": noise, "num_examples": found.examples}
+        data = (
+            describe_examples(provenance)
+            if provenance.get("data")
+            else f"{found.examples} examples of the {split} split"
+        )
         if what == "accuracy":
             # Tokens of one text are not independent, so that many of them count as its examples.
             independent = found.examples if found.answers is None else min(found.examples, found.answers)
-            return Reading(value, *wilson(value, independent), BINOMIAL, origin=where, data=where)
-        return Reading(value, origin=where, data=where)
+            return Cell(value, *wilson(value, independent), BINOMIAL, origin=data, data=data)
+        return Cell(value, origin=data, data=data)
 
     return of
 
 
-def _lambda_max(subject: Subject) -> Reading | None:
+def _lambda_max(subject: Subject) -> Cell | None:
     result = subject.eigen
     if result is None:
         return None
@@ -208,13 +218,13 @@ def _lambda_max(subject: Subject) -> Reading | None:
     ends: tuple[float | None, float | None, str] = (float(result.lower[0]), float(result.upper[0]), NUMERICAL)
     if sampling is not None:
         known = sampling.get("lower") is not None
-        ends = (None, None, f"{NONE}{sampling.get('reason')}")
+        ends = (None, None, f"{NO_INTERVAL}{sampling.get('reason')}")
         ends = (float(sampling["lower"][0]), float(sampling["upper"][0]), SAMPLED) if known else ends
-    return Reading(result.lambda_max, *ends, bool(result.converged[0]), **_source(result), more=more)
+    return Cell(result.lambda_max, *ends, bool(result.converged[0]), **_measured_on(result), more=more)
 
 
-def _ratio(k: int) -> Callable[[Subject], Reading | None]:
-    def of(subject: Subject) -> Reading | None:
+def _ratio(k: int) -> Callable[[Subject], Cell | None]:
+    def of(subject: Subject) -> Cell | None:
         result = subject.eigen
         if result is None or len(result.eigenvalues) != k or result.ratio.value is None:
             return None
@@ -223,51 +233,51 @@ def _ratio(k: int) -> Callable[[Subject], Reading | None]:
         if sampled is not None:
             ends = (float(sampled["lower"]), float(sampled["upper"]), SAMPLED)
         elif result.sampling is not None:
-            ends = (None, None, f"{NONE}{result.sampling.get('reason')}")
-        return Reading(float(ratio.value or math.nan), *ends, bool(result.converged.all()), **_source(result))
+            ends = (None, None, f"{NO_INTERVAL}{result.sampling.get('reason')}")
+        return Cell(float(ratio.value or math.nan), *ends, bool(result.converged.all()), **_measured_on(result))
 
     return of
 
 
-def _trace(subject: Subject) -> Reading | None:
+def _trace(subject: Subject) -> Cell | None:
     result = subject.trace
     if result is None:
         return None
     value, error = result.whole.value, result.whole.standard_error
     if result.provenance.get("population") and result.sampling_error is None:
-        return Reading(value, interval=f"{NONE}too few micro-batches with loss terms", **_source(result))
+        return Cell(value, interval=f"{NO_INTERVAL}too few micro-batches with loss terms", **_measured_on(result))
     kind = PROBED if result.sampling_error is None else PROBED_SAMPLED
-    return Reading(value, value - error, value + error, kind, **_source(result))
+    return Cell(value, value - error, value + error, kind, **_measured_on(result))
 
 
-def _measure(label: str) -> Callable[[Subject], Reading | None]:
-    def of(subject: Subject) -> Reading | None:
+def _measure(label: str) -> Callable[[Subject], Cell | None]:
+    def of(subject: Subject) -> Cell | None:
         result = subject.sharpness
         found: list[Measure] = [] if result is None else [m for m in result.measures if m.label == label]
         if result is None or not found:
             return None
-        one = found[0]
-        told = ", ".join(f"{key} {value:.4g}" for key, value in one.prediction.items())
-        what = ONE_SUBSET if one.lower is None else SUBSETS if one.standard_error is not None else NUMERICAL
-        if one.name == "edge":
-            what = SAMPLED if one.settings.get("sampled") else NUMERICAL
+        measure = found[0]
+        prediction = ", ".join(f"{key} {value:.4g}" for key, value in measure.prediction.items())
+        kind = ONE_SUBSET if measure.lower is None else SUBSETS if measure.standard_error is not None else NUMERICAL
+        if measure.name == "edge":
+            kind = SAMPLED if measure.settings.get("sampled") else NUMERICAL
         # The edge comes from eigenvalues that may be of more examples than the other measures.
-        told_by = subject.eigen if one.name == "edge" and subject.eigen is not None else result
-        return Reading(
-            one.value,
-            one.lower,
-            one.upper,
-            what,
-            bool(one.settings.get("converged", True)),
-            **{**_source(told_by), "price": f"{one.gradients:.3g} gradients over these data"},
-            more=f"a small perturbation predicts {told}" if told else "",
+        source = subject.eigen if measure.name == "edge" and subject.eigen is not None else result
+        return Cell(
+            measure.value,
+            measure.lower,
+            measure.upper,
+            kind,
+            bool(measure.settings.get("converged", True)),
+            **{**_measured_on(source), "price": f"{measure.gradients:.3g} gradients over these data"},
+            more=f"a small perturbation predicts {prediction}" if prediction else "",
         )
 
     return of
 
 
-def _source(result: EigenResult | TraceResult | SharpnessResult) -> dict[str, Any]:
+def _measured_on(result: EigenResult | TraceResult | SharpnessResult) -> dict[str, Any]:
     """On what a number was measured, and what it took."""
     cost = result.cost
     price = f"{cost.passes} passes, {cost.hvps} products, {cost.gradients:.3g} gradients, {cost.seconds:.3g} s"
-    return {"origin": origin(result.provenance), "price": price, "data": examples_of(result.provenance)}
+    return {"origin": describe_origin(result.provenance), "price": price, "data": describe_examples(result.provenance)}

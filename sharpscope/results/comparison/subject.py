@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from sharpscope.results.base import Cost, total
-from sharpscope.results.density import DensityResult
+from sharpscope.results.base import Cost, total_cost
+from sharpscope.results.density import DensityResult, TraceResult
 from sharpscope.results.eigen import EigenResult
 from sharpscope.results.serialization import MaybeNaN, as_json
 from sharpscope.results.sharpness import SharpnessResult
 from sharpscope.results.slice import SliceResult
-from sharpscope.results.trace import TraceResult
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Subject:
     @property
     def cost(self) -> Cost:
         """What all of it took; gradients over the examples that each analysis saw."""
-        return total(result.cost for result in self.results.values())
+        return total_cost(result.cost for result in self.results.values())
 
     def record(self) -> dict[str, Any]:
         """Everything as plain JSON values, without the analyses that were left out."""
@@ -93,11 +92,11 @@ class Subject:
         return {name: value for name, value in kept.items() if name not in ANALYSES or value is not None}
 
 
-Way = tuple[str, str, SliceResult]
+Interpolation = tuple[str, str, SliceResult]
 
 
-def groups_of(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
-    """The subjects of each group in order; empty where there are no groups."""
+def group_subjects(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
+    """Return the subjects of each group in order; empty without groups."""
     found: dict[str, list[Subject]] = {}
     for subject in subjects:
         if subject.group is not None:
@@ -105,8 +104,8 @@ def groups_of(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
     return found
 
 
-def pairs_of(first: Sequence[Subject], second: Sequence[Subject]) -> list[tuple[Subject, Subject]] | None:
-    """The runs of two groups that share what pairs them; None unless every run of both has its partner."""
+def pair_runs(first: Sequence[Subject], second: Sequence[Subject]) -> list[tuple[Subject, Subject]] | None:
+    """Pair the runs of two groups by ``pair``; None unless every run of both has a partner."""
     one, two = ({s.pair: s for s in group} for group in (first, second))
     complete = None not in one and set(one) == set(two)
     alone = len(one) == len(first) and len(two) == len(second)

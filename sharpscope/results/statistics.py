@@ -1,4 +1,4 @@
-"""Values with intervals, and how they differ: means over runs, differences and ratios of checkpoints or groups."""
+"""Estimates, their confidence intervals, and how values differ: between runs, checkpoints or groups of runs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,61 @@ import numpy as np
 
 from sharpscope.errors import DataError
 from sharpscope.formatting import with_bound
-from sharpscope.results.estimate import student
 from sharpscope.results.serialization import Array
 
-# How the interval came about: Student's over pairs of runs, Welch's over runs, or what both numbers' own ends allow.
+
+@dataclass(frozen=True)
+class Estimate:
+    """An unbiased estimate and one standard error of it."""
+
+    value: float
+    standard_error: float
+
+    @classmethod
+    def of(cls, draws: Array) -> Estimate:
+        """The mean of independent draws (K,), K at least 2."""
+        return cls(float(draws.mean()), float(draws.std(ddof=1)) / math.sqrt(len(draws)))
+
+    def __str__(self) -> str:
+        return with_bound(self.value, self.value - self.standard_error, self.value + self.standard_error)
+
+
+def wilson(share: float, examples: int) -> tuple[float, float]:
+    """The 95 % interval of a share of ``examples`` independent ones (Wilson 1927)."""
+    z = 1.959964
+    middle = (share + z * z / (2 * examples)) / (1 + z * z / examples)
+    half = z / (1 + z * z / examples) * math.sqrt(share * (1 - share) / examples + z * z / (4 * examples**2))
+    # A share of 1 lies at the interval's end, which rounding must not pull under it.
+    return max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share))
+
+
+def student(confidence: float, freedom: int) -> float:
+    """The t with ``P(|T| <= t) = confidence`` for Student's T with ``freedom`` degrees of freedom.
+
+    By bisection of the finite series for whole degrees (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4), since results
+    need NumPy alone.
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        low, high = (angle, high) if _student_probability(angle, freedom) < confidence else (low, angle)
+    return math.sqrt(freedom) * math.tan((low + high) / 2)
+
+
+def _student_probability(angle: float, freedom: int) -> float:
+    """``P(|T| <= sqrt(freedom) tan(angle))``."""
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for i in range(2 + odd, freedom - 1, 2):
+        term *= (i - 1) / i * math.cos(angle) ** 2
+        total += term
+    if odd:
+        return 2 / math.pi * (angle + math.sin(angle) * total)
+    return math.sin(angle) * total
+
+
+# The origin of an interval: Student's over pairs of runs, Welch's over runs, or arithmetic on both intervals.
 PAIRS, WELCH, ENDS = "pairs", "Welch", "ends"
 
 # A factor whose interval is wider than this share of it is shown with both ends.
@@ -24,7 +75,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """A second number less a first, or over it; of groups of runs the difference or factor of their means.
+    """The difference or ratio of two numbers, or of the means of two groups of runs.
 
     Attributes:
         value: the difference; with ``ratio`` the factor.
@@ -47,7 +98,7 @@ class Difference:
 
     @property
     def sure(self) -> bool | None:
-        """Whether the interval leaves out no difference; None where there is none."""
+        """Whether the interval excludes "no difference"; None without an interval."""
         if self.lower is None or self.upper is None:
             return None
         none = 1.0 if self.ratio else 0.0
@@ -66,20 +117,20 @@ class Difference:
     @property
     def ends(self) -> str:
         """The interval where ``head`` does not have it: " [0.431, 0.559]"."""
-        return "" if "±" in self.head else bracket(self.lower, self.upper)
+        return "" if "±" in self.head else interval_text(self.lower, self.upper)
 
     def __str__(self) -> str:
         return f"{self.head}{self.ends}"
 
 
-def bracket(lower: float | None, upper: float | None) -> str:
+def interval_text(lower: float | None, upper: float | None) -> str:
     """ " [0.431, 0.559]", nothing where there is no interval."""
     return "" if lower is None or upper is None else f" [{lower:.3g}, {upper:.3g}]"
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean over runs and its 95 % interval; None where one run says nothing of the scatter.
+    """A mean over runs and its 95 % confidence interval, None where the runs do not vary or there is one.
 
     Attributes:
         value: the mean; of ``log`` quantities the geometric one.
@@ -92,7 +143,7 @@ class Spread:
     runs: int
 
     def within(self, least: float, most: float) -> Spread:
-        """The same with its interval cut off there, as that of a share at 0 and 1."""
+        """Clip the interval, for example to [0, 1] for an accuracy."""
         if self.lower is None or self.upper is None:
             return self
         return replace(self, lower=max(self.lower, least), upper=min(self.upper, most))
@@ -100,7 +151,7 @@ class Spread:
     @property
     def ends(self) -> str:
         """Its interval: " [4.43, 9.92]", nothing where there is none."""
-        return bracket(self.lower, self.upper)
+        return interval_text(self.lower, self.upper)
 
     def __str__(self) -> str:
         return f"{self.value:.4g}{self.ends}"
@@ -117,7 +168,7 @@ def spread(values: Sequence[float], *, log: bool = False) -> Spread:
     if len(found) == 0:
         raise DataError("A mean needs at least one run, got none.")
     mean, half = float(found.mean()), None
-    if _scatters(found):
+    if _varies(found):
         half = student(CONFIDENCE, len(found) - 1) * float(found.std(ddof=1)) / math.sqrt(len(found))
     back = math.exp if log else float
     lower, upper = (None, None) if half is None else (back(mean - half), back(mean + half))
@@ -139,22 +190,22 @@ def difference(
     if min(len(a), len(b)) == 0:
         raise DataError("A difference needs at least one run in each group.")
     mean, freedom, error = float(b.mean() - a.mean()), 0, 0.0
-    if paired and _scatters(b - a):
+    if paired and _varies(b - a):
         freedom, error = len(a) - 1, float((b - a).std(ddof=1)) / math.sqrt(len(a))
     elif not paired and min(len(a), len(b)) > 1:
-        parts = [float(x.var(ddof=1)) / len(x) for x in (a, b)]
-        error = math.sqrt(sum(parts))
-        weights = sum(part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True))
-        freedom = max(1, int(sum(parts) ** 2 / weights)) if weights else min(len(a), len(b)) - 1
-    half = student(CONFIDENCE, freedom) * error if freedom and _scatters(np.concatenate([a, b])) else None
+        variances = [float(x.var(ddof=1)) / len(x) for x in (a, b)]
+        error = math.sqrt(sum(variances))
+        weights = sum(variance**2 / (len(x) - 1) for variance, x in zip(variances, (a, b), strict=True))
+        freedom = max(1, int(sum(variances) ** 2 / weights)) if weights else min(len(a), len(b)) - 1
+    half = student(CONFIDENCE, freedom) * error if freedom and _varies(np.concatenate([a, b])) else None
     back = math.exp if ratio else float
     lower, upper = (None, None) if half is None else (back(mean - half), back(mean + half))
     runs, by = (len(a), PAIRS) if paired else (len(a) + len(b), WELCH)
     return Difference(back(mean), lower, upper, ratio, by, runs, freedom)
 
 
-def _scatters(values: Array) -> bool:
-    """Whether there is a scatter to speak of: equal accuracies, as few examples give them, say nothing of it."""
+def _varies(values: Array) -> bool:
+    """Whether the values vary: equal accuracies on few examples do not show the variance of the runs."""
     return len(values) > 1 and float(np.ptp(values)) > 1e-12 * float(np.abs(values).max())
 
 
@@ -166,7 +217,7 @@ def _logarithms(values: Sequence[float]) -> Array:
     return logarithms
 
 
-def contrast(one: Reading | None, two: Reading | None, factor: bool) -> Difference | None:
+def contrast(one: Cell | None, two: Cell | None, factor: bool) -> Difference | None:
     """The second reading over the first, where ``factor`` and both are surely positive, or less it.
 
     Its interval is what the ends of both leave possible, each widened to about 95 %; where both are of 95 %, it holds
@@ -174,24 +225,24 @@ def contrast(one: Reading | None, two: Reading | None, factor: bool) -> Differen
     """
     if one is None or two is None or not (math.isfinite(one.value) and math.isfinite(two.value)):
         return None
-    ours, theirs, lower, upper = _ends(one), _ends(two), None, None
-    least = [reading.value if ends is None else ends[0] for reading, ends in ((one, ours), (two, theirs))]
+    first, second, lower, upper = _interval_95(one), _interval_95(two), None, None
+    least = [cell.value if ends is None else ends[0] for cell, ends in ((one, first), (two, second))]
     ratio = factor and min(least) > 0
     value = two.value / one.value if ratio else two.value - one.value
-    if ours is not None and theirs is not None:
-        (low, high), (lowest, highest) = ours, theirs
+    if first is not None and second is not None:
+        (low, high), (lowest, highest) = first, second
         lower, upper = (lowest / high, highest / low) if ratio else (lowest - high, highest - low)
     return Difference(value, lower, upper, ratio, converged=one.converged and two.converged)
 
 
-def _ends(reading: Reading) -> tuple[float, float] | None:
-    """The interval of about 95 %, or the bound."""
-    if reading.lower is None or reading.upper is None:
+def _interval_95(cell: Cell) -> tuple[float, float] | None:
+    """Return the interval, widened to about 95 %, or the bound."""
+    if cell.lower is None or cell.upper is None:
         return None
-    reach = KINDS[reading.interval].reach if reading.interval in KINDS else 1.0
+    reach = INTERVAL_KINDS[cell.interval].reach if cell.interval in INTERVAL_KINDS else 1.0
     return (
-        reading.value - reach * (reading.value - reading.lower),
-        reading.value + reach * (reading.upper - reading.value),
+        cell.value - reach * (cell.value - cell.lower),
+        cell.value + reach * (cell.upper - cell.value),
     )
 
 
@@ -203,61 +254,65 @@ SUBSETS = "95 % over subsets"
 BINOMIAL = "95 % over examples (Wilson 1927)"
 EXACT = "exact on these examples"
 # Where a number has no interval, this and the reason.
-NONE = "none: "
-ONE_SUBSET = f"{NONE}one subset"
+NO_INTERVAL = "none: "
+ONE_SUBSET = f"{NO_INTERVAL}one subset"
 
 
-# A standard error reaches so many times as far for about 95 %.
-TWICE = 2.0
+# Widens one standard error to about 95 %.
+STANDARD_ERROR_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
-class Kind:
+class IntervalKind:
     """A kind of interval.
 
     Attributes:
-        meaning: for a glossary.
-        ends: what two of them are called, that meet or do not.
-        reach: how many times as wide it is taken, for about 95 %.
+        meaning: the glossary entry.
+        ends: the plural noun for two of them in a finding.
+        reach: the factor that widens it to about 95 %.
     """
 
     meaning: str
     ends: str = ""
     reach: float = 1.0
 
-    def told(self, apart: bool) -> str:
-        """What is said of two numbers whose intervals leave a gap, or do not."""
-        if self.reach == TWICE:
+    def describe(self, apart: bool) -> str:
+        """Describe two numbers whose intervals are disjoint (``apart``) or overlap."""
+        if self.reach == STANDARD_ERROR_FACTOR:
             return f"they are {'more than' if apart else 'within'} two standard errors of each{' apart' * apart}"
         return f"their {self.ends} {'do not ' * apart}meet"
 
 
-KINDS = {
-    NUMERICAL: Kind(
+INTERVAL_KINDS = {
+    NUMERICAL: IntervalKind(
         "holds the exact value on these examples: from residuals, or from interlacing where that is tighter",
         "numerical bounds",
     ),
-    SAMPLED: Kind(
+    SAMPLED: IntervalKind(
         "these examples stand for more; the interval is of the whole they were drawn from",
         "95 % intervals over examples",
     ),
-    PROBED: Kind(
+    PROBED: IntervalKind(
         "how far an estimate by random vectors scatters; about two thirds of such intervals hold the exact value",
-        reach=TWICE,
+        reach=STANDARD_ERROR_FACTOR,
     ),
-    PROBED_SAMPLED: Kind(
+    PROBED_SAMPLED: IntervalKind(
         "that scatter and that of the sample of examples, added in squares; of the whole it was drawn from",
-        reach=TWICE,
+        reach=STANDARD_ERROR_FACTOR,
     ),
-    SUBSETS: Kind("how far the mean over disjoint subsets of the examples scatters", "95 % intervals over subsets"),
-    BINOMIAL: Kind("examples as independent draws from where the data come from", "95 % intervals over examples"),
-    EXACT: Kind("no random choice and no iteration that could stop early; rounding alone"),
-    ONE_SUBSET: Kind("a single subset of the examples was measured, and nothing says how another would differ"),
+    SUBSETS: IntervalKind(
+        "how far the mean over disjoint subsets of the examples scatters", "95 % intervals over subsets"
+    ),
+    BINOMIAL: IntervalKind(
+        "examples as independent draws from where the data come from", "95 % intervals over examples"
+    ),
+    EXACT: IntervalKind("no random choice and no iteration that could stop early; rounding alone"),
+    ONE_SUBSET: IntervalKind("a single subset of the examples was measured, and nothing says how another would differ"),
 }
 
 
 @dataclass(frozen=True)
-class Reading:
+class Cell:
     """One number of one checkpoint.
 
     Attributes:
