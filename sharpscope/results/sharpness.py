@@ -29,8 +29,15 @@ DEFINITIONS = {
     "alignment": "|cosine| with the Hessian's top eigenvector (Long and Bartlett 2024)",
 }
 
-# Settings that tell measures of one name apart, in a table's first column.
-_TELLING = ("m", "rho", "sigma", "box", "layer", "of")
+# The settings in a measure's label, which distinguish measures of one name; none where the table has a note of them.
+LABEL_SETTINGS = {
+    "m-sharpness": ("m", "rho"),
+    "worst-case": ("rho",),
+    "average-case": ("sigma",),
+    "relative-flatness": ("layer",),
+    "keskar": ("box",),
+    "alignment": ("rho", "of"),
+}
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,8 @@ class Measure:
 
     def labelled(self, also: Iterable[str]) -> str:
         """``label``, with these settings said too."""
-        if self.name in ("pac-bayes", "edge"):
-            told = []
-        else:
-            told = [f"{key}={short(self.settings[key])}" for key in _TELLING if self.settings.get(key) is not None]
+        shown = LABEL_SETTINGS.get(self.name, ())
+        told = [f"{key}={short(self.settings[key])}" for key in shown if self.settings.get(key) is not None]
         adaptive = self.settings.get("adaptive")
         if adaptive:
             told.append(f"adaptive ({adaptive})")
