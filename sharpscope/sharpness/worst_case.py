@@ -43,7 +43,7 @@ def m_sharpness(context: MeasureContext) -> Iterator[Measure]:
         for rho, subsets in zip(s.rho, found, strict=True):
             rises = np.array(subsets.rises)
             if len(rises) < 2 or not np.isfinite(rises).all():
-                mean = (float(rises.mean()),)
+                mean: tuple[float, float | None, float | None, float | None] = float(rises.mean()), None, None, None
             else:
                 mean = with_interval(Estimate.of(rises), len(rises), context.loss_rounding)
             yield Measure(
