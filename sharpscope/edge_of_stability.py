@@ -13,7 +13,7 @@ def descent_edge(lr: float, momentum: float = 0.0, *, dampening: float = 0.0, ne
 
     Source: Cohen et al. 2021, section 2 and appendix B.
 
-    >>> from sharpscope.edges import descent_edge
+    >>> from sharpscope.edge_of_stability import descent_edge
     >>> descent_edge(lr=0.125), descent_edge(lr=0.125, momentum=0.5)
     (16.0, 24.0)
     """
@@ -38,7 +38,7 @@ def sam_edge(
 
     Source: Long and Bartlett 2024, there without momentum.
 
-    >>> from sharpscope.edges import sam_edge
+    >>> from sharpscope.edge_of_stability import sam_edge
     >>> sam_edge(lr=0.125, rho=0.5, gradient_norm=4.0)  # 4 (sqrt(1 + 8) - 1)
     8.0
     """

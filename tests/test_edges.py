@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpscope.edge_of_stability import descent_edge, sam_edge
-from sharpscope.monitor.unwrap import edges_of
+from sharpscope.monitor.unwrap import stability_edges
 from sharpscope.optim import ASAM, GSAM, SAM, FriendlySAM, LookSAM
 
 
@@ -57,17 +57,19 @@ def test_edges_are_those_of_the_lowest_group() -> None:
     """The largest rate counts of several groups, a tensor too, and SAM's edge where the derivation is SAM's."""
     a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     groups: list[dict[str, Any]] = [{"params": [a], "lr": 0.1}, {"params": [b], "lr": torch.tensor(0.4)}]
-    plain = edges_of(torch.optim.SGD(groups, momentum=0.9), 1.0)
+    plain = stability_edges(torch.optim.SGD(groups, momentum=0.9), 1.0)
     assert plain.learning_rate == pytest.approx(0.4)
     assert plain.two_over_eta == pytest.approx(5)
     assert plain.momentum_edge == pytest.approx(9.5)
     assert math.isnan(plain.sam_edge)
-    aware = edges_of(SAM([{"params": [a], "lr": 0.1, "rho": 9.0}, {"params": [b], "lr": 0.4}], torch.optim.SGD), 2.0)
+    aware = stability_edges(
+        SAM([{"params": [a], "lr": 0.1, "rho": 9.0}, {"params": [b], "lr": 0.4}], torch.optim.SGD), 2.0
+    )
     assert aware.sam_edge == pytest.approx(min(sam_edge(0.1, 9.0, 2.0), sam_edge(0.4, 0.05, 2.0)))
     assert math.isnan(aware.momentum_edge)
     for kind in (ASAM, GSAM, LookSAM, FriendlySAM):
-        assert math.isnan(edges_of(kind([a], torch.optim.SGD, lr=0.1), 1.0).sam_edge)
-    assert math.isnan(edges_of(SAM([a], torch.optim.SGD, p=math.inf, lr=0.1), 1.0).sam_edge)
-    assert math.isnan(edges_of(SAM([a], torch.optim.Adam, lr=0.1), 1.0).sam_edge)
-    assert math.isnan(edges_of(torch.optim.Adam([a]), 1.0).momentum_edge)
-    assert math.isnan(edges_of(None, 1.0).two_over_eta)
+        assert math.isnan(stability_edges(kind([a], torch.optim.SGD, lr=0.1), 1.0).sam_edge)
+    assert math.isnan(stability_edges(SAM([a], torch.optim.SGD, p=math.inf, lr=0.1), 1.0).sam_edge)
+    assert math.isnan(stability_edges(SAM([a], torch.optim.Adam, lr=0.1), 1.0).sam_edge)
+    assert math.isnan(stability_edges(torch.optim.Adam([a]), 1.0).momentum_edge)
+    assert math.isnan(stability_edges(None, 1.0).two_over_eta)

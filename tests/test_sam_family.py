@@ -433,7 +433,7 @@ def test_skipped_step_leaves_friendly_mean_alone() -> None:
     optimizer = FriendlySAM(model.parameters(), torch.optim.SGD, lr=LR)
     data = batches(2)
     train(model, optimizer, data[:1])
-    before = [kept["mean"].clone() for kept in optimizer._kept.values()]
+    before = [kept["mean"].clone() for kept in optimizer._memory.values()]
     backward, calls = closure_for(model, optimizer), 0
 
     def closure(x: Tensor, y: Tensor) -> Tensor:
@@ -446,7 +446,7 @@ def test_skipped_step_leaves_friendly_mean_alone() -> None:
 
     with pytest.warns(RuntimeWarning, match="not finite"):
         optimizer.step(closure, *data[1])
-    assert all(torch.equal(a, kept["mean"]) for a, kept in zip(before, optimizer._kept.values(), strict=True))
+    assert all(torch.equal(a, kept["mean"]) for a, kept in zip(before, optimizer._memory.values(), strict=True))
 
 
 def test_step_hooks_run_once_a_step() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from sharpscope import SharpnessMonitor
-from sharpscope.monitor.sample import drawn
+from sharpscope.monitor.sample import draw_sample
 from watched import N, Squares, X, Y, net, pieces, problem, sgd, train
 
 
@@ -41,18 +41,18 @@ def rows_of(batches: list[Any]) -> list[tuple[float, ...]]:
 def test_a_sample_is_drawn_without_replacement(source: str) -> None:
     """Of any kind of data: as many examples as asked for, all different, each from the data, by the seed."""
     there = {tuple(row): i for i, row in enumerate(X.tolist())}
-    found = drawn(SOURCES[source](), 20, torch.Generator().manual_seed(1))
+    found = draw_sample(SOURCES[source](), 20, torch.Generator().manual_seed(1))
     places = [there[row] for row in rows_of(found.batches)]
     assert len(set(places)) == 20
     assert places == sorted(places)
     assert (found.examples, found.drawn_from) == (20, N)
-    again = drawn(SOURCES[source](), 20, torch.Generator().manual_seed(1))
+    again = draw_sample(SOURCES[source](), 20, torch.Generator().manual_seed(1))
     assert rows_of(again.batches) == rows_of(found.batches)
-    other = drawn(SOURCES[source](), 20, torch.Generator().manual_seed(2))
+    other = draw_sample(SOURCES[source](), 20, torch.Generator().manual_seed(2))
     assert rows_of(other.batches) != rows_of(found.batches)
-    whole = drawn(SOURCES[source](), None, torch.Generator())
+    whole = draw_sample(SOURCES[source](), None, torch.Generator())
     assert sorted(there[row] for row in rows_of(whole.batches)) == list(range(N))
-    assert drawn(SOURCES[source](), 10**6, torch.Generator()).examples == N
+    assert draw_sample(SOURCES[source](), 10**6, torch.Generator()).examples == N
 
 
 @pytest.mark.parametrize("source", ["list", "dataset"])
@@ -60,7 +60,7 @@ def test_every_example_is_as_likely(source: str) -> None:
     """Over 300 seeds each of 96 examples is drawn as often as chance allows (six standard errors)."""
     counts = dict.fromkeys((tuple(row) for row in X.tolist()), 0)
     for seed in range(300):
-        for row in rows_of(drawn(SOURCES[source](), 24, torch.Generator().manual_seed(seed)).batches):
+        for row in rows_of(draw_sample(SOURCES[source](), 24, torch.Generator().manual_seed(seed)).batches):
             counts[row] += 1
     assert all(abs(count - 75) < 6 * math.sqrt(300 * 0.25 * 0.75) for count in counts.values())
 
@@ -79,7 +79,7 @@ def test_only_those_drawn_are_read_and_once() -> None:
 def test_batches_of_unequal_shape_are_drawn_whole() -> None:
     """Where a batch cannot be cut, whole batches are taken until there are enough examples."""
     ragged = [{"input": torch.ones(2, 3 + i), "lengths": torch.ones(5), "target": torch.ones(2)} for i in range(6)]
-    found = drawn(ragged, 5, torch.Generator().manual_seed(0))
+    found = draw_sample(ragged, 5, torch.Generator().manual_seed(0))
     assert len(found.batches) == 3
     assert found.examples == 6
 
@@ -87,6 +87,6 @@ def test_batches_of_unequal_shape_are_drawn_whole() -> None:
 def test_a_sample_is_a_copy() -> None:
     """What the user does to his tensors later does not reach it."""
     mine = X.clone()
-    found = drawn((mine, Y), None, torch.Generator())
+    found = draw_sample((mine, Y), None, torch.Generator())
     mine.zero_()
     assert torch.equal(found.batches[0][0], X)

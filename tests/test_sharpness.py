@@ -20,9 +20,7 @@ from sharpscope.edge_of_stability import descent_edge, sam_edge
 from sharpscope.errors import ArgumentError, DataError, ProblemError
 from sharpscope.plot import m_sharpness_curves
 from sharpscope.results import InvarianceResult, SharpnessResult
-from sharpscope.sharpness import hessian as curvature
-from sharpscope.sharpness import worst_case as vectorised
-from sharpscope.sharpness import worst_case as worst
+from sharpscope.sharpness import hessian, worst_case
 
 INF = math.inf
 N, RHO = 24, 0.3
@@ -242,7 +240,7 @@ def test_relative_flatness_is_petzkas_sum(monkeypatch: pytest.MonkeyPatch) -> No
     data = (X[:, :2], drawn(N, 2, seed=4))
     signs = {n: [torch.tensor(s) for s in itertools.product((-1, 1), repeat=n)] for n in (2, 3)}
     pairs = {n: iter([v for a in rows for b in rows for v in (a, b)]) for n, rows in signs.items()}
-    monkeypatch.setattr(curvature, "_signs", lambda count, generator: next(pairs[count]))
+    monkeypatch.setattr(hessian, "_signs", lambda count, generator: next(pairs[count]))
     problem = Problem(model=model, loss=nn.MSELoss(), data=data)
     for name, probes in (("0.weight", 16), ("2.weight", 64)):
         one = Problem(model=model, loss=nn.MSELoss(), data=data, params=name)
@@ -422,7 +420,7 @@ def test_model_comes_back_to_the_bit(error: type[BaseException] | None, dtype: t
 
 def test_cost_is_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step at two radii: a gradient and two forward passes an example, beside the audit's and the first pass's."""
-    monkeypatch.setattr(worst, "BUSY", 0)
+    monkeypatch.setattr(worst_case, "MAX_VMAP_EXAMPLES", 0)
     costs = [
         measure_sharpness(quadratic(), ("m-sharpness",), m=(2,), rho=rho).cost.gradients for rho in ((0.1,), (0.1, 0.2))
     ]
@@ -621,8 +619,8 @@ def test_subsets_side_by_side_are_those_one_after_another(
     problem = Problem(model=model, loss=nn.CrossEntropyLoss(), data=(inputs, labels), weight_decay=0.1)
     found = []
     for quick in (True, False):
-        monkeypatch.setattr(worst, "BUSY", 128 if quick else 0)
-        monkeypatch.setattr(vectorised.time, "perf_counter", itertools.count(0.0, 1.0).__next__)
+        monkeypatch.setattr(worst_case, "MAX_VMAP_EXAMPLES", 128 if quick else 0)
+        monkeypatch.setattr(worst_case.time, "perf_counter", itertools.count(0.0, 1.0).__next__)
         found.append(
             measure_sharpness(
                 problem, m=(1, 2), rho=(0.05, 0.5), p=p, adaptive=adaptive, eta=0.01, ascent=Ascent(steps)

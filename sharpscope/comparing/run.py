@@ -33,7 +33,7 @@ from sharpscope.results.serialization import (
 from sharpscope.resume import key_of
 from sharpscope.resume.journal import discard
 from sharpscope.resume.key import fingerprint
-from sharpscope.sharpness.hessian import edge_of
+from sharpscope.sharpness.hessian import edge_from_eigenvalues
 from sharpscope.weights.parameters import select
 
 
@@ -149,7 +149,7 @@ class _ComparisonRun:
                 if name == "eigen":
                     raise
                 left_out[name] = str(error)
-        edge = edge_of(found["eigen"])
+        edge = edge_from_eigenvalues(found["eigen"])
         if edge is not None and "sharpness" in found:
             found["sharpness"] = replace(found["sharpness"], measures=(*found["sharpness"].measures, edge))
         seed = (problem.provenance.get("recipe") or {}).get("seed", problem.provenance.get("pair"))

@@ -64,7 +64,7 @@ def _imported(names: Sequence[str], package: str) -> Any:
 Sink = Callable[[int, Mapping[str, float]], None]
 
 
-def sink_of(log: Any) -> Sink:
+def log_function(log: Any) -> Sink:
     """``sink(step, {tag: value})`` that writes to ``log``.
 
     ``log`` has ``add_scalar(tag, value, step)``, ``log_metrics(dict, step)`` or ``log(dict)``, looked for in this

@@ -17,9 +17,9 @@ from torch import Tensor
 from sharpscope.errors import ArgumentError, DataError, first_line, require_count
 from sharpscope.linalg.warm_lanczos import LargestEigenvalue, warm_lanczos
 from sharpscope.measurement import Measurement, provenance, seeded
-from sharpscope.monitor.loggers import huggingface_callback, lightning_callback, sink_of
-from sharpscope.monitor.sample import SIZE, Sample, drawn
-from sharpscope.monitor.unwrap import bare, eagerly, edges_of, unwrapped
+from sharpscope.monitor.loggers import huggingface_callback, lightning_callback, log_function
+from sharpscope.monitor.sample import SIZE, Sample, draw_sample
+from sharpscope.monitor.unwrap import eager_mode, stability_edges, unwrapped, without_wrappers
 from sharpscope.objective import Objective
 from sharpscope.objective.accumulate import MAX_CACHED_BYTES, CachedGraphs, LossAndGradient, mean_loss_and_gradient
 from sharpscope.objective.data import MicroBatch, micro_batches
@@ -128,10 +128,10 @@ class SharpnessMonitor:
             require_count("seed", seed, 0)
             seed = torch.Generator().manual_seed(seed)
         self.optimizer, self.every, self._tol, self._max_products = unwrapped(optimizer), every, tol, max_products
-        self._sink = sink_of(log)
+        self._log = log_function(log)
         self._options: dict[str, Any] = {"dtype": dtype, "device": device, "micro_batch": SIZE}
         self._generator, self._seed = seeded(seed)
-        self._sample: Sample = drawn(problem.data, examples, self._generator)
+        self._sample: Sample = draw_sample(problem.data, examples, self._generator)
         self._problem = replace(problem, data=self._sample.batches)  # the data themselves may be let go
         self._known: Tensor | None = None
         self._most_kept: int | None = None
@@ -169,7 +169,7 @@ class SharpnessMonitor:
             record = replace(record, seconds=time.perf_counter() - started)
             self._records.append(record)
             try:
-                self._sink(number, _logged(record))
+                self._log(number, _logged(record))
             except Exception as error:
                 self._warn(f"The log= of the sharpness monitor failed, and training goes on: {first_line(error)}")
         return record
@@ -216,7 +216,7 @@ class SharpnessMonitor:
 
     def _measurement(self, **changes: Any) -> Measurement:
         """A measurement at the weights as they are now."""
-        problem = bare(replace(self._problem, **changes))
+        problem = without_wrappers(replace(self._problem, **changes))
         return Measurement(problem, self._generator, audited=False, **self._options)
 
     def _try(self) -> None:
@@ -224,7 +224,7 @@ class SharpnessMonitor:
         first = next(micro_batches(self._sample.batches, 2))
         m = self._measurement(data=[first.batch])
         objective = m.objective
-        with eagerly(objective.terms.model), m:
+        with eager_mode(objective.terms.model), m:
             objective.graph(first).products(torch.ones(1, objective.num_params).to(objective.empty_block()), last=True)
         self._note(objective)
 
@@ -243,7 +243,7 @@ class SharpnessMonitor:
     def _measured(self, step: int) -> MonitorRecord:
         m = self._measurement()
         objective = m.objective
-        with eagerly(objective.terms.model), m:
+        with eager_mode(objective.terms.model), m:
             graphs = self._graphs(objective)
             point = mean_loss_and_gradient(graphs.sums, objective.terms)
             if not (math.isfinite(point.loss) and bool(torch.isfinite(point.gradient).all())):
@@ -295,7 +295,7 @@ class SharpnessMonitor:
             converged=found.converged,
             loss=point.loss,
             gradient_norm=norm,
-            **asdict(edges_of(self.optimizer, norm)),
+            **asdict(stability_edges(self.optimizer, norm)),
             products=found.products,
             gradients=gradients,
         )

@@ -33,7 +33,7 @@ class Sample:
     drawn_from: int
 
 
-def drawn(data: Any, examples: int | None, generator: torch.Generator) -> Sample:
+def draw_sample(data: Any, examples: int | None, generator: torch.Generator) -> Sample:
     """``examples`` of the data at random without replacement, in their order, or all of them.
 
     Of a Dataset, and of a DataLoader that takes one in order or shuffles it, only those drawn are read, in this

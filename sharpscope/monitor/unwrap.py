@@ -18,7 +18,7 @@ from sharpscope.optim import SAM
 from sharpscope.problem import Problem
 
 
-def bare(problem: Problem) -> Problem:
+def without_wrappers(problem: Problem) -> Problem:
     """``problem`` of the module inside DataParallel, DistributedDataParallel and ``torch.compile``.
 
     Their forward pass has hooks and collectives of its own, and a compiled graph has no second derivative. The weights
@@ -46,7 +46,7 @@ def bare(problem: Problem) -> Problem:
 
 
 @contextmanager
-def eagerly(model: nn.Module) -> Iterator[None]:
+def eager_mode(model: nn.Module) -> Iterator[None]:
     """What ``Module.compile`` or ``torch.compile`` made of ``model`` or of modules in it is not used in the block."""
     own = [m for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None]
     compiled = bool(own) or any(type(m).__name__ == "OptimizedModule" for m in model.modules())
@@ -59,7 +59,7 @@ def eagerly(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Edges:
+class StabilityEdges:
     """What lambda_max is held against, as ``MonitorRecord`` has it; NaN where it means nothing."""
 
     learning_rate: float = math.nan
@@ -68,18 +68,18 @@ class Edges:
     sam_edge: float = math.nan
 
 
-def edges_of(optimizer: Any, gradient_norm: float) -> Edges:
+def stability_edges(optimizer: Any, gradient_norm: float) -> StabilityEdges:
     """The largest learning rate and the lowest edges over the parameter groups, as their options are now."""
     inner = unwrapped(optimizer)
     groups = [] if inner is None else [group for group in inner.param_groups if group["params"]]
     if not groups:
-        return Edges()
+        return StabilityEdges()
     rate = max(float(group["lr"]) for group in groups)
     base = inner.base_optimizer if isinstance(inner, SAM) else inner
     descends = type(base) is torch.optim.SGD
     heavy = descends and inner is base and any(group["momentum"] for group in groups)
     aware = descends and isinstance(inner, SAM) and inner.plain
-    return Edges(
+    return StabilityEdges(
         learning_rate=rate,
         two_over_eta=descent_edge(rate),
         momentum_edge=min(descent_edge(**_of_sgd(g)) for g in groups) if heavy else math.nan,

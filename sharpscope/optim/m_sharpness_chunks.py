@@ -1,4 +1,4 @@
-"""A batch cut into pieces with a perturbation each, and gradients summed over them."""
+"""Split a batch into chunks of m examples, each with its own perturbation, and sum their gradients."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor
 from sharpscope.errors import ArgumentError
 from sharpscope.weights.norm_ball import widened
 
-Piece = tuple[tuple[Tensor, ...], float]
+# Tensors of a chunk, and its fraction of the batch.
+Chunk = tuple[tuple[Tensor, ...], float]
 
 
-def pieces_of(batch: Sequence[Tensor], m: int | None) -> list[Piece]:
-    """``batch`` cut along the first dimension into ``m`` rows at a time, each with its share of the rows.
+def split_batch(batch: Sequence[Tensor], m: int | None) -> list[Chunk]:
+    """Split ``batch`` along the first dimension into chunks of ``m`` rows; None is one chunk.
 
-    Raises: ArgumentError where there is no batch to cut, or its tensors have not as many rows each.
+    Raises: ArgumentError if there is no batch, or its tensors differ in the number of rows.
     """
     if m is None:
         return [(tuple(batch), 1.0)]
@@ -33,28 +34,28 @@ def pieces_of(batch: Sequence[Tensor], m: int | None) -> list[Piece]:
 
 
 class GradientSum:
-    """``sum_i share_i g_i`` for each of ``params``, in float32 or better; of those without a gradient nothing."""
+    """``sum_i share_i g_i`` for each of ``params`` that has a gradient, in float32 or better."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._params = [p for p in params if p.requires_grad]
         self.sums: dict[Tensor, Tensor] = {}
 
     def add(self, share: float) -> None:
-        """Add what is in ``.grad`` now."""
+        """Add ``share`` times the current ``.grad``."""
         for p in self._params:
             if p.grad is not None:
-                known = self.sums.get(p)
-                self.sums[p] = widened(p.grad) * share if known is None else known.add_(widened(p.grad), alpha=share)
+                total = self.sums.get(p)
+                self.sums[p] = widened(p.grad) * share if total is None else total.add_(widened(p.grad), alpha=share)
 
-    def write(self) -> None:
-        """Make the sums the gradients."""
+    def write_to_grad(self) -> None:
+        """Replace ``.grad`` by the sums."""
         for p in self._params:
             p.grad = self.sums[p].to(p.dtype) if p in self.sums else None
 
-    def average(self, group: Any) -> None:
-        """The mean over all processes in place of the sums, in one exchange for each device and dtype.
+    def all_reduce_mean(self, group: Any) -> None:
+        """Replace the sums by their mean over all processes, in one all-reduce for each device and dtype.
 
-        Where a process has no gradient of a parameter its zeros count; what none has stays without.
+        Where a process has no gradient of a parameter, it contributes zeros.
         """
         have = torch.tensor([p in self.sums for p in self._params], dtype=torch.int32, device=self._params[0].device)
         torch.distributed.all_reduce(have, group=group)

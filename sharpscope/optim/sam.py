@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,16 +13,16 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from sharpscope.errors import ArgumentError, require_count
-from sharpscope.optim.ascent import Climb
-from sharpscope.optim.m_sharpness_chunks import GradientSum, pieces_of
-from sharpscope.optim.replay import Pass, check_base, check_rho, dense_gradients
+from sharpscope.optim.ascent import AscentSteps, check_rho, dense_gradients
+from sharpscope.optim.m_sharpness_chunks import GradientSum, split_batch
+from sharpscope.optim.replay import ReplayedClosure
 from sharpscope.weights.norm_ball import Ball, norm_on_device, settled_norm
 from sharpscope.weights.perturbation import cosine
 
 Loss = TypeVar("Loss")
 
 # Rounding to nearest leaves float32 above 0.999999; bfloat16 weights of a trained network reach 0.56.
-_LEAST_COSINE = 0.9
+_MIN_COSINE = 0.9
 
 # Frames from warnings.warn to the line that called step(), by where the gradient was taken: ours, step, and torch's two
 # wrappers (of which first_step and second_step have one).
@@ -50,7 +51,7 @@ class SAM(Optimizer):
         ascent_steps: k steps of ``rho / k``, each along the gradient where the last one ended.
         normalize: False takes ``e = rho D^2 g`` without a norm (Andriushchenko and Flammarion 2022), p = 2.
         m: examples that share a perturbation (Foret et al. 2021, section 4.1). ``step(closure, *batch)`` is then cut
-            into pieces of m, the last one smaller, each with a perturbation of its own, and the gradients at ``w + e``
+            into chunks of m, the last one smaller, each with a perturbation of its own, and the gradients at ``w + e``
             are averaged. None is one perturbation for all that a closure sees.
         ddp: the ``DistributedDataParallel`` model, to let each process perturb with its own gradient, so that m is
             at most a process's batch. Without it DDP averages the first gradient too, and all perturb alike.
@@ -62,7 +63,7 @@ class SAM(Optimizer):
         effective_m: examples that shared a perturbation in the last step, over all processes; None where step() was
             not given the batch.
 
-    Cost: 1 + ascent_steps gradients a step, and one copy of the weights; with several pieces a sum of gradients too.
+    Cost: 1 + ascent_steps gradients a step, and one copy of the weights; with several chunks a sum of gradients too.
 
     Raises:
         ArgumentError: an argument outside its domain, complex parameters, sparse gradients.
@@ -90,21 +91,21 @@ class SAM(Optimizer):
     num_gradients: float
     effective_m: int | None = None
 
-    # What a copy takes along beside what every optimizer has; a variant adds its own.
-    _own: tuple[str, ...] = (
+    # Attributes that a copy or pickle takes along besides those of every optimizer; variants add theirs.
+    _copied_attributes: tuple[str, ...] = (
         "base_optimizer",
         "m",
         "skipped_steps",
         "num_gradients",
-        "_climb",
+        "_ascent",
         "_count",
-        "_kept",
+        "_memory",
         "_ddp",
     )
-    # Whether ``_combine`` wants the gradient at w beside that at w + e.
-    _both: bool = False
+    # Whether ``_combine`` needs the gradient at w as well as that at w + e.
+    _uses_gradient_at_w: bool = False
     # Whether every step takes two gradients, so that first_step and second_step can be called.
-    _two_calls: bool = True
+    _supports_two_calls: bool = True
     # The gradient at w, which the two-call form keeps for ``_combine``.
     _at_w: GradientSum | None = None
     _rounding_reported: bool = False
@@ -124,7 +125,7 @@ class SAM(Optimizer):
         ddp: Any = None,
         **base_options: Any,
     ) -> None:
-        check_base(base_optimizer)
+        _check_base(base_optimizer)
         check_rho(rho)
         for name, count in (("ascent_steps", ascent_steps), ("m", 1 if m is None else m)):
             require_count(name, count)
@@ -139,11 +140,11 @@ class SAM(Optimizer):
         super().__init__(base.param_groups, base.defaults)
         self.base_optimizer = base
         self.state = base.state  # some bases, Adagrad for one, fill it in their constructor
-        self._climb, self.m, self._ddp = Climb(ball, ascent_steps, normalize), m, ddp
+        self._ascent, self.m, self._ddp = AscentSteps(ball, ascent_steps, normalize), m, ddp
         self.skipped_steps, self.num_gradients = 0, 0.0
-        # What a variant remembers from step to step: a number of steps, and tensors by parameter and name.
+        # State of a variant from step to step: a count of steps, and tensors by parameter and name.
         self._count = 0
-        self._kept: dict[Tensor, dict[str, Tensor]] = {}
+        self._memory: dict[Tensor, dict[str, Tensor]] = {}
         self._link()
 
     def _link(self) -> None:
@@ -153,7 +154,7 @@ class SAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("a copy")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._own}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._copied_attributes}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -168,7 +169,7 @@ class SAM(Optimizer):
             ArgumentError: the weights are perturbed.
         """
         self._refuse_while_perturbed("state_dict()")
-        kept = {i: self._kept[p] for i, p in enumerate(self._params()) if p in self._kept}
+        kept = {i: self._memory[p] for i, p in enumerate(self._params()) if p in self._memory}
         return {**super().state_dict(), "sam": {"count": self._count, "kept": kept}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -184,7 +185,7 @@ class SAM(Optimizer):
             group.setdefault("rho", rho)
         own, params = state_dict.get("sam", {}), self._params()
         self._count = int(own.get("count", 0))
-        self._kept = {
+        self._memory = {
             params[i]: {name: value.to(params[i].device).clone() for name, value in named.items()}
             for i, named in own.get("kept", {}).items()
         }
@@ -235,44 +236,44 @@ class SAM(Optimizer):
                 "zeroes the gradients, calls backward and returns the loss, or call first_step() and second_step()."
             )
         self._refuse_while_perturbed("step()")
-        self._begin()
-        pieces = pieces_of(batch, self.m)
+        self._start_step()
+        chunks = split_batch(batch, self.m)
         self.effective_m = self._examples(batch)
-        looks = self._looks()
-        # With m and ddp never, lest one process take DDP's exchange and another, with more examples, ours.
-        alone = len(pieces) == 1 and (self._ddp is None or self.m is None)
-        unscale = 1.0 if scaler is None else 1.0 / scaler.get_scale()
-        # Sums are only kept where there is something to add up, or to combine.
-        at_w = GradientSum(self._params()) if self._both and looks else None
-        at_e = None if alone else GradientSum(self._params())
+        perturbs = self._perturbs()
+        # Never with m and ddp: processes with different numbers of chunks would call different collectives.
+        single_chunk = len(chunks) == 1 and (self._ddp is None or self.m is None)
+        inverse_scale = 1.0 if scaler is None else 1.0 / scaler.get_scale()
+        # Sums are only needed for several chunks, or for a variant that combines both gradients.
+        at_w = GradientSum(self._params()) if self._uses_gradient_at_w and perturbs else None
+        at_e = None if single_chunk else GradientSum(self._params())
         losses: list[Any] = []
-        for tensors, share in pieces:
-            work = Pass(closure, tensors, self._ddp, self._devices())
-            losses.append(self._gradient(work, share, local=looks or not alone))
-            if len(pieces) > 1 and not isinstance(losses[-1], Tensor | float | int):
+        for tensors, share in chunks:
+            replayed = ReplayedClosure(closure, tensors, self._ddp, self._devices())
+            losses.append(self._gradient(replayed, share, local=perturbs or not single_chunk))
+            if len(chunks) > 1 and not isinstance(losses[-1], Tensor | float | int):
                 raise ArgumentError(
                     f"With m={self.m} the closure must return the mean loss of its piece, got "
                     f"{type(losses[-1]).__name__}."
                 )
             if at_w is not None:
-                at_w.add(share * unscale)
-            if looks:
-                refused = self._sharpness_aware(work, share, alone, unscale)
-                if refused is not None:
-                    self._skip(refused, "w", scaler)
+                at_w.add(share * inverse_scale)
+            if perturbs:
+                reason = self._gradient_at_perturbed(replayed, share, single_chunk, inverse_scale)
+                if reason is not None:
+                    self._skip(reason, "w", scaler)
                     return losses[0]  # type: ignore[no-any-return]
             if at_e is not None:
                 at_e.add(share)
         if self._ddp is not None:
             for total in (at_w, at_e):
                 if total is not None:
-                    total.average(self._ddp.process_group)
+                    total.all_reduce_mean(self._ddp.process_group)
         if at_e is not None:
-            at_e.write()
-        self._descend(at_w, scaler, climbed=looks and alone)
-        if len(pieces) == 1:
+            at_e.write_to_grad()
+        self._descend(at_w, scaler, perturbed=perturbs and single_chunk)
+        if len(chunks) == 1:
             return losses[0]  # type: ignore[no-any-return]
-        mean: Any = sum(loss * share for loss, (_, share) in zip(losses, pieces, strict=True))
+        mean: Any = sum(loss * share for loss, (_, share) in zip(losses, chunks, strict=True))
         return mean  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -290,24 +291,24 @@ class SAM(Optimizer):
             need ``step(closure)``.
         """
         self._refuse_while_perturbed("first_step()")
-        self._begin()
-        if self.m is not None or self._climb.steps > 1 or not self._two_calls:
+        self._start_step()
+        if self.m is not None or self._ascent.steps > 1 or not self._supports_two_calls:
             raise ArgumentError(
                 "first_step() and second_step() are for two gradients in every step, without m, more ascent_steps or "
                 "LookSAM: call step(closure, *batch)."
             )
         self.num_gradients += 2
-        if self._both:
+        if self._uses_gradient_at_w:
             self._at_w = GradientSum(self._params())
             self._at_w.add(1.0)
         try:
-            refused = self._climb.up(self.param_groups, self._followed, 1.0)
+            reason = self._ascent.step(self.param_groups, self._ascent_direction, 1.0)
         except BaseException:
-            self._climb.restore()
+            self._ascent.restore()
             raise
-        if refused is not None:
-            self._climb.stay()
-            self._skip(refused, "w")
+        if reason is not None:
+            self._ascent.begin_at_w()
+            self._skip(reason, "w")
         if zero_grad:
             self.zero_grad()
 
@@ -321,9 +322,9 @@ class SAM(Optimizer):
         Raises:
             ArgumentError: no ``first_step`` came before.
         """
-        if not self._climb.begun:
+        if not self._ascent.is_perturbed:
             raise ArgumentError("second_step() must follow first_step(), got none. Call first_step() before it.")
-        if self._climb.restore():
+        if self._ascent.restore():
             self._descend(self._at_w)
         self._at_w = None
         if zero_grad:
@@ -332,71 +333,73 @@ class SAM(Optimizer):
     @property
     def p(self) -> float:
         """The norm of the ball, 2 or infinity."""
-        return self._climb.ball.p
+        return self._ascent.ball.p
 
     @property
     def plain(self) -> bool:
         """Whether a step is ``grad L(w + rho g / ||g||_2)``, as the paper analyses it: one ascent step, no variant."""
-        climb, own = self._climb, ("_looks", "_followed", "_combine")
-        ours = all(getattr(type(self), name) is getattr(SAM, name) for name in own)
-        return ours and climb.ball == Ball() and climb.steps == 1 and climb.normalize
+        hooks = ("_perturbs", "_ascent_direction", "_combine")
+        unchanged = all(getattr(type(self), name) is getattr(SAM, name) for name in hooks)
+        return unchanged and self._ascent.ball == Ball() and self._ascent.steps == 1 and self._ascent.normalize
 
-    # What a variant may change.
+    # Hooks for variants.
 
-    def _begin(self) -> None:
-        """Called as a step begins."""
+    def _start_step(self) -> None:
+        """Called at the beginning of a step."""
 
-    def _looks(self) -> bool:
+    def _perturbs(self) -> bool:
         """Whether this step takes the gradient at w + e."""
         return True
 
-    def _followed(self, weights: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        """What the perturbation follows, given the gradients of ``weights``; those themselves, or others."""
+    def _ascent_direction(self, weights: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """Direction of ascent from the gradients of ``weights``; by default the gradients themselves."""
         return grads
 
     def _combine(self, at_w: GradientSum | None) -> None:
-        """Make of ``.grad``, the gradient at w + e, and of that at w, what the base optimizer is given."""
+        """Replace ``.grad``, the gradient at w + e, by the base optimizer's; ``at_w`` holds the gradient at w."""
 
-    # The passes.
+    # Forward and backward passes, and the base step.
 
-    def _gradient(self, work: Pass, share: float, local: bool) -> Any:
+    def _gradient(self, replayed: ReplayedClosure, share: float, local: bool) -> Any:
         self.num_gradients += share
-        return work(local)
+        return replayed(local)
 
-    def _sharpness_aware(self, work: Pass, share: float, alone: bool, unscale: float) -> str | None:
-        """Replace ``.grad`` by the gradient at w + e of the same piece, or say why the whole step must be skipped."""
+    def _gradient_at_perturbed(
+        self, replayed: ReplayedClosure, share: float, single_chunk: bool, inverse_scale: float
+    ) -> str | None:
+        """Replace ``.grad`` by the chunk's gradient at w + e, or return why the whole step must be skipped."""
         try:
-            for i in range(self._climb.steps):
-                refused = self._climb.up(self.param_groups, self._followed, unscale)
-                # Where other processes wait for this one's last pass, or other pieces may still move, go on without e:
-                # a gradient of zeros adds nothing, and what is not finite stops the step for all alike.
-                if refused is not None and i == 0 and alone and self._ddp is None:
-                    return refused
-                if refused is not None and i > 0 and not (alone and self._ddp is not None):
-                    break  # the gradient where the last ascent step ended is already here
-                last = refused is not None or i + 1 == self._climb.steps
-                self._gradient(work, share, local=not (last and alone))
+            for i in range(self._ascent.steps):
+                reason = self._ascent.step(self.param_groups, self._ascent_direction, inverse_scale)
+                # Where other processes wait for this one's last pass, or other chunks are not done, continue with
+                # e = 0: a zero gradient adds nothing, and a gradient that is not finite skips the step for all.
+                if reason is not None and i == 0 and single_chunk and self._ddp is None:
+                    return reason
+                if reason is not None and i > 0 and not (single_chunk and self._ddp is not None):
+                    break  # .grad is the gradient at the end of the last ascent step
+                last = reason is not None or i + 1 == self._ascent.steps
+                self._gradient(replayed, share, local=not (last and single_chunk))
                 if last:
                     break
         finally:
-            self._climb.restore()
+            self._ascent.restore()
         return None
 
-    def _descend(self, at_w: GradientSum | None, scaler: Any = None, *, climbed: bool = True) -> None:
+    def _descend(self, at_w: GradientSum | None, scaler: Any = None, *, perturbed: bool = True) -> None:
         if scaler is not None:
             scaler.unscale_(self.base_optimizer)
         grads = dense_gradients([p for p in self._params() if p.grad is not None])
         both = grads if at_w is None else [*grads, *at_w.sums.values()]
-        # Whether it is finite is all that is asked, so in the gradients' own precision; settled_norm looks again.
+        # Only checked for being finite, so the gradients' own precision suffices; settled_norm checks in float64.
         norm = norm_on_device(both, None)
-        # One transfer for both checks: each wait for the device costs the time that it could have run ahead.
-        lost, self._climb.rounding = self._climb.rounding, None
+        # One transfer for both checks, since each synchronisation stalls the device.
+        lost, self._ascent.rounding = self._ascent.rounding, None
         total, *rounding = (norm if lost is None else torch.cat([norm, lost.to(norm)])).tolist()
         if rounding:
             self._report_rounding(cosine(*rounding))
         total = settled_norm(total, both)
-        # Of one piece that climbed a gradient of zero at w has been refused already, and at w + e it may be.
-        if not math.isfinite(total) or (total == 0.0 and not climbed):
+        # With one chunk a zero gradient at w has been reported already; at w + e it is allowed.
+        if not math.isfinite(total) or (total == 0.0 and not perturbed):
             self._skip("is zero" if total == 0.0 else "is not finite", "w + e", unscaled=scaler)
             return
         self._combine(at_w)
@@ -404,13 +407,13 @@ class SAM(Optimizer):
             self.base_optimizer.step()
         else:
             scaler.step(self.base_optimizer)
-        # What a scheduler looks at before it complains that no step came before it; second_step() is one too.
+        # Read by schedulers, which warn if no step came before theirs; second_step() counts as one.
         self._opt_called = True
 
     def _skip(self, what: str, where: str, scaler: Any = None, unscaled: Any = None) -> None:
         self.skipped_steps += 1
         if scaler is not None:
-            scaler.unscale_(self.base_optimizer)  # so that its update() knows of this step
+            scaler.unscale_(self.base_optimizer)  # so that scaler.update() counts this step
         if scaler is not None or unscaled is not None:
             return
         cause = "Does the closure call backward?" if what == "is zero" else "Check the data and the learning rate."
@@ -422,18 +425,18 @@ class SAM(Optimizer):
         )
 
     def _report_rounding(self, cosine: float) -> None:
-        if cosine < _LEAST_COSINE and not self._rounding_reported:
+        if cosine < _MIN_COSINE and not self._rounding_reported:
             self._rounding_reported = True
             warnings.warn(
                 "Rounding to float16 or bfloat16 weights turned SAM's perturbation: its cosine with the wished one is "
-                f"{cosine:.2f}, and should be above {_LEAST_COSINE}. Keep the weights in float32 and run the forward "
+                f"{cosine:.2f}, and should be above {_MIN_COSINE}. Keep the weights in float32 and run the forward "
                 "pass under torch.autocast.",
                 RuntimeWarning,
                 stacklevel=_CALLER["w + e"],
             )
 
     def _refuse_while_perturbed(self, what: str) -> None:
-        if self._climb.begun:
+        if self._ascent.is_perturbed:
             raise ArgumentError(
                 f"{what} needs the weights w, but they are perturbed to w + e since first_step(). "
                 "Call second_step() first."
@@ -451,3 +454,20 @@ class SAM(Optimizer):
         size = len(batch[0]) if self.m is None else min(self.m, len(batch[0]))
         together = self._ddp is None and torch.distributed.is_available() and torch.distributed.is_initialized()
         return size * torch.distributed.get_world_size() if together else size
+
+
+def _check_base(base: object) -> None:
+    what = "base_optimizer must be an optimizer class such as torch.optim.SGD"
+    if isinstance(base, str):
+        raise ArgumentError(f"{what}, got the string {base!r}. Pass the class itself.")
+    if isinstance(base, Optimizer):
+        name = type(base).__name__
+        raise ArgumentError(f"{what}, got a finished {name}. Pass the class and its options: SAM(params, {name}, ...).")
+    if not (isinstance(base, type) and issubclass(base, Optimizer)):
+        raise ArgumentError(f"{what}, got {base!r}.")
+    closure = inspect.signature(base.step).parameters.get("closure")
+    nested = hasattr(base, "first_step")
+    if nested or (closure is not None and closure.default is inspect.Parameter.empty):
+        raise ArgumentError(
+            f"{what}, got {base.__name__}, whose own step needs a closure. Pass one whose step does not."
+        )

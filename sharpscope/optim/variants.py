@@ -1,4 +1,4 @@
-"""SAM's relatives: what they do other than SAM, each as its paper's equation."""
+"""Variants of SAM."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sharpscope.weights.norm_ball import inner_of, norm_of, widened
 
 
 class ASAM(SAM):
-    """``e = rho T^2 g / ||T g||_2`` with ``T = |w| + eta``: SAM in a ball that rescaling the weights takes along.
+    """``e = rho T^2 g / ||T g||_2`` with ``T = |w| + eta``: SAM in a ball that scales with the weights.
 
     ``adaptive="filter"`` takes a filter's norm for its weights' sizes. T covers every tensor, biases and norms too; the
     paper's code leaves those at T = 1. Args, cost and the rest: as SAM.
@@ -72,8 +72,8 @@ class GSAM(SAM):
     tensor([ 0.8500, -0.0500])
     """
 
-    _both = True
-    _own = (*SAM._own, "alpha")
+    _uses_gradient_at_w = True
+    _copied_attributes = (*SAM._copied_attributes, "alpha")
 
     def __init__(
         self, params: ParamsT, base_optimizer: type[Optimizer], rho: float = 0.05, *, alpha: float = 0.4, **options: Any
@@ -85,17 +85,17 @@ class GSAM(SAM):
         assert at_w is not None
         params = [p for p in self._params() if p.grad is not None and p in at_w.sums]
         new, old = [widened(p.grad) for p in params if p.grad is not None], [at_w.sums[p] for p in params]
-        along = inner_of(old, new) / max(norm_of(new) ** 2, torch.finfo(torch.float64).tiny)
+        coefficient = inner_of(old, new) / max(norm_of(new) ** 2, torch.finfo(torch.float64).tiny)
         for p, g, e in zip(params, old, new, strict=True):
             assert p.grad is not None
-            p.grad.sub_((g - along * e).to(p.grad.dtype), alpha=self.alpha)
+            p.grad.sub_((g - coefficient * e).to(p.grad.dtype), alpha=self.alpha)
 
 
 class LookSAM(SAM):
     """SAM's gradient in every k-th step; in between ``g + alpha ||g|| / ||g_v|| g_v`` at one gradient a step.
 
-    ``g_v = g_e - <g_e, g> / ||g||^2 g``, of the last step that looked: the part of ``g_e = grad L(w + e)`` orthogonal
-    to ``g = grad L(w)``, which changes slowly. Needs ``step(closure)``.
+    ``g_v = g_e - <g_e, g> / ||g||^2 g``, of the last step that took both gradients: the part of ``g_e = grad L(w + e)``
+    orthogonal to ``g = grad L(w)``, which changes slowly. Needs ``step(closure)``.
 
     Args: as SAM, and ``k`` and ``alpha``. Cost: ``1 + 1/k`` gradients a step, and one more copy of a gradient.
 
@@ -110,12 +110,12 @@ class LookSAM(SAM):
     ...     (w**2 / 2).backward()
     >>> for _ in range(10):
     ...     optimizer.step(closure)
-    >>> optimizer.num_gradients  # two of the ten steps look
+    >>> optimizer.num_gradients  # two of the ten steps take both gradients
     12.0
     """
 
-    _both, _two_calls = True, False
-    _own = (*SAM._own, "k", "alpha")
+    _uses_gradient_at_w, _supports_two_calls = True, False
+    _copied_attributes = (*SAM._copied_attributes, "k", "alpha")
 
     def __init__(
         self,
@@ -131,9 +131,9 @@ class LookSAM(SAM):
         self.k, self.alpha = k, _number("alpha", alpha)
         super().__init__(params, base_optimizer, rho, **options)
 
-    def _looks(self) -> bool:
-        # Where the step that should have looked was skipped, the next one does.
-        return self._count % self.k == 0 or not self._kept
+    def _perturbs(self) -> bool:
+        # If the step that should take both gradients was skipped, the next one does.
+        return self._count % self.k == 0 or not self._memory
 
     def _combine(self, at_w: GradientSum | None) -> None:
         self._count += 1
@@ -141,25 +141,26 @@ class LookSAM(SAM):
         now = [widened(p.grad) for p in params if p.grad is not None]
         if at_w is not None:
             old = [at_w.sums.get(p, torch.zeros_like(e)) for p, e in zip(params, now, strict=True)]
-            along = inner_of(now, old) / max(norm_of(old) ** 2, torch.finfo(torch.float64).tiny)
-            self._kept = {p: {"g_v": e - along * g} for p, e, g in zip(params, now, old, strict=True)}
+            coefficient = inner_of(now, old) / max(norm_of(old) ** 2, torch.finfo(torch.float64).tiny)
+            self._memory = {p: {"g_v": e - coefficient * g} for p, e, g in zip(params, now, old, strict=True)}
             return
-        sideways = [
-            self._kept[p]["g_v"] if p in self._kept else torch.zeros_like(g) for p, g in zip(params, now, strict=True)
+        orthogonal = [
+            self._memory[p]["g_v"] if p in self._memory else torch.zeros_like(g)
+            for p, g in zip(params, now, strict=True)
         ]
-        # Before the first is written to: what is now may be the gradients themselves.
-        size, length = norm_of(sideways), norm_of(now)
-        if size > 0:
-            for p, v in zip(params, sideways, strict=True):
+        # Computed before .grad is changed, since `now` may share its memory.
+        orthogonal_norm, norm = norm_of(orthogonal), norm_of(now)
+        if orthogonal_norm > 0:
+            for p, v in zip(params, orthogonal, strict=True):
                 assert p.grad is not None
-                p.grad.add_(v.to(p.grad.dtype), alpha=self.alpha * length / size)
+                p.grad.add_(v.to(p.grad.dtype), alpha=self.alpha * norm / orthogonal_norm)
 
 
 class FriendlySAM(SAM):
     """``e = rho d / ||d||_2``, ``d = g - sigma m``, ``m <- lmbda m + (1 - lmbda) g``: F-SAM.
 
     Takes the running mean of gradients, an estimate of the full one, out of the batch's, so that the perturbation
-    follows the batch's own noise. With several pieces the mean runs over them one after another; with ``ddp`` each
+    follows the batch's own noise. With several chunks the mean runs over them one after another; with ``ddp`` each
     process has one of its own gradients, so each must keep its own ``state_dict``. A skipped step leaves it alone.
 
     Args: as SAM, and ``sigma`` and ``lmbda``. Cost: 2 gradients, and a copy of a gradient for m.
@@ -180,9 +181,9 @@ class FriendlySAM(SAM):
     tensor(0.8150)
     """
 
-    _own = (*SAM._own, "sigma", "lmbda")
-    # The mean after this step, until that is taken.
-    _next: dict[Tensor, Tensor] | None = None
+    _copied_attributes = (*SAM._copied_attributes, "sigma", "lmbda")
+    # The running mean after this step, until the step is taken.
+    _next_mean: dict[Tensor, Tensor] | None = None
 
     def __init__(
         self,
@@ -201,24 +202,26 @@ class FriendlySAM(SAM):
         self.sigma, self.lmbda = _number("sigma", sigma), float(lmbda)
         super().__init__(params, base_optimizer, rho, **options)
 
-    def _begin(self) -> None:
-        self._next = None
+    def _start_step(self) -> None:
+        self._next_mean = None
 
-    def _followed(self, weights: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    def _ascent_direction(self, weights: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
         if not math.isfinite(norm_of(grads)):
             return grads  # the step is skipped
-        means = self._next if self._next is not None else {p: kept["mean"] for p, kept in self._kept.items()}
-        after, followed = dict(means), []
+        means = (
+            self._next_mean if self._next_mean is not None else {p: kept["mean"] for p, kept in self._memory.items()}
+        )
+        after, directions = dict(means), []
         for p, g in zip(weights, grads, strict=True):
             now, mean = widened(g), means.get(p)
             after[p] = now.clone() if mean is None else torch.lerp(mean, now, 1 - self.lmbda)
-            followed.append(now if mean is None else now - self.sigma * mean)
-        self._next = after
-        return followed
+            directions.append(now if mean is None else now - self.sigma * mean)
+        self._next_mean = after
+        return directions
 
     def _combine(self, at_w: GradientSum | None) -> None:
-        if self._next is not None:
-            self._kept = {p: {"mean": mean} for p, mean in self._next.items()}
+        if self._next_mean is not None:
+            self._memory = {p: {"mean": mean} for p, mean in self._next_mean.items()}
 
 
 def _number(name: str, value: float) -> float:

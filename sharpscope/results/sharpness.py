@@ -29,8 +29,15 @@ DEFINITIONS = {
     "alignment": "|cosine| with the Hessian's top eigenvector (Long and Bartlett 2024)",
 }
 
-# Settings that tell measures of one name apart, in a table's first column.
-_LABEL_SETTINGS = ("m", "rho", "sigma", "box", "layer", "of")
+# The settings in a measure's label, which distinguish measures of one name; none where the table has a note of them.
+LABEL_SETTINGS = {
+    "m-sharpness": ("m", "rho"),
+    "worst-case": ("rho",),
+    "average-case": ("sigma",),
+    "relative-flatness": ("layer",),
+    "keskar": ("box",),
+    "alignment": ("rho", "of"),
+}
 
 
 @dataclass(frozen=True)
@@ -76,14 +83,8 @@ class Measure:
 
     def labelled(self, extra: Iterable[str]) -> str:
         """``label``, with these settings said too."""
-        if self.name in ("pac-bayes", "edge"):
-            parts = []
-        else:
-            parts = [
-                f"{key}={format_setting(self.settings[key])}"
-                for key in _LABEL_SETTINGS
-                if self.settings.get(key) is not None
-            ]
+        shown = LABEL_SETTINGS.get(self.name, ())
+        parts = [f"{key}={format_setting(self.settings[key])}" for key in shown if self.settings.get(key) is not None]
         adaptive = self.settings.get("adaptive")
         if adaptive:
             parts.append(f"adaptive ({adaptive})")

@@ -1,4 +1,4 @@
-"""How the largest loss in a ball around the weights is looked for."""
+"""Gradient ascent to the maximum of the loss in a ball around the weights."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.sharpness.losses import LossOn
+from sharpscope.sharpness.losses import SubsetLoss
 from sharpscope.weights.norm_ball import Ball, norm_of
 from sharpscope.weights.perturbation import Perturbation
 
-# Croce and Hein 2020: the first step is the ball's diameter, the memory of the last move, the share of steps that must
-# climb between two checkpoints, and where these are.
-MOMENTUM, CLIMBING, FIRST, SHORTER, LEAST = 0.75, 0.75, 0.22, 0.03, 0.06
+# APGD's constants (Croce and Hein 2020): momentum; the fraction of steps that must increase the loss between two
+# checkpoints; the first interval between checkpoints, its decrement and its minimum, as fractions of all steps.
+MOMENTUM, MIN_INCREASES, FIRST_INTERVAL, INTERVAL_DECREMENT, MIN_INTERVAL = 0.75, 0.75, 0.22, 0.03, 0.06
 
 
 @dataclass(frozen=True)
 class Ascent:
-    """What looks for ``max L_b(w + e)`` over the ball; what it finds is a lower bound of the maximum.
+    """Settings of the ascent to ``max L_b(w + e)`` over the ball; its result is a lower bound of the maximum.
 
     Args:
-        steps: points that are looked at. Without ``adaptive`` each is ``rho / steps`` from the last one along the
-            steepest direction there, the first from w, and the largest loss on the way counts; of one step, SAM's own
-            perturbation, whatever its loss is.
-        adaptive: APGD (Croce and Hein 2020): projected steps with momentum, of a length that halves where they stop
-            climbing. Its first point is the one of a single step, and w is in the ball, so it never reports less.
-        restarts: runs of APGD from random points of the ball beside that from w.
+        steps: number of points at which the loss is evaluated. Without ``adaptive``, each step has length
+            ``rho / steps`` along the direction of steepest ascent, starting at w, and the result is the largest loss
+            on the way; one step is SAM's perturbation.
+        adaptive: use APGD (Croce and Hein 2020): projected steps with momentum, whose length halves when the loss
+            stops increasing. It includes w and the result of a single step.
+        restarts: additional APGD runs from random points of the ball.
 
     Raises: ArgumentError for numbers out of range.
 
@@ -64,9 +64,9 @@ class Ascent:
         return f"APGD, {self.steps} steps{again}"
 
 
-def highest(
-    loss: LossOn,
-    moved: Perturbation,
+def maximum_loss(
+    loss: SubsetLoss,
+    perturbation: Perturbation,
     ball: Ball,
     scales: Sequence[Tensor] | None,
     rho: float,
@@ -75,35 +75,35 @@ def highest(
     grads: Sequence[Tensor],
     generator: torch.Generator,
 ) -> float:
-    """The largest ``L_b(w + e)`` that ``ascent`` finds; the weights are at w before and after.
+    """Largest ``L_b(w + e)`` found by ``ascent``; the weights are at w before and after.
 
-    Not a number counts as infinity. Where the gradient at w is zero, and nothing restarts, it is L_b(w).
+    NaN counts as infinity. If the gradient at w is zero and there are no restarts, the result is L_b(w).
 
     Args:
         loss: L_b.
-        moved: of its parameters.
-        ball, scales: the ball's shape, and its D at w.
-        rho: its radius.
-        base, grads: L_b and its gradient at w, which are paid for.
-        generator: of the restarts.
+        perturbation: of the parameters of ``loss``.
+        ball, scales: the shape of the ball, and its D at w.
+        rho: radius of the ball.
+        base, grads: L_b and its gradient at w.
+        generator: random numbers of the restarts.
 
-    Cost: a gradient for each step but the last, and a forward pass; a restart a gradient more.
+    Cost: ``steps - 1`` gradients and a forward pass; each restart one gradient more.
     """
     if not ascent.adaptive:
-        return _steps(loss, moved, ball, scales, rho, ascent.steps, base, grads)
-    search = _Apgd(loss, moved, ball, scales, rho, ascent.steps)
+        return _steps(loss, perturbation, ball, scales, rho, ascent.steps, base, grads)
+    search = _Apgd(loss, perturbation, ball, scales, rho, ascent.steps)
     try:
-        found = max(base, search.run(None, grads))
+        best = max(base, search.run(None, grads))
         for _ in range(ascent.restarts):
-            found = max(found, search.run(_random_point(grads, ball, rho, generator), None))
+            best = max(best, search.run(_random_point(grads, ball, rho, generator), None))
     finally:
-        moved.restore()
-    return found
+        perturbation.restore()
+    return best
 
 
 def _steps(
-    loss: LossOn,
-    moved: Perturbation,
+    loss: SubsetLoss,
+    perturbation: Perturbation,
     ball: Ball,
     scales: Sequence[Tensor] | None,
     rho: float,
@@ -114,106 +114,107 @@ def _steps(
     best = -math.inf
     try:
         for i in range(steps):
-            slope = ball.dual_norm(grads, scales)
-            if not slope:
+            dual_norm = ball.dual_norm(grads, scales)
+            if not dual_norm:
                 return max(best, base)
-            direction, factor = ball.steepest(grads, scales, slope)
-            moved.add(moved.weights, direction, rho / steps * factor)
+            direction, factor = ball.steepest(grads, scales, dual_norm)
+            perturbation.add(perturbation.weights, direction, rho / steps * factor)
             if i + 1 < steps:
                 value, grads = loss.gradient()
             else:
                 value = loss.value()
-            best = max(best, _known(value))
+            best = max(best, _nan_to_inf(value))
             if best == math.inf:
                 break
         return best
     finally:
-        moved.restore()
+        perturbation.restore()
 
 
 class _Apgd:
-    """In the coordinates ``u = D^-1 e``, in which the ball is round."""
+    """APGD in the coordinates ``u = D^-1 e``, in which D = 1."""
 
     def __init__(
         self,
-        loss: LossOn,
-        moved: Perturbation,
+        loss: SubsetLoss,
+        perturbation: Perturbation,
         ball: Ball,
         scales: Sequence[Tensor] | None,
         rho: float,
         steps: int,
     ) -> None:
-        self.loss, self.moved, self.ball, self.rho, self.steps = loss, moved, ball, rho, steps
+        self.loss, self.perturbation, self.ball, self.rho, self.steps = loss, perturbation, ball, rho, steps
         self.scales = None if scales is None else list(scales)
 
     def run(self, start: list[Tensor] | None, grads: Sequence[Tensor] | None) -> float:
-        """From ``start``, or from w, where the gradient is ``grads``."""
+        """Largest loss found from ``start``; None starts at w, where the gradient is ``grads``."""
         if start is None:
             assert grads is not None
-            at, slope, value = [torch.zeros_like(g) for g in grads], self._scaled(grads), -math.inf
+            u, gradient, value = [torch.zeros_like(g) for g in grads], self._scaled(grads), -math.inf
         else:
-            at = start
-            value, slope = self._seen(at)
-        before, length = at, 2 * self.rho
-        best, best_at, best_slope = value, at, slope
-        climbs, checked, checked_best, checked_length = 0, 0, value, length
-        interval, mark = FIRST, 0.0
+            u = start
+            value, gradient = self._evaluate(u)
+        previous, step = u, 2 * self.rho
+        best, best_u, best_gradient = value, u, gradient
+        increases, checkpoint, checkpoint_best, checkpoint_step = 0, 0, value, step
+        interval, checkpoint_fraction = FIRST_INTERVAL, 0.0
         for k in range(1, self.steps + 1):
-            # Once at a point where the gradient vanishes there is nowhere to go.
-            if best == math.inf or not norm_of(slope):
+            # A zero gradient gives no direction.
+            if best == math.inf or not norm_of(gradient):
                 break
-            ahead = self._projected(list(torch._foreach_add(at, self._unit(slope), alpha=length)))
+            following = self._projected(list(torch._foreach_add(u, self._unit(gradient), alpha=step)))
             if k > 1:
-                ahead = self._projected(
+                following = self._projected(
                     [
                         a + MOMENTUM * (z - a) + (1 - MOMENTUM) * (a - b)
-                        for a, z, b in zip(at, ahead, before, strict=True)
+                        for a, z, b in zip(u, following, previous, strict=True)
                     ]
                 )
-            before, at, old = at, ahead, value
-            value, slope = self._seen(at, last=k == self.steps)
-            climbs += value > old
+            previous, u, previous_value = u, following, value
+            value, gradient = self._evaluate(u, last=k == self.steps)
+            increases += value > previous_value
             if value > best:
-                best, best_at, best_slope = value, at, slope
-            if k >= math.ceil((mark + interval) * self.steps):
-                few = climbs < CLIMBING * (k - checked)
-                stuck = length == checked_length and best == checked_best
-                checked, checked_length, checked_best, climbs = k, length, best, 0
-                mark, interval = mark + interval, max(interval - SHORTER, LEAST)
-                if few or stuck:
-                    length /= 2
-                    at, before, slope, value = best_at, best_at, best_slope, best
+                best, best_u, best_gradient = value, u, gradient
+            if k >= math.ceil((checkpoint_fraction + interval) * self.steps):
+                few_increases = increases < MIN_INCREASES * (k - checkpoint)
+                no_progress = step == checkpoint_step and best == checkpoint_best
+                checkpoint, checkpoint_step, checkpoint_best, increases = k, step, best, 0
+                checkpoint_fraction += interval
+                interval = max(interval - INTERVAL_DECREMENT, MIN_INTERVAL)
+                if few_increases or no_progress:
+                    step /= 2
+                    u, previous, gradient, value = best_u, best_u, best_gradient, best
         return best
 
-    def _seen(self, u: list[Tensor], last: bool = False) -> tuple[float, list[Tensor]]:
-        self.moved.move_to(self._scaled(u))
+    def _evaluate(self, u: list[Tensor], last: bool = False) -> tuple[float, list[Tensor]]:
+        """Loss at ``u`` and its gradient in these coordinates; the gradient is not needed after the last step."""
+        self.perturbation.move_to(self._scaled(u))
         if last:
-            return _known(self.loss.value()), u
+            return _nan_to_inf(self.loss.value()), u
         value, grads = self.loss.gradient()
-        return _known(value), self._scaled(grads)
+        return _nan_to_inf(value), self._scaled(grads)
 
     def _scaled(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return list(tensors) if self.scales is None else list(torch._foreach_mul(list(tensors), self.scales))
 
-    def _unit(self, slope: list[Tensor]) -> list[Tensor]:
-        direction, factor = Ball(self.ball.p).steepest(slope, None)
+    def _unit(self, gradient: list[Tensor]) -> list[Tensor]:
+        direction, factor = Ball(self.ball.p).steepest(gradient, None)
         return direction if factor == 1.0 else list(torch._foreach_mul(direction, factor))
 
     def _projected(self, u: list[Tensor]) -> list[Tensor]:
         if self.ball.p == math.inf:
             return [t.clamp(-self.rho, self.rho) for t in u]
-        size = norm_of(u)
-        return u if size <= self.rho else list(torch._foreach_mul(u, self.rho / size))
+        norm = norm_of(u)
+        return u if norm <= self.rho else list(torch._foreach_mul(u, self.rho / norm))
 
 
 def _random_point(like: Sequence[Tensor], ball: Ball, rho: float, generator: torch.Generator) -> list[Tensor]:
-    """A point of the round ball: uniform in the cube, or in a uniform direction on the sphere."""
+    """A random point of the ball with D = 1: uniform in the cube (p = inf), or on the sphere (p = 2)."""
     if ball.p == math.inf:
         return [(2 * torch.rand(g.shape, generator=generator, dtype=torch.float64).to(g) - 1) * rho for g in like]
-    drawn = [torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g) for g in like]
-    return list(torch._foreach_mul(drawn, rho / norm_of(drawn)))
+    directions = [torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g) for g in like]
+    return list(torch._foreach_mul(directions, rho / norm_of(directions)))
 
 
-def _known(value: float) -> float:
-    """Not a number is beyond all numbers: the loss has left them."""
+def _nan_to_inf(value: float) -> float:
     return math.inf if math.isnan(value) else value

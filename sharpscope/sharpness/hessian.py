@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,117 +13,194 @@ from torch import Tensor
 from sharpscope.edge_of_stability import descent_edge, sam_edge
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg import Eigenpairs
-from sharpscope.linalg.top_eigenpairs import top_eigenpairs_rows
 from sharpscope.linalg.trace import trace_and_frobenius_rows
-from sharpscope.objective import Objective, Progress
+from sharpscope.objective import Objective
 from sharpscope.precision import wide
 from sharpscope.results import EigenResult, Measure
 from sharpscope.results.statistics import Estimate
-from sharpscope.sharpness.losses import whole
+from sharpscope.sharpness.losses import full_loss
+from sharpscope.sharpness.spec import EIGENVALUE_TOL, MeasureContext, MeasureSpec, with_interval
 from sharpscope.weights.norm_ball import Ball, inner_of, norm_of
 from sharpscope.weights.parameters import select, views
 from sharpscope.weights.perturbation import Perturbation
 
 
-def scaled_products(objective: Objective, ball: Ball, progress: Progress | None) -> Callable[[Tensor], Tensor]:
-    """Rows (K, n) times ``D H D``, D that of ``ball`` at w; cost ``1 + 2K`` gradients."""
-    scales = ball.scales(objective.terms.params)
-    if scales is None:
-        return lambda rows: objective.products(rows, progress)
-    d = torch.cat([s.flatten() for s in scales]).to(objective.device, objective.dtype)
-    return lambda rows: d * objective.products(d * rows, progress)
+def lambda_max(context: MeasureContext) -> Iterator[Measure]:
+    """``lambda_max(DHD)`` by block Lanczos; cost 7 gradients a pass."""
+    objective, ball = context.objective, context.settings.ball
+    gradients_before = objective.gradients
+    top = context.top_eigenpairs(ball)
+    yield Measure(
+        "lambda-max",
+        float(top.eigenvalues[0]),
+        lower=float(top.lower[0]),
+        upper=float(top.upper[0]),
+        settings={
+            "adaptive": ball.scaling,
+            "eta": ball.offset,
+            "tol": EIGENVALUE_TOL,
+            "converged": bool(top.converged[0]),
+            "missed_probability": _missed_probability(top),
+        },
+        gradients=objective.gradients - gradients_before,
+        examples=objective.num_examples,
+    )
 
 
-def largest_eigenvalue(
-    objective: Objective, ball: Ball, tol: float, generator: torch.Generator, progress: Progress | None = None
-) -> Eigenpairs:
-    """``lambda_max(DHD)`` and the next eigenvalue with their vectors, by block Lanczos; cost 7 gradients a pass."""
-    products, k = scaled_products(objective, ball, progress), min(2, objective.num_params)
-    return top_eigenpairs_rows(products, objective.empty_block(), k, tol=tol, method="lanczos", generator=generator)
-
-
-def scaled_trace(
-    objective: Objective, ball: Ball, probes: int, generator: torch.Generator, progress: Progress | None = None
-) -> Estimate:
+def trace(context: MeasureContext) -> Iterator[Measure]:
     """``tr(DHD)`` by XTrace; cost ``2 (1 + 2 probes)`` gradients."""
-    products = scaled_products(objective, ball, progress)
-    found = trace_and_frobenius_rows(products, objective.empty_block(), probes, generator=generator)
-    return Estimate(found.trace, found.trace_error)
+    objective, ball = context.objective, context.settings.ball
+    probes = min(context.settings.probes, objective.num_params)
+    gradients_before = objective.gradients
+    found = trace_and_frobenius_rows(
+        context.scaled_products(ball, "trace"), objective.empty_block(), probes, generator=context.generator("trace")
+    )
+    yield Measure(
+        "trace",
+        *with_interval(Estimate(found.trace, found.trace_error), probes),
+        settings={"adaptive": ball.scaling, "eta": ball.offset, "probes": probes},
+        gradients=objective.gradients - gradients_before,
+        examples=objective.num_examples,
+    )
 
 
-def relative_flatness(
-    objective: Objective, probes: int, generator: torch.Generator, progress: Progress | None = None
-) -> dict[str, Estimate]:
-    """``sum_{s,s'} <w_s, w_s'> tr(H_ss')`` of each weight matrix W, w_s its rows and H_ss' their blocks of H.
+def relative_flatness(context: MeasureContext) -> Iterator[Measure]:
+    """``sum_{s,s'} <w_s, w_s'> tr(H_ss')`` of each weight matrix W; w_s are its rows and H_ss' their blocks of H.
 
-    A convolution's filters are its rows. With a and b random signs and ``U = (W a) b'``, ``E[U'HU]`` is that number, so
-    a probe takes one product, where dense blocks would take as many as there are weights.
+    The rows of a convolution are its filters. With random signs a and b and ``U = (W a) b'``, ``E[U'HU]`` is that
+    number, so a probe costs one product, where dense blocks would cost as many as there are weights.
 
-    Cost: ``1 + 2 probes`` gradients for each matrix, a pass.
+    Cost: ``1 + 2 probes`` gradients and a pass for each matrix.
 
-    Raises: ArgumentError where no weight has two dimensions.
+    Raises: ArgumentError if no chosen parameter has two dimensions.
     Source: Petzka et al. 2021, Definition 3.
     """
+    objective, probes = context.objective, context.settings.probes
+    generator, progress = context.generator("relative-flatness"), context.stage_progress("relative flatness")
+    gradients_before = objective.gradients
     params = objective.terms.params
-    found = {}
-    for name, place in require_matrices(objective).items():
+    estimates = {}
+    for name, index in _weight_matrices(objective).items():
         rows = torch.zeros(probes, objective.num_params, dtype=objective.dtype, device=objective.device)
-        w = params[place].detach().flatten(1)
+        w = params[index].detach().flatten(1)
         for row in rows:
             a, b = (_signs(w.shape[1], generator).to(w) for _ in range(2))
-            views(row, params)[place].copy_(torch.outer(w @ a, b).view_as(params[place]))
-        images = objective.products(rows, progress)
-        forms = (rows.to(wide(rows.device)) * images.to(wide(rows.device))).sum(1)
-        found[name] = Estimate.of(forms.cpu().numpy().astype(np.float64))
-    return found
+            views(row, params)[index].copy_(torch.outer(w @ a, b).view_as(params[index]))
+        products = objective.products(rows, progress)
+        quadratic_forms = (rows.to(wide(rows.device)) * products.to(wide(rows.device))).sum(1)
+        estimates[name] = Estimate.of(quadratic_forms.cpu().numpy().astype(np.float64))
+    each = (objective.gradients - gradients_before) / len(estimates)
+    for name, estimate in estimates.items():
+        yield Measure(
+            "relative-flatness",
+            *with_interval(estimate, probes),
+            settings={"layer": name, "probes": probes},
+            gradients=each,
+            examples=objective.num_examples,
+        )
 
 
-def require_matrices(objective: Objective) -> dict[str, int]:
-    """The names of the parameters with two dimensions or more, and their places among all.
+def edge(context: MeasureContext) -> Iterator[Measure]:
+    """``lambda_max`` divided by SGD's edge of stability; cost 0 where lambda_max is known."""
+    objective = context.objective
+    gradients_before = objective.gradients
+    top = context.top_eigenpairs(Ball())
+    assert objective.gradient is not None
+    yield _edge_measure(
+        float(top.eigenvalues[0]),
+        (float(top.lower[0]), float(top.upper[0])),
+        float(torch.linalg.vector_norm(objective.gradient.cpu().double())),
+        context.settings.recipe,
+        converged=bool(top.converged[0]),
+        gradients=objective.gradients - gradients_before,
+        examples=objective.num_examples,
+    )
 
-    Raises: ArgumentError where there are none.
-    """
-    chosen = select(objective.problem.model, objective.problem.params)
-    places = {name: i for i, (name, p) in enumerate(chosen.items()) if p.dim() > 1}
-    if not places:
-        raise ArgumentError("Relative flatness is of weight matrices, and no chosen parameter has two dimensions.")
-    return places
 
+def alignment(context: MeasureContext) -> Iterator[Measure]:
+    """``|cos(g, v)|`` and ``|cos(g_SAM, v)|``: gradients at w and at ``w + rho g / ||g||``, and the top eigenvector v.
 
-def alignment(objective: Objective, eigenvector: Tensor, rho: float) -> tuple[float, float]:
-    """``|cos(g, v)|`` and ``|cos(g_SAM, v)|`` of the gradients at w and at ``w + rho g / ||g||`` with a unit vector v.
-
-    NaN where a gradient is zero. Cost: 2 gradients.
+    NaN where a gradient is zero. Cost: 2 gradients, and those of lambda_max where it is not known.
 
     Source: Long and Bartlett 2024.
     """
-    v = views(eigenvector.to(objective.device), objective.terms.params)
-    with objective.measuring(), Perturbation(objective.terms.params) as moved:
-        loss = whole(objective)
+    objective, rho = context.objective, max(context.settings.rho)
+    gradients_before = objective.gradients
+    top = context.top_eigenpairs(Ball())
+    v = views(top.eigenvectors[:, 0].to(objective.device), objective.terms.params)
+    with objective.measuring(), Perturbation(objective.terms.params) as perturbation:
+        loss = full_loss(objective)
         _, grads = loss.gradient()
         ball = Ball()
-        slope = ball.dual_norm(grads, None)
-        if not slope:
-            return math.nan, math.nan
-        direction, factor = ball.steepest(grads, None, slope)
-        moved.add(moved.weights, direction, rho * factor)
-        _, there = loss.gradient()
-    return _cosine(grads, v), _cosine(there, v)
+        norm = ball.dual_norm(grads, None)
+        cosines = math.nan, math.nan
+        if norm:
+            direction, factor = ball.steepest(grads, None, norm)
+            perturbation.add(perturbation.weights, direction, rho * factor)
+            _, sam_grads = loss.gradient()
+            cosines = _abs_cosine(grads, v), _abs_cosine(sam_grads, v)
+    error = _eigenvector_error(top)
+    cost = objective.gradients - gradients_before
+    for which, value in zip(("gradient", "SAM's gradient"), cosines, strict=True):
+        yield Measure(
+            "alignment",
+            value,
+            lower=max(0.0, value - error),
+            upper=min(1.0, value + error),
+            settings={"of": which, "rho": None if which == "gradient" else rho, "converged": error < 1.0},
+            gradients=cost / 2,
+            examples=objective.num_examples,
+        )
 
 
-def _signs(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, (count,), generator=generator) * 2 - 1
+def _require_sgd(context: MeasureContext) -> None:
+    recipe = context.settings.recipe
+    if not recipe.get("lr"):
+        raise ArgumentError("The edge of stability needs the learning rate, which is not in the checkpoint. Pass lr.")
+    if recipe.get("optimizer", "sgd") != "sgd":
+        raise ArgumentError(f"The edge of stability is SGD's, and the checkpoint was trained by {recipe['optimizer']}.")
 
 
-def _cosine(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    size = norm_of(left) * norm_of(right)
-    return abs(inner_of(left, right)) / size if size else math.nan
+MEASURES = (
+    MeasureSpec("lambda-max", lambda_max),
+    MeasureSpec("trace", trace),
+    MeasureSpec("relative-flatness", relative_flatness, requires=lambda context: _weight_matrices(context.objective)),
+    MeasureSpec("edge", edge, requires=_require_sgd),
+    MeasureSpec("alignment", alignment),
+)
 
 
-def edge_measure(
+def edge_from_eigenvalues(result: EigenResult) -> Measure | None:
+    """The "edge" measure from eigenvalues that are known, at the learning rate in force; no further cost.
+
+    None if the checkpoint does not hold the learning rate or was not trained by SGD.
+    """
+    recipe = training_recipe(result.provenance)
+    if not recipe.get("lr") or recipe.get("optimizer", "sgd") != "sgd":
+        return None
+    sampling = result.sampling if result.sampling is not None and result.sampling.get("lower") else None
+    lower, upper = (result.lower, result.upper) if sampling is None else (sampling["lower"], sampling["upper"])
+    return _edge_measure(
+        result.lambda_max,
+        (float(lower[0]), float(upper[0])),
+        result.gradient_norm,
+        recipe,
+        converged=bool(result.converged[0]),
+        examples=result.provenance.get("num_examples"),
+        sampled=sampling is not None,
+    )
+
+
+def training_recipe(provenance: Mapping[str, Any], lr: float | None = None) -> dict[str, Any]:
+    """The recipe in the checkpoint, with ``lr``, by default the learning rate in force when it was written."""
+    recipe, metrics = dict(provenance.get("recipe") or {}), provenance.get("metrics") or {}
+    return {**recipe, "lr": lr if lr is not None else metrics.get("lr", recipe.get("lr"))}
+
+
+def _edge_measure(
     value: float,
-    ends: tuple[float, float],
-    norm: float,
+    interval: tuple[float, float],
+    gradient_norm: float,
     recipe: Mapping[str, Any],
     *,
     converged: bool,
@@ -131,57 +208,61 @@ def edge_measure(
     examples: int | None = None,
     **settings: Any,
 ) -> Measure:
-    """``lambda_max`` over SGD's edge, beside SAM's where ``recipe``, which has ``lr``, is of plain SAM.
-
-    Args:
-        value, ends: lambda_max and its interval.
-        norm: ``||grad L(w)||``, on which SAM's edge depends.
-    """
+    """``lambda_max``, its value and interval, over SGD's edge; SAM's edge is a setting if the recipe is plain SAM's."""
     lr, momentum = float(recipe["lr"]), float(recipe.get("momentum") or 0.0)
-    rho = plain_rho(recipe)
-    plain = descent_edge(lr, momentum)
-    limits = {"SGD's edge": plain} | ({} if rho is None else {"SAM's edge": sam_edge(lr, rho, norm, momentum)})
-    said = {"lr": lr, "momentum": momentum, "rho": rho, "lambda_max": value, **limits, "converged": converged}
+    rho = _plain_sam_radius(recipe)
+    sgd = descent_edge(lr, momentum)
+    edges = {"SGD's edge": sgd} | ({} if rho is None else {"SAM's edge": sam_edge(lr, rho, gradient_norm, momentum)})
+    shown = {"lr": lr, "momentum": momentum, "rho": rho, "lambda_max": value, **edges, "converged": converged}
     return Measure(
         "edge",
-        value / plain,
-        lower=ends[0] / plain,
-        upper=ends[1] / plain,
-        settings={**said, **settings},
+        value / sgd,
+        lower=interval[0] / sgd,
+        upper=interval[1] / sgd,
+        settings={**shown, **settings},
         gradients=gradients,
         examples=examples,
     )
 
 
-def edge_of(result: EigenResult) -> Measure | None:
-    """The edge measure of eigenvalues that are there already, at the learning rate in force; no further cost.
-
-    None where the checkpoint does not say the rate, or it was not SGD's.
-    """
-    recipe = recipe_of(result.provenance)
-    if not recipe.get("lr") or recipe.get("optimizer", "sgd") != "sgd":
-        return None
-    drawn = result.sampling if result.sampling is not None and result.sampling.get("lower") else None
-    lower, upper = (result.lower, result.upper) if drawn is None else (drawn["lower"], drawn["upper"])
-    return edge_measure(
-        result.lambda_max,
-        (float(lower[0]), float(upper[0])),
-        result.gradient_norm,
-        recipe,
-        converged=bool(result.converged[0]),
-        examples=result.provenance.get("num_examples"),
-        sampled=drawn is not None,
-    )
-
-
-def recipe_of(provenance: Mapping[str, Any], lr: float | None = None) -> dict[str, Any]:
-    """Learning rate, momentum and rho with which training stopped, as far as the checkpoint says."""
-    said, metrics = dict(provenance.get("recipe") or {}), provenance.get("metrics") or {}
-    return {**said, "lr": lr if lr is not None else metrics.get("lr", said.get("lr"))}
-
-
-def plain_rho(recipe: Mapping[str, Any]) -> float | None:
-    """The radius of SAM in the plain ball of p = 2, None where the recipe is of no or another SAM."""
+def _plain_sam_radius(recipe: Mapping[str, Any]) -> float | None:
+    """rho of plain SAM with p = 2; None for other variants and for training without SAM."""
     named = recipe.get("variant", "sam") == "sam" and recipe.get("p", 2) == 2
     plain = named and recipe.get("m") is None and not recipe.get("sam_args")
     return float(recipe["rho"]) if plain and recipe.get("rho") else None
+
+
+def _weight_matrices(objective: Objective) -> dict[str, int]:
+    """Names and indices of the parameters with two dimensions or more.
+
+    Raises: ArgumentError if there are none.
+    """
+    chosen = select(objective.problem.model, objective.problem.params)
+    indices = {name: i for i, (name, p) in enumerate(chosen.items()) if p.dim() > 1}
+    if not indices:
+        raise ArgumentError("Relative flatness is of weight matrices, and no chosen parameter has two dimensions.")
+    return indices
+
+
+def _missed_probability(top: Eigenpairs) -> float:
+    """Upper bound on the probability that a larger eigenvalue was missed, as for ``top_eigenvalues``."""
+    if top.missed_bound is None or not bool(top.converged[0]):
+        return 1.0
+    return float(top.missed_bound.probability(float(top.upper[0] - top.residuals.norm())))
+
+
+def _eigenvector_error(top: Eigenpairs) -> float:
+    """Error of the cosine with the first eigenvector: ``sqrt(2) ||r|| / gap`` (Davis and Kahan 1970)."""
+    if len(top.eigenvalues) < 2:
+        return 0.0
+    gap = float(top.lower[0] - top.upper[1])
+    return min(1.0, math.sqrt(2) * float(top.residuals[0]) / gap) if gap > 0 else 1.0
+
+
+def _signs(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, (count,), generator=generator) * 2 - 1
+
+
+def _abs_cosine(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    norms = norm_of(left) * norm_of(right)
+    return abs(inner_of(left, right)) / norms if norms else math.nan

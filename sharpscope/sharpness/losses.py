@@ -1,4 +1,4 @@
-"""The mean loss of some examples at whatever the weights now are."""
+"""Mean loss, gradient and accuracy of a subset of the data at the current weights."""
 
 from __future__ import annotations
 
@@ -15,87 +15,88 @@ from sharpscope.objective.data import MicroBatch, map_tensors, micro_batches, ro
 from sharpscope.objective.guards import FORWARD, OOMHalving
 from sharpscope.precision import wide
 
-# Examples a graph where the objective keeps none of its own.
-PIECE = 256
+# Examples per autograd graph where the objective does not set a micro-batch size.
+EXAMPLES_PER_GRAPH = 256
 
 
-class LossOn:
-    """``L_b(w) = sum_i a_i l_i(w) / sum_i a_i`` over the examples of ``parts()``, with the weight decay if asked for.
+class SubsetLoss:
+    """``L_b(w) = sum_i a_i l_i(w) / sum_i a_i`` over the micro-batches of a subset b, plus the problem's weight decay.
 
-    To be used within ``objective.measuring()``; everything is counted in ``objective.gradients``. Memory: the graph of
-    one part.
+    Use within ``objective.measuring()``. Costs are counted in ``objective.gradients``. Memory: the graph of one
+    micro-batch.
 
-    Attributes:
-        examples: their number.
+    Args:
+        objective: the loss of all the data.
+        batches: called for each evaluation; returns the subset's micro-batches.
+        examples: number of examples in the subset.
     """
 
-    def __init__(self, objective: Objective, parts: Callable[[], Iterable[MicroBatch]], examples: int) -> None:
-        self._objective, self._parts, self.examples = objective, parts, examples
+    def __init__(self, objective: Objective, batches: Callable[[], Iterable[MicroBatch]], examples: int) -> None:
+        self._objective, self._batches, self.examples = objective, batches, examples
         fixed = "BatchNorm takes its statistics from the batch" if objective.keeps_batches else ""
-        self._room = OOMHalving(fixed=fixed, device=objective.device)
+        self._oom = OOMHalving(fixed=fixed, device=objective.device)
 
     @property
     def params(self) -> list[Tensor]:
-        """The tensors that form w."""
+        """The parameters w."""
         return self._objective.terms.params
 
     @property
-    def part(self) -> MicroBatch | None:
-        """The examples as one micro-batch, None where they are several."""
-        first, *others = self._parts()
+    def single_batch(self) -> MicroBatch | None:
+        """The subset as one micro-batch; None if it consists of several."""
+        first, *others = self._batches()
         return None if others else first
 
     @torch.no_grad()
     def value(self) -> float:
-        """``L_b``, NaN where there are no loss terms; cost, a forward pass (FORWARD gradients) over the examples."""
+        """Evaluate ``L_b``; NaN if it has no loss terms. Cost: a forward pass (FORWARD gradients)."""
         loss = torch.zeros((), dtype=wide(self._objective.device), device=self._objective.device)
         weight = torch.zeros_like(loss)
-        for part in self._parts():
-            for value, terms in self._room.run(part, self._summed):
+        for batch in self._batches():
+            for value, terms in self._oom.run(batch, self._loss_sum):
                 loss += value
                 weight += terms
         self._objective.add_cost(FORWARD * self.examples)
         return float(loss / weight) + self._objective.terms.decay()
 
     def gradient(self) -> tuple[float, list[Tensor]]:
-        """``L_b`` and its gradient, a tensor for each of ``params``; cost, a gradient over the examples."""
+        """Evaluate ``L_b`` and its gradient, a tensor for each of ``params``. Cost: a gradient over the subset."""
         loss = torch.zeros((), dtype=wide(self._objective.device), device=self._objective.device)
         weight, sums = torch.zeros_like(loss), [torch.zeros_like(p) for p in self.params]
-        for part in self._parts():
-            for value, terms, grads in self._room.run(part, self._differentiated):
+        for batch in self._batches():
+            for value, terms, grads in self._oom.run(batch, self._gradient_sum):
                 loss += value
                 weight += terms
                 torch._foreach_add_(sums, grads)
         torch._foreach_div_(sums, weight.to(self._objective.dtype))
         if self._objective.problem.weight_decay:
-            own = [p.detach() for p in self.params]
-            torch._foreach_add_(sums, own, alpha=self._objective.problem.weight_decay)
+            torch._foreach_add_(sums, [p.detach() for p in self.params], alpha=self._objective.problem.weight_decay)
         return float(loss / weight) + self._objective.terms.decay(), sums
 
     @torch.no_grad()
     def accuracy(self) -> float:
-        """The share of targets that are the largest output's place; cost as ``value``.
+        """Evaluate the fraction of targets that have the largest output. Cost: as ``value``.
 
         Raises: ArgumentError for a loss without classes.
         """
         correct = counted = torch.zeros((), dtype=torch.long, device=self._objective.device)
-        for part in self._parts():
-            for right, known in self._room.run(part, self._right):
-                correct, counted = correct + right, counted + known
+        for batch in self._batches():
+            for right, labelled in self._oom.run(batch, self._correct):
+                correct, counted = correct + right, counted + labelled
         self._objective.add_cost(FORWARD * self.examples)
         return float(correct) / max(1, int(counted))
 
-    def _summed(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
-        value, weight = self._objective.terms.without_graph(lambda: self._objective.terms.sums(part))
+    def _loss_sum(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        value, weight = self._objective.terms.without_graph(lambda: self._objective.terms.sums(batch))
         return value.detach(), weight
 
-    def _differentiated(self, part: MicroBatch) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def _gradient_sum(self, batch: MicroBatch) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         with torch.enable_grad():
-            built = self._objective.graph(part, keep=False)
-        return built.loss, built.weight, tuple(built.gradient)
+            graph = self._objective.graph(batch, keep=False)
+        return graph.loss, graph.weight, tuple(graph.gradient)
 
-    def _right(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
-        output, target, _ = self._objective.terms.forward(part)
+    def _correct(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        output, target, _ = self._objective.terms.forward(batch)
         require_classes(self._objective)
         if not isinstance(target, Tensor) or target.is_floating_point():
             raise ArgumentError("An accuracy needs labels, got probabilities. Leave pac-bayes out.")
@@ -103,7 +104,7 @@ class LossOn:
 
 
 def require_classes(objective: Objective) -> None:
-    """Raise ArgumentError unless the loss is of classes."""
+    """Raise ArgumentError unless the loss is a classification loss."""
     if objective.terms.loss.ignore_index is None:
         raise ArgumentError(
             f"An accuracy needs labels and a loss of classes (cross_entropy, nll), got {objective.loss_name}. Leave "
@@ -111,74 +112,76 @@ def require_classes(objective: Objective) -> None:
         )
 
 
-def subsets(objective: Objective, m: int | None, generator: torch.Generator) -> Iterator[LossOn]:
-    """Disjoint subsets of m examples each, in random order where the data are one batch in memory, else as they come.
+def disjoint_subsets(objective: Objective, m: int | None, generator: torch.Generator) -> Iterator[SubsetLoss]:
+    """Disjoint subsets of m examples, in random order if the data are one batch in memory, else in the loader's order.
 
-    A last one of fewer is left out. None is one subset of all.
+    A last subset of fewer examples is dropped. m=None yields one subset of all examples.
 
-    Raises: ArgumentError where there are fewer than m examples; DataError where batches cannot be cut.
+    Raises: ArgumentError for fewer than m examples; DataError for batches that cannot be split by examples.
     """
-    size = piece_size(objective)
+    size = examples_per_graph(objective)
     if m is None:
-        yield whole(objective)
+        yield full_loss(objective)
         return
     if objective.keeps_batches:
         raise ArgumentError(
             "Subsets of m examples need a loss that is the same in every batch, but BatchNorm takes its statistics "
             "from the batch. Measure in eval mode."
         )
-    kept, found = in_memory(objective.data), False
-    pieces: list[MicroBatch] = []
-    for part in micro_batches(shuffled(objective.data, generator) if kept else objective.data, m):
-        if not part.splittable:
+    single_batch, found = is_single_batch(objective.data), False
+    chunks: list[MicroBatch] = []
+    for batch in micro_batches(_shuffled(objective.data, generator) if single_batch else objective.data, m):
+        if not batch.splittable:
             raise DataError(f"Subsets of m = {m} examples need batches that can be cut by examples. Pass tensors.")
         start = 0
-        while start < part.size:
-            take = min(m - sum(piece.size for piece in pieces), part.size - start)
-            piece = part if take == part.size else part.slice(start, start + take)
-            # A loader may fill the same tensors again.
-            pieces.append(piece if kept else replace(piece, batch=map_tensors(piece.batch, torch.clone)))
-            start += take
-            if sum(piece.size for piece in pieces) == m:
+        while start < batch.size:
+            count = min(m - sum(chunk.size for chunk in chunks), batch.size - start)
+            chunk = batch if count == batch.size else batch.slice(start, start + count)
+            # Cloned, since a loader may reuse its tensors for the next batch.
+            chunks.append(chunk if single_batch else replace(chunk, batch=map_tensors(chunk.batch, torch.clone)))
+            start += count
+            if sum(chunk.size for chunk in chunks) == m:
                 found = True
-                yield _subset(objective, pieces, size)
-                pieces = []
+                yield _subset(objective, chunks, size)
+                chunks = []
     if not found:
         raise ArgumentError(f"m must be at most the number of examples, got {m}.")
 
 
-def whole(objective: Objective) -> LossOn:
-    """L on all the data; each value is a pass."""
-    size = None if objective.keeps_batches else piece_size(objective)
+def full_loss(objective: Objective) -> SubsetLoss:
+    """The loss of all the data; each evaluation is a pass."""
+    size = None if objective.keeps_batches else examples_per_graph(objective)
 
-    def walk() -> Iterator[MicroBatch]:
+    def batches() -> Iterator[MicroBatch]:
         objective.cost_counter.passes += 1
         return micro_batches(objective.data, size)
 
     assert objective.num_examples is not None
-    return LossOn(objective, walk, objective.num_examples)
+    return SubsetLoss(objective, batches, objective.num_examples)
 
 
-def _subset(objective: Objective, pieces: list[MicroBatch], size: int) -> LossOn:
-    """The loss on ``pieces``, several where batches that are padded to other lengths cannot be joined."""
-    parts = [p.slice(i, min(i + size, p.size)) if p.size > size else p for p in pieces for i in range(0, p.size, size)]
-    return LossOn(objective, lambda: parts, sum(part.size for part in parts))
+def _subset(objective: Objective, chunks: list[MicroBatch], size: int) -> SubsetLoss:
+    """The loss of ``chunks``; there are several if batches are padded to different lengths and cannot be joined."""
+    batches = [
+        c.slice(i, min(i + size, c.size)) if c.size > size else c for c in chunks for i in range(0, c.size, size)
+    ]
+    return SubsetLoss(objective, lambda: batches, sum(batch.size for batch in batches))
 
 
-def piece_size(objective: Objective) -> int:
-    """Examples a graph."""
-    return objective.micro_batch if isinstance(objective.micro_batch, int) else PIECE
+def examples_per_graph(objective: Objective) -> int:
+    """Number of examples per autograd graph."""
+    return objective.micro_batch if isinstance(objective.micro_batch, int) else EXAMPLES_PER_GRAPH
 
 
-def in_memory(data: Any) -> bool:
-    """Whether the data are one batch whose examples can be taken in any order."""
+def is_single_batch(data: Any) -> bool:
+    """Whether the data are one batch in memory, which can be split by examples."""
     if not isinstance(data, list) or len(data) != 1:
         return False
     part = next(micro_batches(data, None), None)
     return part is not None and part.splittable
 
 
-def shuffled(data: Any, generator: torch.Generator) -> list[Any]:
+def _shuffled(data: Any, generator: torch.Generator) -> list[Any]:
     """The one batch of ``data``, its examples in random order."""
     part = next(micro_batches(data, None))
     order = torch.randperm(part.size, generator=generator)

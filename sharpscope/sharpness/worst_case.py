@@ -1,37 +1,137 @@
-"""The largest rise of the loss in a ball around the weights, for all the data or for subsets of m examples."""
+"""Measures from the maximum loss in a ball around the weights, of all the data or of subsets of m examples."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from sharpscope.errors import DataError, out_of_memory
+from sharpscope.errors import ArgumentError, DataError, out_of_memory
 from sharpscope.objective import Objective, Progress
 from sharpscope.objective.data import MicroBatch, leaves, map_tensors, structure, tensors
 from sharpscope.objective.guards import FORWARD
 from sharpscope.precision import wide
-from sharpscope.sharpness.ascent import Ascent, highest
-from sharpscope.sharpness.losses import LossOn, piece_size, subsets
+from sharpscope.results import Measure
+from sharpscope.results.statistics import Estimate
+from sharpscope.sharpness.ascent import Ascent, maximum_loss
+from sharpscope.sharpness.losses import SubsetLoss, disjoint_subsets, examples_per_graph, is_single_batch
+from sharpscope.sharpness.spec import MeasureContext, MeasureSpec, ball_settings, with_interval
 from sharpscope.weights.norm_ball import Ball
 from sharpscope.weights.parameters import select
 from sharpscope.weights.perturbation import Perturbation
 
+# APGD steps of Keskar's measure.
+KESKAR_STEPS = 20
+
+
+def m_sharpness(context: MeasureContext) -> Iterator[Measure]:
+    """Mean over disjoint subsets b of m examples of ``max L_b(w + e) - L_b(w)``, for each m and rho."""
+    objective, s = context.objective, context.settings
+    for m in s.m:
+        gradients_before = objective.gradients
+        # The same stream for every m, hence the same order of the examples.
+        generator = context.generator("m-sharpness")
+        found = maximum_rises(objective, m, s.ball, s.rho, s.ascent, generator, context.progress)
+        each = (objective.gradients - gradients_before) / len(s.rho)
+        for rho, subsets in zip(s.rho, found, strict=True):
+            rises = np.array(subsets.rises)
+            if len(rises) < 2 or not np.isfinite(rises).all():
+                mean: tuple[float, float | None, float | None, float | None] = float(rises.mean()), None, None, None
+            else:
+                mean = with_interval(Estimate.of(rises), len(rises), context.loss_rounding)
+            yield Measure(
+                "m-sharpness",
+                *mean,
+                settings={
+                    "m": m,
+                    "rho": rho,
+                    **ball_settings(s.ball),
+                    "ascent": str(s.ascent),
+                    "subsets": len(rises),
+                    "order": "random" if is_single_batch(objective.data) else "as loaded",
+                    "side by side": subsets.side_by_side,
+                },
+                prediction={"first order": float(np.mean(subsets.first_order))},
+                gradients=each,
+                examples=subsets.examples,
+            )
+
+
+def _require_subsets(context: MeasureContext) -> None:
+    count, largest = context.objective.num_examples, max(context.settings.m)
+    if count is not None and largest > count:
+        raise ArgumentError(f"m must be at most the number of examples ({count}), got {largest}. Lower it.")
+
+
+def worst_case(context: MeasureContext) -> Iterator[Measure]:
+    """``max L(w + e) - L(w)`` over all the data, for each rho."""
+    objective, s = context.objective, context.settings
+    gradients_before = objective.gradients
+    generator = context.generator("worst-case")
+    found = maximum_rises(objective, None, s.ball, s.rho, s.worst_case_ascent, generator, context.progress)
+    each = (objective.gradients - gradients_before) / len(s.rho)
+    for rho, whole in zip(s.rho, found, strict=True):
+        prediction, converged, eigenvalue_cost = {"first order": whole.first_order[0]}, True, 0.0
+        if s.ball.p == 2:
+            gradients_before = objective.gradients
+            top = context.top_eigenpairs(s.ball)
+            eigenvalue_cost = objective.gradients - gradients_before
+            second_order, converged = rho**2 / 2 * float(top.eigenvalues[0]), bool(top.converged[0])
+            prediction = {"small rho": second_order, "quadratic bound": second_order + whole.first_order[0]}
+        yield Measure(
+            "worst-case",
+            whole.rises[0],
+            settings={
+                "rho": rho,
+                **ball_settings(s.ball),
+                "ascent": str(s.worst_case_ascent),
+                "converged": converged,
+            },
+            prediction=prediction,
+            gradients=each + eigenvalue_cost,
+            examples=whole.examples,
+        )
+
+
+def keskar(context: MeasureContext) -> Iterator[Measure]:
+    """``100 (max L - L) / (1 + L)`` over the box ``|e| <= box (|w| + 1)``."""
+    objective, box = context.objective, context.settings.box
+    ascent, ball = Ascent(KESKAR_STEPS, adaptive=True), Ball(math.inf, "elementwise", 1.0)
+    gradients_before = objective.gradients
+    (found,) = maximum_rises(objective, None, ball, [box], ascent, context.generator("keskar"), context.progress)
+    assert objective.loss is not None
+    yield Measure(
+        "keskar",
+        100 * found.rises[0] / (1 + objective.loss),
+        settings={"box": box, "ascent": str(ascent)},
+        gradients=objective.gradients - gradients_before,
+        examples=found.examples,
+    )
+
+
+MEASURES = (
+    MeasureSpec("m-sharpness", m_sharpness, requires=_require_subsets),
+    MeasureSpec("worst-case", worst_case),
+    MeasureSpec("keskar", keskar),
+)
+
 
 @dataclass(frozen=True)
-class Rises:
-    """What each of B subsets showed at one radius.
+class SubsetRises:
+    """Rises of the loss on each of B subsets, at one radius.
 
     Attributes:
         rises: ``max L_b(w + e) - L_b(w)`` (B,), as far as the ascent found it.
-        first_order: ``rho ||D g_b||_q`` (B,), q dual to p: what a loss without curvature would rise by.
-        examples: in all subsets.
-        side_by_side: whether subsets went through one sweep of vmap, which gives other last bits.
+        first_order: ``rho ||D g_b||_q`` (B,), q dual to p: the rise of a linear loss.
+        examples: total number in the subsets.
+        side_by_side: whether subsets were evaluated together by vmap, which changes the last bits.
     """
 
     rises: list[float]
@@ -40,7 +140,7 @@ class Rises:
     side_by_side: bool
 
 
-def worst_rises(
+def maximum_rises(
     objective: Objective,
     m: int | None,
     ball: Ball,
@@ -48,174 +148,178 @@ def worst_rises(
     ascent: Ascent,
     generator: torch.Generator,
     progress: Progress | None = None,
-) -> list[Rises]:
-    """For each of ``radii`` the rises of disjoint subsets of m examples, or of all of them at once.
+) -> list[SubsetRises]:
+    """``max L_b(w + e) - L_b(w)`` for each of ``radii``, on disjoint subsets b of m examples or, for None, on all.
 
-    The gradient at w serves all radii. A subset without loss terms is left out. Small subsets are taken side by side
-    where a first group of them is measured to be faster so, and gives the same.
+    The gradient at w is shared by all radii. Subsets without loss terms are skipped. Small subsets are evaluated
+    together by vmap if on the first group this is faster and gives the same rises.
 
-    Cost: 1 gradient and for each radius what ``highest`` says, over the examples.
+    Cost: 1 gradient, and for each radius the cost of ``maximum_loss``.
 
-    Raises: ArgumentError, DataError, see ``subsets``.
+    Raises: ArgumentError, DataError, see ``disjoint_subsets``.
     """
     seed = int(torch.randint(2**62, (), generator=generator))
     restarts = {rho: torch.Generator().manual_seed(seed) for rho in radii}
     rises: list[list[float]] = [[] for _ in radii]
-    first: list[list[float]] = [[] for _ in radii]
+    first_order: list[list[float]] = [[] for _ in radii]
     done = examples = 0
-    with objective.measuring(), Perturbation(objective.terms.params) as moved:
-        scales = ball.scales(moved.weights)
+    with objective.measuring(), Perturbation(objective.terms.params) as perturbation:
+        scales = ball.scales(perturbation.weights)
 
-        def alone(loss: LossOn) -> tuple[float, float, list[float]]:
+        def sequential(loss: SubsetLoss) -> tuple[float, float, list[float]]:
             base, grads = loss.gradient()
-            # Restarts at one radius do not depend on the others.
-            found = [highest(loss, moved, ball, scales, rho, ascent, base, grads, restarts[rho]) for rho in radii]
-            return base, ball.dual_norm(grads, scales), found
+            # A generator for each radius, so that the restarts at one do not depend on the others.
+            maxima = [
+                maximum_loss(loss, perturbation, ball, scales, rho, ascent, base, grads, restarts[rho]) for rho in radii
+            ]
+            return base, ball.dual_norm(grads, scales), maxima
 
-        together = None
-        if m is not None and m <= min(BUSY, piece_size(objective)) and not ascent.adaptive:
-            together = Vectorised(objective, ball, radii, ascent.steps, max(1, piece_size(objective) // m))
-        untried = True
-        for group in _grouped(subsets(objective, m, generator), 1 if together is None else together.group):
-            parts = [part for loss in group if (part := loss.part) is not None] if together is not None else []
-            single = len(parts) == len(group)
-            if untried and single and together is not None:
-                tried = parts[0]
-                if not faster(together, lambda part: alone(LossOn(objective, lambda: [part], part.size))[::2], parts):
-                    together = None
-                untried = False
-            swept = together.where_it_fits(parts) if together is not None and single else None
-            if swept is None:
-                found = [alone(loss) for loss in group]
+        def sequential_batch(batch: MicroBatch) -> tuple[float, list[float]]:
+            base, _, maxima = sequential(SubsetLoss(objective, lambda: [batch], batch.size))
+            return base, maxima
+
+        vectorised, group_size = None, 1
+        if m is not None and m <= min(MAX_VMAP_EXAMPLES, examples_per_graph(objective)) and not ascent.adaptive:
+            vectorised = VmapRises(objective, ball, radii, ascent.steps, max(1, examples_per_graph(objective) // m))
+            group_size = vectorised.group
+        first_batch: MicroBatch | None = None
+        for group in _in_groups(disjoint_subsets(objective, m, generator), group_size):
+            in_one_sweep = None
+            if vectorised is not None:
+                batches = [batch for loss in group if (batch := loss.single_batch) is not None]
+                if len(batches) == len(group):
+                    if first_batch is None:
+                        first_batch = batches[0]
+                        if not is_faster(vectorised, sequential_batch, batches):
+                            vectorised = None
+                    if vectorised is not None:
+                        in_one_sweep = vectorised.unless_out_of_memory(batches)
+            if in_one_sweep is None:
+                found = [sequential(loss) for loss in group]
             else:
-                base, slopes, tops = (t.tolist() for t in swept)
-                found = list(zip(base, slopes, tops, strict=True))
-            for loss, (at_w, slope, top) in zip(group, found, strict=True):
+                bases, norms, all_maxima = (t.tolist() for t in in_one_sweep)
+                found = list(zip(bases, norms, all_maxima, strict=True))
+            for loss, (base, dual_norm, maxima) in zip(group, found, strict=True):
                 done += loss.examples
-                if math.isnan(at_w):
+                if math.isnan(base):
                     continue
                 examples += loss.examples
                 for i, rho in enumerate(radii):
-                    rises[i].append(top[i] - at_w)
-                    first[i].append(rho * slope)
+                    rises[i].append(maxima[i] - base)
+                    first_order[i].append(rho * dual_norm)
             if progress is not None:
                 progress("all examples" if m is None else f"m = {m}", done, objective.num_examples)
-        if together is not None and not untried:
-            # What the model keeps of its last forward pass must not be of vmap's own kind, which outlives it.
-            alone(LossOn(objective, lambda: [tried], tried.size))
+        if vectorised is not None and first_batch is not None:
+            # Tensors that the model keeps of its last forward pass must be ordinary ones, not vmap's.
+            sequential_batch(first_batch)
     if not examples:
         raise DataError("There are no loss terms in any subset. Check the targets.")
     if m is not None:
         objective.cost_counter.passes += 1
-    return [Rises(up, slope, examples, together is not None) for up, slope in zip(rises, first, strict=True)]
+    return [SubsetRises(r, f, examples, vectorised is not None) for r, f in zip(rises, first_order, strict=True)]
 
 
-def _grouped(losses: Iterable[LossOn], size: int) -> Iterator[list[LossOn]]:
-    group: list[LossOn] = []
-    for loss in losses:
-        group.append(loss)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
+def _in_groups(losses: Iterable[SubsetLoss], size: int) -> Iterator[list[SubsetLoss]]:
+    losses = iter(losses)
+    while group := list(itertools.islice(losses, size)):
         yield group
 
 
-# Subsets at a time, and the bytes that their weights, gradients and moves may take. Of a CNN of 52,138 parameters on a
-# CPU, subsets of one example take 0.9 ms each in groups of 32, 1.2 ms in groups of 128 and 7 ms one after another.
-GROUP, BYTES, COPIES = 32, 1 << 28, 4
+# Largest group of subsets for vmap, bytes for its copies of the weights, and the copies of each subset. For a CNN of
+# 52,138 parameters on a CPU, subsets of one example take 0.9 ms each in groups of 32, 1.2 ms in groups of 128 and 7 ms
+# one after another.
+MAX_GROUP, MAX_GROUP_BYTES, COPIES_PER_SUBSET = 32, 1 << 28, 4
 
-# Examples beyond which a subset keeps the processor busy by itself, so that nothing is tried.
-BUSY = 128
+# Larger subsets use the processor fully by themselves, so vmap is not tried.
+MAX_VMAP_EXAMPLES = 128
 
-# How far a rise may be off what it is one after another and be taken for the same: relative to it, and for rounding
-# relative to the loss in units of the dtype's eps.
-SAME, ROUNDING = 1e-3, 1e3
+# Tolerance between rises from vmap and one after another: relative to the rise, plus a multiple of eps times the loss.
+RISE_TOL, ROUNDING_TOL = 1e-3, 1e3
 
-# ``found(batch)`` of G subsets: base losses (G,), dual norms of the gradients (G,), highest losses (G, radii).
-Found = tuple[Tensor, Tensor, Tensor]
+# Of G subsets: base losses (G,), dual norms of the gradients (G,), maximum losses (G, radii).
+GroupRises = tuple[Tensor, Tensor, Tensor]
 
 
-class Vectorised:
-    """The rises of G subsets of equal size in one sweep of ``torch.func.vmap``.
+class VmapRises:
+    """Base losses, dual norms and maximum losses of G subsets of equal size in one sweep of ``torch.func.vmap``.
 
-    Not for APGD, for dropout, or for operations that vmap does not know, which ``faster`` finds out.
+    Does not support APGD, dropout, or operations without a vmap rule; ``is_faster`` detects the last two.
 
     Args:
         objective: whose loss terms have been checked by a full pass, within ``measuring()``.
-        ball, radii, steps: as for ``worst_rises`` and ``Ascent``.
-        most: subsets whose graph may be in memory.
+        ball, radii, steps: as for ``maximum_rises`` and ``Ascent``.
+        max_group: largest number of subsets whose graphs fit in memory.
     """
 
-    def __init__(self, objective: Objective, ball: Ball, radii: Sequence[float], steps: int, most: int) -> None:
+    def __init__(self, objective: Objective, ball: Ball, radii: Sequence[float], steps: int, max_group: int) -> None:
         terms = objective.terms
         named = select(terms.model, objective.problem.params)
         self._objective, self._ball, self._radii, self._steps = objective, ball, radii, steps
         self._weights = {f"terms.{name}": p.detach() for name, p in named.items()}
         self._scales = dict(zip(self._weights, ball.scales(list(self._weights.values())) or (), strict=False))
-        self._sums = _Sums(objective)
-        bytes_each = COPIES * sum(p.numel() * p.element_size() for p in self._weights.values())
+        self._loss_module = _LossModule(objective)
+        bytes_each = COPIES_PER_SUBSET * sum(p.numel() * p.element_size() for p in self._weights.values())
         # Gradients of an example: one at w, then for each radius one for every step but the last, and a forward pass.
         self._cost = 1.0 + len(radii) * (steps - 1 + FORWARD)
-        self.group = max(1, min(GROUP, most, BYTES // max(1, bytes_each)))
+        self.group = max(1, min(MAX_GROUP, max_group, MAX_GROUP_BYTES // max(1, bytes_each)))
 
     @torch.no_grad()
-    def __call__(self, parts: Sequence[MicroBatch]) -> Found:
-        """Of the subsets ``parts``, in order."""
-        stacked = [torch.stack(column) for column in zip(*(tensors(part.batch) for part in parts), strict=True)]
-        size = parts[0].size
+    def __call__(self, batches: Sequence[MicroBatch]) -> GroupRises:
+        """Evaluate the subsets ``batches``."""
+        stacked = [torch.stack(column) for column in zip(*(tensors(batch.batch) for batch in batches), strict=True)]
+        size = batches[0].size
 
-        def one(*rows: Tensor) -> Found:
+        def one(*rows: Tensor) -> GroupRises:
             given = iter(rows)
-            batch = map_tensors(parts[0].batch, lambda _: next(given))
-            return self._rises(MicroBatch(batch, size, parts[0].sources))
+            rows_batch = map_tensors(batches[0].batch, lambda _: next(given))
+            return self._rises(MicroBatch(rows_batch, size, batches[0].sources))
 
-        self._objective.add_cost(self._cost * size * len(parts))
-        found: Found = vmap(one)(*stacked)
+        self._objective.add_cost(self._cost * size * len(batches))
+        found: GroupRises = vmap(one)(*stacked)
         return found
 
-    def where_it_fits(self, parts: Sequence[MicroBatch]) -> Found | None:
-        """As a call, None where memory does not suffice or ``parts`` differ in more than their tensors' values."""
-        if not _alike(parts):
+    def unless_out_of_memory(self, batches: Sequence[MicroBatch]) -> GroupRises | None:
+        """Evaluate ``batches``; None when memory runs out or their structure differs."""
+        if not _same_structure(batches):
             return None
         try:
-            return self(parts)
+            return self(batches)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             return None
 
-    def _rises(self, part: MicroBatch) -> Found:
+    def _rises(self, batch: MicroBatch) -> GroupRises:
         def loss(weights: dict[str, Tensor]) -> Tensor:
-            value, count = functional_call(self._sums, weights, (part,))
+            value, count = functional_call(self._loss_module, weights, (batch,))
             decay = self._objective.problem.weight_decay
             mean: Tensor = value / count
             return mean + decay / 2 * torch.stack([w.square().sum() for w in weights.values()]).sum() if decay else mean
 
-        first, base = grad_and_value(loss)(self._weights)
-        dual = self._dual(first)
-        highest = []
+        grads_at_w, base = grad_and_value(loss)(self._weights)
+        dual_norm = self._dual_norm(grads_at_w)
+        maxima = []
         for rho in self._radii:
-            at, grads, best = self._weights, first, torch.full_like(base, -torch.inf)
+            at, grads, best = self._weights, grads_at_w, torch.full_like(base, -torch.inf)
             for i in range(self._steps):
-                at = self._moved(at, grads, rho / self._steps)
+                at = self._stepped(at, grads, rho / self._steps)
                 if i + 1 < self._steps:
                     grads, value = grad_and_value(loss)(at)
                 else:
                     value = loss(at)
                 best = torch.maximum(best, value.nan_to_num(torch.inf, torch.inf, -torch.inf))
-            highest.append(best)
-        return base, dual, torch.stack(highest)
+            maxima.append(best)
+        return base, dual_norm, torch.stack(maxima)
 
-    def _moved(self, at: dict[str, Tensor], grads: dict[str, Tensor], length: float) -> dict[str, Tensor]:
+    def _stepped(self, at: dict[str, Tensor], grads: dict[str, Tensor], length: float) -> dict[str, Tensor]:
         if self._ball.p == torch.inf:
             return {k: w + length * self._scaled(k, grads[k].sign()) for k, w in at.items()}
         norm = self._norm({k: self._scaled(k, g) for k, g in grads.items()})
-        # A gradient of zeros moves nothing.
+        # A zero gradient leaves the weights unchanged.
         factor = torch.where(norm > 0, length / torch.where(norm > 0, norm, 1.0), 0.0)
         return {k: w + (self._scaled(k, self._scaled(k, grads[k])) * factor).to(w.dtype) for k, w in at.items()}
 
-    def _dual(self, grads: dict[str, Tensor]) -> Tensor:
+    def _dual_norm(self, grads: dict[str, Tensor]) -> Tensor:
         scaled = {k: self._scaled(k, g) for k, g in grads.items()}
         if self._ball.p == 2:
             return self._norm(scaled)
@@ -228,58 +332,58 @@ class Vectorised:
         return tensor * self._scales[name] if self._scales else tensor
 
 
-class _Sums(nn.Module):
-    """The loss terms as a module, so that ``functional_call`` can put other weights into the model."""
+class _LossModule(nn.Module):
+    """The loss terms as a module, so that ``functional_call`` can replace the model's weights."""
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
         self.terms = objective.terms.model
-        self._of: Callable[[MicroBatch], tuple[Tensor, Tensor]] = objective.terms.sums
+        self._loss_terms: Callable[[MicroBatch], tuple[Tensor, Tensor]] = objective.terms.sums
 
-    def forward(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
-        return self._of(part)
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        return self._loss_terms(batch)
 
 
-def faster(
-    together: Vectorised, alone: Callable[[MicroBatch], tuple[float, list[float]]], parts: Sequence[MicroBatch]
+def is_faster(
+    vectorised: VmapRises, sequential: Callable[[MicroBatch], tuple[float, list[float]]], batches: Sequence[MicroBatch]
 ) -> bool:
-    """Whether a first group of subsets gives, side by side, what they give one after another, in less time a subset.
+    """Whether vmap gives the same rises as ``sequential`` on a first group of subsets, in less time a subset.
 
-    ``alone(part)`` is its base and highest losses. Cost: two groups, and two subsets.
+    ``sequential(batch)`` returns the base loss and the maximum loss for each radius. Cost: two groups, two subsets.
     """
-    if not _alike(parts):
+    if not _same_structure(batches):
         return False
     try:
-        together(parts)  # the first call prepares more than it does
+        vectorised(batches)  # warm-up: the first call also prepares vmap
         started = time.perf_counter()
-        base, _, highest = together(parts)
-        group = (time.perf_counter() - started) / len(parts)
-    except Exception:  # whatever an operation says that vmap does not know
+        base, _, maxima = vectorised(batches)
+        group = (time.perf_counter() - started) / len(batches)
+    except Exception:  # operations without a vmap rule raise errors of many types
         return False
     seconds = []
-    for i in range(min(2, len(parts))):
+    for i in range(min(2, len(batches))):
         started = time.perf_counter()
-        expected_base, expected = alone(parts[i])
+        expected_base, expected = sequential(batches[i])
         seconds.append(time.perf_counter() - started)
-        at_w, eps = float(base[i]), torch.finfo(base.dtype).eps
-        for top, wanted in zip(highest[i].tolist(), expected, strict=True):
+        base_i, eps = float(base[i]), torch.finfo(base.dtype).eps
+        for maximum, wanted in zip(maxima[i].tolist(), expected, strict=True):
             rise = wanted - expected_base
-            if not abs((top - at_w) - rise) <= SAME * abs(rise) + ROUNDING * eps * abs(expected_base):
+            if not abs((maximum - base_i) - rise) <= RISE_TOL * abs(rise) + ROUNDING_TOL * eps * abs(expected_base):
                 return False
     return group < min(seconds)
 
 
-def _alike(parts: Sequence[MicroBatch]) -> bool:
-    """Whether all are of the same structure and shapes, and what has no row an example is the same in all."""
-    first = parts[0].batch
+def _same_structure(batches: Sequence[MicroBatch]) -> bool:
+    """Whether all batches have the same structure and shapes, and equal values where a leaf has no batch dimension."""
+    first = batches[0].batch
     return all(
-        structure(part.batch) == structure(first)
-        and all(_same(a, b) for a, b in zip(leaves(first), leaves(part.batch), strict=True))
-        for part in parts[1:]
+        structure(batch.batch) == structure(first)
+        and all(_same_leaf(a, b) for a, b in zip(leaves(first), leaves(batch.batch), strict=True))
+        for batch in batches[1:]
     )
 
 
-def _same(a: object, b: object) -> bool:
+def _same_leaf(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and a.dim():
         return isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
     if isinstance(a, Tensor):

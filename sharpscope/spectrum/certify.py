@@ -42,7 +42,8 @@ def certify_eigenpairs(
     """Certify that no eigenvalue above ``lambda_k + eps |lambda_1|`` was missed; improve ``pairs`` if one was.
 
     If a run finds such an eigenvalue, its vector is passed to the solver, and another run follows the solve. The j-th
-    run has the level ``MAX_MISS_PROBABILITY / 2^j``, so the probability of an error in any of them is at most MAX_MISS_PROBABILITY.
+    run has the level ``MAX_MISS_PROBABILITY / 2^j``, so the probability of an error in any of them is at most
+    ``MAX_MISS_PROBABILITY``.
 
     Args:
         hessian: rows (b, n) to rows (b, n) times H.
