@@ -22,7 +22,7 @@ their arguments and defaults, options of the commands. Time, versions, paths and
 gain members, and lose none.
 
 The runs use public names alone, so that the file works with any later version. Two exceptions fix the choice of a
-clock: every ``faster`` in a module of ``sharpscope`` (whether subsets of m-sharpness go through vmap) is replaced, and
+clock: every ``is_faster`` in a module of ``sharpscope`` (whether subsets of m-sharpness go through vmap) is replaced, and
 so is ``time.perf_counter``.
 """
 
@@ -430,20 +430,20 @@ def side_by_side(value: bool) -> Iterator[None]:
     """Fix the choice of a clock, whether the subsets of m-sharpness go through vmap, to ``value``."""
     importlib.import_module("sharpscope.sharpness")
     changed = [
-        module
+        (module, key, vars(module)[key])
         for name, module in list(sys.modules.items())
-        if name.startswith("sharpscope.") and inspect.isfunction(vars(module).get("faster"))
+        for key in ("is_faster", "faster")  # now, and in 0.1.0
+        if name.startswith("sharpscope.") and inspect.isfunction(vars(module).get(key))
     ]
     if not changed:
-        raise RuntimeError("No module of sharpscope has a function `faster`. Give its new name in side_by_side().")
-    kept = [(module, vars(module)["faster"]) for module in changed]
+        raise RuntimeError("No module of sharpscope has a function `is_faster`. Give its new name in side_by_side().")
     try:
-        for module in changed:
-            module.faster = lambda *args, **kwargs: value  # type: ignore[attr-defined]
+        for module, key, _ in changed:
+            setattr(module, key, lambda *args, **kwargs: value)
         yield
     finally:
-        for module, function in kept:
-            module.faster = function  # type: ignore[attr-defined]
+        for module, key, function in changed:
+            setattr(module, key, function)
 
 
 FEW: dict[str, Any] = {**EXACT, "draws": 3, "probes": 3, "rho": (0.02, 0.1)}
