@@ -22,8 +22,8 @@ their arguments and defaults, options of the commands. Time, versions, paths and
 gain members, and lose none.
 
 The runs use public names alone, so that the file works with any later version. Two exceptions fix the choice of a
-clock: every ``is_faster`` in a module of ``sharpscope`` (whether subsets of m-sharpness go through vmap) is replaced, and
-so is ``time.perf_counter``.
+clock: every ``is_faster`` in a module of ``sharpscope`` (whether subsets of m-sharpness go through vmap) is replaced,
+and so is ``time.perf_counter``.
 """
 
 from __future__ import annotations
