@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
             f"epoch    {checkpoint.epoch}{' (unfinished, can be resumed)' if checkpoint.training else ''}",
             f"metrics  {_flat(checkpoint.metrics)}",
         ]
-    if checkpoint.skipped_classes:
-        lines.append(f"objects  {', '.join(checkpoint.skipped_classes)} (not run)")
+    if checkpoint.foreign:
+        lines.append(f"objects  {', '.join(checkpoint.foreign)} (not run)")
     lines.append(f"{len(tensors)} tensors, {count} elements:")
     tensors = [(name if name.isprintable() else ascii(name)[1:-1], shape, dtype) for name, shape, dtype in tensors]
     width = max(len(name) for name, _, _ in tensors)

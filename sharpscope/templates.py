@@ -449,7 +449,7 @@ def _hints(info: CheckpointInfo) -> list[str]:
             "There is BatchNorm. It is measured with its running statistics; with those of the batches as in training: "
             'Problem(..., mode="train").'
         )
-    foreign = [name for name in info.checkpoint.skipped_classes if not name.startswith(("torch.", "collections."))]
+    foreign = [name for name in info.checkpoint.foreign if not name.startswith(("torch.", "collections."))]
     if foreign:
         facts.append(f"Classes of the objects beside or around the weights, which were not run: {', '.join(foreign)}.")
     if info.layout == "Lightning":

@@ -236,7 +236,7 @@ def test_partial_still_names_what_the_model_lacks() -> None:
 def test_a_path_in_a_file_does_not_matter(tmp_path: Path) -> None:
     """Paths, which many scripts save, keep nobody from the weights."""
     torch.save({"model": network().state_dict(), "out": tmp_path}, tmp_path / "path.pt")
-    assert read_checkpoint(tmp_path / "path.pt").skipped_classes == ["pathlib.PosixPath"]
+    assert read_checkpoint(tmp_path / "path.pt").foreign == ["pathlib.PosixPath"]
 
 
 def test_pieces_that_overlap_or_are_of_another_type_are_refused(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ class Checkpoint:
         state_dict: the weights, on the CPU.
         weights: key of the state dict in the file, "" if it is the whole file.
         others: keys of further state dicts in the file.
-        skipped_classes: classes of pickled objects, whose code was not run.
+        foreign: classes of pickled objects, whose code was not run.
         module: the pickled model of a file that is trusted.
         hyper_parameters: those of a file that Lightning wrote, None for another file.
         model, model_args, data, loss, recipe, epoch, metrics: as in ``write_checkpoint``; None or empty for a plain
@@ -143,7 +143,7 @@ class Checkpoint:
     state_dict: Mapping[str, Tensor]
     weights: str = ""
     others: Sequence[str] = ()
-    skipped_classes: Sequence[str] = ()
+    foreign: Sequence[str] = ()
     module: nn.Module | None = None
     hyper_parameters: Mapping[str, Any] | None = None
     model: str | None = None

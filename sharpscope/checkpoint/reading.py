@@ -52,7 +52,7 @@ def read_checkpoint(
         state_dict=state_dict,
         weights=key,
         others=others,
-        skipped_classes=skipped,
+        foreign=skipped,
         module=module_at(contents, key),
         hyper_parameters=hyper_parameters(contents),
     )
