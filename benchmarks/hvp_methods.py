@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sharpscope import Objective
-from sharpscope.objective.data import MicroBatch, micro_batches
+from sharpscope.objective.micro_batches import MicroBatch, micro_batches
 from sharpscope.operators import curvature
 from sharpscope.weights.parameters import views
 

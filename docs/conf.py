@@ -30,9 +30,13 @@ nitpicky = True
 # Types of Python, torch and others are named, not linked: a build needs no network.
 nitpick_ignore_regex = [("py:.*", r"(?!sharpscope\.).*")]
 # Of the package itself, what signatures mention and no user makes.
-INNER = ("objective.data.MicroBatch", "objective.graph.Curvature", "objective.graph.Graph")
+INNER = (
+    "objective.micro_batches.MicroBatch",
+    "objective.operator_interface.Curvature",
+    "objective.operator_interface.Graph",
+)
 INNER += ("objective.accumulate.PerBatch", "objective.accumulate.Sums", "optim.sam.Loss")
-INNER += ("linalg.certificate.MissedEigenvalueBound", "results.base.Self", "results.comparison.rows.Row")
+INNER += ("linalg.missed_eigenvalues.MissedEigenvalueBound", "results.base.Self", "results.comparison.rows.Row")
 nitpick_ignore = [("py:class", f"sharpscope.{name}") for name in INNER]
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dense import dense_hessian, top
 from sharpscope import Problem
 from sharpscope.cli import main
-from sharpscope.objective.data import map_tensors
+from sharpscope.objective.micro_batches import map_tensors
 
 Call = Callable[..., Any]
 Mean = Callable[[Call, Any], Tensor]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpscope import ArgumentError
-from sharpscope.linalg.certificate import (
+from sharpscope.linalg.missed_eigenvalues import (
     Certificate,
     certificate,
     kuczynski_wozniakowski,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dense import dense_hessian
 from sharpscope import Objective, Problem, ProblemError, top_eigenvalues
-from sharpscope.objective.data import micro_batches
+from sharpscope.objective.micro_batches import micro_batches
 from sharpscope.operators import NAMES, curvature
 
 X = torch.randn(40, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

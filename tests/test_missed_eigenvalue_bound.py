@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.linalg import top_eigenpairs
-from sharpscope.linalg.certificate import MissedEigenvalueBound, missed_probability
+from sharpscope.linalg.missed_eigenvalues import MissedEigenvalueBound, missed_probability
 
 Matrix = Callable[[torch.Generator], Tensor]
 

@@ -30,7 +30,7 @@ from sharpscope import (
     measure_sharpness,
     top_eigenvalues,
 )
-from sharpscope.objective.data import num_examples_hint
+from sharpscope.objective.micro_batches import num_examples_hint
 from sharpscope.objective.objective import RENAMED
 from sharpscope.weights.kernels import differentiable_kernels
 from sharpscope.zoo import load_data, make_model

@@ -19,7 +19,7 @@ from torch.func import functional_call, hessian, jacrev
 from dense import dense_hessian
 from sharpscope import ArgumentError, AuditError, Objective, Problem, ProblemError, top_eigenvalues
 from sharpscope.objective.audit import audit
-from sharpscope.objective.data import MicroBatch, micro_batches
+from sharpscope.objective.micro_batches import MicroBatch, micro_batches
 from sharpscope.operators import NAMES, curvature
 from sharpscope.operators.fisher import uniform
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dense import dense_hessian
 from sharpscope import DataError, Objective, Problem
-from sharpscope.objective.data import MicroBatch
+from sharpscope.objective.micro_batches import MicroBatch
 from sharpscope.sampling import importance_sample as module
 from sharpscope.sampling.importance_sample import ImportanceSample, importance_samples, worthwhile
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.certificate import MissedEigenvalueBound
 from sharpscope.linalg.lanczos import PRODUCTS
+from sharpscope.linalg.missed_eigenvalues import MissedEigenvalueBound
 from sharpscope.linalg.ritz import (
     RitzPairs,
     SolverProgress,

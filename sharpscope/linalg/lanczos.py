@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.certificate import MissedEigenvalueBound
+from sharpscope.linalg.missed_eigenvalues import MissedEigenvalueBound
 from sharpscope.linalg.ritz import (
     RitzPairs,
     SolverProgress,

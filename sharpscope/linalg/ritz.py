@@ -14,7 +14,7 @@ from sharpscope.linalg.symmetric_operator import require_symmetric, rounding_err
 from sharpscope.linalg.vectors import combine, inner, norms
 
 if TYPE_CHECKING:
-    from sharpscope.linalg.certificate import MissedEigenvalueBound
+    from sharpscope.linalg.missed_eigenvalues import MissedEigenvalueBound
 
 SolverProgress = Callable[[int, float], None]
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError, nearest
 from sharpscope.linalg.both_ends import both_ends
-from sharpscope.linalg.certificate import MissedEigenvalueBound
 from sharpscope.linalg.guided import guided
 from sharpscope.linalg.lanczos import lanczos
+from sharpscope.linalg.missed_eigenvalues import MissedEigenvalueBound
 from sharpscope.linalg.power import power_iteration
 from sharpscope.linalg.ritz import RitzPairs, SolverProgress
 from sharpscope.linalg.symmetric_operator import Matmat, as_row_operator, require_dtype

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
 from sharpscope.errors import DataError
-from sharpscope.objective.data import MicroBatch, as_batches, map_tensors, micro_batches, rows
+from sharpscope.objective.micro_batches import MicroBatch, as_batches, map_tensors, micro_batches, rows
 from sharpscope.sampling.subsample import underlying_dataset
 from sharpscope.weights.restore import preserved
 

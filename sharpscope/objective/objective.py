@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError, DataError
-from sharpscope.objective import microbatch
+from sharpscope.objective import micro_batch_size
 from sharpscope.objective.accumulate import (
     LossAndGradient,
     PerBatch,
@@ -22,11 +22,11 @@ from sharpscope.objective.accumulate import (
     mean_loss_and_gradient,
     require_same_loss,
 )
-from sharpscope.objective.data import MicroBatch, as_batches, micro_batches, num_examples_hint
+from sharpscope.objective.cost_and_memory import CostCounter, OOMHalving, guarded
 from sharpscope.objective.forward import LossTerms
-from sharpscope.objective.graph import Curvature, Graph
-from sharpscope.objective.guards import CostCounter, OOMHalving, guarded
 from sharpscope.objective.hessian import HESSIAN
+from sharpscope.objective.micro_batches import MicroBatch, as_batches, micro_batches, num_examples_hint
+from sharpscope.objective.operator_interface import Curvature, Graph
 from sharpscope.problem import Problem
 from sharpscope.progress import Progress
 from sharpscope.weights.kernels import differentiable_kernels
@@ -269,24 +269,24 @@ class Objective:
         Cost: 1 gradient of 24 examples.
         """
         if size is None:
-            size = self.micro_batch if isinstance(self.micro_batch, int) else microbatch.DEFAULT
+            size = self.micro_batch if isinstance(self.micro_batch, int) else micro_batch_size.DEFAULT
         with self.measuring():
-            first = self.fit_to_memory(self.first_examples(microbatch.COUNTED_EXAMPLES))
+            first = self.fit_to_memory(self.first_examples(micro_batch_size.COUNTED_EXAMPLES))
             ours = [*self.terms.model.parameters(), *self.terms.model.buffers()]
 
             def count(examples: int) -> int:
                 batch = first if examples == first.size else first.slice(0, examples)
-                return microbatch.saved_bytes(lambda: self.graph(batch), ours)
+                return micro_batch_size.saved_bytes(lambda: self.graph(batch), ours)
 
             if self.keeps_batches or not first.splittable:
                 return count(first.size)
-            return microbatch.extrapolate(count, first.size, size)
+            return micro_batch_size.extrapolate(count, first.size, size)
 
     def choose_micro_batch(self) -> int | None:
         """The micro-batch size, auto-tuned on the first call; None where the loader's batches are kept."""
         if self.micro_batch is None:
             with self.measuring():
-                self.micro_batch = microbatch.autotune(
+                self.micro_batch = micro_batch_size.autotune(
                     self._one_product, self.first_examples, self.num_examples, self.graph_bytes
                 )
         return self.micro_batch if isinstance(self.micro_batch, int) else None

@@ -9,7 +9,7 @@ import numpy as np
 
 from sharpscope.errors import DataError
 from sharpscope.results import SliceResult
-from sharpscope.results.provenance import checkpoint_names
+from sharpscope.results.provenance_text import checkpoint_names
 from sharpscope.results.slice import DIVERGED, PENDING, describe_directions, describe_mode, keeps_centre_statistics
 
 if TYPE_CHECKING:

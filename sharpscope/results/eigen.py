@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError
 from sharpscope.formatting import transpose_if_narrower, with_bound
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.provenance import LOSS_AND_COST, checkpoint_names, loss_and_cost_cells, origin_notes
+from sharpscope.results.provenance_text import LOSS_AND_COST, checkpoint_names, loss_and_cost_cells, origin_notes
 from sharpscope.results.serialization import (
     IN_NPZ,
     Array,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError
 from sharpscope.formatting import with_bound
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.provenance import checkpoint_names, describe_origin
+from sharpscope.results.provenance_text import checkpoint_names, describe_origin
 from sharpscope.results.serialization import Array, Shape, annotations_of, as_json, metadata_of, parse_value
 from sharpscope.results.statistics import Estimate
 from sharpscope.results.table import Table, stacked

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError
 from sharpscope.formatting import with_bound
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.provenance import checkpoint_names, origin_notes, typed_value
+from sharpscope.results.provenance_text import checkpoint_names, origin_notes, typed_value
 from sharpscope.results.serialization import MaybeNaN
 from sharpscope.results.table import Table, stacked
 

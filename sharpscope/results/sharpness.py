@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from sharpscope.errors import DataError, nearest
 from sharpscope.formatting import with_bound
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.provenance import checkpoint_names, origin_notes, typed_value
+from sharpscope.results.provenance_text import checkpoint_names, origin_notes, typed_value
 from sharpscope.results.serialization import MaybeNaN, Shape
 from sharpscope.results.table import Table, stacked
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from sharpscope.errors import ArgumentError, SharpscopeError
 from sharpscope.objective import Objective
-from sharpscope.objective.data import as_batches
+from sharpscope.objective.micro_batches import as_batches
 from sharpscope.version import __version__
 from sharpscope.weights.restore import preserved
 

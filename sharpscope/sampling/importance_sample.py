@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sharpscope.objective import Objective, Progress
 from sharpscope.objective.accumulate import MAX_CACHED_BYTES, CachedGraphs
-from sharpscope.objective.data import MicroBatch, micro_batches, rows
+from sharpscope.objective.cost_and_memory import OOMHalving
 from sharpscope.objective.forward import LossTerms
-from sharpscope.objective.guards import OOMHalving
 from sharpscope.objective.losses import output_tensor
+from sharpscope.objective.micro_batches import MicroBatch, micro_batches, rows
 
 # Cost of ``output_derivatives`` in gradients: measured 0.43 to 0.46 on a small CNN, whose first layer needs no gradient
 # of its input, and 0.33 on a WRN.

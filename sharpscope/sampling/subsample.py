@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler, Subset
 
 from sharpscope.errors import ArgumentError
-from sharpscope.objective.data import batch_size, leaves, rows
+from sharpscope.objective.micro_batches import batch_size, leaves, rows
 
 
 def count_examples(data: Any) -> int | None:

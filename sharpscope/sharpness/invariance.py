@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sharpscope.errors import ArgumentError, ProblemError
 from sharpscope.objective import Objective, Progress
 from sharpscope.objective.audit import depends_on
-from sharpscope.objective.data import leaves
+from sharpscope.objective.micro_batches import leaves
 from sharpscope.precision import cast_model
 from sharpscope.problem import Problem
 from sharpscope.results import InvarianceResult, SharpnessResult

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.objective import Objective
-from sharpscope.objective.data import MicroBatch, map_tensors, micro_batches, rows
-from sharpscope.objective.guards import FORWARD, OOMHalving
+from sharpscope.objective.cost_and_memory import FORWARD, OOMHalving
+from sharpscope.objective.micro_batches import MicroBatch, map_tensors, micro_batches, rows
 from sharpscope.precision import wide
 
 # Examples per autograd graph where the objective does not set a micro-batch size.

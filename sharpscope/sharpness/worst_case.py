@@ -15,8 +15,8 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from sharpscope.errors import ArgumentError, DataError, out_of_memory
 from sharpscope.objective import Objective, Progress
-from sharpscope.objective.data import MicroBatch, leaves, map_tensors, structure, tensors
-from sharpscope.objective.guards import FORWARD
+from sharpscope.objective.cost_and_memory import FORWARD
+from sharpscope.objective.micro_batches import MicroBatch, leaves, map_tensors, structure, tensors
 from sharpscope.precision import wide
 from sharpscope.results import Measure
 from sharpscope.results.statistics import Estimate

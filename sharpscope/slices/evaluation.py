@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sharpscope.errors import ArgumentError, AuditError, ProblemError, out_of_memory
 from sharpscope.objective import Objective
-from sharpscope.objective.data import MicroBatch, map_tensors, micro_batches, tensors
-from sharpscope.objective.guards import FORWARD, OOMHalving
+from sharpscope.objective.cost_and_memory import FORWARD, OOMHalving
+from sharpscope.objective.micro_batches import MicroBatch, map_tensors, micro_batches, tensors
 from sharpscope.precision import wide
 from sharpscope.slices.directions import Direction
 from sharpscope.weights.parameters import views

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg import Eigenpairs
-from sharpscope.linalg.certificate import STEPS, Certificate, certificate
+from sharpscope.linalg.missed_eigenvalues import STEPS, Certificate, certificate
 from sharpscope.results.eigen import MAX_MISS_PROBABILITY
 
 # Missed eigenvalues found by certificates before giving up.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError, ConvergenceWarning
 from sharpscope.linalg import Eigenpairs
-from sharpscope.linalg.certificate import STEPS, kuczynski_wozniakowski
+from sharpscope.linalg.missed_eigenvalues import STEPS, kuczynski_wozniakowski
 from sharpscope.linalg.top_eigenpairs import guidable, require_arguments, top_eigenpairs_rows
 from sharpscope.measurement import Measurement
 from sharpscope.objective import Progress

@@ -12,7 +12,7 @@ from sharpscope.results.base import Result
 from sharpscope.results.comparison.findings import findings
 from sharpscope.results.comparison.rows import Row, comparison_rows, reference_and_others
 from sharpscope.results.comparison.subject import Interpolation, Subject, group_subjects, pair_runs
-from sharpscope.results.provenance import typed_value
+from sharpscope.results.provenance_text import typed_value
 from sharpscope.results.serialization import jsonable, parse_value
 from sharpscope.results.slice import SliceResult
 from sharpscope.results.table import Table

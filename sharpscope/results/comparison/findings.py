@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from sharpscope.results.comparison.rows import Row
 from sharpscope.results.comparison.subject import Interpolation, Subject, group_subjects
-from sharpscope.results.provenance import typed_value
+from sharpscope.results.provenance_text import typed_value
 from sharpscope.results.slice import PENDING, SliceResult
 from sharpscope.results.statistics import EXACT, INTERVAL_KINDS, NO_INTERVAL, PAIRS, Cell, Difference
 

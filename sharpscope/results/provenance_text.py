@@ -69,7 +69,7 @@ def _weights_note(name: str, provenance: Mapping[str, Any]) -> list[str]:
 
 
 def loss_and_cost_cells(loss: float, gradient_norm: float, cost: Cost) -> list[str]:
-    """The cells under ``POINT_AND_PRICE``."""
+    """The cells under ``LOSS_AND_COST``."""
     paid = [f"{cost.gradients:.1f}", str(cost.passes), f"{cost.seconds:.1f}"]
     return [f"{loss:.4g}", f"{gradient_norm:.2g}", *paid]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from sharpscope.objective.data import MicroBatch
+from sharpscope.objective.micro_batches import MicroBatch
 
 # Multiplies one vector with each of these micro-batches, and returns when the device has finished.
 Work = Callable[[Sequence[MicroBatch]], object]

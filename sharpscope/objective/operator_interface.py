@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sharpscope.objective.data import MicroBatch
     from sharpscope.objective.forward import LossTerms
+    from sharpscope.objective.micro_batches import MicroBatch
 
 
 class Products(Protocol):
