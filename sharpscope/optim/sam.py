@@ -46,7 +46,8 @@ class SAM(Optimizer):
         base_optimizer: an optimizer *class*, such as ``torch.optim.SGD``.
         rho: radius of the perturbation, >= 0, in the units of the weights (of the scaled ones where adaptive).
         p: norm of the ball, 2 or inf (``float("inf")`` or ``"inf"``).
-        adaptive: None, "elementwise" or "filter": the ball is scaled by the weights' sizes, see ``sharpscope.ball``.
+        adaptive: None, "elementwise" or "filter": the ball is scaled by the weights' sizes, see
+            ``sharpscope.weights.norm_ball``.
         eta: added to the sizes of an adaptive ball.
         ascent_steps: k steps of ``rho / k``, each along the gradient where the last one ended.
         normalize: False takes ``e = rho D^2 g`` without a norm (Andriushchenko and Flammarion 2022), p = 2.

@@ -99,7 +99,7 @@ class EigenResult(Result):
         eigenvalues: (k,) with multiplicity, in units of the loss over squared weights; descending, but from the end
             inwards where ``which`` is "smallest", and by ``|lambda|`` where it is "magnitude".
         residuals: ``||H v - lambda v||`` (k,), from true products.
-        lower, upper: an interval (k,) for each, from residuals, gaps and rounding (``sharpscope.linalg.bounds``), in
+        lower, upper: an interval (k,) for each, from residuals, gaps and rounding (``sharpscope.linalg.ritz``), in
             float32 widened by the model's own rounding; for a pair that has not converged the place k is not sure.
         converged: bool (k,), whether the interval is within the tolerance.
         missed_probability: (k,), at most so probable is it that an eigenvalue beyond the i-th one was missed, as far as

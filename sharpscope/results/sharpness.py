@@ -157,7 +157,7 @@ def format_setting(value: Any) -> str:
 _NOTE_SETTINGS = ("p", "ascent", "eta", "drop", "tol", "order")
 
 
-# What scales the ball, see ``sharpscope.ball``.
+# What scales the ball, see ``sharpscope.weights.norm_ball``.
 _SCALINGS = {"None": "1", "elementwise": "|w| + eta", "filter": "the filter's norm + eta"}
 
 

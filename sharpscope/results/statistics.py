@@ -318,7 +318,7 @@ class Cell:
     Attributes:
         value: the number.
         lower, upper: its interval, or None.
-        interval: what the interval is, of ``KINDS``; or "none: " and the reason.
+        interval: what the interval is, of ``INTERVAL_KINDS``; or "none: " and the reason.
         converged: False where the interval does not meet the tolerance.
         origin: data, examples, precision; and ``price``: what it took.
         more: further things to know of it.

@@ -87,7 +87,8 @@ def measure_sharpness(
         m: of m-sharpness; by default 1, 4, 16, 64 and 256 as far as there are as many examples.
         rho: of m-sharpness, with each m, and worst-case; the largest is SAM's for "alignment".
         p: norm of the ball, 2 or inf.
-        adaptive: None, "elementwise" (also True) or "filter", see ``sharpscope.ball``: for m-sharpness, worst and
+        adaptive: None, "elementwise" (also True) or "filter", see
+            ``sharpscope.weights.norm_ball``: for m-sharpness, worst and
             average case, lambda-max and trace; the others have no ball, or one of their own.
         eta: added to the weights' sizes there.
         ascent: an Ascent, a number of steps or "apgd"; of m-sharpness one step unless given, of worst-case APGD.

@@ -221,7 +221,7 @@ class BatchNormStatistics:
     - "recalibrate": the means over the micro-batches of the data, each by its examples, of what BatchNorm in train mode
       sees at the point; one more forward pass a point. As in SWA (Izmailov et al. 2018, section 3.2).
 
-    ``model``'s buffers are written in place; ``sharpscope.preserve`` puts them back.
+    ``model``'s buffers are written in place; ``sharpscope.weights.restore`` puts them back.
 
     Raises: ArgumentError for an unknown treatment, or one that the model or the directions have no statistics for.
     """
