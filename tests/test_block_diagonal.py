@@ -13,7 +13,7 @@ from torch import Tensor
 from dense import top
 from sharpscope import ArgumentError
 from sharpscope.linalg import top_eigenpairs, trace_and_frobenius
-from sharpscope.linalg.block_diagonal import diagonal_blocks, lockstep
+from sharpscope.linalg.diagonal_blocks import diagonal_blocks, lockstep
 
 
 def likes(*sizes: int) -> list[Tensor]:

@@ -89,7 +89,7 @@ def test_a_perfect_guide_is_not_taken_at_its_word() -> None:
 
 def test_the_model_is_the_operator_on_the_space_and_the_guide_outside() -> None:
     """Its pairs are those of ``QQ'H + HQQ' - QQ'HQQ' + PGP`` built dense, with images by that matrix, to rounding."""
-    import sharpscope.linalg.guided as module
+    import sharpscope.linalg.guided_by_cheap_operator as module
 
     matrix, guide, _ = network(0, n=60, off=0.2)
     generator = torch.Generator().manual_seed(0)
@@ -264,7 +264,7 @@ def test_max_basis_is_kept_and_finds_the_same() -> None:
 
 def test_no_more_rows_than_max_basis_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the search space nor the model's basis, with what it is made from, ever exceeds max_basis rows."""
-    import sharpscope.linalg.guided as module
+    import sharpscope.linalg.guided_by_cheap_operator as module
 
     held = [0]
     inner = module.inner

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError, nearest
 from sharpscope.linalg.both_ends import both_ends
-from sharpscope.linalg.guided import guided
+from sharpscope.linalg.guided_by_cheap_operator import guided
 from sharpscope.linalg.lanczos import lanczos
 from sharpscope.linalg.missed_eigenvalues import MissedEigenvalueBound
 from sharpscope.linalg.power import power_iteration

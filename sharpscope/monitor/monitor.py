@@ -22,7 +22,7 @@ from sharpscope.monitor.sample import SIZE, Sample, draw_sample
 from sharpscope.monitor.unwrap import eager_mode, stability_edges, unwrapped, without_wrappers
 from sharpscope.objective import Objective
 from sharpscope.objective.accumulate import MAX_CACHED_BYTES, CachedGraphs, LossAndGradient, mean_loss_and_gradient
-from sharpscope.objective.cost_and_memory import OOMHalving
+from sharpscope.objective.graph_wrappers import OOMHalving
 from sharpscope.objective.micro_batches import MicroBatch, micro_batches
 from sharpscope.problem import Problem, require_problem
 from sharpscope.results import MonitorRecord, MonitorResult

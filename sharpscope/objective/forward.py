@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpscope.errors import ProblemError, SharpscopeError, first_line, out_of_memory
-from sharpscope.objective.float64_mode import float64_mode
+from sharpscope.objective.lift_float32 import float64_mode
 from sharpscope.objective.losses import described, output_tensor, term_loss
 from sharpscope.objective.micro_batches import MicroBatch, forward_arguments, leaves, map_leaves, tensors
 from sharpscope.precision import available_device, cast_model, compute_dtype, matching_dtype, wide
@@ -115,7 +115,7 @@ class LossTerms:
             with float64_mode(self.dtype):
                 value, weight = self.loss.sums(output, target, batch, micro_batch.size)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-            # Errors from autograd are translated by cost_and_memory.readable_errors.
+            # Errors from autograd are translated by graph_wrappers.readable_errors.
             known = isinstance(error, SharpscopeError) or out_of_memory(error)
             if (
                 self.checked

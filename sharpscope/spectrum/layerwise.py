@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ConvergenceWarning
-from sharpscope.linalg.block_diagonal import diagonal_blocks
+from sharpscope.linalg.diagonal_blocks import diagonal_blocks
 from sharpscope.linalg.quadrature import require_probes
 from sharpscope.linalg.top_eigenpairs import require_arguments
 from sharpscope.measurement import Measurement
