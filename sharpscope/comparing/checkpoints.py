@@ -44,8 +44,8 @@ class CheckpointSet:
     Only the Problems of the first and of the most recent checkpoint are kept in memory.
 
     Attributes:
-        entrants: in order; the runs of a sequence by the names of their files, where all have one of their own.
-        ends: the first of each group, or all where there are no groups.
+        checkpoints: in order; the runs of a sequence by the names of their files, where all have one of their own.
+        representatives: the first of each group, or all where there are no groups.
 
     Cost: each checkpoint is built once, and the data are walked once a checkpoint, without a model.
 

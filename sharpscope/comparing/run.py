@@ -103,7 +103,7 @@ class _ComparisonRun:
         self._keys: dict[str, str] = {}
 
     def comparison(self) -> Comparison:
-        """Everything that the level asks for, of each entrant and of the lines between them."""
+        """Everything that the level asks for, of each checkpoint and of the lines between them."""
         performances = [self.performance(checkpoint) for checkpoint in self._checkpoints.checkpoints]
         subjects, lines = [], []
         for checkpoint, known in zip(self._checkpoints.checkpoints, performances, strict=True):
@@ -163,7 +163,7 @@ class _ComparisonRun:
         )
 
     def interpolation_to(self, checkpoint: Checkpoint) -> list[tuple[str, str, SliceResult]]:
-        """From the first entrant to this one, or of groups from first run to first run; of one architecture."""
+        """From the first checkpoint to this one, or of groups from first run to first run; of one architecture."""
         first, *others = self._checkpoints.representatives
         if checkpoint not in others:
             return []
@@ -193,7 +193,7 @@ class _ComparisonRun:
         )
 
     def _key(self, checkpoint: Checkpoint, problem: Problem, part: str, **also: Any) -> str:
-        """Of all that decides the part's numbers; what all of the entrant share is hashed once: it walks the data."""
+        """Of all that decides the part's numbers; what all parts of the checkpoint share is hashed once: it walks the data."""
         if checkpoint.name not in self._keys:
             # Where the file lies is no part of what is in it.
             said = {k: str(v) for k, v in problem.provenance.items() if k != "checkpoint"}
@@ -274,5 +274,5 @@ def _read_cached(path: Path, part: str, key: str) -> Any:
 
 def _file_name(name: str) -> str:
     """Return a name that is safe in a file name; a hash keeps names distinct whose characters were replaced."""
-    jsonable = re.sub(r"[^\w.+-]", "-", name)
-    return jsonable if jsonable == name else f"{jsonable}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"
+    safe = re.sub(r"[^\w.+-]", "-", name)
+    return safe if safe == name else f"{safe}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"

@@ -88,7 +88,7 @@ def trace_from_images(
     ``tr(Q_i' H Q_i) + x_i' H x_i``  and  ``||H Q_i||_F^2 + ||H x_i||^2``
     is unbiased for ``tr H`` and ``||H||_F^2``; the estimate is their mean over i. No value's sign or size stops
     anything early. The K values share most of their bases, so their scatter over sqrt(K), the source's error estimate,
-    is too coordinates: by a factor of 2 for 20 equal eigenvalues of 100 and 16 probes. The standard error here is the
+    is too small: by a factor of 2 for 20 equal eigenvalues of 100 and 16 probes. The standard error here is the
     jackknife's, the whole estimate repeated without each probe; its square is, on average, at least the variance with
     K - 1 probes (Efron and Stein 1981).
 

@@ -105,7 +105,7 @@ def num_examples_hint(batches: Iterable[Any]) -> int | None:
 
 
 def micro_batches(batches: Iterable[Any], size: int | None) -> Iterator[MicroBatch]:
-    """Regroup ``batches`` into micro-batches of ``size`` examples, the last one smaller; None keeps the batches.
+    """Regroup ``batches`` into micro-batches of ``size`` examples, the last one smaller; None keeps them as they come.
 
     Batches that cannot be joined (for example padded to different lengths) are only split. Batches without a common
     first dimension are kept whole.

@@ -101,7 +101,7 @@ def metadata_of(hint: Any) -> tuple[Any, ...]:
 def parse_fields(kind: type, names: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
     """Parse the fields ``names`` of the dataclass ``kind`` as annotated; absent ones keep their default.
 
-    Raises: Misfit for a value of another type, KeyError for a missing key.
+    Raises: FieldError for a value of another type, KeyError for a missing key.
     """
     hints, found = annotations_of(kind), {}
     for name in names:
@@ -121,7 +121,7 @@ def parse_value(hint: Any, value: Any, where: str, nan: bool = False) -> Any:
         where: its key, for the message.
         nan: whether null is NaN.
 
-    Raises: Misfit.
+    Raises: FieldError.
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:

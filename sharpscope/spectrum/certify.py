@@ -83,7 +83,7 @@ def require_certify(certify: float | None, which: str, method: str) -> None:
     """Raise ArgumentError if ``certify`` is invalid or does not fit the method."""
     if certify is not None and method == "power":
         raise ArgumentError(
-            "certify needs a solver that can start from what it vectors, got method='power'. Leave it out."
+            "certify needs a solver that can start from what it found, got method='power'. Leave it out."
         )
     if certify is not None and which != "largest":
         raise ArgumentError(f"certify is for which='largest', got which={which!r}. Leave one of them out.")
