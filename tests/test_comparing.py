@@ -251,11 +251,11 @@ def test_the_same_call_goes_on_in_its_folder(tmp_path: Path, monkeypatch: pytest
 def test_a_journal_that_outlived_its_part_is_removed(tmp_path: Path) -> None:
     """Killed between writing a part and removing its journal, the next call removes it and measures nothing again."""
     parts, found = StepCache(tmp_path), {"train": Performance(0.5, None, 10)}
-    parts.keep("sgd.pt", "performance", lambda: "key", lambda journal: found)
+    parts.get("sgd.pt", "performance", lambda: "key", lambda journal: found)
     journal = tmp_path / "sgd.pt-performance.partial"
     journal.mkdir()
     (journal / "loss.points").write_bytes(b"")
-    assert parts.keep("sgd.pt", "performance", lambda: "key", lambda journal: pytest.fail("measured again")) == found
+    assert parts.get("sgd.pt", "performance", lambda: "key", lambda journal: pytest.fail("measured again")) == found
     assert not journal.exists()
 
 
@@ -264,7 +264,7 @@ def test_a_part_that_is_none_is_measured_again(text: str, tmp_path: Path) -> Non
     """A file that is empty, cut short or of something else counts as absent."""
     (tmp_path / "a-trace.json").write_text(text)
     found = subject("a").trace
-    assert StepCache(tmp_path).keep("a", "trace", lambda: "key", lambda journal: found).to_dict() == found.to_dict()  # type: ignore[union-attr]
+    assert StepCache(tmp_path).get("a", "trace", lambda: "key", lambda journal: found).to_dict() == found.to_dict()  # type: ignore[union-attr]
 
 
 def diverged() -> Comparison:

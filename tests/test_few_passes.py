@@ -122,7 +122,7 @@ def test_a_certificate_takes_in_what_the_solver_missed(monkeypatch: pytest.Monke
         def __call__(self, rows: Tensor) -> Tensor:
             return rows @ blind
 
-    monkeypatch.setattr(eigenvalues, "sample", lambda *_: [Blind()])
+    monkeypatch.setattr(eigenvalues, "importance_samples", lambda *_: [Blind()])
     missed = 0
     for seed in range(8):
         plain = top_eigenvalues(problem(), k=2, tol=0.05, generator=generator(seed))

@@ -193,7 +193,7 @@ class _ComparisonRun:
         )
 
     def _key(self, checkpoint: Checkpoint, problem: Problem, part: str, **also: Any) -> str:
-        """Of all that decides the part's numbers; what all parts of the checkpoint share is hashed once: it walks the data."""
+        """Of all that decides the part's numbers; what the checkpoint's parts share is hashed once, in a walk."""
         if checkpoint.name not in self._keys:
             # Where the file lies is no part of what is in it.
             said = {k: str(v) for k, v in problem.provenance.items() if k != "checkpoint"}
