@@ -73,7 +73,7 @@ def fastest_size(work: Work, sample: MicroBatch, candidates: Sequence[int] = CAN
         times: list[float] = []
         while not times or (sum(times) < MIN_SECONDS and len(times) < MAX_RUNS):
             started = time.perf_counter()
-            work([trial.slice(i, min(i + size, trial.size)) for i in range(0, trial.size, size)])
+            work(trial.split(size))
             times.append(time.perf_counter() - started)
         seconds = min(times) / trial.size
         if seconds > STOP_RATIO * least:

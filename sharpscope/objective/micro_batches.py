@@ -63,6 +63,12 @@ class MicroBatch:
         cut = map_tensors(self.batch, lambda t: t[start:stop])
         return MicroBatch(cut, stop - start, tuple(sources), self.scale)
 
+    def split(self, size: int) -> list[MicroBatch]:
+        """Micro-batches of at most ``size`` consecutive examples, as views; itself where it is no larger."""
+        if self.size <= size:
+            return [self]
+        return [self.slice(i, min(i + size, self.size)) for i in range(0, self.size, size)]
+
 
 def as_batches(data: Any) -> Iterable[Any]:
     """``data`` as an iterable that gives the same batches at every pass.
@@ -123,7 +129,7 @@ def micro_batches(batches: Iterable[Any], size: int | None) -> Iterator[MicroBat
             pending_size = 0
             yield whole
             continue
-        if pending and not _joinable(pending[0].batch, batch):
+        if pending and not matches(pending[0].batch, batch, _joinable):
             yield from _flush(pending)
             pending_size = 0
         start = 0
@@ -191,12 +197,17 @@ def leaves(batch: Any) -> list[Any]:
     return result
 
 
-def structure(batch: Any) -> Any:
-    """Types and keys of a batch in order; where they are equal, the leaves of two batches correspond."""
+def matches(first: Any, second: Any, same: Callable[[Any, Any], bool]) -> bool:
+    """Whether two batches have the same types, keys and order of keys, and ``same`` holds for each pair of leaves."""
+    pairs = zip(leaves(first), leaves(second), strict=True)
+    return _structure(first) == _structure(second) and all(same(left, right) for left, right in pairs)
+
+
+def _structure(batch: Any) -> Any:
     if isinstance(batch, Mapping):
-        return [(key, structure(value)) for key, value in batch.items()]
+        return [(key, _structure(value)) for key, value in batch.items()]
     if isinstance(batch, tuple | list):
-        return type(batch), [structure(value) for value in batch]
+        return type(batch), [_structure(value) for value in batch]
     return None
 
 
@@ -219,17 +230,11 @@ def _flush(pending: list[MicroBatch]) -> Iterator[MicroBatch]:
     pending.clear()
 
 
-def _joinable(first: Any, second: Any) -> bool:
-    """Whether the tensors of two batches can be concatenated and everything else is identical."""
-    if structure(first) != structure(second):
-        return False
-    for left, right in zip(leaves(first), leaves(second), strict=True):
-        if isinstance(left, Tensor) and left.dim():
-            if not isinstance(right, Tensor) or left.shape[1:] != right.shape[1:] or left.dtype != right.dtype:
-                return False
-        elif isinstance(left, Tensor) or left is not right:
-            return False
-    return True
+def _joinable(left: Any, right: Any) -> bool:
+    """Whether two leaves can be concatenated, or are identical and no tensors."""
+    if isinstance(left, Tensor) and left.dim():
+        return isinstance(right, Tensor) and left.shape[1:] == right.shape[1:] and left.dtype == right.dtype
+    return not isinstance(left, Tensor) and left is right
 
 
 def tensors(batch: Any) -> list[Tensor]:

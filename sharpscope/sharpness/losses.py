@@ -162,9 +162,7 @@ def full_loss(objective: Objective) -> SubsetLoss:
 
 def _subset(objective: Objective, chunks: list[MicroBatch], size: int) -> SubsetLoss:
     """The loss of ``chunks``; there are several if batches are padded to different lengths and cannot be joined."""
-    batches = [
-        c.slice(i, min(i + size, c.size)) if c.size > size else c for c in chunks for i in range(0, c.size, size)
-    ]
+    batches = [batch for chunk in chunks for batch in chunk.split(size)]
     return SubsetLoss(objective, lambda: batches, sum(batch.size for batch in batches))
 
 

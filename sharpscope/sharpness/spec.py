@@ -62,11 +62,8 @@ class MeasureContext:
 
     def scaled_products(self, ball: Ball, stage: str) -> Callable[[Tensor], Tensor]:
         """Return a function that multiplies rows (K, n) by ``D H D``, D at w. Cost: ``1 + 2K`` gradients."""
-        objective, progress, scales = (
-            self.objective,
-            self.stage_progress(stage),
-            ball.scales(self.objective.terms.params),
-        )
+        objective, progress = self.objective, self.stage_progress(stage)
+        scales = ball.scales(objective.terms.params)
         if scales is None:
             return lambda rows: objective.products(rows, progress)
         d = torch.cat([s.flatten() for s in scales]).to(objective.device, objective.dtype)

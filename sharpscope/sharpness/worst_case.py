@@ -16,7 +16,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from sharpscope.errors import ArgumentError, DataError, out_of_memory
 from sharpscope.objective import Objective, Progress
 from sharpscope.objective.graph_wrappers import FORWARD
-from sharpscope.objective.micro_batches import MicroBatch, leaves, map_tensors, structure, tensors
+from sharpscope.objective.micro_batches import MicroBatch, map_tensors, matches, tensors
 from sharpscope.precision import wide
 from sharpscope.results import Measure
 from sharpscope.results.statistics import Estimate
@@ -375,12 +375,7 @@ def is_faster(
 
 def _same_structure(batches: Sequence[MicroBatch]) -> bool:
     """Whether all batches have the same structure and shapes, and equal values where a leaf has no batch dimension."""
-    first = batches[0].batch
-    return all(
-        structure(batch.batch) == structure(first)
-        and all(_same_leaf(a, b) for a, b in zip(leaves(first), leaves(batch.batch), strict=True))
-        for batch in batches[1:]
-    )
+    return all(matches(batches[0].batch, batch.batch, _same_leaf) for batch in batches[1:])
 
 
 def _same_leaf(a: object, b: object) -> bool:
