@@ -29,7 +29,7 @@ def read_checkpoint(
     Args:
         path: a file of ``sharpscope train``, of ``torch.save`` (a state dict, alone or in nested dicts, or a pickled
             module) or of safetensors (needs the extra of that name); or a folder of Hugging Face's libraries or of
-            ``torch.distributed.checkpoint``, of which all files that its index names are read.
+            ``torch.distributed.checkpoint``: all files in its index are read.
         weights: key of the state dict if there are several; default the first of ``layouts.NESTS``.
         trust_pickle: unpickle the whole file, which **runs its code**; a pickled module then becomes the model.
 

@@ -67,7 +67,7 @@ def _is_module(value: Any) -> bool:
 
 
 def _stand_in(name: str) -> type:
-    """A class that ignores its arguments, in place of a class or function of that name."""
+    """Return a class that ignores its arguments, to stand for the class or function of that name."""
 
     class Called(type):
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:

@@ -60,7 +60,7 @@ def compare(
         checkpoints: by name, each a ``Problem`` on the training data, or a function of no argument that returns one,
             so that many need not be in memory at once: it is called again for each pass over the checkpoints. A list of
             these, or a mapping by name, is a group of runs; all are compared with the first.
-        test: data of the test split, in any form that ``Problem`` takes; without them nothing is said of test.
+        test: data of the test split, in any form that ``Problem`` takes. Default: no test numbers.
         level: "quick", "default" or "thorough", or a ``sharpscope.comparing.Level``.
         seed: of samples, starts, probes and directions.
         rho: the radius of m-sharpness.

@@ -199,7 +199,7 @@ class _Krylov:
 
 
 def _basis_limit(n: int, k: int, max_basis: int | None) -> int:
-    """The number of basis vectors at which to restart, by default six blocks, of which half are kept."""
+    """Return the number of basis vectors at which to restart. Default: six blocks; a restart keeps half of them."""
     width = min(k + 1, n)
     limit = min(n, 6 * width if max_basis is None else max_basis)
     least = min(n, 2 * width + k)

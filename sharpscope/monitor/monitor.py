@@ -254,7 +254,7 @@ class SharpnessMonitor:
         return self._record(step, point, found, objective.gradients)
 
     def _graphs(self, objective: Objective) -> CachedGraphs:
-        """The sample's graphs, of which at most MAX_CACHED_BYTES bytes stay for the next product."""
+        """The graphs of the sample; at most MAX_CACHED_BYTES bytes of them are kept for the next product."""
         if self._most_kept is None:
             # Of one micro-batch any pass holds the graph, and to count its bytes costs 24 examples.
             several = self._sample.examples > SIZE

@@ -19,7 +19,7 @@ from sharpscope.weights import parameters
 # Examples on which loss and derivatives are checked in the precision of the computation, and in float64.
 EXAMPLES, FLOAT64_EXAMPLES = 256, 32
 
-# The largest model, in parameters, of which a float64 copy is made (0.8 GB).
+# Models with more parameters than this are not copied in float64 (0.8 GB).
 MAX_COPIED_PARAMS = 100_000_000
 
 # Examples from which the effect of float32 on eigenvalues is estimated: with fewer the scatter is too large.
