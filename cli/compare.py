@@ -84,7 +84,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Measure what is not done yet, then show and write all of it."""
     from sharpscope import compare
-    from sharpscope.comparing.levels import resolve_level
+    from sharpscope.comparing.steps import resolve_level
     from sharpscope.errors import ArgumentError
 
     options.import_from_here(args)

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if args.probes is not None:
         raise sharpscope.ArgumentError("--probes goes with --per-layer. Leave it out, or pass --per-layer.")
     from sharpscope.results import EigenResult
-    from sharpscope.resume.journal import discard
+    from sharpscope.resume import discard
 
     if args.vectors and args.out is None:
         raise sharpscope.ArgumentError("--vectors must come with --out, which says where to. Pass --out PATH.")

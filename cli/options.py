@@ -194,7 +194,7 @@ def load_all(args: argparse.Namespace) -> None:
     Raises: DataError where a problem() gives other data for one checkpoint than for another.
     """
     from sharpscope.errors import DataError
-    from sharpscope.resume.key import fingerprint
+    from sharpscope.resume import fingerprint
 
     import_from_here(args)
     first, known = "", ""

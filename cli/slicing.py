@@ -72,7 +72,7 @@ def run(
     from sharpscope import ArgumentError
     from sharpscope.atomic_io import atomic
     from sharpscope.results import SliceResult
-    from sharpscope.resume.journal import discard
+    from sharpscope.resume import discard
 
     if args.shard is not None and args.out is None:
         raise ArgumentError("--shard needs --out, where the processes meet. Pass the same --out to each.")

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sharpscope
 from sharpscope import report
 from sharpscope.cli import comparing, main
-from sharpscope.comparing import LEVELS, levels
+from sharpscope.comparing import LEVELS, steps
 from sharpscope.comparing.steps import sampled
 from sharpscope.results.statistics import difference
 from sharpscope.training import Recipe, train
@@ -51,8 +51,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(levels.LEVELS, "quick", TINY)
-    monkeypatch.setitem(levels.LEVELS, "default", replace(TINY, eigen_examples=None, tol=1e-3))
+    monkeypatch.setitem(steps.LEVELS, "quick", TINY)
+    monkeypatch.setitem(steps.LEVELS, "default", replace(TINY, eigen_examples=None, tol=1e-3))
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def alone(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     folder, printed = tmp_path_factory.mktemp("alone") / "out", io.StringIO()
     path = shutil.copy(trained / "sgd-0.pt", folder.with_name("a.pt"))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setitem(levels.LEVELS, "quick", TINY)
+        patch.setitem(steps.LEVELS, "quick", TINY)
         patch.setattr(report, "page", lambda comparison: "<!DOCTYPE html>")
         assert run(path, "--quick", "--json", "--out", folder) == 0
     return folder, printed.getvalue()
@@ -228,8 +228,6 @@ def test_interrupted_it_goes_on_with_the_parts_that_are_done(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ctrl-C exits 130 and says that the same command goes on; it then measures no finished part anew."""
-    from sharpscope.comparing import steps
-
     calls: list[str] = []
 
     def counted(name: str) -> None:
@@ -406,7 +404,7 @@ def test_not_converged_exits_3_and_shows_nothing(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A tolerance beyond float32 is marked in the table; the finding draws no conclusion from it."""
-    monkeypatch.setitem(levels.LEVELS, "quick", replace(TINY, tol=1e-12, eigen_examples=50))
+    monkeypatch.setitem(steps.LEVELS, "quick", replace(TINY, tol=1e-12, eigen_examples=50))
     assert run(trained / "sgd-0.pt", trained / "sam-0.pt", "--quick", "--out", tmp_path) == 3
     out = capsys.readouterr().out
     assert re.search(r"^lambda_max .*\?", out, flags=re.MULTILINE)
@@ -448,7 +446,7 @@ def test_names_are_the_shortest_ends_of_paths() -> None:
 
 
 @pytest.mark.parametrize(("less", "more"), [(QUICK, DEFAULT), (DEFAULT, LEVELS["thorough"])])
-def test_levels_ascend(less: levels.Level, more: levels.Level) -> None:
+def test_levels_ascend(less: steps.Level, more: steps.Level) -> None:
     """No part of a level is smaller, or known less well, than of the one below; None is all there are."""
     assert more.tol <= less.tol
     for name, value in vars(less).items():

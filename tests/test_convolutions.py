@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dense import dense_hessian
 from sharpscope import Objective, Problem
-from sharpscope.weights import double_backward as convolutions
+from sharpscope.weights import kernels
 from sharpscope.weights.kernels import faster_kernels
 
 FORMS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
@@ -78,9 +78,9 @@ def test_one_channel_data_are_taken_in_patches(name: str, monkeypatch: pytest.Mo
     x, w, b = tensors(name)
     calls: list[str] = []
     for part in ("_forward_of_patches", "_backward_of_patches"):
-        original = getattr(convolutions, part)
+        original = getattr(kernels, part)
         monkeypatch.setattr(
-            convolutions, part, lambda *args, part=part, original=original: (calls.append(part), original(*args))[1]
+            kernels, part, lambda *args, part=part, original=original: (calls.append(part), original(*args))[1]
         )
     found = []
     for model in (HOLDER, nn.Linear(1, 1)):

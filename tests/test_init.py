@@ -185,7 +185,7 @@ def test_objects_beside_lightnings_weights_are_named_and_left(folder: Path) -> N
     torch.save({"state_dict": {"net.w": torch.ones(2, 2)}, **more}, "l.ckpt")
     text = written("l.ckpt")
     assert "Hyper parameters in the file: width, recipe." in text
-    assert "which were not run: sharpscope.training.recipe.Recipe." in text
+    assert "which were not run: sharpscope.training.Recipe." in text
     assert '"width": 3' in text
     assert '"recipe"' not in text
 

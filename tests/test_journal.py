@@ -20,15 +20,14 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sharpscope import ArgumentError, DataError, OutputError
 from sharpscope.linalg import top_eigenpairs
-from sharpscope.resume.journal import ALIGNMENT, Journal, discard
-from sharpscope.resume.key import fingerprint
+from sharpscope.resume import ALIGNMENT, Journal, discard, fingerprint
 
 # Runs Lanczos through a journal in a child that is killed three times, then once to its end; all in one process, since
 # importing torch takes longer than all of it.
 DRIVER = """
 import hashlib, json, os, signal, sys, time
 import torch
-from sharpscope.resume.journal import Journal, discard
+from sharpscope.resume import Journal, discard
 from sharpscope.linalg import top_eigenpairs
 
 torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dense import dense_hessian, top
 from sharpscope import Problem, ProblemError, top_eigenvalues
-from sharpscope.objective.lift_float32 import grouped_mm
+from sharpscope.precision import grouped_mm
 
 COUNT = 15
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from sharpscope import Problem, top_eigenvalues
-from sharpscope.weights.double_backward import embedding_bag, weight_norm
+from sharpscope.weights.kernels import embedding_bag, weight_norm
 
 IDS = torch.tensor([1, 0, 4, 2, 2, 0, 3, 5])
 FORMS: list[dict[str, Any]] = [

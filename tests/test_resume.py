@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from sharpscope import Objective, Problem, top_eigenvalues
 from sharpscope.operators import curvature
-from sharpscope.resume import Journal, journaled_hvp, key_of
-from sharpscope.resume.key import probe
+from sharpscope.resume import Journal, journaled_hvp, key_of, probe
 from sharpscope.training import Recipe, train
 
 

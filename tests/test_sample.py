@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from sharpscope import SharpnessMonitor
-from sharpscope.monitor.sample import draw_sample
+from sharpscope.monitor.monitor import draw_sample
 from watched import N, Squares, X, Y, net, pieces, problem, sgd, train
 
 

@@ -20,7 +20,7 @@ from sharpscope.edge_of_stability import descent_edge, sam_edge
 from sharpscope.errors import ArgumentError, DataError, ProblemError
 from sharpscope.plot import m_sharpness_curves
 from sharpscope.results import InvarianceResult, SharpnessResult
-from sharpscope.sharpness import hessian, worst_case
+from sharpscope.sharpness import curvature_measures, worst_case
 
 INF = math.inf
 N, RHO = 24, 0.3
@@ -240,7 +240,7 @@ def test_relative_flatness_is_petzkas_sum(monkeypatch: pytest.MonkeyPatch) -> No
     data = (X[:, :2], drawn(N, 2, seed=4))
     signs = {n: [torch.tensor(s) for s in itertools.product((-1, 1), repeat=n)] for n in (2, 3)}
     pairs = {n: iter([v for a in rows for b in rows for v in (a, b)]) for n, rows in signs.items()}
-    monkeypatch.setattr(hessian, "_signs", lambda count, generator: next(pairs[count]))
+    monkeypatch.setattr(curvature_measures, "_signs", lambda count, generator: next(pairs[count]))
     problem = Problem(model=model, loss=nn.MSELoss(), data=data)
     for name, probes in (("0.weight", 16), ("2.weight", 64)):
         one = Problem(model=model, loss=nn.MSELoss(), data=data, params=name)

@@ -20,8 +20,7 @@ from sharpscope import Problem, SliceResult, loss_slice, loss_surface
 from sharpscope.cli import main
 from sharpscope.errors import ArgumentError
 from sharpscope.objective import micro_batch_size
-from sharpscope.resume import PointLog
-from sharpscope.resume.journal import discard
+from sharpscope.resume import PointLog, discard
 from sharpscope.slices import Direction, random_directions
 from sharpscope.slices.evaluation import PointEvaluator
 

@@ -18,8 +18,16 @@ from torch import Tensor, nn
 from sharpscope.checkpoint import Checkpoint, read_checkpoint
 from sharpscope.errors import ArgumentError, CheckpointError, DataError, OutputError, SharpscopeError
 from sharpscope.results import MonitorResult
-from sharpscope.training import Recipe, evaluate, monitor_path, parse_epochs, snapshot_path, train
-from sharpscope.training.recipe import learning_rate, make_optimizer
+from sharpscope.training import (
+    Recipe,
+    evaluate,
+    learning_rate,
+    make_optimizer,
+    monitor_path,
+    parse_epochs,
+    snapshot_path,
+    train,
+)
 from sharpscope.zoo import DataSet, load_data, make_model
 
 LINEAR = {"model": "mlp", "model_args": {"hidden": ()}}

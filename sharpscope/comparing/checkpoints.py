@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.objective import Objective
 from sharpscope.problem import Problem
-from sharpscope.resume.key import fingerprint
+from sharpscope.resume import fingerprint
 
 ProblemOrLoader = Problem | Callable[[], Problem]
 Checkpoints = Mapping[str, ProblemOrLoader | Sequence[ProblemOrLoader] | Mapping[str, ProblemOrLoader]]

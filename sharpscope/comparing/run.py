@@ -14,8 +14,17 @@ from typing import Any
 import torch
 
 from sharpscope.comparing.checkpoints import Checkpoint, Checkpoints, CheckpointSet
-from sharpscope.comparing.levels import Level, resolve_level
-from sharpscope.comparing.steps import STEPS, PathLike, Settings, Step, interpolation, performance, sampled
+from sharpscope.comparing.steps import (
+    STEPS,
+    Level,
+    PathLike,
+    Settings,
+    Step,
+    interpolation,
+    performance,
+    resolve_level,
+    sampled,
+)
 from sharpscope.errors import ArgumentError, DataError, ProblemError
 from sharpscope.objective import Objective, Progress
 from sharpscope.problem import Problem
@@ -30,10 +39,8 @@ from sharpscope.results.serialization import (
     without_header,
     write_json,
 )
-from sharpscope.resume import key_of
-from sharpscope.resume.journal import discard
-from sharpscope.resume.key import fingerprint
-from sharpscope.sharpness.hessian import edge_from_eigenvalues
+from sharpscope.resume import discard, fingerprint, key_of
+from sharpscope.sharpness.curvature_measures import edge_from_eigenvalues
 from sharpscope.weights.parameters import select
 
 

@@ -1,4 +1,8 @@
-"""Eigenvalues, trace and density of large symmetric operators known only by their products with a block of vectors."""
+"""Eigenvalues, trace and density of large symmetric operators known only by their products with a block of vectors.
+
+Start with ``lanczos.py``. ``ritz.py`` has the bounds, ``top_eigenpairs.py`` the public function and the choice of
+solver, ``missed_eigenvalues.py`` the probability that an eigenvalue was missed.
+"""
 
 from sharpscope.linalg.quadrature import Quadrature, lanczos_quadrature
 from sharpscope.linalg.top_eigenpairs import METHODS, Eigenpairs, top_eigenpairs

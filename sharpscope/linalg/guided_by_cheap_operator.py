@@ -21,8 +21,18 @@ from sharpscope.linalg.ritz import (
     residual_vectors,
     ritz_bounds,
 )
-from sharpscope.linalg.symmetric_operator import Matmat, require_symmetric, rounding_error
-from sharpscope.linalg.vectors import BREAKDOWN, combine, inner, norms, orthonormalise, project_out, random_rows
+from sharpscope.linalg.vectors import (
+    BREAKDOWN,
+    Matmat,
+    combine,
+    inner,
+    norms,
+    orthonormalise,
+    project_out,
+    random_rows,
+    require_symmetric,
+    rounding_error,
+)
 
 # The eigenvectors of a guide are computed to residuals of this fraction of its k-th eigenvalue. The Hessian of some
 # thousand examples is itself off by 3 to 10 % (measured on a small CNN), so a smaller residual gains nothing.

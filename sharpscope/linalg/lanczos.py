@@ -18,8 +18,17 @@ from sharpscope.linalg.ritz import (
     rayleigh_ritz,
     ritz_bounds,
 )
-from sharpscope.linalg.symmetric_operator import Matmat, require_symmetric, rounding_error
-from sharpscope.linalg.vectors import BREAKDOWN, combine, norms, orthonormalise, project_out, random_rows
+from sharpscope.linalg.vectors import (
+    BREAKDOWN,
+    Matmat,
+    combine,
+    norms,
+    orthonormalise,
+    project_out,
+    random_rows,
+    require_symmetric,
+    rounding_error,
+)
 
 # Failed verifications by true products after which the solver accepts that noise in the operator limits the accuracy.
 VERIFICATIONS = 3

@@ -21,15 +21,17 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg.ritz import SolverProgress, descending
-from sharpscope.linalg.symmetric_operator import Matmat, require_symmetric, rounding_error
 from sharpscope.linalg.vectors import (
     BREAKDOWN,
+    Matmat,
     combine,
     norms,
     orthonormalise,
     project_out,
     random_rows,
     require_orthonormal,
+    require_symmetric,
+    rounding_error,
 )
 
 # Lanczos steps before the run gives up, by default.

@@ -13,8 +13,16 @@ from sharpscope.linalg.ritz import (
     rayleigh_ritz,
     residual_vectors,
 )
-from sharpscope.linalg.symmetric_operator import Matmat, rounding_error
-from sharpscope.linalg.vectors import BREAKDOWN, combine, inner, norms, orthonormalise, random_rows
+from sharpscope.linalg.vectors import (
+    BREAKDOWN,
+    Matmat,
+    combine,
+    inner,
+    norms,
+    orthonormalise,
+    random_rows,
+    rounding_error,
+)
 
 # Block products before the solver gives up, by default.
 PRODUCTS = 1000

@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.symmetric_operator import (
+from sharpscope.linalg.vectors import (
+    BREAKDOWN,
     Matmat,
     as_row_operator,
     deflated,
+    norms,
+    project_out,
+    random_rows,
     require_dtype,
+    require_orthonormal,
     require_small_asymmetry,
 )
-from sharpscope.linalg.vectors import BREAKDOWN, norms, project_out, random_rows, require_orthonormal
 
 
 @dataclass(frozen=True)

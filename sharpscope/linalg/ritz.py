@@ -1,4 +1,7 @@
-"""Rayleigh-Ritz pairs from true products, with bounds on their errors: every solver ends here."""
+"""Ritz pairs from true products, and the bounds on their errors (``ritz_bounds``) that become intervals.
+
+Every solver of ``METHODS`` ends in ``rayleigh_ritz``. The monitor's solver (``warm_lanczos.py``) makes its own.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.symmetric_operator import require_symmetric, rounding_error
-from sharpscope.linalg.vectors import combine, inner, norms
+from sharpscope.linalg.vectors import combine, inner, norms, require_symmetric, rounding_error
 
 if TYPE_CHECKING:
     from sharpscope.linalg.missed_eigenvalues import MissedEigenvalueBound
@@ -67,7 +69,7 @@ def rayleigh_ritz(
 ) -> RitzPairs:
     """The Ritz pairs of the span of orthonormal rows ``vectors``, given their true products ``images``.
 
-    Every solver returns its pairs from here; ``both_ends`` merges the pairs of two solves in the same way. The bound
+    The bound
     on ``|lambda_i - theta_i|`` is that of ``ritz_bounds`` from the residuals and ``next_eigenvalue``, widened by the
     rounding error of a product, ``ROUNDING * eps * scale``.
     """
@@ -120,24 +122,29 @@ def descending(projected: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ritz_bounds(ritz_values: Tensor, residual_gram: Tensor, next_eigenvalue: float | None) -> Tensor:
-    """``e_i`` (k,) with ``|lambda_i - theta_i| <= e_i``, in exact arithmetic.
+    """``e_i`` (k,) with ``theta_i <= lambda_i <= theta_i + e_i``, in exact arithmetic.
 
-    No Ritz value exceeds its eigenvalue (Cauchy), so what is bounded is how far it lies below. Each s from i to k gives
-    a bound from the leading s pairs, with residuals ``R = H V - V Theta`` and an estimate rho from above of
-    ``lambda_{s+1}``; the smallest is returned.
+    The lower end is Cauchy's: no Ritz value exceeds its eigenvalue. The interval that is returned to the user is
+    ``theta_i -/+ e_i`` with rounding, so that it stays valid for a value that stands in for another eigenvalue.
+
+    For lambda_1 alone (k = 1), with the residual ``r = H v - theta v`` and an estimate rho of lambda_2 from above,
+    ``e_1`` is the smaller of ``||r||`` and, if rho < theta, ``||r||^2 / (theta - rho)`` (Kato 1949; Temple 1928).
+
+    For k pairs, the leading s = i, ..., k pairs each give a bound on ``lambda_i``, with the residuals
+    ``R = H V - V Theta`` of these s pairs and an estimate rho of ``lambda_{s+1}`` from above. ``e_i`` is the smallest.
 
     - With a gap, rho < theta_s: ``lambda_i <= rho + tau_i``, tau the eigenvalues of ``D + D^-1/2 R'R D^-1/2``,
-      ``D = Theta - rho`` (Lehmann 1949; Parlett 1998, ch. 10). For one pair that is Kato's and Temple's
-      ``||r||^2 / (theta - rho)``.
+      ``D = Theta - rho`` (Lehmann 1949; Parlett 1998, ch. 10).
     - Without one: ``lambda_i <= max(theta_i, rho) + ||R||`` (Weyl); for s = k, ``theta_i + ||R||``.
 
     rho is ``theta_{s+1} + ||r_{s+1}||`` for s < k, and ``next_eigenvalue`` for s = k.
 
     Args:
         ritz_values: descending, float64 (k,).
-        residual_gram: ``R' R`` (k, k), R the residual vectors.
-        next_eigenvalue: an upper estimate of ``lambda_{k+1}`` (a Ritz value plus its residual), -inf if k is the order
-            of H; None if there is no estimate, and gaps are not used.
+        residual_gram: ``R' R`` (k, k), float64.
+        next_eigenvalue: an estimate of ``lambda_{k+1}`` from above: a Ritz value plus its residual, of H or, with the
+            guided solver, of the operator that guides it. -inf if k is the order of H, where the pairs are exact. None
+            if there is no estimate: gaps are then not used.
 
     ``lambda_{s+1}`` within the k is taken to be at most the Ritz value and its residual. The bounds presume that the k
     pairs stand for the k largest eigenvalues: no residual can prove that.
@@ -148,7 +155,7 @@ def ritz_bounds(ritz_values: Tensor, residual_gram: Tensor, next_eigenvalue: flo
     rhos = torch.cat([ritz_values[1:] + lengths[1:], torch.tensor([last], dtype=torch.float64)])
     bounds = torch.full((k,), float("inf"), dtype=torch.float64)
     for s in range(1, k + 1):
-        gram, gaps = residual_gram[:s, :s], ritz_values[:s] - rhos[s - 1]  # the gaps are D
+        gram, gaps = residual_gram[:s, :s], ritz_values[:s] - rhos[s - 1]  # gaps: D of the docstring
         size = torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt()
         candidate = size + (-gaps).clamp_min(0) if s < k else size.expand(k)
         if next_eigenvalue is not None and 0 < float(gaps[-1]) < float("inf"):

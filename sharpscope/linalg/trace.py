@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 
 from sharpscope.linalg.quadrature import known_pairs, random_unit_rows, require_probes
-from sharpscope.linalg.symmetric_operator import Matmat, as_row_operator, deflated, require_dtype, rounding_error
-from sharpscope.linalg.vectors import BREAKDOWN, inner, norms, orthonormalise
+from sharpscope.linalg.vectors import (
+    BREAKDOWN,
+    Matmat,
+    as_row_operator,
+    deflated,
+    inner,
+    norms,
+    orthonormalise,
+    require_dtype,
+    rounding_error,
+)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,17 @@ import torch
 from torch import Tensor
 
 from sharpscope.linalg.ritz import descending
-from sharpscope.linalg.symmetric_operator import Matmat, require_symmetric, rounding_error
-from sharpscope.linalg.vectors import BREAKDOWN, combine, inner, norms, orthonormalise, random_rows
+from sharpscope.linalg.vectors import (
+    BREAKDOWN,
+    Matmat,
+    combine,
+    inner,
+    norms,
+    orthonormalise,
+    random_rows,
+    require_symmetric,
+    rounding_error,
+)
 
 # Consecutive products at which the residual must meet the tolerance.
 CONFIRMED = 2

@@ -1,31 +1,33 @@
-"""The monitor: counts steps, measures, and keeps what it measured."""
+"""SharpnessMonitor: lambda_max of the training loss while a model is trained, on a sample that is kept."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import sys
 import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
 from sharpscope.errors import ArgumentError, DataError, first_line, require_count
+from sharpscope.importing import is_missing_module
 from sharpscope.linalg.warm_lanczos import LargestEigenvalue, warm_lanczos
 from sharpscope.measurement import Measurement, provenance, seeded
-from sharpscope.monitor.loggers import huggingface_callback, lightning_callback, log_function
-from sharpscope.monitor.sample import SIZE, Sample, draw_sample
 from sharpscope.monitor.unwrap import eager_mode, stability_edges, unwrapped, without_wrappers
 from sharpscope.objective import Objective
 from sharpscope.objective.accumulate import MAX_CACHED_BYTES, CachedGraphs, LossAndGradient, mean_loss_and_gradient
 from sharpscope.objective.graph_wrappers import OOMHalving
-from sharpscope.objective.micro_batches import MicroBatch, micro_batches
+from sharpscope.objective.micro_batches import MicroBatch, as_batches, map_tensors, micro_batches, rows
 from sharpscope.problem import Problem, require_problem
 from sharpscope.results import MonitorRecord, MonitorResult
+from sharpscope.sampling.subsample import underlying_dataset
 from sharpscope.weights.restore import preserved
 
 # Examples in the sample unless told otherwise.
@@ -314,3 +316,164 @@ class SharpnessMonitor:
 def _logged(record: MonitorRecord) -> dict[str, float]:
     values = {f"sharpness/{name}": float(getattr(record, name)) for name in LOGGED}
     return {tag: value for tag, value in values.items() if math.isfinite(value)}
+
+
+LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
+
+
+def lightning_callback(step: Callable[[int], object], offer: Callable[[Any], None]) -> Any:
+    """``step(number)`` after each optimizer step on rank 0, and ``offer(optimizer)`` before the first of them."""
+    # The two packages have classes of their own, so the one whose Trainer is in use comes first.
+    names = sorted(LIGHTNING, key=lambda name: name not in sys.modules)
+    base = _imported(names, "lightning").Callback
+
+    class Callback(base):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            super().__init__()
+            self._seen = 0
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self._seen = trainer.global_step
+            if trainer.optimizers:
+                offer(trainer.optimizers[0])
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any, **options: Any) -> None:
+            # While gradients accumulate, batches end without a step.
+            if trainer.is_global_zero and trainer.global_step != self._seen:
+                self._seen = trainer.global_step
+                step(self._seen)
+
+    return Callback()
+
+
+def huggingface_callback(step: Callable[[int], object], offer: Callable[[Any], None]) -> Any:
+    """As ``lightning_callback``."""
+    base = _imported(("transformers",), "transformers").TrainerCallback
+
+    class Callback(base):  # type: ignore[misc, valid-type]
+        def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **options: Any) -> None:
+            offer(optimizer)
+            if state.is_world_process_zero:
+                step(state.global_step)
+
+    return Callback()
+
+
+def _imported(names: Sequence[str], package: str) -> Any:
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not is_missing_module(error, name):
+                raise
+    raise ArgumentError(f"{' or '.join(names)} must be installed for this callback. Install it: pip install {package}.")
+
+
+Sink = Callable[[int, Mapping[str, float]], None]
+
+
+def log_function(log: Any) -> Sink:
+    """``sink(step, {tag: value})`` that writes to ``log``.
+
+    ``log`` has ``add_scalar(tag, value, step)``, ``log_metrics(dict, step)`` or ``log(dict)``, looked for in this
+    order, or is called with a dict; None drops everything. Where no step can be passed it is in the dict, as
+    "sharpness/step".
+
+    Raises: ArgumentError when it is none of these.
+    """
+    if log is None:
+        return lambda step, values: None
+    if callable(getattr(log, "add_scalar", None)):
+
+        def scalars(step: int, values: Mapping[str, float]) -> None:
+            for tag, value in values.items():
+                log.add_scalar(tag, value, step)
+
+        return scalars
+    if callable(getattr(log, "log_metrics", None)):
+        return lambda step, values: log.log_metrics(dict(values), step)
+    take = log.log if callable(getattr(log, "log", None)) else log
+    if not callable(take):
+        raise ArgumentError(
+            "log must have add_scalar(tag, value, step), log_metrics(dict, step) or log(dict), or be callable with a "
+            f"dict, got {type(log).__name__}."
+        )
+    return lambda step, values: take({"sharpness/step": step, **values})
+
+
+# Examples a graph.
+SIZE = 256
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Examples in batches of at most SIZE where they can be cut.
+
+    Attributes:
+        batches: as the problem's data have them.
+        examples: in them, and ``drawn_from``: in the data.
+    """
+
+    batches: list[Any]
+    examples: int
+    drawn_from: int
+
+
+def draw_sample(data: Any, examples: int | None, generator: torch.Generator) -> Sample:
+    """``examples`` of the data at random without replacement, in their order, or all of them.
+
+    Of a Dataset, and of a DataLoader that takes one in order or shuffles it, only those drawn are read, in this
+    process. Other data are walked once. Batches that cannot be cut are drawn whole until there are enough examples.
+    Every random state is left as it was, those of the loader's generators too.
+
+    Raises: DataError for data that cannot be walked, or hold no example.
+    """
+    with preserved(data=data):
+        dataset = underlying_dataset(data, SequentialSampler, RandomSampler, DistributedSampler)
+        if dataset is None:
+            found, total = _walked(micro_batches(as_batches(data), None), examples, generator)
+        else:
+            total, collate = len(dataset), data.collate_fn if isinstance(data, DataLoader) else None
+            chosen = torch.arange(total) if examples is None else torch.randperm(total, generator=generator)[:examples]
+            own = Subset(dataset, chosen.sort().values.tolist())
+            found = list(micro_batches(DataLoader(own, SIZE, collate_fn=collate), None))
+    if not found:
+        raise DataError("The data must hold at least one example, got none. Check the data set and its filters.")
+    parts = list(micro_batches([part.batch for part in found], SIZE))
+    return Sample([part.batch for part in parts], sum(part.size for part in parts), total)
+
+
+def _walked(
+    parts: Iterator[MicroBatch], examples: int | None, generator: torch.Generator
+) -> tuple[list[MicroBatch], int]:
+    """Copies of the examples of smallest random key, or of whole batches that cannot be cut; and how many came."""
+    total, held = 0, list[tuple[Tensor, MicroBatch]]()
+    for part in parts:
+        total += part.size
+        keys = torch.rand(part.size if part.splittable else 1, generator=generator, dtype=torch.float64)
+        held.append((keys, part))
+        # A loader may fill the same tensors again, so the copy is taken before the next batch is asked for.
+        held = _smallest(held, total if examples is None else examples)
+    return [part for _, part in held], total
+
+
+def _smallest(held: Sequence[tuple[Tensor, MicroBatch]], examples: int) -> list[tuple[Tensor, MicroBatch]]:
+    """What comes first by key until there are ``examples``; a batch with a single key counts whole."""
+    keys = torch.cat([own for own, _ in held])
+    sizes = torch.cat([torch.full((len(own),), part.size // len(own)) for own, part in held])
+    order = keys.argsort()
+    before = sizes[order].cumsum(0) - sizes[order]
+    last = keys[order[before < examples]].max()
+    found = []
+    for own, part in held:
+        places = (own <= last).nonzero()[:, 0]
+        if len(places):
+            found.append((own[places], _copied(part, places, whole=len(own) != part.size)))
+    return found
+
+
+def _copied(part: MicroBatch, places: Tensor, whole: bool) -> MicroBatch:
+    """The examples at ``places``, or the whole batch, as copies."""
+    if whole:
+        return MicroBatch(map_tensors(part.batch, lambda t: t.detach().clone()), part.size, ())
+    return MicroBatch(rows(part.batch, places), len(places), ())

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sharpscope.errors import ProblemError, SharpscopeError, first_line, out_of_memory
-from sharpscope.objective.lift_float32 import float64_mode
-from sharpscope.objective.losses import described, output_tensor, term_loss
+from sharpscope.objective.losses import described, output_tensor, summed_loss
 from sharpscope.objective.micro_batches import MicroBatch, forward_arguments, leaves, map_leaves, tensors
-from sharpscope.precision import available_device, cast_model, compute_dtype, matching_dtype, wide
+from sharpscope.precision import available_device, cast_model, compute_dtype, float64_mode, matching_dtype, wide
 from sharpscope.problem import Problem, require_problem
 from sharpscope.weights import parameters
 
@@ -58,7 +57,7 @@ class LossTerms:
         self.model, self.loss_function = cast_model(problem.model, problem.loss, self.dtype, self.device)
         self.params: list[Tensor] = list(parameters.select(self.model, problem.params).values())
         self.num_params = sum(p.numel() for p in self.params)
-        self.loss = term_loss(self.loss_function)
+        self.loss = summed_loss(self.loss_function)
         self.checked = False
         self._differentiates = False
         self._accepts = _accepts_argument(problem.model)

@@ -1,6 +1,8 @@
 """Losses as sums over their terms, ``sum_i a_i l_i`` and ``sum_i a_i``, so that batches of any size add up.
 
-Each known loss is a function below; ``_total_label_weight`` handles ignored labels and class weights.
+Each known loss is a function below. Its inner ``sums`` counts the terms of a batch, ``sum_i a_i``: labels that are not
+ignored, by class weight, in ``_total_label_weight``; elements in ``_mse`` and ``_bce_with_logits``; of a loss that is
+not known, ``loss.terms(batch)`` in ``_mean_times_terms``, or the examples in ``_mean_times_examples``.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ Where = Callable[[int], str]
 
 
 @dataclass(frozen=True)
-class TermLoss:
+class SummedLoss:
     """A loss as a sum over its terms.
 
     Attributes:
@@ -47,7 +49,7 @@ class TermLoss:
     aligned: Callable[[Any], Any] = lambda target: target
 
 
-def term_loss(loss: Callable[..., Any]) -> TermLoss:
+def summed_loss(loss: Callable[..., Any]) -> SummedLoss:
     """``loss`` as sums over its terms.
 
     A known module or functional form is summed whatever its ``reduction``. Any other loss must return the mean over
@@ -56,7 +58,7 @@ def term_loss(loss: Callable[..., Any]) -> TermLoss:
     Raises: ProblemError for an option of a known loss whose terms do not add up over batches.
     """
     if hasattr(loss, "terms"):
-        return TermLoss(
+        return SummedLoss(
             _name(loss), functools.partial(_mean_times_terms, loss), counts_terms=False, has_terms_method=True
         )
     for module, build in _MODULES.items():
@@ -78,7 +80,7 @@ def term_loss(loss: Callable[..., Any]) -> TermLoss:
                 "Pass a callable that returns the mean, with a terms(batch) method."
             )
         return known(**{name: value for name, value in options.items() if name != "reduction"})
-    return TermLoss(_name(loss), functools.partial(_mean_times_examples, loss), counts_terms=False)
+    return SummedLoss(_name(loss), functools.partial(_mean_times_examples, loss), counts_terms=False)
 
 
 class TokenCrossEntropy(nn.Module):
@@ -118,7 +120,7 @@ class TokenCrossEntropy(nn.Module):
         return F.pad(target[:, 1:], (0, 1), value=self.ignore_index) if self.shift else target
 
 
-def _cross_entropy(weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> TermLoss:
+def _cross_entropy(weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> SummedLoss:
     def sums(output: Any, target: Tensor, batch: Any, size: int) -> tuple[Tensor, Tensor]:
         logits = output_tensor(output)
         scale = _to_like(weight, logits)
@@ -133,7 +135,7 @@ def _cross_entropy(weight: Tensor | None = None, ignore_index: int = -100, label
     def check(output: Any, target: Any, where: Where) -> None:
         _check_labels(output_tensor(output), target, ignore_index, where)
 
-    return TermLoss(
+    return SummedLoss(
         "cross_entropy",
         sums,
         check,
@@ -142,7 +144,7 @@ def _cross_entropy(weight: Tensor | None = None, ignore_index: int = -100, label
     )
 
 
-def _token_cross_entropy(loss: TokenCrossEntropy) -> TermLoss:
+def _token_cross_entropy(loss: TokenCrossEntropy) -> SummedLoss:
     flat = _cross_entropy(None, loss.ignore_index, loss.label_smoothing)
 
     def sums(output: Any, target: Tensor, batch: Any, size: int) -> tuple[Tensor, Tensor]:
@@ -158,7 +160,7 @@ def _token_cross_entropy(loss: TokenCrossEntropy) -> TermLoss:
         flat.check(logits.movedim(-1, 1), target, where)
 
     per_token = categorical(None, loss.ignore_index, loss.label_smoothing, dim=-1)
-    return TermLoss(
+    return SummedLoss(
         "token_cross_entropy",
         sums,
         check,
@@ -173,7 +175,7 @@ def _token_cross_entropy(loss: TokenCrossEntropy) -> TermLoss:
     )
 
 
-def _nll(weight: Tensor | None = None, ignore_index: int = -100) -> TermLoss:
+def _nll(weight: Tensor | None = None, ignore_index: int = -100) -> SummedLoss:
     def sums(output: Any, target: Tensor, batch: Any, size: int) -> tuple[Tensor, Tensor]:
         log_probabilities = output_tensor(output)
         scale, target = _to_like(weight, log_probabilities), target.long()
@@ -183,21 +185,21 @@ def _nll(weight: Tensor | None = None, ignore_index: int = -100) -> TermLoss:
     def check(output: Any, target: Any, where: Where) -> None:
         _check_labels(output_tensor(output), target, ignore_index, where)
 
-    return TermLoss(
+    return SummedLoss(
         "nll", sums, check, likelihood=categorical(weight, ignore_index, logarithms=True), ignore_index=ignore_index
     )
 
 
-def _mse() -> TermLoss:
+def _mse() -> SummedLoss:
     def sums(output: Any, target: Tensor, batch: Any, size: int) -> tuple[Tensor, Tensor]:
         prediction = output_tensor(output)
         total = F.mse_loss(prediction, target.to(prediction), reduction="sum")
         return total, total.new_tensor(prediction.numel())
 
-    return TermLoss("mse", sums, _check_same_shape, likelihood=gaussian())
+    return SummedLoss("mse", sums, _check_same_shape, likelihood=gaussian())
 
 
-def _bce_with_logits(weight: Tensor | None = None, pos_weight: Tensor | None = None) -> TermLoss:
+def _bce_with_logits(weight: Tensor | None = None, pos_weight: Tensor | None = None) -> SummedLoss:
     def sums(output: Any, target: Tensor, batch: Any, size: int) -> tuple[Tensor, Tensor]:
         logits = output_tensor(output)
         total = F.binary_cross_entropy_with_logits(
@@ -220,22 +222,22 @@ def _bce_with_logits(weight: Tensor | None = None, pos_weight: Tensor | None = N
                     f"output), got shape {tuple(value.shape)}. Put per-example weights into a loss with terms(batch)."
                 )
 
-    return TermLoss("bce_with_logits", sums, check, likelihood=bernoulli(weight, pos_weight))
+    return SummedLoss("bce_with_logits", sums, check, likelihood=bernoulli(weight, pos_weight))
 
 
-_OPTIONS: dict[Callable[..., TermLoss], tuple[str, ...]] = {
+_OPTIONS: dict[Callable[..., SummedLoss], tuple[str, ...]] = {
     _cross_entropy: ("weight", "ignore_index", "label_smoothing"),
     _nll: ("weight", "ignore_index"),
     _mse: (),
     _bce_with_logits: ("weight", "pos_weight"),
 }
-_MODULES: dict[type[nn.Module], Callable[..., TermLoss]] = {
+_MODULES: dict[type[nn.Module], Callable[..., SummedLoss]] = {
     nn.CrossEntropyLoss: _cross_entropy,
     nn.NLLLoss: _nll,
     nn.MSELoss: _mse,
     nn.BCEWithLogitsLoss: _bce_with_logits,
 }
-_FUNCTIONS: dict[Any, Callable[..., TermLoss]] = {
+_FUNCTIONS: dict[Any, Callable[..., SummedLoss]] = {
     F.cross_entropy: _cross_entropy,
     F.nll_loss: _nll,
     F.mse_loss: _mse,
@@ -350,7 +352,8 @@ def find_logits(output: Any) -> Tensor | None:
     return logits if isinstance(logits, Tensor) else None
 
 
-Terms = Callable[[Tensor, Tensor], Tensor]
+# Of output and target, a number or vector for each loss term.
+TermFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -372,10 +375,10 @@ class Likelihood:
     """
 
     dim: int | None
-    weight: Terms
-    curvature_weight: Terms
-    draw: Terms
-    score: Terms
+    weight: TermFunction
+    curvature_weight: TermFunction
+    draw: TermFunction
+    score: TermFunction
     link: Callable[[Tensor], Tensor] = lambda output: output
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:

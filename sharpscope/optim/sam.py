@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from sharpscope.errors import ArgumentError, require_count
-from sharpscope.optim.ascent import AscentSteps, check_rho, dense_gradients
-from sharpscope.optim.m_sharpness_chunks import GradientSum, split_batch
+from sharpscope.optim.ascent import AscentSteps, GradientSum, check_rho, dense_gradients, split_batch
 from sharpscope.optim.replay import ReplayedClosure
 from sharpscope.weights.norm_ball import Ball, norm_on_device, settled_norm
 from sharpscope.weights.perturbation import cosine

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from sharpscope.errors import ArgumentError, require_count
-from sharpscope.optim.m_sharpness_chunks import GradientSum
+from sharpscope.optim.ascent import GradientSum
 from sharpscope.optim.sam import SAM
 from sharpscope.weights.norm_ball import inner_of, norm_of, widened
 

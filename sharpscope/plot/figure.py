@@ -9,8 +9,8 @@ import numpy as np
 
 from sharpscope.errors import DataError
 from sharpscope.results import SliceResult
-from sharpscope.results.provenance_text import checkpoint_names
 from sharpscope.results.slice import DIVERGED, PENDING, describe_directions, describe_mode, keeps_centre_statistics
+from sharpscope.results.table import checkpoint_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

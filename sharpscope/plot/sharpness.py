@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sharpscope.errors import DataError
 from sharpscope.plot.figure import COLOURS
 from sharpscope.results import EigenResult, Measure, MonitorResult, SharpnessResult
-from sharpscope.results.provenance_text import checkpoint_names
+from sharpscope.results.table import checkpoint_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

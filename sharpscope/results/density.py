@@ -12,10 +12,9 @@ import numpy as np
 from sharpscope.errors import DataError
 from sharpscope.formatting import transpose_if_narrower
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.provenance_text import LOSS_AND_COST, checkpoint_names, loss_and_cost_cells, origin_notes
 from sharpscope.results.serialization import Array, Shape
 from sharpscope.results.statistics import Estimate, student
-from sharpscope.results.table import Table
+from sharpscope.results.table import LOSS_AND_COST, Table, checkpoint_names, loss_and_cost_cells, origin_notes
 
 PerNode = Annotated[Array, Shape("K nodes")]
 

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError
 from sharpscope.formatting import transpose_if_narrower, with_bound
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.provenance_text import LOSS_AND_COST, checkpoint_names, loss_and_cost_cells, origin_notes
 from sharpscope.results.serialization import (
     IN_NPZ,
     Array,
@@ -25,7 +24,7 @@ from sharpscope.results.serialization import (
     read_arrays,
     write_json,
 )
-from sharpscope.results.table import Table
+from sharpscope.results.table import LOSS_AND_COST, Table, checkpoint_names, loss_and_cost_cells, origin_notes
 
 # Above this probability of a miss there is no certificate.
 MAX_MISS_PROBABILITY = 0.01

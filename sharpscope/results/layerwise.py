@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError
 from sharpscope.formatting import with_bound
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.provenance_text import checkpoint_names, describe_origin
 from sharpscope.results.serialization import Array, Shape, annotations_of, as_json, metadata_of, parse_value
 from sharpscope.results.statistics import Estimate
-from sharpscope.results.table import Table, stacked
+from sharpscope.results.table import Table, checkpoint_names, describe_origin, stacked
 
 # A field of this shape is a key of each block's object in the JSON, of the same name or this one.
 BLOCKS = Shape("L")

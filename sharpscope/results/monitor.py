@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError
 from sharpscope.formatting import with_bound
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.provenance_text import checkpoint_names, origin_notes, typed_value
 from sharpscope.results.serialization import MaybeNaN
-from sharpscope.results.table import Table, stacked
+from sharpscope.results.table import Table, checkpoint_names, origin_notes, stacked, typed_value
 
 # Rows of the table, evenly spread over the run, the first and the last among them.
 MAX_ROWS = 20

@@ -9,9 +9,8 @@ from typing import Annotated, Any, ClassVar
 from sharpscope.errors import DataError, nearest
 from sharpscope.formatting import with_bound
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.provenance_text import checkpoint_names, origin_notes, typed_value
 from sharpscope.results.serialization import MaybeNaN, Shape
-from sharpscope.results.table import Table, stacked
+from sharpscope.results.table import Table, checkpoint_names, origin_notes, stacked, typed_value
 
 DEFINITIONS = {
     "m-sharpness": "mean over disjoint subsets b of m examples of max L_b(w+e) - L_b(w), ||D^-1 e||_p <= rho, as far "

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
 from sharpscope.results.base import Cost, Result
-from sharpscope.results.provenance_text import checkpoint_names, origin_notes, typed_value
 from sharpscope.results.serialization import (
     IN_NPZ,
     Array,
@@ -29,7 +28,7 @@ from sharpscope.results.serialization import (
     without_header,
     write_json,
 )
-from sharpscope.results.table import Table
+from sharpscope.results.table import Table, checkpoint_names, origin_notes, typed_value
 
 PENDING, DONE, DIVERGED = 0, 1, 2
 STATUSES = ("pending", "done", "diverged")

@@ -1,13 +1,17 @@
-"""What a result shows: rows and notes, as text for ``print`` and as HTML for a notebook."""
+"""What a result shows: rows and notes, and where it comes from, as text for ``print`` and as HTML for a notebook."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sharpscope.formatting import aligned
+
+if TYPE_CHECKING:
+    from sharpscope.results.base import Cost
 
 Rows = Sequence[Sequence[str]]
 
@@ -75,3 +79,81 @@ def _row(tag: str, cells: Sequence[str]) -> str:
     right = "text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums"
     shown = "".join(f'<{tag} style="{right}">{cell}</{tag}>' for cell in others)
     return f'<tr><{tag} style="text-align: left">{first}</{tag}>{shown}</tr>'
+
+
+# The columns that close every table of results.
+LOSS_AND_COST = ("loss", "|grad|", "gradients", "passes", "seconds")
+
+
+def typed_value(provenance: Mapping[str, Any], key: str, kind: Any) -> Any:
+    """Return the value under ``key``, None where it has another type: users may put anything into a provenance."""
+    value = provenance.get(key)
+    return value if isinstance(value, kind) else None
+
+
+def checkpoint_names(provenances: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The checkpoints' file names, or whole paths where names come twice; models without a file are numbered."""
+    paths = [str(provenance.get("checkpoint") or "model") for provenance in provenances]
+    if paths.count("model") > 1:
+        count = iter(range(1, len(paths) + 1))
+        paths = [f"model {next(count)}" if path == "model" else path for path in paths]
+    names = [Path(path).name for path in paths]
+    return names if len(set(names)) == len(names) else paths
+
+
+def describe_examples(provenance: Mapping[str, Any]) -> str:
+    """How many examples of which data: "1000 examples of digits (train)"."""
+    where = f"{provenance.get('num_examples', '?')} examples"
+    if provenance.get("data") and provenance.get("split"):
+        noise = typed_value(provenance, "label_noise", int | float)
+        wrong = f", {100 * noise:.3g}% wrong labels" if noise else ""
+        where += f" of {provenance['data']} ({provenance['split']}{wrong})"
+    return where
+
+
+def describe_origin(provenance: Mapping[str, Any]) -> str:
+    """One sentence: which examples, how many parameters, which mode and precision, how the weights came about."""
+    where = describe_examples(provenance)
+    how = f"{provenance.get('num_params', '?')} parameters, {provenance.get('mode', '?')} mode"
+    return f"{where}, {how}, {provenance.get('dtype', '?')}{_training_suffix(provenance)}."
+
+
+def origin_notes(name: str, provenance: Mapping[str, Any]) -> list[str]:
+    """The origin under the checkpoint's name, and the matrix where it is not the Hessian by double backprop."""
+    notes, operator = [f"{name}: {describe_origin(provenance)}"], provenance.get("operator", "hessian")
+    notes += _weights_note(name, provenance)
+    if operator != "hessian":
+        what = "finite differences of the gradient, approximate" if operator == "finite-difference" else operator
+        notes.append(f"{name}: eigenvalues not of the Hessian by double backprop, but of: {what}.")
+    return notes
+
+
+def _weights_note(name: str, provenance: Mapping[str, Any]) -> list[str]:
+    """Describe which weights of a file were loaded, if not all."""
+    key, prefix = (provenance.get(key) for key in ("weights_key", "weights_prefix"))
+    left = typed_value(provenance, "weights_left_out", list | tuple)
+    if not (key or prefix or left):
+        return []
+    parts = [f"weights under {key!r}"] if key else []
+    parts += [f"the prefix {prefix!r} taken off their names"] if prefix else []
+    if left:
+        parts.append(f"left out: {', '.join(map(str, left[:3]))}{f' and {len(left) - 3} more' if left[3:] else ''}")
+    return [f"{name}: {'; '.join(parts)}."]
+
+
+def loss_and_cost_cells(loss: float, gradient_norm: float, cost: Cost) -> list[str]:
+    """The cells under ``LOSS_AND_COST``."""
+    paid = [f"{cost.gradients:.1f}", str(cost.passes), f"{cost.seconds:.1f}"]
+    return [f"{loss:.4g}", f"{gradient_norm:.2g}", *paid]
+
+
+def _training_suffix(provenance: Mapping[str, Any]) -> str:
+    """Describe how the weights were trained, as far as the checkpoint records it."""
+    recipe, epoch = typed_value(provenance, "recipe", Mapping) or {}, provenance.get("epoch")
+    text = ""
+    if recipe.get("optimizer"):
+        rho = typed_value(recipe, "rho", int | float)
+        variant, m = str(recipe.get("variant", "sam")).upper(), recipe.get("m")
+        text += f", {recipe['optimizer']}" if rho is None else f", {variant} around {recipe['optimizer']}, rho {rho:g}"
+        text += "" if m is None else f", m {m}"
+    return text + (f", epoch {epoch}" if epoch is not None else "")

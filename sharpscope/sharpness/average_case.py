@@ -13,8 +13,8 @@ from sharpscope.errors import ArgumentError
 from sharpscope.precision import wide
 from sharpscope.results import Measure
 from sharpscope.results.statistics import Estimate
-from sharpscope.sharpness.losses import full_loss, require_classes
 from sharpscope.sharpness.spec import MeasureContext, MeasureSpec, with_interval
+from sharpscope.sharpness.subset_loss import full_loss, require_classes
 from sharpscope.weights.perturbation import Perturbation
 
 # PAC-Bayes: the mean drop of accuracy that sigma may cause (Jiang et al. 2020), and sigma's relative tolerance.

@@ -18,7 +18,7 @@ from sharpscope.precision import cast_model
 from sharpscope.problem import Problem
 from sharpscope.results import InvarianceResult, SharpnessResult
 from sharpscope.results.base import total_cost
-from sharpscope.sharpness.ascent import Ascent
+from sharpscope.sharpness.maximize import Ascent
 from sharpscope.sharpness.measures import measure_sharpness
 
 # Examples on which a rescaled network must give the same outputs, and to what share of the largest.

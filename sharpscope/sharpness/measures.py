@@ -15,9 +15,9 @@ from sharpscope.objective import Progress
 from sharpscope.problem import Problem
 from sharpscope.results import Measure, SharpnessResult
 from sharpscope.results.sharpness import DEFINITIONS
-from sharpscope.sharpness import average_case, hessian, worst_case
-from sharpscope.sharpness.ascent import Ascent
-from sharpscope.sharpness.hessian import training_recipe
+from sharpscope.sharpness import average_case, curvature_measures, worst_case
+from sharpscope.sharpness.curvature_measures import training_recipe
+from sharpscope.sharpness.maximize import Ascent
 from sharpscope.sharpness.spec import MeasureContext, MeasureSpec, Settings
 from sharpscope.weights.norm_ball import Ball
 
@@ -30,7 +30,7 @@ WORST = Ascent(20, adaptive=True, restarts=1)
 MEASURES: dict[str, MeasureSpec] = {
     spec.name: spec
     for spec in sorted(
-        (*worst_case.MEASURES, *average_case.MEASURES, *hessian.MEASURES),
+        (*worst_case.MEASURES, *average_case.MEASURES, *curvature_measures.MEASURES),
         key=lambda spec: list(DEFINITIONS).index(spec.name),
     )
 }

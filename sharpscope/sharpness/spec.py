@@ -16,7 +16,7 @@ from sharpscope.linalg.top_eigenpairs import top_eigenpairs_rows
 from sharpscope.objective import Objective, Progress
 from sharpscope.results import Measure
 from sharpscope.results.statistics import Estimate, student
-from sharpscope.sharpness.ascent import Ascent
+from sharpscope.sharpness.maximize import Ascent
 from sharpscope.weights.norm_ball import Ball
 
 # Confidence level of the intervals over subsets or draws.

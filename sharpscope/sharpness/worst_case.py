@@ -20,9 +20,9 @@ from sharpscope.objective.micro_batches import MicroBatch, map_tensors, matches,
 from sharpscope.precision import wide
 from sharpscope.results import Measure
 from sharpscope.results.statistics import Estimate
-from sharpscope.sharpness.ascent import Ascent, maximum_loss
-from sharpscope.sharpness.losses import SubsetLoss, disjoint_subsets, examples_per_graph, is_single_batch
+from sharpscope.sharpness.maximize import Ascent, maximum_loss
 from sharpscope.sharpness.spec import MeasureContext, MeasureSpec, ball_settings, with_interval
+from sharpscope.sharpness.subset_loss import SubsetLoss, disjoint_subsets, examples_per_graph, is_single_batch
 from sharpscope.weights.norm_ball import Ball
 from sharpscope.weights.parameters import select
 from sharpscope.weights.perturbation import Perturbation

@@ -1,8 +1,7 @@
 """Eigenvalues, density, trace and diagonal blocks of a problem's Hessian, or of another curvature matrix."""
 
-from sharpscope.spectrum.density import spectral_density
+from sharpscope.spectrum.density import spectral_density, trace
 from sharpscope.spectrum.eigenvalues import top_eigenvalues
 from sharpscope.spectrum.layerwise import block_spectra
-from sharpscope.spectrum.trace import trace
 
 __all__ = ["block_spectra", "spectral_density", "top_eigenvalues", "trace"]

@@ -16,7 +16,13 @@ from torch import Tensor
 from sharpscope.errors import ArgumentError, ConvergenceWarning
 from sharpscope.linalg import Eigenpairs
 from sharpscope.linalg.missed_eigenvalues import STEPS, kuczynski_wozniakowski
-from sharpscope.linalg.top_eigenpairs import guidable, require_arguments, top_eigenpairs_rows
+from sharpscope.linalg.top_eigenpairs import (
+    CertifiedEigenpairs,
+    certify_eigenpairs,
+    guidable,
+    require_arguments,
+    top_eigenpairs_rows,
+)
 from sharpscope.measurement import Measurement
 from sharpscope.objective import Progress
 from sharpscope.objective.accumulate import MAX_CACHED_BYTES
@@ -34,7 +40,6 @@ from sharpscope.sampling.importance_sample import (
     worthwhile,
 )
 from sharpscope.sampling.sampling_error import sampling_error
-from sharpscope.spectrum.certify import CertifiedEigenpairs, certify_eigenpairs, require_certify
 
 # Safety factor on the float32 rounding error measured on some examples: on others it may be larger.
 FLOAT32_SAFETY = 4.0
@@ -116,7 +121,7 @@ def top_eigenvalues(
     computation: dict[str, Any] = {"dtype": dtype, "device": device, "micro_batch": micro_batch}
     m = Measurement(problem, generator, progress, operator=operator, journal=journal, settings=settings, **computation)
     require_arguments(m.num_params, k, tol, method, max_passes, which)
-    require_certify(certify, which, method)
+    _require_certify(certify, which, method)
     like = _solver_vectors(m, basis_device)
     with m:
         guided = _is_guided(m, method, which, k)
@@ -141,7 +146,9 @@ def top_eigenvalues(
         pairs, proof = solve(max_products=max_passes), None
         if certify is not None:
             left = None if max_passes is None else max_passes + before
-            proof = certify_eigenpairs(hessian, pairs, solve, certify, lambda: _remaining(m, left), m.generator)
+            proof = certify_eigenpairs(
+                hessian, pairs, solve, certify, lambda: _remaining(m, left), MAX_MISS_PROBABILITY, m.generator
+            )
             pairs = proof.pairs
         pairs = pairs.widened(_float32_error(m, pairs), tol)
         sampling = _sampling(m, pairs, which, k) if population else None
@@ -288,3 +295,15 @@ def _warn(m: Measurement, pairs: Eigenpairs, proof: CertifiedEigenpairs | None, 
             ConvergenceWarning,
             stacklevel=3,
         )
+
+
+def _require_certify(certify: float | None, which: str, method: str) -> None:
+    """Raise ArgumentError if ``certify`` is invalid or does not fit the method."""
+    if certify is not None and method == "power":
+        raise ArgumentError(
+            "certify needs a solver that can start from what it found, got method='power'. Leave it out."
+        )
+    if certify is not None and which != "largest":
+        raise ArgumentError(f"certify is for which='largest', got which={which!r}. Leave one of them out.")
+    if certify is not None and not 0 < certify < 1:
+        raise ArgumentError(f"certify must be between 0 and 1, got {certify}.")

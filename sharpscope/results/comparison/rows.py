@@ -10,7 +10,6 @@ from typing import Any
 from sharpscope.results.comparison.subject import Subject, group_subjects, pair_runs
 from sharpscope.results.density import TraceResult
 from sharpscope.results.eigen import EigenResult
-from sharpscope.results.provenance_text import describe_examples, describe_origin, typed_value
 from sharpscope.results.serialization import as_json
 from sharpscope.results.sharpness import Measure, SharpnessResult
 from sharpscope.results.statistics import (
@@ -30,6 +29,7 @@ from sharpscope.results.statistics import (
     spread,
     wilson,
 )
+from sharpscope.results.table import describe_examples, describe_origin, typed_value
 
 Groups = Mapping[str, Sequence[Subject]]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.sharpness.losses import SubsetLoss
+from sharpscope.sharpness.subset_loss import SubsetLoss
 from sharpscope.weights.norm_ball import Ball, norm_of
 from sharpscope.weights.perturbation import Perturbation
 
