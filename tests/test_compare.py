@@ -7,8 +7,6 @@ import io
 import json
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +19,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+import processes
 import sharpscope
 from sharpscope import report
 from sharpscope.cli import comparing, main
@@ -198,29 +197,25 @@ def judges(found: dict[str, Any]) -> bool:
 def test_killed_three_times_a_comparison_ends_in_the_same_numbers(trained: Path, tmp_path: Path) -> None:
     """kill -9 in three parts: what was finished is not measured again, and every number is an uninterrupted run's."""
     files = [str(trained / name) for name in ("sgd-0.pt", "sam-0.pt")]
-    # The command without the page's figures, which take most of the time.
-    bare = (
-        "import sys; from sharpscope import cli, report; report.page = lambda _: ''; sys.exit(cli.main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", bare, "compare", *files, "--quick", "--examples", "100", "--out"]
+    command = ["compare", *files, "--quick", "--examples", "100", "--out"]
     killed, whole, parts = tmp_path / "killed", tmp_path / "whole", tmp_path / "killed" / "parts"
     stamps: dict[str, int] = {}
     for wanted in (2, 5, 9):
-        process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = processes.command(*command, str(killed), page=False)
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and len(list(parts.glob("*.json"))) < wanted and process.poll() is None:
+        while time.monotonic() < deadline and len(list(parts.glob("*.json"))) < wanted and process.is_alive():
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         now = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.json")}
         assert stamps.items() <= now.items()
         assert len(now) >= wanted
         stamps = now
     assert not (killed / "compare.json").exists()
-    subprocess.run([*command, str(killed)], check=True, capture_output=True)
+    processes.finished(*command, str(killed), page=False)
     assert stamps.items() <= {path.name: path.stat().st_mtime_ns for path in parts.glob("*.json")}.items()
     assert not list(parts.glob("*.partial"))
-    subprocess.run([*command, str(whole)], check=True, capture_output=True)
+    processes.finished(*command, str(whole), page=False)
     assert numbers(record(killed)) == numbers(record(whole))
 
 

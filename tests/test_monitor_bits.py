@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import processes
 from sharpscope import MonitorRecord, SharpnessMonitor
 from sharpscope.monitor import monitor as module
 from sharpscope.optim import SAM
@@ -282,7 +283,8 @@ def rank_of_two(rank: int, folder: str) -> None:
 @pytest.mark.xdist_group("ranks")
 def test_two_processes_train_to_the_same_bits(tmp_path: Path) -> None:
     """Of two ranks under DDP the first measures, by the bare model, and neither run nor reducer knows of it."""
-    torch.multiprocessing.spawn(rank_of_two, (str(tmp_path),), 2)
+    processes.prepare()
+    torch.multiprocessing.start_processes(rank_of_two, (str(tmp_path),), 2, start_method=processes.METHOD)
     for rank, records in ((0, 2), (1, 0)):
         ((bare, none), (watched, count)), dense, values = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert watched == bare

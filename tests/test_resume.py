@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import processes
 from sharpscope import Objective, Problem, top_eigenvalues
 from sharpscope.operators import curvature
 from sharpscope.resume import Journal, journaled_hvp, key_of, probe
@@ -36,21 +34,20 @@ def test_killed_three_times_the_command_ends_with_the_same_values(tmp_path: Path
     train(Recipe(model="cnn", model_args={"channels": (4, 8), "hidden": 16}, epochs=2), checkpoint)
     state = killed.with_name("killed.json.partial")
     measured = ["eigen", str(checkpoint), "--examples", "600", "--tol", "1e-5", "--out"]
-    command = [sys.executable, "-m", "sharpscope", *measured]
-    subprocess.run([*command, str(plain)], check=True, capture_output=True)
+    processes.finished(*measured, str(plain))
     draw, before = random.Random(0), 0
     for _ in range(3):
-        run = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL)
+        run = processes.command(*measured, str(killed))
         wanted = before + 1 + draw.randrange(2)
-        while entries(state) < wanted and run.poll() is None:
+        while entries(state) < wanted and run.is_alive():
             time.sleep(0.002)
         time.sleep(draw.random() * 0.05)
-        run.send_signal(signal.SIGKILL)
-        run.wait()
+        run.kill()
+        run.join()
         assert not killed.exists()
         assert entries(state) >= wanted  # what was finished is not lost
         before = entries(state)
-    subprocess.run([*command, str(killed)], check=True, capture_output=True)
+    processes.finished(*measured, str(killed))
     first, second = (json.loads(path.read_text()) for path in (plain, killed))
     for name in ("eigenvalues", "residuals", "lower", "upper", "loss", "gradient_norm"):
         assert first[name] == second[name], name

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import processes
 from sharpscope.optim import GSAM, SAM, LookSAM
 
 RANKS, SIZE, STEPS = 4, 16, 3
@@ -107,7 +108,8 @@ def process(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(process, (str(folder),), RANKS)
+    processes.prepare()
+    torch.multiprocessing.start_processes(process, (str(folder),), RANKS, start_method=processes.METHOD)
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(RANKS)]
 
 

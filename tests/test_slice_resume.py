@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import processes
 from sharpscope import Problem, SliceResult, loss_slice, loss_surface
 from sharpscope.cli import main
 from sharpscope.errors import ArgumentError
@@ -287,31 +284,33 @@ def run(folder: Path, *arguments: str) -> int:
     return main([*arguments[:1], *(str(folder / a) if a.endswith(".pt") else a for a in arguments[1:])])
 
 
-def test_killed_three_times_a_surface_ends_in_the_same_bits(checkpoints: Path, tmp_path: Path) -> None:
+def test_killed_three_times_a_surface_ends_in_the_same_bits(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """kill -9 at three moments, then the same command to its end: no point twice, the file of an uninterrupted run."""
     out = tmp_path / "surface.json"
-    command = [sys.executable, "-m", "sharpscope", "surface", str(checkpoints / "sgd.pt"), "--points", "15x21"]
+    command = ["surface", str(checkpoints / "sgd.pt"), "--points", "15x21"]
     log = tmp_path / "surface.json.partial" / "points.points"
     sizes = [0]
     for _ in range(3):
-        process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = processes.command(*command, "--out", str(out))
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and (not log.exists() or log.stat().st_size < sizes[-1] + 2000):
             time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         sizes.append(log.stat().st_size)
     assert sizes == sorted(set(sizes))
     before = log.read_bytes()
-    result = subprocess.run([*command, "--out", str(out)], check=True, capture_output=True, text=True)
+    assert main([*command, "--out", str(out)]) == 0
     record = 3 * 8 + 2 * 8 + 4
     done = (len(before) - before.index(b"\n") - 1) // record
-    assert f"{done - 1} of them from disk" in result.stdout
+    assert f"{done - 1} of them from disk" in capsys.readouterr().out
     found = SliceResult.load(out)
     assert found.provenance["repeated"] == done - 1
     assert found.cost.passes == 15 * 21 - done + 1
     assert not log.parent.exists()
-    subprocess.run([*command, "--out", str(tmp_path / "whole.json")], check=True, capture_output=True)
+    processes.finished(*command, "--out", str(tmp_path / "whole.json"))
     whole = SliceResult.load(tmp_path / "whole.json")
     np.testing.assert_array_equal(found.loss, whole.loss)
     np.testing.assert_array_equal(found.accuracy, whole.accuracy)

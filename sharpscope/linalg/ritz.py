@@ -69,9 +69,8 @@ def rayleigh_ritz(
 ) -> RitzPairs:
     """The Ritz pairs of the span of orthonormal rows ``vectors``, given their true products ``images``.
 
-    The bound
-    on ``|lambda_i - theta_i|`` is that of ``ritz_bounds`` from the residuals and ``next_eigenvalue``, widened by the
-    rounding error of a product, ``ROUNDING * eps * scale``.
+    The bound on ``|lambda_i - theta_i|`` is that of ``ritz_bounds`` from the residuals and ``next_eigenvalue``, widened
+    by the rounding error of a product, ``ROUNDING * eps * scale``. ``top_eigenpairs`` makes intervals of the bounds.
     """
     projected = inner(vectors, images)
     require_symmetric(projected, scale, vectors.dtype)
@@ -157,6 +156,7 @@ def ritz_bounds(ritz_values: Tensor, residual_gram: Tensor, next_eigenvalue: flo
     for s in range(1, k + 1):
         gram, gaps = residual_gram[:s, :s], ritz_values[:s] - rhos[s - 1]  # gaps: D of the docstring
         size = torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt()
+        # max(theta_i, rho) + ||R|| - theta_i
         candidate = size + (-gaps).clamp_min(0) if s < k else size.expand(k)
         if next_eigenvalue is not None and 0 < float(gaps[-1]) < float("inf"):
             scale = gaps.rsqrt()

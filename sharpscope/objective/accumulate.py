@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sharpscope.errors import AuditError, DataError
 from sharpscope.objective.curvature import Graph
-from sharpscope.objective.forward import LossTerms
+from sharpscope.objective.forward import ForwardLoss
 from sharpscope.objective.graph_wrappers import OOMHalving
 from sharpscope.objective.micro_batches import MicroBatch, leaves
 from sharpscope.precision import CHUNK, wide
@@ -234,7 +234,7 @@ class LossAndGradient:
     examples: int
 
 
-def mean_loss_and_gradient(sums: Sums, terms: LossTerms) -> LossAndGradient:
+def mean_loss_and_gradient(sums: Sums, terms: ForwardLoss) -> LossAndGradient:
     """The means of ``sums``, including weight decay.
 
     Raises: DataError when the total weight is not positive.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sharpscope.objective.forward import LossTerms
+    from sharpscope.objective.forward import ForwardLoss
     from sharpscope.objective.micro_batches import MicroBatch
 
 
@@ -59,16 +59,16 @@ class Curvature:
 
     name: str
     title: str
-    graph: Callable[[LossTerms, MicroBatch, bool], Graph]
+    graph: Callable[[ForwardLoss, MicroBatch, bool], Graph]
     cost: float
     uses_second_derivatives: bool = False
-    tangent: Callable[[LossTerms, MicroBatch, Tensor], tuple[Tensor, Tensor]] | None = None
+    tangent: Callable[[ForwardLoss, MicroBatch, Tensor], tuple[Tensor, Tensor]] | None = None
     dtype: torch.dtype | None = None
     exact: bool = True
     float32_error: float = 0.0
 
 
-def zero_graph(terms: LossTerms, loss: Tensor, weight: Tensor) -> Graph:
+def zero_graph(terms: ForwardLoss, loss: Tensor, weight: Tensor) -> Graph:
     """The all-zero graph of a micro-batch without loss terms, whose loss may not depend on the parameters."""
 
     def products(rows: Tensor, last: bool = False) -> Tensor:

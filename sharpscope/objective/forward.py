@@ -20,7 +20,7 @@ from sharpscope.weights import parameters
 T = TypeVar("T")
 
 
-class LossTerms:
+class ForwardLoss:
     """``sum_i a_i l_i(w)`` and ``sum_i a_i`` over any micro-batch of ``problem``, differentiable in ``params``.
 
     Args:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from sharpscope.objective.curvature import Curvature, Graph, Products, zero_graph
-from sharpscope.objective.forward import LossTerms
+from sharpscope.objective.forward import ForwardLoss
 from sharpscope.objective.micro_batches import MicroBatch
 from sharpscope.weights.parameters import views
 
 
-def hessian(terms: LossTerms, batch: MicroBatch, keep: bool) -> Graph:
+def hessian(terms: ForwardLoss, batch: MicroBatch, keep: bool) -> Graph:
     """Loss, gradient and products ``(sum_i a_i H_i) v`` of ``batch``; cost 1 gradient, and 2 a product.
 
     Args:

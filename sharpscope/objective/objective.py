@@ -23,7 +23,7 @@ from sharpscope.objective.accumulate import (
     require_same_loss,
 )
 from sharpscope.objective.curvature import Curvature, Graph
-from sharpscope.objective.forward import LossTerms
+from sharpscope.objective.forward import ForwardLoss
 from sharpscope.objective.graph_wrappers import CostCounter, OOMHalving, guarded
 from sharpscope.objective.hessian import HESSIAN
 from sharpscope.objective.micro_batches import MicroBatch, as_batches, micro_batches, num_examples_hint
@@ -89,7 +89,7 @@ class Objective:
     ) -> None:
         if not (micro_batch in (None, "loader") or (isinstance(micro_batch, int) and micro_batch >= 1)):
             raise ArgumentError(f"micro_batch must be a positive integer, 'loader' or None, got {micro_batch!r}.")
-        self.terms = LossTerms(problem, dtype, device, curvature.dtype)
+        self.terms = ForwardLoss(problem, dtype, device, curvature.dtype)
         self.problem, self.dtype, self.device = problem, self.terms.dtype, self.terms.device
         self.num_params = self.terms.num_params
         self.curvature = curvature

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError, nearest
 from sharpscope.objective.curvature import Curvature, Graph, zero_graph
-from sharpscope.objective.forward import LossTerms
+from sharpscope.objective.forward import ForwardLoss
 from sharpscope.objective.hessian import HESSIAN, differentiated
 from sharpscope.objective.micro_batches import MicroBatch
 
@@ -75,14 +75,14 @@ def blockwise(base: Curvature, blocks: Sequence[Block], counts: Sequence[int]) -
         counts: the number of vectors of each block.
     """
 
-    def graph(terms: LossTerms, batch: MicroBatch, keep: bool) -> Graph:
+    def graph(terms: ForwardLoss, batch: MicroBatch, keep: bool) -> Graph:
         return (_hessian_blocks if base is HESSIAN else _masked_products)(base, blocks, counts, terms, batch, keep)
 
     return dataclasses.replace(base, graph=graph, cost=base.cost * sum(counts) / max(1, *counts))
 
 
 def _hessian_blocks(
-    base: Curvature, blocks: Sequence[Block], counts: Sequence[int], terms: LossTerms, batch: MicroBatch, keep: bool
+    base: Curvature, blocks: Sequence[Block], counts: Sequence[int], terms: ForwardLoss, batch: MicroBatch, keep: bool
 ) -> Graph:
     loss, weight = terms.sums(batch)
     if not loss.requires_grad and not float(weight):
@@ -101,7 +101,7 @@ def _hessian_blocks(
 
 
 def _masked_products(
-    base: Curvature, blocks: Sequence[Block], counts: Sequence[int], terms: LossTerms, batch: MicroBatch, keep: bool
+    base: Curvature, blocks: Sequence[Block], counts: Sequence[int], terms: ForwardLoss, batch: MicroBatch, keep: bool
 ) -> Graph:
     """The block-diagonal products from whole products with vectors that are zero outside of one block."""
     built = base.graph(terms, batch, keep)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.objective.curvature import Curvature, Graph, zero_graph
-from sharpscope.objective.forward import LossTerms
+from sharpscope.objective.forward import ForwardLoss
 from sharpscope.objective.micro_batches import MicroBatch
 from sharpscope.precision import wide
 from sharpscope.weights.parameters import padding_rows, views
@@ -20,7 +20,7 @@ STEP_SCALE = 1 / 500
 FLOAT32_ERROR = 2e-3
 
 
-def finite_difference(terms: LossTerms, batch: MicroBatch, keep: bool) -> Graph:
+def finite_difference(terms: ForwardLoss, batch: MicroBatch, keep: bool) -> Graph:
     """``H v`` as ``(g(w + h v) - g(w - h v)) / 2h``, ``h = eps^(1/3) |w| / 500 |v|``, eps that of the dtype.
 
     ``|w|`` is taken as 1 where w is zero. The default dtype is float64 where the device supports it. On a trained CNN,

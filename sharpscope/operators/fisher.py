@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sharpscope.errors import ProblemError
 from sharpscope.objective.curvature import Curvature, Graph
-from sharpscope.objective.forward import LossTerms
+from sharpscope.objective.forward import ForwardLoss
 from sharpscope.objective.micro_batches import MicroBatch
 from sharpscope.operators.jacobian import COST, OutputMatrix, Split, graph_through_output, tangent
 
@@ -29,13 +29,13 @@ def fisher(seed: int) -> Curvature:
     Cost: 1 gradient, and 4/3 a product.
     """
 
-    def graph(terms: LossTerms, batch: MicroBatch, keep: bool) -> Graph:
+    def graph(terms: ForwardLoss, batch: MicroBatch, keep: bool) -> Graph:
         return graph_through_output(terms, batch, keep, lambda terms, split: _sampled_scores(terms, split, seed), NAME)
 
     return Curvature(NAME, "Fisher matrix", graph, COST, tangent=tangent)
 
 
-def _sampled_scores(terms: LossTerms, split: Split, seed: int) -> OutputMatrix:
+def _sampled_scores(terms: ForwardLoss, split: Split, seed: int) -> OutputMatrix:
     likelihood = terms.loss.likelihood
     if likelihood is None:
         raise ProblemError(
@@ -53,7 +53,7 @@ def _sampled_scores(terms: LossTerms, split: Split, seed: int) -> OutputMatrix:
     return multiply
 
 
-def empirical_fisher(terms: LossTerms, batch: MicroBatch, keep: bool) -> Graph:
+def empirical_fisher(terms: ForwardLoss, batch: MicroBatch, keep: bool) -> Graph:
     """``E = sum_i a_i g_i g_i' / sum_i a_i``, ``g_i`` the gradient of the loss ``l_i`` of term i at the data's target.
 
     Not an approximation of the Fisher matrix except near a good fit (Kunstner et al. 2019). The terms are those of a
@@ -67,7 +67,7 @@ def empirical_fisher(terms: LossTerms, batch: MicroBatch, keep: bool) -> Graph:
     return graph_through_output(terms, batch, keep, _outer_products, EMPIRICAL)
 
 
-def _outer_products(terms: LossTerms, split: Split) -> OutputMatrix:
+def _outer_products(terms: ForwardLoss, split: Split) -> OutputMatrix:
     gradient, likelihood = split.output_gradients[0].detach(), terms.loss.likelihood
     if likelihood is not None:
         weight = likelihood.weight(split.outputs[0].detach(), split.target) * split.batch.scale

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from sharpscope.errors import ProblemError
 from sharpscope.objective.curvature import Curvature, Graph
-from sharpscope.objective.forward import LossTerms
+from sharpscope.objective.forward import ForwardLoss
 from sharpscope.objective.micro_batches import MicroBatch
 from sharpscope.operators.jacobian import COST, OutputMatrix, Split, graph_through_output, tangent
 
 NAME = "ggn"
 
 
-def gauss_newton(terms: LossTerms, batch: MicroBatch, keep: bool) -> Graph:
+def gauss_newton(terms: ForwardLoss, batch: MicroBatch, keep: bool) -> Graph:
     """``G = J' H_L J``: J the Jacobian of the model's output, H_L the Hessian of the loss in the output.
 
     The Hessian without the model's second derivative (Schraudolph 2002); positive semidefinite for a convex loss. The
@@ -30,7 +30,7 @@ def gauss_newton(terms: LossTerms, batch: MicroBatch, keep: bool) -> Graph:
     return graph_through_output(terms, batch, keep, _hessian_in_output, NAME)
 
 
-def _hessian_in_output(terms: LossTerms, split: Split) -> OutputMatrix:
+def _hessian_in_output(terms: ForwardLoss, split: Split) -> OutputMatrix:
     indices = [i for i, g in enumerate(split.output_gradients) if g.requires_grad]
     if not indices:
         raise ProblemError(

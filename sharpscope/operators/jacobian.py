@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharpscope.errors import ProblemError
 from sharpscope.objective.curvature import Graph, zero_graph
-from sharpscope.objective.forward import LossTerms
+from sharpscope.objective.forward import ForwardLoss
 from sharpscope.objective.losses import find_logits, output_tensor
 from sharpscope.objective.micro_batches import MicroBatch
 from sharpscope.weights.parameters import views
@@ -50,10 +50,10 @@ OutputMatrix = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 def graph_through_output(
-    terms: LossTerms,
+    terms: ForwardLoss,
     batch: MicroBatch,
     keep: bool,
-    output_matrix: Callable[[LossTerms, Split], OutputMatrix],
+    output_matrix: Callable[[ForwardLoss, Split], OutputMatrix],
     name: str,
 ) -> Graph:
     """The graph of gradient and products ``J' M J v``; cost 1 gradient, and 4/3 a product.
@@ -105,7 +105,7 @@ def graph_through_output(
     return Graph(split.loss.detach(), split.weight, [g.detach() for g in grads], products)
 
 
-def tangent(terms: LossTerms, batch: MicroBatch, vector: Tensor) -> tuple[Tensor, Tensor]:
+def tangent(terms: ForwardLoss, batch: MicroBatch, vector: Tensor) -> tuple[Tensor, Tensor]:
     """The flat output and ``J v`` as the products compute it, for the audit; cost 2 gradients."""
     split = split_at_output(terms, batch, False, "ggn")
     if not split.outputs:
@@ -124,7 +124,7 @@ def tangent(terms: LossTerms, batch: MicroBatch, vector: Tensor) -> tuple[Tensor
     return torch.cat([z.detach().flatten() for z in split.outputs]), torch.cat([t.flatten() for t in tangents])
 
 
-def split_at_output(terms: LossTerms, batch: MicroBatch, keep: bool, name: str) -> Split:
+def split_at_output(terms: ForwardLoss, batch: MicroBatch, keep: bool, name: str) -> Split:
     """Split the graph of one micro-batch at the output; ``outputs`` is empty where there are no loss terms."""
     output, target, inputs = terms.forward(batch)
     tensors, rebuild = _output_tensors(output, known=terms.loss.counts_terms)
@@ -180,7 +180,7 @@ def _output_tensors(output: Any, known: bool) -> tuple[list[Tensor], Callable[[l
     )
 
 
-def _require_only_through_output(terms: LossTerms, loss: Tensor, name: str) -> None:
+def _require_only_through_output(terms: ForwardLoss, loss: Tensor, name: str) -> None:
     if not loss.requires_grad:
         raise ProblemError(
             f"For operator={name!r} the loss must depend on the model's output, and that on the chosen parameters, but "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sharpscope.objective import Objective, Progress
 from sharpscope.objective.accumulate import MAX_CACHED_BYTES, CachedGraphs
-from sharpscope.objective.forward import LossTerms
+from sharpscope.objective.forward import ForwardLoss
 from sharpscope.objective.graph_wrappers import OOMHalving
 from sharpscope.objective.losses import output_tensor
 from sharpscope.objective.micro_batches import MicroBatch, micro_batches, rows
@@ -225,7 +225,7 @@ class OutputDerivatives:
         return torch.stack([self.gradient_norms, self.curvature_norms]).cpu().double()
 
 
-def output_derivatives(terms: LossTerms, batch: MicroBatch, generator: torch.Generator) -> OutputDerivatives:
+def output_derivatives(terms: ForwardLoss, batch: MicroBatch, generator: torch.Generator) -> OutputDerivatives:
     """The loss of a micro-batch and the norms of its derivatives in the model's output; cost one forward pass."""
     output, target, inputs = terms.without_graph(lambda: terms.forward(batch))
     tensor = output_tensor(output) if terms.loss.counts_terms else output

@@ -1,0 +1,52 @@
+"""Processes of their own, for tests that kill one or need several.
+
+A server that has imported torch and sharpscope once starts them: an import takes some five seconds of a core.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+METHOD = "spawn" if sys.platform == "win32" else "forkserver"
+_PRELOADED = ["torch", "torch.multiprocessing", "matplotlib.pyplot", "sharpscope.comparing", "sharpscope.training"]
+
+
+def prepare() -> Any:
+    """The context that starts the processes."""
+    context = multiprocessing.get_context(METHOD)
+    if METHOD == "forkserver":
+        context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
+def command(*argv: str, page: bool = True) -> BaseProcess:
+    """Start ``sharpscope ARGV`` without output; its ``exitcode`` is the command's, or minus a signal.
+
+    ``page``: False for a ``compare`` without the page's figures, which take most of its time.
+    """
+    process: BaseProcess = prepare().Process(target=_main, args=(argv, page))
+    process.start()
+    return process
+
+
+def finished(*argv: str, page: bool = True) -> None:
+    """Run ``sharpscope ARGV`` in a process of its own, to its end."""
+    process = command(*argv, page=page)
+    process.join()
+    assert process.exitcode == 0, (argv, process.exitcode)
+
+
+def _main(argv: tuple[str, ...], page: bool) -> None:
+    from sharpscope import report
+    from sharpscope.cli import main
+
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    if not page:
+        report.page = lambda _: ""  # type: ignore[assignment, misc]
+    sys.exit(main(list(argv)))
