@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -23,14 +24,19 @@ def prepare() -> Any:
     return context
 
 
+def start(target: Callable[..., None], *args: Any) -> BaseProcess:
+    """Start ``target(*args)``, a function of a module."""
+    process: BaseProcess = prepare().Process(target=target, args=args)
+    process.start()
+    return process
+
+
 def command(*argv: str, page: bool = True) -> BaseProcess:
     """Start ``sharpscope ARGV`` without output; its ``exitcode`` is the command's, or minus a signal.
 
     ``page``: False for a ``compare`` without the page's figures, which take most of its time.
     """
-    process: BaseProcess = prepare().Process(target=_main, args=(argv, page))
-    process.start()
-    return process
+    return start(_main, argv, page)
 
 
 def finished(*argv: str, page: bool = True) -> None:

@@ -280,7 +280,6 @@ def rank_of_two(rank: int, folder: str) -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-@pytest.mark.xdist_group("ranks")
 def test_two_processes_train_to_the_same_bits(tmp_path: Path) -> None:
     """Of two ranks under DDP the first measures, by the bare model, and neither run nor reducer knows of it."""
     processes.prepare()

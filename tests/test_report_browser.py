@@ -18,8 +18,6 @@ import pytest
 from comparisons import groups, two
 from sharpscope.report import page
 
-pytestmark = pytest.mark.xdist_group("browser")
-
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars"),

@@ -18,10 +18,7 @@ from sharpscope.optim import GSAM, SAM, LookSAM
 
 RANKS, SIZE, STEPS = 4, 16, 3
 
-pytestmark = [
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed"),
-    pytest.mark.xdist_group("ranks"),  # one start of the processes serves all
-]
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
 FAMILY: dict[str, Callable[..., SAM]] = {
     "sam": SAM,

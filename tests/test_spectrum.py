@@ -30,7 +30,7 @@ FEW = 40  # examples, which 7, 13 and 16 do not divide
 @cache
 def digits() -> tuple[Tensor, Tensor]:
     data = load_data("digits")
-    return data.inputs[:200].double(), data.targets[:200]
+    return data.inputs[:100].double(), data.targets[:100]
 
 
 def small(name: str) -> nn.Module:
@@ -57,7 +57,7 @@ def in_one_batch(name: str) -> EigenResult:
     return top_eigenvalues(problem(name, examples=FEW))
 
 
-def problem(name: str, loader: int = 200, model: nn.Module | None = None, examples: int = 200) -> Problem:
+def problem(name: str, loader: int = 100, model: nn.Module | None = None, examples: int = 100) -> Problem:
     inputs, labels = (tensor[:examples] for tensor in digits())
     data = list(zip(torch.split(inputs, loader), torch.split(labels, loader), strict=True))
     return Problem(model=small(name) if model is None else model, loss=nn.CrossEntropyLoss(), data=data)
@@ -112,7 +112,7 @@ def test_the_result_says_where_it_came_from() -> None:
     assert abs(result.gradient_norm - float(torch.cat([g.reshape(-1) for g in grads]).norm())) < 1e-12
     said = {k: result.provenance[k] for k in ("num_examples", "mode", "dtype", "device", "seed", "params", "batchnorm")}
     assert said == {
-        "num_examples": 200,
+        "num_examples": 100,
         "mode": "eval",
         "dtype": "float64",
         "device": "cpu",
@@ -140,7 +140,7 @@ def test_progress_counts_examples_and_never_goes_back() -> None:
     seen: dict[str, list[int]] = {}
 
     def progress(stage: str, done: int, total: int | None) -> None:
-        assert total == 200
+        assert total == 100
         seen.setdefault(stage, []).append(done)
 
     result = top_eigenvalues(problem("mlp", 64), k=1, progress=progress, micro_batch=50)

@@ -58,7 +58,7 @@ def test_it_covers_the_trace_of_all_the_data() -> None:
     off, stated = [], []
     for seed in range(60):
         chosen = torch.randperm(len(POPULATION), generator=torch.Generator().manual_seed(seed))[:400]
-        found = trace(problem(POPULATION[chosen]), 12, torch.Generator().manual_seed(seed), population=True)
+        found = trace(problem(POPULATION[chosen]), 4, torch.Generator().manual_seed(seed), population=True)
         off.append(found.whole.value - truth)
         stated.append(found.whole.standard_error)
     assert (np.abs(off) < 2 * np.array(stated)).sum() >= 51

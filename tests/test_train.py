@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import processes
 from sharpscope.checkpoint import Checkpoint, read_checkpoint
 from sharpscope.errors import ArgumentError, CheckpointError, DataError, OutputError, SharpscopeError
 from sharpscope.results import MonitorResult
@@ -165,32 +165,33 @@ def test_resume_is_bit_identical(tmp_path: Path, changes: dict[str, Any]) -> Non
     torch.set_rng_state(state)
 
 
-KILLED = """
-import os, signal, sys
-from sharpscope import atomic_io
-from sharpscope.train import Recipe, train
+def _dies(moment: str, out: str) -> None:
+    """Train to ``out`` and die at the moment, in a process of its own."""
 
-die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-moment, out = sys.argv[1:]
-if moment == "in a step":
-    progress = lambda done, total, values: die() if done == 15 else None
-else:
-    progress = None
-    replace = os.replace
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
     calls = []
-    # The third file is that of epoch 2, after the snapshot of epoch 0 and the file of epoch 1.
-    atomic_io.os.replace = lambda *names: die() if calls.append(1) or len(calls) == 3 else replace(*names)
-recipe = Recipe(model="mlp", model_args={"hidden": (8,)}, epochs=3, batch_size=256, rho=0.05)
-train(recipe, out, save_epochs="0", progress=progress)
-"""
+    replace_file = os.replace
+
+    def replaced(*names: Any) -> None:
+        # The third file is that of epoch 2, after the snapshot of epoch 0 and the file of epoch 1.
+        calls.append(names)
+        die() if len(calls) == 3 else replace_file(*names)
+
+    if moment == "while writing":
+        os.replace = replaced  # type: ignore[assignment]
+    progress = (lambda done, total, values: die() if done == 15 else None) if moment == "in a step" else None
+    train(small(rho=0.05), out, save_epochs="0", progress=progress)
 
 
 @pytest.mark.parametrize(("moment", "epoch"), [("in a step", 2), ("while writing", 1)])
 def test_kill_9_costs_at_most_an_epoch(tmp_path: Path, moment: str, epoch: int) -> None:
     """A process killed by SIGKILL leaves a whole file, and resuming it ends in the bits of an unbroken run."""
     out = tmp_path / "run.pt"
-    process = subprocess.run([sys.executable, "-c", KILLED, moment, str(out)], check=False, timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    process = processes.start(_dies, moment, str(out))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert read_checkpoint(out).epoch == epoch
     recipe = small(rho=0.05)
     assert train(recipe, out, resume=True).sha256 == train(recipe, tmp_path / "whole.pt").sha256
