@@ -1,7 +1,7 @@
-"""Every exception and warning that sharpscope raises on purpose, and what several of their messages are made of.
+"""Exceptions and warnings of sharpscope, and helpers for their messages.
 
-Each message says what must hold, what came, and what to do. Each child also derives from the builtin that
-a caller who does not know sharpscope would catch.
+Each message says what must hold, what was given, and what to do. Each exception also derives from the closest builtin
+exception.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-# Items of a list in a message.
+# Items of a list shown in a message.
 SHOWN = 3
 
-# How the allocators that have no exception of their own say it: CPU, older CPU, MPS.
+# Messages of allocators that raise a plain RuntimeError: CPU, older CPU, MPS.
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 class SharpscopeError(Exception):
-    """Anything wrong with what sharpscope was given; the command line prints it and exits with status 1."""
+    """Base class of all exceptions of sharpscope; the command line prints the message and exits with status 1."""
 
 
 class ArgumentError(SharpscopeError, ValueError):
@@ -26,31 +26,31 @@ class ArgumentError(SharpscopeError, ValueError):
 
 
 class ProblemError(SharpscopeError, ValueError):
-    """Model, loss and data do not fit together, or the loss has no Hessian that can be computed."""
+    """Model, loss and data do not fit together, or the Hessian of the loss cannot be computed."""
 
 
 class DataError(SharpscopeError, ValueError):
-    """The data set is missing, empty, not finite, or not the one the loss can take."""
+    """The data set is missing, empty, not finite, or does not fit the loss."""
 
 
 class AuditError(SharpscopeError, RuntimeError):
-    """The loss is not one fixed function of the weights: two looks at the same batch disagree."""
+    """The loss is not a fixed function of the weights: two evaluations of the same batch disagree."""
 
 
 class CheckpointError(SharpscopeError, ValueError):
-    """A checkpoint file that cannot be read, trusted, or matched to its model."""
+    """A checkpoint file cannot be read, is not trusted, or does not match its model."""
 
 
 class OutputError(SharpscopeError, OSError):
-    """A place that cannot be written, or that would be overwritten."""
+    """An output cannot be written, or would be overwritten."""
 
 
 class ConvergenceWarning(UserWarning):
-    """A returned number whose bound does not meet the tolerance that was asked for."""
+    """The error bound of a returned number exceeds the requested tolerance."""
 
 
 def nearest(kind: str, name: str, known: Iterable[str]) -> str:
-    """The sentence for an unknown name: what came, the nearest known name, and all of them."""
+    """Message for an unknown name: the name, the closest known name, and all known names."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -58,23 +58,23 @@ def nearest(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def require_count(name: str, value: Any, least: int = 1) -> None:
-    """Raise ArgumentError where ``value`` is no integer of at least ``least``."""
+    """Raise ArgumentError unless ``value`` is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ArgumentError(f"{name} must be an integer of at least {least}, got {value!r}.")
 
 
 def first_few(items: Sequence[str], separator: str = ", ") -> str:
-    """The first SHOWN of a list, for a message."""
+    """The first SHOWN of ``items``, joined; an ellipsis stands for the others."""
     return separator.join(items[:SHOWN]) + (f"{separator}..." if len(items) > SHOWN else "")
 
 
 def first_line(error: BaseException) -> str:
-    """What ``error`` says first, or its name where it says nothing."""
+    """First line of the message of ``error``, or the name of its type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is an allocator's, on whatever device; by torch's name for it, since torch is not imported."""
+    """Whether ``error`` means out of memory, on any device; recognised by name, since torch is not imported here."""
     if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return True
     return isinstance(error, RuntimeError) and any(said in str(error).lower() for said in OUT_OF_MEMORY)

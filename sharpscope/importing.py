@@ -1,4 +1,4 @@
-"""Functions of other people's modules, named as "package.module:function"."""
+"""Import functions by name, as "package.module:function"."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from sharpscope.errors import ArgumentError
 
 
 def imported(source: str) -> Callable[..., Any]:
-    """The function that ``source`` names; its module is imported, which runs it.
+    """Import the function ``source``, given as "package.module:function"; this runs the module's code.
 
-    Raises: ArgumentError when there is no such module or function.
+    Raises: ArgumentError if there is no such module or function.
     """
     module, _, function = source.rpartition(":")
     try:
@@ -20,16 +20,13 @@ def imported(source: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if not is_missing_module(error, module):
             raise
-        raise ArgumentError(f"There is no module {error.name} to import {source} from. Check PYTHONPATH.") from error
+        raise ArgumentError(f"Cannot import {source}: there is no module {error.name}. Check PYTHONPATH.") from error
     named: Callable[..., Any] | None = getattr(found, function, None)
     if not callable(named):
-        raise ArgumentError(f"{module} has no function {function!r}. Name one, as package.module:function.")
+        raise ArgumentError(f"{module} has no function {function!r}. Pass one as package.module:function.")
     return named
 
 
 def is_missing_module(error: ModuleNotFoundError, module: str) -> bool:
-    """Whether ``module`` itself is missing, or a package that it is in.
-
-    What it fails to import in turn is another matter, which keeps its traceback.
-    """
+    """Whether ``module`` or its package is missing, rather than a module that it imports."""
     return error.name is not None and f"{module}.".startswith(f"{error.name}.")

@@ -1,4 +1,4 @@
-"""From a checkpoint file to the Problem it stands for."""
+"""Load a checkpoint file as a Problem: model, loss and data."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from sharpscope.zoo import MODELS, DataSet, load_data, make_model, model_argumen
 
 Factory = Callable[..., nn.Module]
 
-# Models that problem files gave, and whose weights they hold.
-_FILLED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+# sha256 of the checkpoint loaded into each model of a problem file, to detect a model that is loaded twice.
+_LOADED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "cross_entropy": nn.CrossEntropyLoss,
@@ -57,33 +57,35 @@ def load(
     partial: bool = False,
     trust_pickle: bool = False,
 ) -> Problem:
-    """The Problem of a checkpoint: its model at its weights, its loss, and the data it was trained on.
+    """Load a checkpoint as a Problem: the model with its trained weights, the loss, and the training data.
+
+    A file of ``sharpscope train`` names its model, data and loss; arguments override them. For any other checkpoint,
+    pass ``model``, ``data`` and ``loss``, or ``problem``.
 
     Args:
-        path: a file of ``sharpscope train``, or a plain state dict (then ``model`` and ``data`` are needed).
-        model: in place of the file's: a bundled name, a function that builds the model, or
-            "package.module:function", which is imported.
-        model_args: keyword arguments for the model. They are laid over the file's when the model is the file's;
-            a bundled model without ``shape`` or ``classes`` takes those of a bundled data set.
-        data: in place of the file's: the name of a bundled set, with its true labels, or anything that
-            ``Problem`` takes as data. The file's own set comes with the label noise that it was trained on.
-        data_root: the folder of a bundled set that is read from files.
-        split: "train" or "test", of a bundled set.
-        examples: take only so many examples, drawn without replacement; needs data whose number is known.
-        seed: decides which examples.
-        loss: in place of the file's: a key of ``LOSSES`` or a callable. A file that does not say takes cross-entropy on
-            a bundled data set.
-        params, mode, weight_decay: as in ``Problem``; what is given goes before what ``problem()`` says.
-        trust: import the factory that the *file* names when it is not a bundled one. This runs other people's code.
-        weights: the key of the state dict in the file, with dots between nested ones; by default the usual names.
-        prefix: of the names in the state dict, as "module."; by default it is found.
-        problem: a Python file that defines ``problem()``, or "package.module:function", which returns the Problem whose
-            model is given the file's weights; in place of model, data and loss. It is run.
-        partial: what the file does not hold stays as the model is built, as the frozen weights under adapters.
-        trust_pickle: unpickle whatever the file holds, which runs other people's code; a pickled module is the model.
+        path: checkpoint file or folder, see ``sharpscope.checkpoint.read_checkpoint``.
+        model: a bundled name, a function that builds the model, or "package.module:function", which is imported.
+        model_args: keyword arguments of the model, merged into the file's if the model is the file's. ``shape`` and
+            ``classes`` of a bundled model default to those of a bundled data set.
+        data: name of a bundled data set (with true labels), or any ``data`` of ``Problem``. By default the file's data
+            set with the label noise of its training.
+        data_root: folder of a bundled data set that is read from files.
+        split: "train" or "test", for a bundled data set or a ``problem()`` that takes it.
+        examples: number of examples to draw without replacement; None: all. Needs data of known size.
+        seed: seed of that draw.
+        loss: a key of ``LOSSES`` or a callable ``loss(output, target)``. Defaults to the file's, else to cross-entropy
+            on a bundled data set.
+        params, mode, weight_decay: as for ``Problem``; None takes the value of ``problem()``, or Problem's default.
+        trust: import the model factory that the *file* names, which **runs its code**.
+        weights: key of the state dict in the file, dotted if nested; by default one of the usual names.
+        prefix: prefix of the names in the state dict, such as "module."; detected by default.
+        problem: a Python file that defines ``problem()``, or "package.module:function", which **is run**. It returns
+            the Problem into whose model the weights are loaded; replaces ``model``, ``data`` and ``loss``.
+        partial: parameters that the file lacks keep their values, such as the frozen weights under an adapter.
+        trust_pickle: unpickle the whole file, which **runs its code**; a pickled module then becomes the model.
 
-    Raises: CheckpointError for a file that cannot be read, trusted or matched; ArgumentError for an unknown name or
-        a wrong argument; DataError when the data are missing.
+    Raises: CheckpointError if the file cannot be read, is not trusted or does not match the model; ArgumentError for
+        an unknown name or an invalid argument; DataError if the data are missing; ProblemError if ``problem()`` fails.
 
     >>> import sharpscope
     >>> import torch
@@ -100,12 +102,12 @@ def load(
         given = {"model": model, "model_args": model_args or None, "data": data, "data_root": data_root, "loss": loss}
         double = [name for name, value in {**given, "trust": trust or None}.items() if value is not None]
         if double:
-            raise ArgumentError(f"problem says what model, data and loss are; leave {', '.join(double)} out.")
-        found = _own(problem_of(problem, split), os.fspath(problem), split, params, mode, weight_decay)
-        if _FILLED.setdefault(found.model, checkpoint.sha256) != checkpoint.sha256:
+            raise ArgumentError(f"problem already defines model, data and loss; leave {', '.join(double)} out.")
+        found = _overridden(problem_of(problem, split), os.fspath(problem), split, params, mode, weight_decay)
+        if _LOADED.setdefault(found.model, checkpoint.sha256) != checkpoint.sha256:
             raise ProblemError(
-                f"problem() of {problem} must build a new model at each call, but gave one that holds another "
-                "checkpoint's weights, which would be lost. Build the model inside problem()."
+                f"problem() of {problem} must build a new model at each call, but returned one with the weights of "
+                "another checkpoint, which would be overwritten. Build the model inside problem()."
             )
     else:
         source, label_noise = _data(checkpoint, data, data_root, split)
@@ -135,13 +137,13 @@ def load(
         provenance={
             "split_examples": count_examples(found.data),
             **found.provenance,
-            **_filled(found.model, checkpoint, prefix, partial),
+            **_load_into(found.model, checkpoint, prefix, partial),
             "examples_seed": None if examples is None else seed,
         },
     )
 
 
-def _own(
+def _overridden(
     found: Problem,
     source: str,
     split: str,
@@ -149,7 +151,7 @@ def _own(
     mode: str | None,
     weight_decay: float | None,
 ) -> Problem:
-    """What the user's ``problem()`` gave, with what was asked for over what it says."""
+    """The Problem of a user's ``problem()``, overridden by the arguments that are not None."""
     return replace(
         found,
         params=found.params if params is None else params,
@@ -165,8 +167,8 @@ def _own(
     )
 
 
-def _filled(model: nn.Module, checkpoint: Checkpoint, prefix: str | None, partial: bool) -> dict[str, Any]:
-    """Put the file's weights into ``model``, and say which weights of which file they are."""
+def _load_into(model: nn.Module, checkpoint: Checkpoint, prefix: str | None, partial: bool) -> dict[str, Any]:
+    """Load the file's weights into ``model``; return their provenance."""
     try:
         taken = load_weights(model, checkpoint.state_dict, prefix, partial=partial)
     except CheckpointError as error:
@@ -182,7 +184,7 @@ def _filled(model: nn.Module, checkpoint: Checkpoint, prefix: str | None, partia
 
 
 def _data(checkpoint: Checkpoint, data: Any, root: str | os.PathLike[str] | None, split: str) -> tuple[Any, float]:
-    """The data, a DataSet if bundled, and the fraction of its labels that is noise."""
+    """The data, a DataSet if bundled, and the fraction of noisy labels."""
     if isinstance(data, str):
         return load_data(data, split, root=root), 0.0
     if data is not None:
@@ -190,8 +192,8 @@ def _data(checkpoint: Checkpoint, data: Any, root: str | os.PathLike[str] | None
     spec = checkpoint.data
     if not spec:
         raise CheckpointError(
-            f"The checkpoint {checkpoint.path} is a plain state dict, which does not say what it was trained on. "
-            f"Pass --model and --data, or run sharpscope init {checkpoint.path} for a problem file to fill in."
+            f"The checkpoint {checkpoint.path} is a plain state dict, which does not name its training data. "
+            f"Pass --model and --data, or run sharpscope init {checkpoint.path} to write a template of a problem file."
         )
     noise = spec.get("label_noise", 0.0)
     loaded = load_data(spec["name"], split, root=root, label_noise=noise, noise_seed=spec.get("noise_seed", 0))
@@ -204,7 +206,7 @@ def _loss(checkpoint: Checkpoint, loss: str | Callable[..., Any] | None, bundled
     name = loss or checkpoint.loss or ("cross_entropy" if bundled else None)
     if name is None:
         raise ArgumentError(
-            f"The checkpoint {checkpoint.path} is a plain state dict, which does not say its loss. "
+            f"The checkpoint {checkpoint.path} is a plain state dict, which does not name its loss. "
             f"Pass loss= (--loss), one of {', '.join(LOSSES)} or a callable."
         )
     if name not in LOSSES:
@@ -215,19 +217,19 @@ def _loss(checkpoint: Checkpoint, loss: str | Callable[..., Any] | None, bundled
 def _model(
     checkpoint: Checkpoint, model: str | Factory | None, given: Mapping[str, Any] | None, source: Any, trust: bool
 ) -> tuple[str | Factory, dict[str, Any]]:
-    """What builds the network, and with which arguments."""
+    """The factory or name of the model, and its arguments."""
     wanted = checkpoint.model if model is None else model
     if wanted is None and checkpoint.module is not None:
-        return _itself(checkpoint.module), dict(given or {})
+        return _constant_factory(checkpoint.module), dict(given or {})
     if wanted is None:
         raise CheckpointError(
-            f"The checkpoint {checkpoint.path} is a plain state dict, which does not say what model it belongs to. "
-            f"Pass --model and --data, or run sharpscope init {checkpoint.path} for a problem file to fill in."
+            f"The checkpoint {checkpoint.path} is a plain state dict, which does not name its model. "
+            f"Pass --model and --data, or run sharpscope init {checkpoint.path} to write a template of a problem file."
         )
     if model is None and ":" in str(wanted) and not trust:
         raise CheckpointError(
-            f"The checkpoint {checkpoint.path} wants its model built by {wanted}, which is other people's code. "
-            "Pass --model to name it yourself, or --trust if you trust the file."
+            f"The checkpoint {checkpoint.path} builds its model by {wanted}, which would run that code. "
+            "Pass --model to name the model yourself, or --trust if you trust the file."
         )
     args = {**(checkpoint.model_args if wanted == checkpoint.model else {}), **(given or {})}
     if wanted not in MODELS:
@@ -243,12 +245,12 @@ def _bundled(checkpoint: Checkpoint, name: Any, args: Mapping[str, Any]) -> nn.M
     except (RuntimeError, MemoryError, OverflowError) as error:
         raise CheckpointError(
             f"The model {name} of {checkpoint.path} cannot be built with {dict(args)}: {first_line(error)}. Check "
-            "--model-args, and whether the file is whole."
+            "--model-args, and that the file is complete."
         ) from error
 
 
-def _itself(module: nn.Module) -> Factory:
-    """A factory of a pickled module, which is there already."""
+def _constant_factory(module: nn.Module) -> Factory:
+    """A factory that returns the unpickled ``module``."""
 
     def factory() -> nn.Module:
         return module
@@ -279,7 +281,7 @@ def _factory(wanted: str | Factory) -> Factory:
     if not isinstance(wanted, str):
         return wanted
     if ":" not in wanted:
-        raise ArgumentError(f"{nearest('model', wanted, MODELS)} Or name a function, as package.module:function.")
+        raise ArgumentError(f"{nearest('model', wanted, MODELS)} Or pass a function as package.module:function.")
     return imported(wanted)
 
 

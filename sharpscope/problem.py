@@ -1,4 +1,4 @@
-"""What is measured: a model, a loss and a data set."""
+"""Problem: the model, loss and data that are measured."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ MODES = ("eval", "train")
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """The function whose curvature is asked for: ``L(w) = sum_i a_i l_i(w) / sum_i a_i``.
+    """The loss function whose curvature is measured: ``L(w) = sum_i a_i l_i(w) / sum_i a_i``.
 
-    ``l_i`` is the loss of one loss term of ``data`` (an example, a token that is not ignored, an output element)
-    and ``a_i`` its weight, so that neither the loader's batch size nor a small last batch changes L.
+    ``l_i`` is one loss term of ``data`` (an example, a token that is not ignored, an output element) and ``a_i`` its
+    weight. L does not depend on the batch size, nor on the size of the last batch.
 
     Args:
-        model: the network at the weights ``w`` to be measured. It is never changed.
-        loss: ``loss(output, target)``. ``nn.CrossEntropyLoss``, ``nn.NLLLoss``, ``nn.MSELoss``,
-            ``nn.BCEWithLogitsLoss`` and their functional forms (also as ``functools.partial``) are weighted by
-            their own loss terms, whatever their ``reduction``. Any other callable must return the mean over its
-            terms; their number is ``loss.terms(batch)`` where it has that method, else the examples of the batch.
-        data: batches that can be walked again: a tuple of tensors ``(inputs, target)`` (or a dict of tensors) for
-            one in-memory set, a list of batches, a ``Dataset``, a ``DataLoader`` that neither shuffles nor augments.
+        model: the network, at the weights ``w`` to be measured. It is not changed.
+        loss: callable ``loss(output, target)``. ``nn.CrossEntropyLoss``, ``nn.NLLLoss``, ``nn.MSELoss``,
+            ``nn.BCEWithLogitsLoss`` and their functional forms (also in ``functools.partial``) are weighted by
+            their loss terms, whatever their ``reduction``. Any other callable must return the mean over its
+            terms, which are counted by ``loss.terms(batch)`` if it has that method, else as the batch's examples.
+        data: a tuple of tensors ``(inputs, target)`` or a dict of tensors, a list of batches, a ``Dataset``, or a
+            ``DataLoader`` that neither shuffles nor augments; must be iterable repeatedly.
             A batch is ``(input, ..., target)``, passed as ``model(input, ...)``, or a dict, passed by keyword
             without its target (``target``, ``targets``, ``label``, ``labels`` or ``y``) unless ``model`` names it.
-        params: patterns (as for file names) of the parameters that form ``w``; frozen ones are constants.
+        params: glob pattern, or several, of the names of the parameters that form ``w``; the others are constants,
+            as are frozen parameters.
         mode: "eval", or "train" to measure with dropout and BatchNorm as in training.
-        weight_decay: ``c`` adds ``c/2 ||w||^2`` to L, that is ``c`` to each eigenvalue; left out by default.
-        provenance: where it came from, copied into results.
+        weight_decay: ``c`` adds ``c/2 ||w||^2`` to L, and so ``c`` to each eigenvalue.
+        provenance: origin of the problem, copied into results.
 
-    Raises: ProblemError when an argument is of the wrong kind.
+    Raises: ProblemError if an argument has the wrong type or value.
 
     >>> import sharpscope
     >>> import torch
@@ -73,6 +74,6 @@ class Problem:
 
 
 def require_problem(given: Any) -> None:
-    """Raise ProblemError where ``given`` is no Problem."""
+    """Raise ProblemError unless ``given`` is a Problem."""
     if not isinstance(given, Problem):
         raise ProblemError(f"A Problem(model=, loss=, data=) is needed, got {type(given).__name__}.")

@@ -1,4 +1,4 @@
-"""Store the finished steps of a long computation on disk, so that the same call resumes after a kill."""
+"""Store finished steps of a long computation on disk, so that the same call resumes after a kill."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ EXAMPLES = 32
 
 
 def key_of(objective: Objective, **settings: Any) -> str:
-    """The hash of a measurement: model, loss, data, ``settings``, precision, device, versions.
+    """Hash of a measurement: model, loss, data, ``settings``, precision, device and versions.
 
-    The code of model and loss counts by what it computes (``probe``): a change that does not affect the probe's
-    examples is not detected, unless it is in a plain attribute of a module or of the loss. To be called before the
-    micro-batch is settled. Cost: one walk over the data without the model, and the probe.
+    The code of model and loss is identified by what it computes on a few examples (``probe``), and by the plain
+    attributes of the modules and the loss; other changes of the code are not detected. Call this before the
+    micro-batch is chosen.
+
+    Cost: one walk over the data without the model, and the probe.
     """
     problem = objective.problem
     return fingerprint(
@@ -54,13 +56,14 @@ def key_of(objective: Objective, **settings: Any) -> str:
 
 
 def probe(objective: Objective) -> list[Tensor]:
-    """Loss, weight, gradient and the product with a fixed vector of the first examples, which identify the code.
+    """Loss, weight, gradient and Hessian product with a fixed vector on the first examples, to identify the code.
 
-    Loss and gradient, or the loss alone, where the model has no further derivative; empty where even the loss fails,
-    of which the first analysis reports the reason. Bit for bit the same for the same code. ``objective`` is left as it
-    was. Cost: 1 gradient and 1 product of 32 examples (the loader's first batch where batches are kept), not counted.
+    Only loss and gradient, or only the loss, if the model cannot be differentiated further; empty if the loss fails
+    (the first analysis reports why). Bit-identical for the same code. ``objective`` is not changed.
+
+    Cost: 1 gradient and 1 product of 32 examples (or of the loader's first batch, if batches are kept), not counted.
     """
-    # An objective of its own on the same model, so that counters, micro-batch and memory limit do not change.
+    # A separate objective on the same model, so that counters, micro-batch and memory limit do not change.
     own = Objective(
         objective.terms.problem_with(objective.problem.data),
         dtype=objective.dtype,
@@ -93,7 +96,7 @@ def probe(objective: Objective) -> list[Tensor]:
 
 @contextmanager
 def _deterministic_kernels() -> Iterator[None]:
-    """Deterministic kernels where torch has them: atomic additions on a GPU would change the probe's last bits."""
+    """Use deterministic kernels if torch has them: atomic additions on a GPU would change the probe's last bits."""
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("warn")
     try:
@@ -105,7 +108,7 @@ def _deterministic_kernels() -> Iterator[None]:
 
 
 def _state(thing: Any) -> list[Any]:
-    """Parameters, buffers and plain attributes of a model or loss: what it holds besides its code."""
+    """Parameters, buffers and plain attributes of a model or loss."""
     if isinstance(thing, functools.partial):
         return [_state(thing.func), _plain_state({**dict(enumerate(thing.args)), **thing.keywords})]
     if inspect.ismethod(thing):
@@ -121,7 +124,7 @@ def _state(thing: Any) -> list[Any]:
 
 
 def _plain_state(values: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The plain entries of ``values``, and the state of modules among them."""
+    """The plain entries of ``values``, and the state of the modules in it."""
     modules = {name: _state(value) for name, value in values.items() if isinstance(value, nn.Module)}
     return {**{name: value for name, value in values.items() if _is_plain(value)}, **modules}
 
@@ -142,15 +145,15 @@ SCALARS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, 
 
 
 def fingerprint(*values: Any) -> str:
-    """A hash (32 hexadecimal digits) of the exact ``values``, in order, equal in every process.
+    """Hash (32 hexadecimal digits) of the exact ``values``, the same in every process.
 
-    Tensors and arrays are hashed by dtype, shape and bytes, whatever their device and strides; scalars, text, dtypes,
-    devices and paths by type and value; mappings and sets in any order. Data (a Dataset, a DataLoader, an object to
-    iterate over) are walked once and hashed by their batches; all random states are restored.
+    Tensors and arrays are hashed by dtype, shape and bytes, independent of device and strides; scalars, text, dtypes,
+    devices and paths by type and value; mappings and sets independent of their order. Data (a Dataset, a DataLoader,
+    an iterable) are hashed batch by batch; all random states are restored.
 
-    Cost: one walk over the data without a model, and about a second a gigabyte.
+    Cost: one walk over the data, and about 1 s per gigabyte.
 
-    Raises: ArgumentError for a value that cannot be hashed, DataError for data that can be walked only once.
+    Raises: ArgumentError for a value that cannot be hashed; DataError for data that can be iterated over only once.
     """
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for value in values:
@@ -188,7 +191,7 @@ def _add(digest: hashlib.blake2b, value: Any) -> None:
     else:
         raise ArgumentError(
             f"A fingerprint needs tensors, arrays, numbers, text or batches of them, got a {type(value).__name__}. "
-            "Pass what it depends on instead."
+            "Pass the values that define it instead."
         )
 
 
@@ -205,53 +208,52 @@ def has_bytes(value: Any) -> bool:
 
 Entry = dict[str, Any]
 
-# torch aligns the memory that it allocates to this, and the last bits of a product may depend on it.
+# Bytes to which torch aligns its memory; the last bits of a product may depend on it.
 ALIGNMENT = 64
 
 
 class Journal:
-    """The finished steps of one computation, in order, each in a file of its own in the folder ``path``.
+    """Results of the finished steps of one computation, in order, each in a file in the folder ``path``.
 
-    A computation that asks for the same steps in the same order gets the stored ones, bit for bit, and computes and
-    stores the others: killed at any moment, it loses only the current step. The checksum of an entry covers its values,
-    the ``key``, the request and the checksum of the entry before. An entry is used only if its checksum is right: files
-    that are damaged, of another key or of another order are computed again and replaced.
+    When the computation runs again, finished steps are read back, bit for bit; a kill loses only the current step. The
+    checksum of an entry covers its values, the ``key``, the request and the checksum of the entry before. Files with
+    another checksum (damaged, of another key or in another order) are computed again and replaced.
 
     Args:
-        path: the folder, made when the first entry is written; None stores nothing and computes every step.
-        key: what the computation depends on, from ``key_of``.
+        path: folder, created with the first entry; None stores nothing and computes every step.
+        key: identifies the computation, from ``key_of``.
 
     Attributes:
-        replayed: the number of entries read from disk so far.
+        replayed: number of entries read from disk so far.
 
-    Raises: ArgumentError without a key, OutputError when ``path`` is a file.
+    Raises: ArgumentError if ``path`` has no key; OutputError if ``path`` is a file.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, key: str = "") -> None:
         if path is not None and not key:
-            raise ArgumentError("A journal on disk must have a key, or it would be taken for another run's. Pass one.")
+            raise ArgumentError("A journal on disk must have a key, which tells it from that of another run. Pass one.")
         self._folder = None if path is None else Path(path)
         if self._folder is not None and self._folder.exists() and not self._folder.is_dir():
-            raise OutputError(f"The journal must be a folder, but {self._folder} is a file. Name another place.")
+            raise OutputError(f"The journal must be a folder, but {self._folder} is a file. Choose another path.")
         self._count = 0
         self._previous = key
         self.replayed = 0
 
     def once(self, label: str, compute: Callable[[], Mapping[str, Any]], *, given: Sequence[Any] = ()) -> Entry:
-        """What ``compute()`` returned, now or in the run that was killed.
+        """Return the stored result of this step, or that of ``compute()``, which is then stored.
 
         Args:
-            label: the name of the step.
-            compute: returns tensors and plain JSON values (numbers, strings, lists of them) by name.
-            given: what the step depends on besides the key, the label and the entries before; hashed exactly.
+            label: name of the step.
+            compute: returns tensors and JSON values by name.
+            given: further inputs of the step besides the key, the label and the earlier entries; hashed exactly.
 
-        Raises: ArgumentError for a value that cannot be stored, OutputError when it cannot be written.
+        Raises: ArgumentError for a value that cannot be stored; OutputError if the entry cannot be written.
         """
         if self._folder is None:
             return _storable(compute())
         request = fingerprint(self._previous, label, list(given))
         path = self._folder / f"{self._count:06d}.entry"
-        # Entries are replayed from the first on: after one that was computed, no file is worth reading.
+        # The first entry that had to be computed invalidates all later ones.
         stored = _read(path, request) if self.replayed == self._count else None
         if stored is not None:
             values, self._previous = stored
@@ -264,9 +266,9 @@ class Journal:
 
 
 def discard(path: str | os.PathLike[str]) -> None:
-    """Remove journal and points at ``path``, whatever their key. Other files stay, and the folder with them."""
+    """Delete journals and point logs in the folder ``path``, and the folder if it is then empty."""
     folder = Path(path)
-    for pattern in ("[0-9]*.entry", ".[0-9]*.entry.*.tmp", "*.points", "[0-9]*.npz"):  # the last of 0.1.0
+    for pattern in ("[0-9]*.entry", ".[0-9]*.entry.*.tmp", "*.points", "[0-9]*.npz"):  # .npz: version 0.1.0
         for state in folder.glob(pattern):
             state.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
@@ -274,29 +276,29 @@ def discard(path: str | os.PathLike[str]) -> None:
 
 
 def _write(path: Path, request: str, values: Entry) -> str:
-    """Store an entry, whole or not at all, and return its checksum."""
+    """Store an entry atomically and return its checksum."""
     checksum = fingerprint(request, values)
     try:
         with atomic(path) as temporary:
             torch.save({"values": values, "checksum": checksum}, temporary)
-    except RuntimeError as error:  # torch's writer, where the disk is full
-        raise OutputError(f"Cannot write {path}: the disk takes no more. Choose another place.") from error
+    except RuntimeError as error:  # of torch.save if the disk is full
+        raise OutputError(f"Cannot write {path}: the disk is full. Choose another path.") from error
     return checksum
 
 
 def _read(path: Path, request: str) -> tuple[Entry, str] | None:
-    """The values and the checksum at ``path`` if they are whole and answer ``request``, else None."""
+    """Values and checksum of the entry at ``path`` if it is intact and matches ``request``, else None."""
     try:
         entry = torch.load(path, weights_only=True)
         values, checksum = entry["values"], entry["checksum"]
         right = checksum == fingerprint(request, values)
-    except Exception:  # a missing, damaged or foreign file makes the parser raise any kind of error
+    except Exception:  # the parser can raise any error for a missing, damaged or foreign file
         return None
     return (_storable(values), checksum) if right else None
 
 
 def _storable(values: Mapping[str, Any]) -> Entry:
-    """``values`` as an entry holds them: tensors in memory of their own, everything else as JSON."""
+    """``values`` as they are read back from an entry: tensors that own their memory, everything else through JSON."""
     entry: Entry = {}
     for name, value in values.items():
         if isinstance(value, Tensor):
@@ -305,31 +307,31 @@ def _storable(values: Mapping[str, Any]) -> Entry:
             try:
                 entry[name] = json.loads(json.dumps(value))
             except (TypeError, ValueError) as error:
-                came = type(value).__name__
-                raise ArgumentError(f"A journal keeps tensors and JSON values, got a {came} as {name!r}.") from error
+                kind = type(value).__name__
+                raise ArgumentError(f"A journal stores tensors and JSON values, got a {kind} as {name!r}.") from error
     return entry
 
 
 def _owned(tensor: Tensor) -> Tensor:
-    """``tensor``, or a copy where it is not aligned or a view of a larger tensor; dense tensors keep their strides.
+    """``tensor``, or a copy if it is unaligned or a view of a larger tensor; dense tensors keep their strides.
 
-    So it is laid out as it comes back from disk, and later products with it have the same last bits.
+    The layout is then the same as after reading it from disk, so later products have the same last bits.
     """
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole and tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
-# The counters of the cost that are stored with a step.
+# Counters of the cost that are stored with a step.
 COUNTERS = ("passes", "hvps", "example_gradients", "seconds")
 
 
 def journaled_hvp(objective: Objective, journal: Journal, progress: Progress) -> Callable[[Tensor], Tensor]:
-    """``objective.products`` that reads finished passes from ``journal``, with their loss, gradient and cost.
+    """Return ``objective.products`` with finished passes read from ``journal``, with their loss, gradient and cost.
 
-    The micro-batch is settled first, and stored: the last bits depend on it.
+    The micro-batch is chosen first and stored, since the last bits depend on it.
     """
-    settled = journal.once("micro-batch", lambda: _settled(objective))
-    objective.micro_batch = settled["size"]
+    chosen = journal.once("micro-batch", lambda: _choose_micro_batch(objective))
+    objective.micro_batch = chosen["size"]
 
     def products(rows: Tensor) -> Tensor:
         before = journal.replayed
@@ -337,8 +339,8 @@ def journaled_hvp(objective: Objective, journal: Journal, progress: Progress) ->
         if journal.replayed > before:
             _restore(objective, entry)
             progress(f"pass {objective.passes} is on disk", 0, objective.num_examples)
-        images: Tensor = entry["products"]
-        return images
+        result: Tensor = entry["products"]
+        return result
 
     return products
 
@@ -351,38 +353,38 @@ def once_with_cost(
     *,
     given: Sequence[Any] = (),
 ) -> Entry:
-    """``journal.once``, where a stored step leaves the cost as it was after it was computed."""
+    """``journal.once`` that also stores the cost; a stored step restores the counters to their value after it."""
 
-    def charged() -> Entry:
+    def compute_with_cost() -> Entry:
         values = compute()
         return {**values, "cost": {name: getattr(objective.cost_counter, name) for name in COUNTERS}}
 
     before = journal.replayed
-    entry = journal.once(label, charged, given=given)
+    entry = journal.once(label, compute_with_cost, given=given)
     if journal.replayed > before:
         objective.cost_counter.restore(**entry["cost"])
     return entry
 
 
-def _settled(objective: Objective) -> Entry:
+def _choose_micro_batch(objective: Objective) -> Entry:
     objective.choose_micro_batch()
     return {"size": objective.micro_batch}
 
 
 def _pass(objective: Objective, rows: Tensor, progress: Progress) -> Entry:
-    """One pass over the data: the products, and what it leaves in ``objective``."""
+    """One pass over the data: the products, and the state that it leaves in ``objective``."""
     products = objective.products(rows, progress)
     return {"products": products, **vars(objective.last_pass), "micro_batch": objective.micro_batch}
 
 
 def _restore(objective: Objective, entry: Entry) -> None:
-    """Leave ``objective`` as the stored pass left it."""
+    """Set the state of ``objective`` to that after the stored pass."""
     objective.last_pass = LossAndGradient(entry["loss"], entry["gradient"], entry["spread"], entry["examples"])
     objective.num_examples, objective.terms.checked = entry["examples"], True
     objective.micro_batch = entry["micro_batch"]
 
 
-# The layout of a file; files of another are not read.
+# Version of the file layout; files of other versions are ignored.
 FORMAT = 1
 
 _CHECK = struct.Struct("<I")
@@ -391,19 +393,19 @@ Place = tuple[float, ...]
 
 
 class PointLog:
-    """Values by the coordinates of the point, appended to a file in ``folder``; each is a whole record or none.
+    """Append-only log of values by the coordinates of a point, in files in ``folder``.
 
-    What any file there holds under the same ``key`` (other weights, data, directions or configuration have another)
-    counts as finished, whatever process wrote it: each writes to the file of its ``name``. A file of another key gives
-    way when the first point of this one is added. A record that a kill cut short is dropped.
+    Each process appends to its own file, ``name``, and reads all files with the same ``key``. A file with another key
+    is ignored, and overwritten if it has the same name. An incomplete record, left by a kill, is dropped.
 
     Args:
-        folder: made when the first point is added; None keeps points in memory alone.
-        key: what the values depend on beside the coordinates, from ``fingerprint``.
-        coordinates, values: how many numbers of each.
-        name: of this process's file.
+        folder: created with the first point; None keeps the points in memory only.
+        key: identifies everything but the coordinates that the values depend on, from ``key_of``.
+        coordinates: numbers per point.
+        values: values per point.
+        name: name of this process's file, without suffix.
 
-    Raises: OutputError when a file cannot be written.
+    Raises: OutputError if the file cannot be written.
     """
 
     def __init__(
@@ -412,51 +414,51 @@ class PointLog:
         self._folder = None if folder is None else Path(folder)
         self._name, self._coordinates = name, coordinates
         layout = {"format": FORMAT, "key": key, "coordinates": coordinates, "values": values}
-        self._head = json.dumps(layout).encode() + b"\n"
+        self._header = json.dumps(layout).encode() + b"\n"
         self._record = struct.Struct(f"<{coordinates + values}d")
-        self._found: dict[Place, tuple[float, ...]] = {}
-        self._whole = 0
-        self._open: int | None = None
+        self._points: dict[Place, tuple[float, ...]] = {}
+        self._valid_bytes = 0
+        self._descriptor: int | None = None
         self.read()
-        self.replayed = len(self._found)
+        self.replayed = len(self._points)
 
     def __contains__(self, point: Place) -> bool:
-        return point in self._found
+        return point in self._points
 
     def __getitem__(self, point: Place) -> tuple[float, ...]:
-        return self._found[point]
+        return self._points[point]
 
     def read(self) -> None:
-        """Take in what other processes have finished meanwhile."""
+        """Read the points that other processes have added."""
         if self._folder is None or not self._folder.is_dir():
             return
         for path in sorted(self._folder.glob("*.points")):
-            whole = self._read(path)
+            valid_bytes = self._read(path)
             if path == self._path:
-                self._whole = whole
+                self._valid_bytes = valid_bytes
 
     def add(self, point: Place, values: Sequence[float]) -> None:
-        """Keep the values of a point: they survive a kill from now on."""
-        self._found[point] = tuple(map(float, values))
+        """Store the values of a point; they survive a kill once this returns."""
+        self._points[point] = tuple(map(float, values))
         if self._folder is None:
             return
-        record = self._record.pack(*point, *self._found[point])
+        record = self._record.pack(*point, *self._points[point])
         try:
-            if self._open is None:
-                self._open = self._append()
-            os.write(self._open, record + _CHECK.pack(self._check(record)))
+            if self._descriptor is None:
+                self._descriptor = self._append()
+            os.write(self._descriptor, record + _CHECK.pack(self._check(record)))
         except OSError as error:
-            raise OutputError(f"Cannot write {self._path}: {error.strerror}. Choose another place.") from error
+            raise OutputError(f"Cannot write {self._path}: {error.strerror}. Choose another path.") from error
 
     def clear(self) -> None:
-        """Forget every point; the first that is added replaces this process's file."""
-        self._found, self._whole = {}, 0
+        """Discard all points; the next one added overwrites this process's file."""
+        self._points, self._valid_bytes = {}, 0
 
     def close(self) -> None:
-        """Close the file; what is in it stays."""
-        if self._open is not None:
-            os.close(self._open)
-            self._open = None
+        """Close the file."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     @property
     def _path(self) -> Path:
@@ -464,27 +466,27 @@ class PointLog:
         return self._folder / f"{self._name}.points"
 
     def _check(self, record: bytes) -> int:
-        """A checksum under this head, which a record of another key fails, whoever wrote it into this file."""
-        return zlib.crc32(record, zlib.crc32(self._head))
+        """CRC-32 of the header and the record, so that a record written with another key does not match."""
+        return zlib.crc32(record, zlib.crc32(self._header))
 
     def _append(self) -> int:
-        """The file, open at the end of its last whole record."""
+        """Open this process's file, truncated after its last complete record."""
         assert self._folder is not None
         self._folder.mkdir(parents=True, exist_ok=True)
         opened = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        os.ftruncate(opened, self._whole)
-        if not self._whole:
-            os.write(opened, self._head)
+        os.ftruncate(opened, self._valid_bytes)
+        if not self._valid_bytes:
+            os.write(opened, self._header)
         return opened
 
     def _read(self, path: Path) -> int:
-        """Take in a file's records; returns where the last whole one ends, 0 for a file of another key."""
+        """Read the records of a file; return the end of the last complete one, or 0 for a file with another key."""
         try:
             data = path.read_bytes()
         except OSError:
             return 0
-        position = len(self._head)
-        if data[:position] != self._head:
+        position = len(self._header)
+        if data[:position] != self._header:
             return 0
         size = self._record.size
         while len(data) >= position + size + _CHECK.size:
@@ -492,6 +494,6 @@ class PointLog:
             if _CHECK.unpack_from(data, position + size)[0] != self._check(record):
                 break
             numbers = self._record.unpack(record)
-            self._found.setdefault(numbers[: self._coordinates], numbers[self._coordinates :])
+            self._points.setdefault(numbers[: self._coordinates], numbers[self._coordinates :])
             position += size + _CHECK.size
         return position

@@ -1,4 +1,4 @@
-"""Train a bundled network, with or without SAM, into a checkpoint that describes itself."""
+"""Train a bundled network, with or without SAM, and write self-describing checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sharpscope.zoo import DATASETS, MODELS, DataSet, load_data, make_model, mod
 
 SCHEDULES = ("cosine", "constant")
 
-# SAM and its relatives by name, with the radius that each has where none is given.
+# SAM and its variants by name, with the default rho of each.
 VARIANTS: dict[str, tuple[type[SAM], float]] = {
     "sam": (SAM, 0.05),
     "asam": (ASAM, 0.5),
@@ -39,42 +39,44 @@ VARIANTS: dict[str, tuple[type[SAM], float]] = {
     "friendlysam": (FriendlySAM, 0.05),
 }
 
-# SparseAdam is left out: it refuses the dense gradients that these models have.
+# Without SparseAdam, which rejects dense gradients.
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     name.lower(): value
     for name, value in vars(torch.optim).items()
     if inspect.isclass(value) and issubclass(value, Optimizer) and name not in ("Optimizer", "SparseAdam")
 }
 
-# Their weight_decay already shrinks the weights by lr * weight_decay, apart from the gradient.
+# Their weight_decay is decoupled: it shrinks the weights by lr * weight_decay, separately from the gradient.
 DECOUPLED = ("adamw", "adafactor", "muon")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides the trained weights; equal recipes give equal weights on one machine's CPU.
+    """All settings that determine the trained weights; on the same CPU, equal recipes give bit-identical weights.
 
     Args:
-        model, model_args: a bundled model; ``shape`` and ``classes`` come from the data.
-        data: a bundled data set.
-        optimizer: any ``torch.optim`` class by name, whatever the case; "sam", "asam", "gsam", "looksam" and
-            "friendlysam" stand for SGD with that ``variant`` and its usual ``rho``.
-        rho: the radius of SAM around the optimizer; None trains without SAM.
-        variant: which of SAM's relatives, where rho is given.
-        p: the norm of SAM's ball, 2 or infinity.
-        m: examples that share a perturbation; None is the batch.
+        model: name of a bundled model.
+        model_args: keyword arguments of the model; ``shape`` and ``classes`` are taken from the data.
+        data: name of a bundled data set.
+        optimizer: name of a ``torch.optim`` class, case-insensitive. "sam", "asam", "gsam", "looksam" and
+            "friendlysam" mean SGD with that ``variant`` and its default ``rho``.
+        rho: SAM's perturbation radius; None trains without SAM.
+        variant: SAM variant; needs ``rho``.
+        p: norm of SAM's perturbation, 2 or inf.
+        m: examples per perturbation; None: the whole batch.
         sam_args: further arguments of SAM or the variant, such as ``adaptive``, ``ascent_steps``, ``alpha`` or ``k``.
-        lr: the learning rate of the first step.
-        momentum: None is 0.9 for SGD and torch's default elsewhere; None too where the optimizer has no momentum.
-        weight_decay: the factor c of the penalty c/2 ||w||^2, whose gradient at w joins that of the loss in the base
-            optimizer (Foret et al. 2021, Eq. 1).
-        decoupled: instead subtract ``lr * weight_decay * w`` before the base step (Loshchilov and Hutter 2019).
+        lr: initial learning rate.
+        momentum: None: 0.9 for SGD, the default of torch for other optimizers; ignored by optimizers without momentum.
+        weight_decay: c of the L2 penalty ``c/2 ||w||^2``. The base optimizer adds its gradient, taken at w
+            (Foret et al. 2021, Eq. 1).
+        decoupled: subtract ``lr * weight_decay * w`` before the base step instead (Loshchilov and Hutter 2019).
             AdamW, Adafactor and Muon always do so.
-        batch_size: of the training batches; the last one of an epoch may be smaller.
+        batch_size: examples per batch; the last batch of an epoch may be smaller.
         epochs: passes over the training data.
-        schedule: "cosine" (to zero over all steps, changed at every step) or "constant".
-        label_noise, noise_seed: the fraction of wrong training labels, and which.
-        seed: of the initial weights, the order of the examples and dropout.
+        schedule: "cosine" (decays to zero, updated every step) or "constant".
+        label_noise: fraction of training labels that are replaced by another class.
+        noise_seed: seed of the label noise.
+        seed: seed of the initial weights, the order of the examples, and dropout.
 
     Raises: ArgumentError for an unknown name or a value outside its domain.
     """
@@ -103,7 +105,7 @@ class Recipe:
         name = self.optimizer.lower()
         if name in VARIANTS:
             if self.variant not in ("sam", name):
-                raise ArgumentError(f"optimizer and variant say two kinds, {name} and {self.variant}. Pass one.")
+                raise ArgumentError(f"optimizer and variant must agree, got {name} and {self.variant}. Pass one.")
             object.__setattr__(self, "variant", name)
             object.__setattr__(self, "rho", VARIANTS[name][1] if self.rho is None else self.rho)
             name = "sgd"
@@ -125,7 +127,7 @@ class Recipe:
 
     def _check_numbers(self) -> None:
         if self.rho is None and (self.m is not None or self.variant != "sam" or self.sam_args):
-            raise ArgumentError("m, variant and sam_args belong to SAM. Pass rho (--rho), or name it as the optimizer.")
+            raise ArgumentError("m, variant and sam_args belong to SAM. Pass rho (--rho), or optimizer='sam'.")
         for key in ("batch_size", "epochs", *(() if self.m is None else ("m",))):
             require_count(key, getattr(self, key))
         for key in ("rho", "weight_decay", "momentum"):
@@ -145,16 +147,16 @@ class Recipe:
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
-    """The learning rate of step ``step`` (from 0) of ``steps``: ``lr (1 + cos(pi step / steps)) / 2``, or ``lr``."""
+    """Learning rate at ``step`` (from 0) of ``steps``: ``lr (1 + cos(pi step / steps)) / 2``, or constant ``lr``."""
     if recipe.schedule == "constant":
         return recipe.lr
     return recipe.lr * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
-    """The recipe's optimizer on the parameters of ``model``, SAM around it if ``rho`` is given.
+    """Create the recipe's optimizer for ``model``, wrapped in SAM if ``rho`` is set.
 
-    Raises: ArgumentError when the optimizer cannot take the options or the parameters.
+    Raises: ArgumentError if the optimizer rejects the options or the parameters.
     """
     kind = OPTIMIZERS[recipe.optimizer]
     taken = inspect.signature(kind).parameters
@@ -163,7 +165,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     if recipe.momentum is not None:
         options["momentum"] = recipe.momentum
     if "weight_decay" in taken:
-        # Stated even when it is 0, since some optimizers decay by default.
+        # Passed even if 0, since some optimizers decay by default.
         options["weight_decay"] = 0.0 if by_hook else recipe.weight_decay
     elif recipe.weight_decay and not by_hook:
         raise ArgumentError(f"{kind.__name__} has no weight decay of its own. Pass --decoupled or --weight-decay 0.")
@@ -192,12 +194,12 @@ def _shrink(optimizer: Optimizer, weight_decay: float) -> None:
 
 
 def parse_epochs(wanted: str | Iterable[int | str], epochs: int) -> set[int]:
-    """The epochs meant by "0,1,50%,last" or by a sequence of such entries; 0 is before training.
+    """Parse epochs such as "0,1,50%,last", or a sequence of such entries; 0 is before training.
 
-    Raises: ArgumentError for an entry that is none of a number, a percentage and "last", or is outside 0..epochs.
+    Raises: ArgumentError for an entry that is not a number, a percentage or "last", or is outside 0..epochs.
     """
     entries = wanted.split(",") if isinstance(wanted, str) else wanted
-    found = set()
+    parsed = set()
     for entry in entries:
         text = str(entry).strip()
         try:
@@ -212,51 +214,59 @@ def parse_epochs(wanted: str | Iterable[int | str], epochs: int) -> set[int]:
             raise ArgumentError(f"An epoch must be a number, a percentage or 'last', got {text!r}.") from None
         if not 0 <= epoch <= epochs:
             raise ArgumentError(f"An epoch must be from 0 to {epochs}, got {text!r}.")
-        found.add(epoch)
-    return found
+        parsed.add(epoch)
+    return parsed
 
 
 def snapshot_path(out: str | os.PathLike[str], epoch: int) -> Path:
-    """Where the weights after ``epoch`` epochs are kept: ``runs/sam.pt`` gives ``runs/sam-epoch3.pt``."""
+    """File of the weights after ``epoch`` epochs: ``runs/sam-epoch3.pt`` for ``runs/sam.pt``."""
     path = Path(out)
     return path.with_name(f"{path.stem}-epoch{epoch}{path.suffix}")
 
 
 def monitor_path(out: str | os.PathLike[str]) -> Path:
-    """Where the sharpness along the run is kept: ``runs/sam.pt`` gives ``runs/sam.pt.monitor.json``."""
+    """File of the sharpness during training: ``runs/sam.pt.monitor.json`` for ``runs/sam.pt``."""
     path = Path(out)
     return path.with_name(f"{path.name}.monitor.json")
 
 
 def earlier_run(
-    recipe: Recipe, target: Path, beside: Sequence[Path], *, resume: bool, overwrite: bool
+    recipe: Recipe, target: Path, other_outputs: Sequence[Path], *, resume: bool, overwrite: bool
 ) -> Checkpoint | None:
-    """The run in ``target`` to go on with, or None to start one, when nothing that must stay would be overwritten.
+    """Return the checkpoint in ``target`` to resume from, or None to start a new run.
 
-    ``beside``: the other files that the run is to write.
+    Args:
+        recipe: settings of the run.
+        target: checkpoint file of the run.
+        other_outputs: further files that the run will write.
+        resume: allow existing files, and resume from ``target``.
+        overwrite: allow existing files, and ignore them.
 
-    Raises: OutputError where a file is there already; ArgumentError and CheckpointError for a run that is not this one.
+    Raises: OutputError if an output exists and neither ``resume`` nor ``overwrite`` is set; ArgumentError if ``target``
+        has another recipe; CheckpointError if it cannot be resumed.
     """
     if resume and overwrite:
         raise ArgumentError("A run is either resumed or overwritten. Pass one of --resume and --overwrite.")
-    present = [path for path in (target, *beside) if path.exists()]
+    present = [path for path in (target, *other_outputs) if path.exists()]
     if present and not resume and not overwrite:
-        raise OutputError(f"{present[0]} exists already. Pass --resume to go on with it, or --overwrite.")
+        raise OutputError(f"{present[0]} exists already. Pass --resume to continue it, or --overwrite.")
     if overwrite or not target.exists():
         return None
     earlier = read_checkpoint(target)
     ours = dataclasses.asdict(recipe)
-    # What an older version did not know it did as by default.
+    # Settings that an older version did not have: it behaved like their defaults.
     theirs = {**dataclasses.asdict(Recipe()), **earlier.recipe}
     for key, value in ours.items():
-        # By way of JSON, in which a tuple and a list of the same sizes are the same recipe.
+        # Compared as JSON, where a tuple equals a list.
         if _as_json(theirs[key]) != _as_json(value):
             raise ArgumentError(
-                f"A run is resumed by its own recipe, but {key} is {value!r} and in {target} "
-                f"{earlier.recipe.get(key, 'missing')!r}. Change it back, or pass --overwrite to start anew."
+                f"Resuming needs an unchanged recipe, but {key} is {value!r} and in {target} "
+                f"{earlier.recipe.get(key, 'missing')!r}. Change it back, or pass --overwrite to start over."
             )
     if earlier.training is None and earlier.epoch != recipe.epochs:
-        raise CheckpointError(f"{target} keeps one epoch's weights and cannot be resumed. Name the run's own file.")
+        raise CheckpointError(
+            f"{target} holds only the weights of one epoch and cannot be resumed. Pass the run's own file."
+        )
     return earlier
 
 
@@ -282,36 +292,36 @@ def train(
     monitor: int | None = None,
     monitor_examples: int = EXAMPLES,
 ) -> Checkpoint:
-    """Train as the recipe says and return the checkpoint that ``out`` then holds.
+    """Train a bundled network by ``recipe``, write the checkpoint ``out``, and return it.
 
-    ``out`` is replaced whole after every epoch, so that a run stopped at any moment, even by kill -9, is resumed from
-    its last finished epoch and, on the CPU, ends in the same bits. The global random state is left as it was.
+    ``out`` is replaced atomically after every epoch. A run stopped at any time, even by kill -9, resumes from its last
+    finished epoch and, on the CPU, gives the same bits. The global random state is preserved.
 
     Args:
-        recipe: what to train, and how.
-        out: the checkpoint file.
-        resume: go on with the run in ``out``; start it if there is none, and return it if it is finished.
-        overwrite: start anew even if there are files of an earlier run.
-        save_epochs: epochs to keep besides, as ``parse_epochs`` reads them, in the files named by
-            ``snapshot_path``; 0 is the initial weights. When resuming, epochs already passed are not kept.
-        data_root: the folder of a data set that is read from files.
+        recipe: all settings that determine the trained weights.
+        out: checkpoint file.
+        resume: resume the run in ``out``; start it if the file is missing, return it if it is finished.
+        overwrite: start over even if files of an earlier run exist.
+        save_epochs: epochs to save to files of their own (see ``snapshot_path``), such as "0,1,50%,last"; 0 is the
+            initial weights. A resumed run does not save epochs that are already past.
+        data_root: folder of a data set that is read from files.
         device: where to train.
-        progress: called after every step with the steps done, all steps, and the epoch's mean ``loss`` and
-            ``accuracy`` so far.
-        monitor: measure lambda_max of the training loss at the start and every so many steps, by a ``SharpnessMonitor``
-            on ``monitor_examples`` training examples, into the JSON file named by ``monitor_path``, which is replaced
-            whole after every epoch. The weights are the same bits without it.
+        progress: called after every step as ``progress(step, steps, {"loss": ..., "accuracy": ...})`` with the means
+            of the epoch so far.
+        monitor: measure lambda_max of the training loss before the first and after every ``monitor`` steps with a
+            ``SharpnessMonitor``, and write it to ``monitor_path(out)`` after every epoch. Does not change the weights.
+        monitor_examples: training examples that the monitor measures on.
 
-    Cost: a gradient a step, two with SAM, and an evaluation of both splits an epoch.
+    Cost: 1 gradient a step, 2 with SAM, and one evaluation of both splits an epoch.
 
-    Raises: ArgumentError for what the recipe or the arguments get wrong; OutputError when ``out`` cannot be written or
-        would be overwritten; DataError without the data; SharpscopeError when the loss is no longer finite.
+    Raises: ArgumentError for invalid settings or arguments; OutputError if ``out`` cannot be written or would be
+        overwritten; DataError if the data are missing; SharpscopeError if the loss becomes infinite or NaN.
     """
     target = require_writable(out)
-    kept = parse_epochs(save_epochs, recipe.epochs)
-    beside = [] if monitor is None else [monitor_path(target)]
-    beside += [snapshot_path(target, epoch) for epoch in sorted(kept)]
-    earlier = earlier_run(recipe, target, beside, resume=resume, overwrite=overwrite)
+    snapshots = parse_epochs(save_epochs, recipe.epochs)
+    other_outputs = [] if monitor is None else [monitor_path(target)]
+    other_outputs += [snapshot_path(target, epoch) for epoch in sorted(snapshots)]
+    earlier = earlier_run(recipe, target, other_outputs, resume=resume, overwrite=overwrite)
     if earlier is not None and earlier.training is None:
         return earlier
     run = _start(recipe, data_root, available_device(device))
@@ -321,18 +331,18 @@ def train(
             done = earlier.epoch
             load_weights(run.model, earlier.state_dict)
             run.optimizer.load_state_dict(earlier.training["optimizer"])
-        watch = None if monitor is None else _watch(run, target, monitor, monitor_examples, done)
-        if done == 0 and 0 in kept:
+        sharpness = None if monitor is None else _monitor(run, target, monitor, monitor_examples, done)
+        if done == 0 and 0 in snapshots:
             _write(run, snapshot_path(target, 0), 0)
         for epoch in range(done + 1, recipe.epochs + 1):
-            _train_epoch(run, epoch, progress, watch)
+            _train_epoch(run, epoch, progress, sharpness)
             metrics = _metrics(run, epoch)
             if not math.isfinite(metrics["train_loss"]):
                 raise _diverged(epoch, run.steps_per_epoch)
-            if epoch in kept:
+            if epoch in snapshots:
                 _write(run, snapshot_path(target, epoch), epoch, metrics)
-            if watch is not None:  # before the checkpoint: a kill in between costs records that are measured again
-                watch.result().save(monitor_path(target))
+            if sharpness is not None:  # before the checkpoint: records without a checkpoint are measured again
+                sharpness.result().save(monitor_path(target))
             unfinished = epoch < recipe.epochs
             state = {"optimizer": run.optimizer.state_dict()} if unfinished else None
             _write(run, target, epoch, metrics, state)
@@ -341,9 +351,9 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: DataSet, batch_size: int = 1024) -> tuple[float, float]:
-    """Mean cross-entropy (nats) and accuracy of ``model`` on ``data`` in eval mode, summed in float64.
+    """Mean cross-entropy (nats) and accuracy of ``model`` on ``data`` in eval mode, accumulated in float64.
 
-    The model's modes are put back, each module's own.
+    The train or eval mode of each module is restored.
     """
     modes = [(module, module.training) for module in model.modules()]
     like = next(model.parameters())
@@ -351,8 +361,8 @@ def evaluate(model: nn.Module, data: DataSet, batch_size: int = 1024) -> tuple[f
     model.eval()
     try:
         for start in range(0, len(data), batch_size):
-            part = slice(start, start + batch_size)
-            logits, labels = model(data.inputs[part].to(like)), data.targets[part].to(like.device)
+            batch = slice(start, start + batch_size)
+            logits, labels = model(data.inputs[batch].to(like)), data.targets[batch].to(like.device)
             loss = loss + nn.functional.cross_entropy(logits, labels, reduction="none").double().sum().cpu()
             correct = correct + (logits.argmax(1) == labels).sum().cpu()
     finally:
@@ -399,35 +409,35 @@ def _start(recipe: Recipe, data_root: str | os.PathLike[str] | None, device: tor
     return _Run(recipe, model, args, make_optimizer(recipe, model), train_set, test_set, device)
 
 
-def _watch(run: _Run, target: Path, every: int, examples: int, epoch: int) -> SharpnessMonitor:
-    """The monitor of a run that starts after ``epoch`` epochs, with what an earlier run measured up to there."""
+def _monitor(run: _Run, target: Path, every: int, examples: int, epoch: int) -> SharpnessMonitor:
+    """Monitor of a run that continues after ``epoch`` epochs, including the records of those epochs."""
     recipe, data = run.recipe, (run.train_set.inputs, run.train_set.targets)
     origin = {"checkpoint": str(target), "data": recipe.data, "split": "train", "label_noise": recipe.label_noise}
     origin |= {"recipe": dataclasses.asdict(recipe)}
     problem = Problem(model=run.model, loss=nn.CrossEntropyLoss(), data=data, provenance=origin)
-    watch = SharpnessMonitor(problem, run.optimizer, every=every, examples=examples, seed=recipe.seed)
+    monitor = SharpnessMonitor(problem, run.optimizer, every=every, examples=examples, seed=recipe.seed)
     if epoch == 0:
-        watch.measure(0)
-        return watch
+        monitor.measure(0)
+        return monitor
     before = monitor_path(target)
-    watch.resume(MonitorResult.load(before) if before.exists() else watch.result(), epoch * run.steps_per_epoch)
-    return watch
+    monitor.resume(MonitorResult.load(before) if before.exists() else monitor.result(), epoch * run.steps_per_epoch)
+    return monitor
 
 
-def _train_epoch(run: _Run, epoch: int, progress: Progress | None, watch: SharpnessMonitor | None) -> None:
+def _train_epoch(run: _Run, epoch: int, progress: Progress | None, monitor: SharpnessMonitor | None) -> None:
     recipe, model, optimizer = run.recipe, run.model, run.optimizer
     _reseed(run.device, _derived_seed("dropout", recipe.seed, epoch))
     generator = torch.Generator().manual_seed(_derived_seed("order", recipe.seed, epoch))
     order = torch.randperm(len(run.train_set), generator=generator).to(run.device)
-    # SAM and LBFGS take several gradients a step; the others must not see the weights move before their only one.
-    closed = _needs_closure(optimizer)
+    # SAM and LBFGS need a closure. For the others the gradient is taken before step(), whose hook may shrink w.
+    needs_closure = _needs_closure(optimizer)
     seen, loss_sum, correct = 0, 0.0, 0
     model.train()
     for i in range(run.steps_per_epoch):
         batch = order[i * recipe.batch_size : (i + 1) * recipe.batch_size]
         step = (epoch - 1) * run.steps_per_epoch + i
         inputs, targets = run.train_set.inputs[batch], run.train_set.targets[batch]
-        # Loss, correct answers and examples of each piece of the batch, at the weights before the step.
+        # Loss, number of correct predictions and examples of each chunk of the batch, at the weights before the step.
         at_w: dict[int, tuple[float, int, int]] = {}
 
         def closure(inputs: Tensor = inputs, targets: Tensor = targets, at_w: Any = at_w, i: int = i) -> Tensor:
@@ -446,15 +456,15 @@ def _train_epoch(run: _Run, epoch: int, progress: Progress | None, watch: Sharpn
             group["lr"] = run.learning_rate(step)
         if isinstance(optimizer, SAM):
             optimizer.step(closure, inputs, targets)
-        elif closed:
+        elif needs_closure:
             optimizer.step(closure)  # type: ignore[arg-type]
         else:
             closure()
             optimizer.step()
-        if watch is not None:
-            watch.step(step + 1)
-        for value, right, examples in at_w.values():
-            seen, loss_sum, correct = seen + examples, loss_sum + value * examples, correct + right
+        if monitor is not None:
+            monitor.step(step + 1)
+        for value, num_correct, examples in at_w.values():
+            seen, loss_sum, correct = seen + examples, loss_sum + value * examples, correct + num_correct
         if progress is not None:
             total = run.steps_per_epoch * recipe.epochs
             progress(step + 1, total, {"loss": loss_sum / seen, "accuracy": correct / seen})
@@ -465,7 +475,7 @@ def _needs_closure(optimizer: Optimizer) -> bool:
 
 
 def _metrics(run: _Run, epoch: int) -> dict[str, float]:
-    """Loss and accuracy of both splits, and the learning rate of the epoch's last step (for 0, of the first)."""
+    """Loss and accuracy of both splits, and the learning rate of the epoch's last step (epoch 0: the first step)."""
     train_loss, train_accuracy = evaluate(run.model, run.train_set)
     test_loss, test_accuracy = evaluate(run.model, run.test_set)
     return {
@@ -480,7 +490,7 @@ def _metrics(run: _Run, epoch: int) -> dict[str, float]:
 def _diverged(epoch: int, step: int) -> SharpscopeError:
     return SharpscopeError(
         f"The training loss must stay finite, but it is NaN or infinite in epoch {epoch}, step {step}. "
-        "Lower the learning rate (--lr). What finished epochs wrote is kept."
+        "Lower the learning rate (--lr). The files of finished epochs are kept."
     )
 
 
@@ -502,7 +512,7 @@ def _write(
 
 
 def _reseed(device: torch.device, seed: int) -> None:
-    # Not torch.manual_seed, which would reseed devices whose state is not forked.
+    # torch.manual_seed would also reseed devices whose state is not forked.
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -510,5 +520,5 @@ def _reseed(device: torch.device, seed: int) -> None:
 
 
 def _derived_seed(purpose: str, seed: int, epoch: int) -> int:
-    """Unrelated seeds for each purpose and epoch; Random seeds itself from a string by SHA-512."""
+    """Independent seed for each purpose and epoch; ``random.Random`` hashes a string seed with SHA-512."""
     return random.Random(f"{purpose} {seed} {epoch}").getrandbits(63)

@@ -73,7 +73,7 @@ def test_cost_is_what_was_done() -> None:
     """A gradient builds the graphs and each product takes two, whichever graphs are kept."""
     for kept in (1 << 30, 0):
         monitor = SharpnessMonitor(problem(net()), **TIGHT)
-        monitor._most_kept = kept
+        monitor._max_cached = kept
         record = monitor.measure()
         assert record is not None
         rebuilt = 0 if kept else record.products

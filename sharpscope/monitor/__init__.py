@@ -1,4 +1,4 @@
-"""lambda_max of the training loss while a model is trained, without touching the training."""
+"""Measure lambda_max of the training loss during training, without affecting the training."""
 
 from sharpscope.monitor.monitor import EXAMPLES, SharpnessMonitor
 

@@ -1,4 +1,4 @@
-"""SharpnessMonitor: lambda_max of the training loss while a model is trained, on a sample that is kept."""
+"""SharpnessMonitor: lambda_max of the training loss during training, on a fixed sample."""
 
 from __future__ import annotations
 
@@ -30,65 +30,70 @@ from sharpscope.results import MonitorRecord, MonitorResult
 from sharpscope.sampling.subsample import underlying_dataset
 from sharpscope.weights.restore import preserved
 
-# Examples in the sample unless told otherwise.
+# Default number of examples in the sample.
 EXAMPLES = 32
 
-# Products after which a measurement without known eigenvectors gives up.
-COLD = 100
+# Maximum number of products of a measurement that starts from a random vector.
+MAX_PRODUCTS_RANDOM_START = 100
 
-# What is logged, under "sharpness/" and its name.
+# Fields that are logged, with the prefix "sharpness/".
 LOGGED = (
     *("lambda_max", "lower", "upper", "two_over_eta", "momentum_edge", "sam_edge"),
     *("loss", "gradient_norm", "learning_rate"),
 )
 
-# What decides the sample and the function that is measured on it.
-SAMPLED = ("num_examples", "split_examples", "seed", "dtype", "mode", "params", "weight_decay")
+# Entries of the provenance that determine the sample and the loss measured on it.
+SAMPLE_KEYS = ("num_examples", "split_examples", "seed", "dtype", "mode", "params", "weight_decay")
 
 
 class SharpnessMonitor:
-    """``lambda_max(H)`` of the training loss every some steps of your own loop, H its Hessian on one sample.
+    """Measure ``lambda_max(H)`` every few steps of a training loop, H the Hessian of the loss on a fixed sample.
 
-    The first measurement starts from noise and runs until ``||Hv - theta v|| <= tol theta``; later ones start from the
-    last eigenvectors with a little fresh noise and take a few products. The interval is
-    ``theta <= lambda_max <= theta + ||Hv - theta v||`` with rounding. It presumes that theta stands for the largest:
-    right after a new direction has become the sharpest, a few products may still show the one before it.
+    The first measurement starts from a random vector and runs until ``||Hv - theta v|| <= tol theta``. Later ones start
+    from the last eigenvectors plus a little noise and need a few products. The interval is
+    ``theta <= lambda_max <= theta + ||Hv - theta v||``, plus rounding. It assumes that theta approximates the largest
+    eigenvalue: when another direction has just become the sharpest, a few products may not find it yet.
 
-    Weights, buffers, modes, gradients, optimizer and all random states are bit for bit what they would be without it,
-    also when a measurement fails or is interrupted. What a module or a Dataset keeps elsewhere (an attribute that its
-    forward pass writes, a random generator of its own) is seen by nobody, and moves. A measurement that fails warns the
-    first time and leaves a record of NaN with the reason; it never ends the training. In a run of several processes
-    only rank 0 measures, on the whole sample. The wrappers of DistributedDataParallel and ``torch.compile`` are passed
-    by; forward hooks of your own do run.
+    Weights, buffers, modes, gradients, optimizer and random states stay bit-identical to training without the monitor,
+    even if a measurement fails or is interrupted. State that a module or Dataset keeps elsewhere (a plain attribute
+    written in forward, a random generator of its own) is not detected and does change. A failed measurement never ends
+    the training: it warns once and records NaN with the reason. With several processes, only rank 0 measures, on the
+    whole sample. DistributedDataParallel and ``torch.compile`` are bypassed; forward hooks do run.
 
-    Beside lambda_max stand the loss and the gradient norm of the sample, and, with an optimizer, the learning rate of
-    the next step and what its sharpness is held against: ``2/eta``, the edge of plain gradient descent;
-    ``2 (1 + beta) / eta`` for torch's SGD with momentum beta (``sharpscope.edges`` has dampening and Nesterov too); for
-    plain ``SAM`` of sharpscope around SGD, p = 2, ``(||g|| / (2 rho)) (sqrt(1 + 4 rho E / ||g||) - 1)`` at the sample's
-    gradient norm, E that edge of SGD (Long and Bartlett 2024).
-    They bound lambda_max of what the optimizer descends: its weight decay is in H only if ``problem.weight_decay`` says
-    so, and for Adam and its like none of them is the edge.
+    A record also has the loss and gradient norm on the sample and, with an optimizer, the learning rate of the next
+    step and the edges of stability to compare lambda_max with:
+
+    - ``2/eta`` of plain gradient descent;
+    - ``E = 2 (1 + beta) / eta`` of torch's SGD with momentum beta (see ``sharpscope.edge_of_stability`` for dampening
+      and Nesterov momentum);
+    - ``(||g|| / (2 rho)) (sqrt(1 + 4 rho E / ||g||) - 1)`` of plain ``sharpscope.optim.SAM`` around SGD, p = 2, with
+      the sample's gradient norm (Long and Bartlett 2024).
+
+    They apply to the function that the optimizer minimises: include its weight decay by ``problem.weight_decay``. None
+    of them is the edge of adaptive optimizers such as Adam.
 
     Args:
         problem: the live model, the loss, and the training data. A DataLoader may shuffle: the sample is drawn once,
-            without its workers, and kept. In eval mode by default, so without dropout and with running statistics.
-        optimizer: for learning rate and edges; the adapters find it themselves.
-        every: steps from one measurement to the next.
-        examples: in the sample; None for all. The default costs 6 to 7 % of training the bundled ``cnn`` in batches of
-            64; 64 examples cost 13 %, and 7 % of batches of 128 (benchmarks/MONITOR_RESULTS.md). lambda_max of few
-            examples is above that of all: in 1,200 steps of that ``cnn`` that of 64 was 1.1 to 2.9 times that of 8,192,
-            of 256 1.0 to 1.6 times, and of 1,024 within 10 %. For the number itself take 1,024, less often.
-        log: where numbers go: has ``add_scalar(tag, value, step)`` (TensorBoard), ``log_metrics(dict, step)``
-            (Lightning), ``log(dict)`` (wandb), or is called with a dict. Tags: "sharpness/lambda_max" and others.
-        seed: of the sample and the solver's noise, or a ``torch.Generator`` of its own.
-        tol: relative to lambda_max.
-        max_products: of a measurement that starts from known eigenvectors; what has not met ``tol`` by then is marked.
-        dtype, device: of the computation, as in ``Objective``.
+            without its workers. Eval mode by default: no dropout, running statistics.
+        optimizer: for learning rate and edges; the callbacks of the trainers find it themselves.
+        every: steps between measurements.
+        examples: size of the sample; None: all data. The default costs 6 to 7 % of training the bundled ``cnn`` in
+            batches of 64; 64 examples cost 13 %, or 7 % with batches of 128 (benchmarks/MONITOR_RESULTS.md). Few
+            examples overestimate lambda_max: over 1,200 steps of that ``cnn``, 64 examples gave 1.1 to 2.9 times the
+            value of 8,192, 256 gave 1.0 to 1.6 times, and 1,024 were within 10 %. For accurate values use 1,024, less
+            often.
+        log: a logger with ``add_scalar(tag, value, step)`` (TensorBoard), ``log_metrics(dict, step)`` (Lightning) or
+            ``log(dict)`` (wandb), or a callable that takes a dict. Tags are "sharpness/lambda_max" etc.
+        seed: seed or ``torch.Generator`` of the sample and the solver's noise.
+        tol: tolerance relative to lambda_max.
+        max_products: Hessian-vector products of a measurement that starts from known eigenvectors; if ``tol`` is not
+            met by then, the record is marked as not converged.
+        dtype, device: as for ``Objective``.
 
-    Cost of a measurement: 1 gradient of the sample and 2 for each product: some 5, at most ``max_products``, and up to
-    100 from noise. No pass over the data.
+    Cost of a measurement: 1 gradient of the sample plus 2 for each product: typically 5 products, at most
+        ``max_products``, and up to 100 from a random start. No pass over the data.
 
-    Raises: ArgumentError, ProblemError and DataError for what cannot be measured, by a look at the first two examples.
+    Raises: ArgumentError, ProblemError or DataError if the first two examples cannot be measured.
 
     >>> import sharpscope
     >>> import torch
@@ -123,7 +128,7 @@ class SharpnessMonitor:
         require_problem(problem)
         for name, count in (("every", every), ("examples", 1 if examples is None else examples)):
             require_count(name, count)
-        require_count("max_products", max_products, 2)  # a step and its check
+        require_count("max_products", max_products, 2)  # one step and its verification
         if isinstance(tol, bool) or not isinstance(tol, float | int) or not 0 < tol < 1:
             raise ArgumentError(f"tol must be a number between 0 and 1, got {tol!r}.")
         if not isinstance(seed, torch.Generator):
@@ -134,104 +139,106 @@ class SharpnessMonitor:
         self._options: dict[str, Any] = {"dtype": dtype, "device": device, "micro_batch": SIZE}
         self._generator, self._seed = seeded(seed)
         self._sample: Sample = draw_sample(problem.data, examples, self._generator)
-        self._problem = replace(problem, data=self._sample.batches)  # the data themselves may be let go
+        self._problem = replace(problem, data=self._sample.batches)  # so that the data can be freed
         self._known: Tensor | None = None
-        self._most_kept: int | None = None
+        self._max_cached: int | None = None
         self._records: list[MonitorRecord] = []
         self._steps, self._warned = 0, False
         self._provenance: Mapping[str, Any] = {}
-        self._try()
+        self._check()
 
     @property
     def sample(self) -> list[Any]:
-        """The examples that are measured, in batches: ``data`` of a Problem for a closer look at the same number."""
+        """The measured examples, in batches; usable as ``data`` of a Problem to analyse the same sample further."""
         return self._sample.batches
 
     def step(self, number: int | None = None) -> MonitorRecord | None:
-        """Count a step of the optimizer, after it, and measure every ``every`` of them; what was measured, or None.
+        """Call this after each optimizer step; every ``every`` steps it measures.
 
         Args:
-            number: of steps so far, where something else counts them.
+            number: steps so far; None counts the calls.
+
+        Returns: the record, or None if this step is not measured.
         """
         self._steps = self._steps + 1 if number is None else number
         return self.measure() if self._steps % self.every == 0 else None
 
     def measure(self, step: int | None = None) -> MonitorRecord | None:
-        """Measure now, at the weights after ``step`` steps; by default those counted. None on ranks other than 0."""
+        """Measure now and record it as ``step``, by default the steps so far; return None on ranks other than 0."""
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
             return None
         number, started = self._steps if step is None else step, time.perf_counter()
         with preserved():
             try:
                 record = self._measured(number)
-            # Whatever it is, it is no reason to lose a training run.
+            # No failure of the monitor may end a training run.
             except Exception as error:
                 record = MonitorRecord(step=number, reason=first_line(error))
-                self._warn(f"No sharpness at step {number}, and training goes on: {first_line(error)}")
+                self._warn(f"Sharpness could not be measured at step {number}; training goes on: {first_line(error)}")
             record = replace(record, seconds=time.perf_counter() - started)
             self._records.append(record)
             try:
                 self._log(number, _logged(record))
             except Exception as error:
-                self._warn(f"The log= of the sharpness monitor failed, and training goes on: {first_line(error)}")
+                self._warn(f"The log= of the sharpness monitor failed; training goes on: {first_line(error)}")
         return record
 
     def result(self) -> MonitorResult:
-        """Everything measured so far."""
+        """All records so far, with their provenance."""
         return MonitorResult(tuple(self._records), self._provenance)
 
     def resume(self, result: MonitorResult, step: int) -> None:
-        """Go on after ``step`` steps with the records of an earlier run up to there; the next starts from noise.
+        """Continue an earlier run after ``step`` steps: keep its records up to there; restart from a random vector.
 
-        Raises: ArgumentError where those are of another sample, whose lambda_max is another number.
+        Raises: ArgumentError if those records are of another sample.
         """
-        for key in SAMPLED if result.records else ():
+        for key in SAMPLE_KEYS if result.records else ():
             ours, theirs = self._provenance.get(key), result.provenance.get(key)
             if ours != theirs:
                 raise ArgumentError(
-                    f"Records go on with the sample that they began with, but {key} is {ours!r} and was {theirs!r}. "
-                    "Pass what it was, or start anew."
+                    f"Resuming the monitor needs the same sample, but {key} is {ours!r} and was {theirs!r}. "
+                    "Change it back, or start a new run."
                 )
         self._records = [record for record in result.records if record.step <= step]
         self._steps, self._known = step, None
 
     def lightning(self) -> Any:
-        """A ``lightning.pytorch.Callback`` that measures every ``every`` optimizer steps, by ``trainer.global_step``.
+        """A ``lightning.pytorch`` callback that measures every ``every`` optimizer steps (``trainer.global_step``).
 
-        Of ``pytorch_lightning`` where that is what is imported or installed.
+        It is of ``pytorch_lightning`` if that package is imported, or only that is installed.
 
-        Raises: ArgumentError when neither is installed.
+        Raises: ArgumentError if neither is installed.
         """
-        return lightning_callback(self.step, self._offer)
+        return lightning_callback(self.step, self._set_optimizer)
 
     def huggingface(self) -> Any:
-        """A ``transformers.TrainerCallback`` that measures every ``every`` optimizer steps, by ``state.global_step``.
+        """A ``transformers.TrainerCallback`` that measures every ``every`` optimizer steps (``state.global_step``).
 
-        Raises: ArgumentError when transformers is not installed.
+        Raises: ArgumentError if transformers is not installed.
         """
-        return huggingface_callback(self.step, self._offer)
+        return huggingface_callback(self.step, self._set_optimizer)
 
-    def _offer(self, optimizer: Any) -> None:
-        """Take a trainer's optimizer where none was given."""
+    def _set_optimizer(self, optimizer: Any) -> None:
+        """Use a trainer's optimizer if none was given."""
         if self.optimizer is None:
             self.optimizer = unwrapped(optimizer)
 
     def _measurement(self, **changes: Any) -> Measurement:
-        """A measurement at the weights as they are now."""
+        """A measurement at the current weights."""
         problem = without_wrappers(replace(self._problem, **changes))
         return Measurement(problem, self._generator, audited=False, **self._options)
 
-    def _try(self) -> None:
-        """One product on the first two examples, so that what can never be measured is said before the training."""
+    def _check(self) -> None:
+        """Compute one product on the first two examples, so that errors are raised before the training."""
         first = next(micro_batches(self._sample.batches, 2))
         m = self._measurement(data=[first.batch])
         objective = m.objective
         with eager_mode(objective.terms.model), m:
             objective.graph(first).products(torch.ones(1, objective.num_params).to(objective.empty_block()), last=True)
-        self._note(objective)
+        self._set_provenance(objective)
 
-    def _note(self, objective: Objective) -> None:
-        said = provenance(
+    def _set_provenance(self, objective: Objective) -> None:
+        entries = provenance(
             self._problem,
             objective,
             self._seed,
@@ -240,7 +247,7 @@ class SharpnessMonitor:
             tol=self._tol,
             max_products=self._max_products,
         )
-        self._provenance = {**said, "num_examples": self._sample.examples}
+        self._provenance = {**entries, "num_examples": self._sample.examples}
 
     def _measured(self, step: int) -> MonitorRecord:
         m = self._measurement()
@@ -252,19 +259,19 @@ class SharpnessMonitor:
                 raise DataError(f"The loss and its gradient must be finite, got a loss of {point.loss:g}.")
             found = self._top(objective, graphs)
         self._known = found.vectors
-        self._note(objective)
+        self._set_provenance(objective)
         return self._record(step, point, found, objective.gradients)
 
     def _graphs(self, objective: Objective) -> CachedGraphs:
-        """The graphs of the sample; at most MAX_CACHED_BYTES bytes of them are kept for the next product."""
-        if self._most_kept is None:
-            # Of one micro-batch any pass holds the graph, and to count its bytes costs 24 examples.
+        """The graphs of the sample, at most MAX_CACHED_BYTES of which are kept for further products."""
+        if self._max_cached is None:
+            # A single micro-batch is always kept; measuring its bytes would cost 24 examples.
             several = self._sample.examples > SIZE
-            each = objective.graph_bytes(SIZE) // SIZE if several else 0
-            self._most_kept = MAX_CACHED_BYTES // max(1, each)
+            bytes_per_example = objective.graph_bytes(SIZE) // SIZE if several else 0
+            self._max_cached = MAX_CACHED_BYTES // max(1, bytes_per_example)
         parts: list[MicroBatch] = list(micro_batches(objective.data, SIZE))
-        room = OOMHalving(device=objective.device)
-        return CachedGraphs(objective.graph, parts, objective.empty_block(), room, self._most_kept)
+        oom_halving = OOMHalving(device=objective.device)
+        return CachedGraphs(objective.graph, parts, objective.empty_block(), oom_halving, self._max_cached)
 
     def _top(self, objective: Objective, graphs: CachedGraphs) -> LargestEigenvalue:
         weight, decay = float(graphs.sums.weight), objective.problem.weight_decay
@@ -277,13 +284,13 @@ class SharpnessMonitor:
 
         like, known = objective.empty_block(), self._known
         if known is not None and known.shape[1] != like.shape[1]:
-            known = None  # parameters were frozen or thawed
+            known = None  # parameters were frozen or unfrozen
         return warm_lanczos(
             products,
             like,
             None if known is None else known.to(like),
             tol=self._tol,
-            max_products=COLD if known is None else self._max_products,
+            max_products=MAX_PRODUCTS_RANDOM_START if known is None else self._max_products,
             generator=self._generator,
         )
 
@@ -308,9 +315,9 @@ class SharpnessMonitor:
             frame, level = sys._getframe().f_back, 2
             while frame is not None and frame.f_code.co_filename == __file__:
                 frame, level = frame.f_back, level + 1
-            said = f"{text} Later ones are silent; the result counts them."
-            with contextlib.suppress(RuntimeWarning):  # where warnings are errors, training goes on all the same
-                warnings.warn(said, RuntimeWarning, stacklevel=level)
+            message = f"{text} Further failures do not warn; the result counts them."
+            with contextlib.suppress(RuntimeWarning):  # if warnings are errors
+                warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
 def _logged(record: MonitorRecord) -> dict[str, float]:
@@ -321,9 +328,9 @@ def _logged(record: MonitorRecord) -> dict[str, float]:
 LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
 
 
-def lightning_callback(step: Callable[[int], object], offer: Callable[[Any], None]) -> Any:
-    """``step(number)`` after each optimizer step on rank 0, and ``offer(optimizer)`` before the first of them."""
-    # The two packages have classes of their own, so the one whose Trainer is in use comes first.
+def lightning_callback(step: Callable[[int], object], set_optimizer: Callable[[Any], None]) -> Any:
+    """A callback that calls ``step(number)`` after each optimizer step on rank 0; ``set_optimizer`` before training."""
+    # The two packages have separate classes; prefer the package that is imported already.
     names = sorted(LIGHTNING, key=lambda name: name not in sys.modules)
     base = _imported(names, "lightning").Callback
 
@@ -335,10 +342,10 @@ def lightning_callback(step: Callable[[int], object], offer: Callable[[Any], Non
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             self._seen = trainer.global_step
             if trainer.optimizers:
-                offer(trainer.optimizers[0])
+                set_optimizer(trainer.optimizers[0])
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any, **options: Any) -> None:
-            # While gradients accumulate, batches end without a step.
+            # With gradient accumulation, not every batch ends with a step.
             if trainer.is_global_zero and trainer.global_step != self._seen:
                 self._seen = trainer.global_step
                 step(self._seen)
@@ -346,13 +353,13 @@ def lightning_callback(step: Callable[[int], object], offer: Callable[[Any], Non
     return Callback()
 
 
-def huggingface_callback(step: Callable[[int], object], offer: Callable[[Any], None]) -> Any:
-    """As ``lightning_callback``."""
+def huggingface_callback(step: Callable[[int], object], set_optimizer: Callable[[Any], None]) -> Any:
+    """As ``lightning_callback``, for transformers."""
     base = _imported(("transformers",), "transformers").TrainerCallback
 
     class Callback(base):  # type: ignore[misc, valid-type]
         def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **options: Any) -> None:
-            offer(optimizer)
+            set_optimizer(optimizer)
             if state.is_world_process_zero:
                 step(state.global_step)
 
@@ -373,13 +380,12 @@ Sink = Callable[[int, Mapping[str, float]], None]
 
 
 def log_function(log: Any) -> Sink:
-    """``sink(step, {tag: value})`` that writes to ``log``.
+    """Return ``sink(step, {tag: value})``, which writes to ``log``.
 
-    ``log`` has ``add_scalar(tag, value, step)``, ``log_metrics(dict, step)`` or ``log(dict)``, looked for in this
-    order, or is called with a dict; None drops everything. Where no step can be passed it is in the dict, as
-    "sharpness/step".
+    ``log`` has, in order of preference, ``add_scalar(tag, value, step)``, ``log_metrics(dict, step)`` or ``log(dict)``,
+    or is called with a dict; None discards everything. A dict without a step argument has the entry "sharpness/step".
 
-    Raises: ArgumentError when it is none of these.
+    Raises: ArgumentError for another object.
     """
     if log is None:
         return lambda step, values: None
@@ -401,17 +407,18 @@ def log_function(log: Any) -> Sink:
     return lambda step, values: take({"sharpness/step": step, **values})
 
 
-# Examples a graph.
+# Examples per autograd graph.
 SIZE = 256
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Examples in batches of at most SIZE where they can be cut.
+    """Examples in batches of at most SIZE, if the batches can be split.
 
     Attributes:
-        batches: as the problem's data have them.
-        examples: in them, and ``drawn_from``: in the data.
+        batches: in the form of the problem's data.
+        examples: number of examples in the sample.
+        drawn_from: number of examples in the data.
     """
 
     batches: list[Any]
@@ -420,18 +427,18 @@ class Sample:
 
 
 def draw_sample(data: Any, examples: int | None, generator: torch.Generator) -> Sample:
-    """``examples`` of the data at random without replacement, in their order, or all of them.
+    """Draw ``examples`` of the data uniformly without replacement, in their order; None takes all.
 
-    Of a Dataset, and of a DataLoader that takes one in order or shuffles it, only those drawn are read, in this
-    process. Other data are walked once. Batches that cannot be cut are drawn whole until there are enough examples.
-    Every random state is left as it was, those of the loader's generators too.
+    From a Dataset, or a DataLoader that reads one in order or shuffled, only the chosen examples are read, in this
+    process. Other data are iterated over once. Batches that cannot be split are drawn whole until there are enough
+    examples. All random states are restored, including those of the loader's generators.
 
-    Raises: DataError for data that cannot be walked, or hold no example.
+    Raises: DataError for data that cannot be iterated over, or are empty.
     """
     with preserved(data=data):
         dataset = underlying_dataset(data, SequentialSampler, RandomSampler, DistributedSampler)
         if dataset is None:
-            found, total = _walked(micro_batches(as_batches(data), None), examples, generator)
+            found, total = _reservoir(micro_batches(as_batches(data), None), examples, generator)
         else:
             total, collate = len(dataset), data.collate_fn if isinstance(data, DataLoader) else None
             chosen = torch.arange(total) if examples is None else torch.randperm(total, generator=generator)[:examples]
@@ -443,37 +450,37 @@ def draw_sample(data: Any, examples: int | None, generator: torch.Generator) -> 
     return Sample([part.batch for part in parts], sum(part.size for part in parts), total)
 
 
-def _walked(
+def _reservoir(
     parts: Iterator[MicroBatch], examples: int | None, generator: torch.Generator
 ) -> tuple[list[MicroBatch], int]:
-    """Copies of the examples of smallest random key, or of whole batches that cannot be cut; and how many came."""
-    total, held = 0, list[tuple[Tensor, MicroBatch]]()
+    """Copies of the examples (or unsplittable batches) of smallest random key, and the number of all examples."""
+    total, chosen = 0, list[tuple[Tensor, MicroBatch]]()
     for part in parts:
         total += part.size
         keys = torch.rand(part.size if part.splittable else 1, generator=generator, dtype=torch.float64)
-        held.append((keys, part))
-        # A loader may fill the same tensors again, so the copy is taken before the next batch is asked for.
-        held = _smallest(held, total if examples is None else examples)
-    return [part for _, part in held], total
+        chosen.append((keys, part))
+        # Copied before the next batch is read, since a loader may reuse its tensors.
+        chosen = _smallest_keys(chosen, total if examples is None else examples)
+    return [part for _, part in chosen], total
 
 
-def _smallest(held: Sequence[tuple[Tensor, MicroBatch]], examples: int) -> list[tuple[Tensor, MicroBatch]]:
-    """What comes first by key until there are ``examples``; a batch with a single key counts whole."""
-    keys = torch.cat([own for own, _ in held])
-    sizes = torch.cat([torch.full((len(own),), part.size // len(own)) for own, part in held])
+def _smallest_keys(keyed: Sequence[tuple[Tensor, MicroBatch]], examples: int) -> list[tuple[Tensor, MicroBatch]]:
+    """Copies of the first ``examples`` by key; a batch with a single key is taken whole."""
+    keys = torch.cat([own for own, _ in keyed])
+    sizes = torch.cat([torch.full((len(own),), part.size // len(own)) for own, part in keyed])
     order = keys.argsort()
     before = sizes[order].cumsum(0) - sizes[order]
     last = keys[order[before < examples]].max()
     found = []
-    for own, part in held:
-        places = (own <= last).nonzero()[:, 0]
-        if len(places):
-            found.append((own[places], _copied(part, places, whole=len(own) != part.size)))
+    for own, part in keyed:
+        indices = (own <= last).nonzero()[:, 0]
+        if len(indices):
+            found.append((own[indices], _copied(part, indices, whole=len(own) != part.size)))
     return found
 
 
-def _copied(part: MicroBatch, places: Tensor, whole: bool) -> MicroBatch:
-    """The examples at ``places``, or the whole batch, as copies."""
+def _copied(part: MicroBatch, indices: Tensor, whole: bool) -> MicroBatch:
+    """Copies of the examples at ``indices``, or of the whole batch."""
     if whole:
         return MicroBatch(map_tensors(part.batch, lambda t: t.detach().clone()), part.size, ())
-    return MicroBatch(rows(part.batch, places), len(places), ())
+    return MicroBatch(rows(part.batch, indices), len(indices), ())

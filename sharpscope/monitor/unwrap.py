@@ -1,4 +1,4 @@
-"""The user's model and optimizer without wrappers, and the optimizer's edges of stability."""
+"""Unwrap the user's model and optimizer, and compute the optimizer's edges of stability."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sharpscope.problem import Problem
 
 
 def without_wrappers(problem: Problem) -> Problem:
-    """``problem`` of the module inside DataParallel, DistributedDataParallel and ``torch.compile``.
+    """``problem`` with the module inside DataParallel, DistributedDataParallel and ``torch.compile``.
 
-    Their forward pass has hooks and collectives of its own, and a compiled graph has no second derivative. The weights
-    are the same tensors; ``params`` may name them either way.
+    Their forward pass has extra hooks and collectives, and a compiled graph has no second derivative. The weights are
+    the same tensors; ``params`` may include the wrappers' prefix or not.
 
-    Raises: ProblemError for a model that lies in shards on several processes.
+    Raises: ProblemError for a model that is sharded over several processes.
     """
     model, prefix = problem.model, ""
     while True:
@@ -37,7 +37,7 @@ def without_wrappers(problem: Problem) -> Problem:
     sharded = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
     if sharded or any(type(p).__name__ == "DTensor" for p in model.parameters()):
         raise ProblemError(
-            "The model must be whole on one process to be monitored, but its parameters are sharded. Measure its "
+            "The monitor needs the whole model on one process, but its parameters are sharded. Measure its "
             "checkpoints instead."
         )
     given = problem.params
@@ -47,7 +47,7 @@ def without_wrappers(problem: Problem) -> Problem:
 
 @contextmanager
 def eager_mode(model: nn.Module) -> Iterator[None]:
-    """What ``Module.compile`` or ``torch.compile`` made of ``model`` or of modules in it is not used in the block."""
+    """Run ``model`` eagerly in the block, even if it or modules in it are compiled."""
     own = [m for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None]
     compiled = bool(own) or any(type(m).__name__ == "OptimizedModule" for m in model.modules())
     stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
@@ -60,7 +60,7 @@ def eager_mode(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class StabilityEdges:
-    """What lambda_max is held against, as ``MonitorRecord`` has it; NaN where it means nothing."""
+    """Learning rate and edges of stability of an optimizer, as in ``MonitorRecord``; NaN if not applicable."""
 
     learning_rate: float = math.nan
     two_over_eta: float = math.nan
@@ -69,30 +69,30 @@ class StabilityEdges:
 
 
 def stability_edges(optimizer: Any, gradient_norm: float) -> StabilityEdges:
-    """The largest learning rate and the lowest edges over the parameter groups, as their options are now."""
+    """The largest learning rate and the lowest edges over the parameter groups, with their current options."""
     inner = unwrapped(optimizer)
     groups = [] if inner is None else [group for group in inner.param_groups if group["params"]]
     if not groups:
         return StabilityEdges()
     rate = max(float(group["lr"]) for group in groups)
     base = inner.base_optimizer if isinstance(inner, SAM) else inner
-    descends = type(base) is torch.optim.SGD
-    heavy = descends and inner is base and any(group["momentum"] for group in groups)
-    aware = descends and isinstance(inner, SAM) and inner.plain
+    is_sgd = type(base) is torch.optim.SGD
+    has_momentum = is_sgd and inner is base and any(group["momentum"] for group in groups)
+    is_plain_sam = is_sgd and isinstance(inner, SAM) and inner.plain
     return StabilityEdges(
         learning_rate=rate,
         two_over_eta=descent_edge(rate),
-        momentum_edge=min(descent_edge(**_of_sgd(g)) for g in groups) if heavy else math.nan,
-        sam_edge=min(sam_edge(rho=g["rho"], gradient_norm=gradient_norm, **_of_sgd(g)) for g in groups)
-        if aware
+        momentum_edge=min(descent_edge(**_sgd_options(g)) for g in groups) if has_momentum else math.nan,
+        sam_edge=min(sam_edge(rho=g["rho"], gradient_norm=gradient_norm, **_sgd_options(g)) for g in groups)
+        if is_plain_sam
         else math.nan,
     )
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The torch optimizer itself, out of what Lightning and Accelerate put around it; None for None.
+    """The torch optimizer inside the wrappers of Lightning and Accelerate; None for None.
 
-    Raises: ArgumentError when there is none in it.
+    Raises: ArgumentError if there is none.
     """
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer
@@ -101,7 +101,7 @@ def unwrapped(optimizer: Any) -> Any:
     return optimizer
 
 
-def _of_sgd(group: dict[str, Any]) -> dict[str, Any]:
+def _sgd_options(group: dict[str, Any]) -> dict[str, Any]:
     return {
         "lr": float(group["lr"]),
         "momentum": float(group["momentum"]),

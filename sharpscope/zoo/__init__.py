@@ -1,4 +1,4 @@
-"""The bundled architectures and data sets, by name."""
+"""Bundled models and data sets, by name."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Entry = TypeVar("Entry")
 
 
 def model_arguments(name: str, /, **args: Any) -> dict[str, Any]:
-    """Every argument that ``make_model(name, **args)`` builds with, defaults filled in, sequences as tuples.
+    """Return all arguments of ``make_model(name, **args)``, including defaults, with sequences as tuples.
 
-    Raises: ArgumentError for an unknown model, an argument it does not take, or a value of the wrong kind.
+    Raises: ArgumentError for an unknown model, an argument it does not take, or a value of the wrong type.
     """
     parameters = inspect.signature(_look_up("model", MODELS, name)).parameters
     for key in args:
@@ -39,20 +39,19 @@ def model_arguments(name: str, /, **args: Any) -> dict[str, Any]:
 
 
 def make_model(name: str, /, *, seed: int | None = None, **args: Any) -> nn.Module:
-    """The bundled model ``name``, freshly initialised; the global random state is left as it was.
+    """Create the bundled model ``name`` with initial weights; the global random state is preserved.
 
     Args:
         name: a key of ``MODELS``.
-        seed: seeds the initial weights; None draws them from the global random state as it stands, without
-            moving it on.
-        args: arguments of the architecture; what is missing has its default.
+        seed: seed of the initial weights; None draws them from the current global random state.
+        args: arguments of the architecture.
 
-    Raises: ArgumentError for an unknown model, an argument it does not take, or a value that it cannot have.
+    Raises: ArgumentError for an unknown model, an argument it does not take, or an invalid value.
     """
     full = model_arguments(name, **args)
     with torch.random.fork_rng(devices=[]):
         if seed is not None:
-            # Not torch.manual_seed, which would reseed the accelerators, whose state is not forked here.
+            # torch.manual_seed would also reseed the accelerators, whose state is not forked here.
             torch.default_generator.manual_seed(seed)
         return MODELS[name](**full)
 
@@ -65,16 +64,16 @@ def load_data(
     label_noise: float = 0.0,
     noise_seed: int = 0,
 ) -> DataSet:
-    """One split of the bundled data set ``name``.
+    """Load one split of the bundled data set ``name``.
 
     Args:
         name: a key of ``DATASETS``.
         split: "train" or "test".
-        root: the folder to read from, for a set that is read from files.
-        label_noise: the fraction of training labels replaced by another class; the test labels stay true.
-        noise_seed: decides which labels are replaced, and by what.
+        root: folder of a data set that is read from files.
+        label_noise: fraction of training labels replaced by another class; test labels are not changed.
+        noise_seed: seed of the label noise.
 
-    Raises: ArgumentError for an unknown name or split, or a fraction outside [0, 1]; DataError when the set is
+    Raises: ArgumentError for an unknown name or split, or a fraction outside [0, 1]; DataError if the data set is
         missing or damaged.
     """
     loader = _look_up("data set", DATASETS, name)
@@ -91,7 +90,7 @@ def _look_up(kind: str, table: Mapping[str, Entry], name: str) -> Entry:
 
 
 def _checked(model: str, key: str, value: Any, default: Any) -> Any:
-    """``value`` if it is of its default's kind: a name, a size of at least 1, or several sizes."""
+    """Return ``value``, a sequence as a tuple, if it has the type of ``default``: a name, a size >= 1, or sizes."""
     if isinstance(default, str):
         wanted, valid = "a name", isinstance(value, str)
     elif isinstance(default, int):

@@ -1,4 +1,4 @@
-"""The bundled data sets, in memory, with optional label noise."""
+"""Bundled data sets, in memory, with optional label noise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from sharpscope.errors import ArgumentError, DataError
 
 
-# eq=False: == on tensors has no single truth value.
+# eq=False, since == on tensors is elementwise.
 @dataclass(frozen=True, eq=False)
 class DataSet:
     """One split of a data set: ``inputs`` float32 (N, C, H, W), ``targets`` int64 (N,) in ``[0, classes)``."""
@@ -33,15 +33,15 @@ class DataSet:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one input, (C, H, W)."""
+        """Shape (C, H, W) of one input."""
         return tuple(self.inputs.shape[1:])
 
 
 def with_label_noise(data: DataSet, fraction: float, seed: int) -> DataSet:
-    """``data`` with exactly ``round(fraction * N)`` labels replaced, each by another class, uniformly drawn.
+    """Replace exactly ``round(fraction * N)`` labels, each by another class drawn uniformly.
 
-    The same seed and fraction always corrupt the same examples in the same way. (Symmetric noise as in Foret et
-    al. 2021, section 3.3, except that the count is exact and a replaced label is never the true one.)
+    Deterministic in ``seed`` and ``fraction``. Symmetric noise as in Foret et al. 2021, section 3.3, except that the
+    number is exact and a replaced label always differs from the true one.
 
     Raises: ArgumentError unless ``0 <= fraction <= 1``.
     """
@@ -56,9 +56,9 @@ def with_label_noise(data: DataSet, fraction: float, seed: int) -> DataSet:
 
 
 def digits(split: str, root: str | os.PathLike[str] | None = None) -> DataSet:
-    """One split, inputs (N, 1, 8, 8) scaled from 0..16 to [0, 1]: every fifth digit (360) is "test", 1,437 "train".
+    """One split of the digits, inputs (N, 1, 8, 8) in [0, 1]; every fifth is "test" (360), the others "train" (1,437).
 
-    ``root`` is not used: the set comes with the package.
+    ``root`` is ignored: the data are part of the package.
     """
     with np.load(Path(__file__).with_name("digits.npz")) as stored:
         images, labels = torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"])
@@ -71,25 +71,25 @@ DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"
 SUBFOLDERS = ("", "fashion-mnist", "FashionMNIST/raw")
 PREFIXES = {"train": "train", "test": "t10k"}
 
-# Mean and standard deviation of the training pixels on [0, 1], the constants in general use.
+# The usual mean and standard deviation of the training pixels in [0, 1].
 MEAN, STD = 0.2860, 0.3530
 
 
 def fashion_mnist(split: str, root: str | os.PathLike[str] | None = None) -> DataSet:
-    """One split, inputs (N, 1, 28, 28) standardised with the training set's mean and standard deviation.
+    """One split of Fashion-MNIST, inputs (N, 1, 28, 28) standardised by the training set's mean and deviation.
 
     Args:
         split: "train" (60,000 images) or "test" (10,000).
-        root: the folder with the IDX files (plain or .gz), or one that has them in ``fashion-mnist`` or
-            ``FashionMNIST/raw``. Without it ``$SHARPSCOPE_DATA`` is taken, and without that Debian's folder.
+        root: folder with the IDX files (plain or .gz), or with them in ``fashion-mnist`` or ``FashionMNIST/raw``;
+            by default ``$SHARPSCOPE_DATA``, else Debian's folder.
 
-    Raises: DataError when a file is missing (saying how to get it), truncated or corrupt.
+    Raises: DataError if a file is missing, truncated or corrupt.
     """
     images = _read_idx(_find(f"{PREFIXES[split]}-images-idx3-ubyte", root), dimensions=3)
     targets_file = _find(f"{PREFIXES[split]}-labels-idx1-ubyte", root)
     targets = _read_idx(targets_file, dimensions=1)
     if len(images) != len(targets) or len(targets) == 0:
-        raise DataError(f"{targets_file} must hold one label an image, got {len(targets)} for {len(images)} images.")
+        raise DataError(f"{targets_file} must hold one label per image, got {len(targets)} for {len(images)} images.")
     if int(targets.max()) > 9:
         raise DataError(f"{targets_file} must hold labels from 0 to 9, got {int(targets.max())}.")
     inputs = images.unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD)
@@ -106,28 +106,28 @@ def _find(name: str, root: str | os.PathLike[str] | None) -> Path:
     files = ", ".join(f"{p}-{kind}-ubyte" for p in PREFIXES.values() for kind in ("images-idx3", "labels-idx1"))
     raise DataError(
         f"Fashion-MNIST needs {name} (or {name}.gz), which is not in {folder}. "
-        f"On Debian or Ubuntu run 'apt install dataset-fashion-mnist', elsewhere put the files {files} (plain or .gz) "
-        "into one folder and name it with --data-root or $SHARPSCOPE_DATA."
+        f"On Debian or Ubuntu run 'apt install dataset-fashion-mnist'; elsewhere put the files {files} (plain or .gz) "
+        "into one folder and pass it by --data-root or $SHARPSCOPE_DATA."
     )
 
 
 def _read_idx(path: Path, dimensions: int) -> Tensor:
-    """The uint8 tensor in an IDX file: magic number 0x0000080D with D dimensions, big-endian sizes, the bytes."""
+    """Read the uint8 tensor of an IDX file: magic number 0x0000080D for D dimensions, big-endian sizes, data."""
     try:
         raw = path.read_bytes()
         content = gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error}). Get the file again.") from error
+        raise DataError(f"{path} cannot be read ({error}). Download it again.") from error
     header = 4 + 4 * dimensions
     if len(content) < header or content[:4] != bytes((0, 0, 8, dimensions)):
-        raise DataError(f"{path} is not an IDX file of {dimensions}-dimensional uint8 data. Get the file again.")
+        raise DataError(f"{path} is not an IDX file of {dimensions}-dimensional uint8 data. Download it again.")
     sizes = [int.from_bytes(content[4 * i : 4 * i + 4], "big") for i in range(1, dimensions + 1)]
     if len(content) != header + math.prod(sizes):
         raise DataError(
             f"{path} must hold {math.prod(sizes)} values, as its header says, got {len(content) - header}. "
-            "Get the file again."
+            "Download it again."
         )
     if math.prod(sizes) == 0:
         return torch.empty(sizes, dtype=torch.uint8)
-    # frombuffer wants memory that may be written.
+    # frombuffer needs writable memory, so a bytearray.
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(sizes)

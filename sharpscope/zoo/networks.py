@@ -1,4 +1,4 @@
-"""The bundled networks."""
+"""Bundled networks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sharpscope.errors import ArgumentError
 
 
 def mlp(shape: Sequence[int] = (1, 8, 8), classes: int = 10, hidden: Sequence[int] = (64,)) -> nn.Sequential:
-    """ReLU layers of the widths ``hidden`` on the flattened input; no hidden layer makes a linear classifier."""
+    """Multilayer perceptron: flattened input, ReLU layers of widths ``hidden`` (() for none), linear classifier."""
     layers: list[nn.Module] = [nn.Flatten()]
     widths = (math.prod(shape), *hidden)
     for fan_in, fan_out in pairwise(widths):
@@ -23,11 +23,11 @@ def mlp(shape: Sequence[int] = (1, 8, 8), classes: int = 10, hidden: Sequence[in
 def cnn(
     shape: Sequence[int] = (1, 8, 8), classes: int = 10, channels: Sequence[int] = (8, 16), hidden: int = 64
 ) -> nn.Sequential:
-    """Per entry of ``channels`` a padded 3x3 convolution, ReLU and 2x2 max-pooling; then Linear, ReLU, Linear.
+    """CNN: per entry of ``channels`` a padded 3x3 convolution, ReLU and 2x2 max-pooling; then Linear, ReLU, Linear.
 
-    No BatchNorm, so that its loss is one function of the weights, the same in train and eval mode.
+    Without BatchNorm, so the loss is the same function of the weights in train and eval mode.
 
-    Raises: ArgumentError when the pooling leaves no pixel.
+    Raises: ArgumentError if the images are too small for the number of poolings.
     """
     planes, height, width = shape
     height, width = height >> len(channels), width >> len(channels)
@@ -50,7 +50,7 @@ def _norm(kind: str, planes: int) -> nn.Module:
 
 
 class Block(nn.Module):
-    """A pre-activation block: norm, ReLU, 3x3 convolution, twice, added to the shortcut."""
+    """Pre-activation residual block: twice norm, ReLU and 3x3 convolution, added to the shortcut."""
 
     def __init__(self, planes: int, width: int, stride: int, norm: str) -> None:
         super().__init__()
@@ -64,14 +64,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         active = self.norm1(x).relu()
-        # Where the shape changes, the shortcut starts after the first activation, as in the authors' network.
+        # If the shape changes, the shortcut starts after the first activation, as in the authors' code.
         straight = x if self.shortcut is None else self.shortcut(active)
         residual: Tensor = self.conv2(self.norm2(self.conv1(active)).relu())
         return residual + straight
 
 
 class WideResNet(nn.Module):
-    """The stem, three groups of blocks at widths 1, 2 and 4 times ``base * widen``, mean pooling, one linear layer."""
+    """Stem, three groups of blocks of widths 1, 2 and 4 times ``base * widen``, mean pooling, linear classifier."""
 
     def __init__(self, planes: int, classes: int, blocks: int, widen: int, norm: str, base: int) -> None:
         super().__init__()
@@ -94,9 +94,9 @@ class WideResNet(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         if norm == "none":
-            # Nothing rescales the sum of residuals here, so with He's start its variance would double at every block
-            # and training would blow up; a branch that starts at zero leaves each block equal to its shortcut
-            # (Zhang, Dauphin and Ma 2019, "Fixup").
+            # Without a norm, He initialisation doubles the variance at every block and training diverges. Zero
+            # initialisation of the last convolution makes each block equal to its shortcut (Zhang, Dauphin and Ma
+            # 2019, "Fixup").
             for module in self.modules():
                 if isinstance(module, Block):
                     nn.init.zeros_(module.conv2.weight)
@@ -115,11 +115,17 @@ def wide_resnet(
     norm: str = "batch",
     base: int = 16,
 ) -> WideResNet:
-    """WRN-``depth``-``widen``; ``norm="none"`` leaves BatchNorm out and gives the convolutions biases instead.
+    """Wide residual network WRN-``depth``-``widen`` (Zagoruyko and Komodakis 2016).
 
-    ``base`` is the width of the stem, 16 in the paper.
+    Args:
+        shape: (channels, height, width) of an input.
+        classes: number of outputs.
+        depth: 6n + 4 with n >= 1.
+        widen: factor of the widths.
+        norm: "batch", or "none" for convolutions with biases and no BatchNorm.
+        base: width of the stem, 16 in the paper.
 
-    Raises: ArgumentError unless depth = 6n + 4 with n >= 1 and norm is "batch" or "none".
+    Raises: ArgumentError for another ``depth`` or ``norm``.
     """
     if depth < 10 or (depth - 4) % 6:
         raise ArgumentError(f"depth must be 6n + 4 (10, 16, 22, 28, ...), got {depth}.")
