@@ -91,7 +91,7 @@ def test_a_folder_that_is_not_whole_is_told(tmp_path: Path) -> None:
     for changes, message in (
         ({"more": "model-00001-of-00002.safetensors"}, "1 weights that the index names"),
         ({"more": "model-00003-of-00002.safetensors"}, "There is no checkpoint"),
-        ({"more": "../secret.safetensors"}, "beside it"),
+        ({"more": "../secret.safetensors"}, "in its folder"),
     ):
         sharded(tmp_path, **changes)
         with pytest.raises(CheckpointError, match=message):

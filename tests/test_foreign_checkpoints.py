@@ -193,7 +193,7 @@ def test_pieces_of_a_tensor_join_in_their_places(tmp_path: Path) -> None:
     in_two_pieces(tmp_path / "w", tensor)
     assert torch.equal(read_checkpoint(tmp_path / "w").state_dict["w"], tensor)
     (tmp_path / "w" / "__1_0.distcp").unlink()
-    with pytest.raises(CheckpointError, match=r"piece of w .*__1_0.distcp is missing or damaged"):
+    with pytest.raises(CheckpointError, match=r"shard of w .*__1_0.distcp is missing or damaged"):
         read_checkpoint(tmp_path / "w")
 
 

@@ -671,10 +671,10 @@ def test_frozen_buffers_leaves_eval_mode_alone() -> None:
         (lambda w: SAM([{"params": [w], "rho": -1}], torch.optim.SGD), "got -1"),
         (lambda w: SAM([w], torch.optim.SGD, p=1), "p must be 2 or inf, got 1"),
         (lambda w: SAM([w], "SGD"), "the string 'SGD'"),  # type: ignore[arg-type]
-        (lambda w: SAM([w], torch.optim.SGD([w])), r"finished SGD.*SAM\(params, SGD"),  # type: ignore[arg-type]
+        (lambda w: SAM([w], torch.optim.SGD([w])), r"an instance of SGD.*SAM\(params, SGD"),  # type: ignore[arg-type]
         (lambda w: SAM([w], nn.Linear), "must be an optimizer class"),  # type: ignore[arg-type]
-        (lambda w: SAM([w], torch.optim.LBFGS), "LBFGS, whose own step needs a closure"),
-        (lambda w: SAM([w], SAM), "SAM, whose own step needs a closure"),
+        (lambda w: SAM([w], torch.optim.LBFGS), "LBFGS, whose step needs a closure"),
+        (lambda w: SAM([w], SAM), "SAM, whose step needs a closure"),
         (lambda w: SAM([torch.zeros(2, dtype=torch.complex64, requires_grad=True)], torch.optim.SGD), "view_as_real"),
     ],
 )

@@ -375,12 +375,12 @@ def test_grad_scaler_backs_off_after_infinite_gradients(when: int) -> None:
         (lambda w: SAM(w, torch.optim.SGD, m=True), "m must be an integer of at least 1, got True"),
         (lambda w: SAM(w, torch.optim.SGD, adaptive="layer"), "must be one of elementwise, filter, got 'layer'"),
         (lambda w: SAM(w, torch.optim.SGD, eta=-1.0), "eta must be a finite number >= 0, got -1.0"),
-        (lambda w: SAM(w, torch.optim.SGD, p="inf", normalize=False), "normalize=False is for p=2"),
+        (lambda w: SAM(w, torch.optim.SGD, p="inf", normalize=False), "normalize=False needs p=2"),
         (lambda w: SAM(w, torch.optim.SGD, ddp=nn.Linear(1, 1)), "must be the DistributedDataParallel model, got Line"),
         (lambda w: GSAM(w, torch.optim.SGD, alpha=INF), "alpha must be a finite number >= 0, got inf"),
         (lambda w: LookSAM(w, torch.optim.SGD, k=0), "k must be an integer of at least 1, got 0"),
         (lambda w: FriendlySAM(w, torch.optim.SGD, lmbda=2.0), "lmbda must be from 0 to 1, got 2.0"),
-        (lambda w: FriendlySAM(w, torch.optim.SGD, ascent_steps=2), "takes one ascent step"),
+        (lambda w: FriendlySAM(w, torch.optim.SGD, ascent_steps=2), "needs ascent_steps=1"),
     ],
 )
 def test_bad_argument_is_named(make: Callable[[Any], SAM], message: str) -> None:
@@ -422,7 +422,7 @@ def test_closure_may_return_anything_where_nothing_is_averaged() -> None:
         assert optimizer.step(closure, x, y) == returned
     before = weights_of(model)
     pieces = SAM(model.parameters(), torch.optim.SGD, lr=LR, m=5)
-    with pytest.raises(ArgumentError, match="must return the mean loss of its piece, got tuple"):
+    with pytest.raises(ArgumentError, match="must return the mean loss of its chunk, got tuple"):
         pieces.step(closure, x, y)
     assert same_bits(before, weights_of(model))
 

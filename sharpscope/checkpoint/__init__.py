@@ -1,4 +1,4 @@
-"""Checkpoint files: reading them without running their code, writing them, and fitting weights into a model."""
+"""Read checkpoint files without running their code, write them, and load their weights into a model."""
 
 from sharpscope.checkpoint.bundled import Checkpoint, write_checkpoint
 from sharpscope.checkpoint.fitting import load_weights

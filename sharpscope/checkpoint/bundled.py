@@ -1,4 +1,4 @@
-"""Self-describing checkpoint files: what they contain, how they are written and recognised."""
+"""Self-describing checkpoint files: contents, writing and parsing."""
 
 from __future__ import annotations
 
@@ -35,15 +35,19 @@ def write_checkpoint(
     """Write a self-describing checkpoint atomically; equal contents give equal bytes.
 
     Args:
-        state_dict: the model's; stored on the CPU in its own precision.
-        model: the bundled name, or "package.module:function" for a factory that only a trusting reader imports.
+        path: file to write or replace.
+        state_dict: weights of the model; stored on the CPU in their precision.
+        model: name of a bundled model, or "package.module:function" of a factory, which ``load`` imports only with
+            ``trust``.
         model_args: keyword arguments of the factory.
-        data: ``name``, and optionally ``label_noise`` and ``noise_seed``.
+        data: the entries ``name`` and optionally ``label_noise`` and ``noise_seed``.
         loss: a key of ``sharpscope.loading.LOSSES``.
-        recipe, epoch, metrics: how the weights were trained, and their losses and accuracies.
+        recipe: settings of the training.
+        epoch: finished epochs.
+        metrics: losses and accuracies of the weights.
         training: state that a resumed run needs besides the weights.
 
-    Raises: ArgumentError for a value that is neither plain nor a tensor; OutputError when it cannot be written.
+    Raises: ArgumentError for a value that is neither plain nor a tensor; OutputError if the file cannot be written.
     """
     contents = {
         "sharpscope": FORMAT,
@@ -64,14 +68,14 @@ def write_checkpoint(
 
 
 def bundled(place: Path, digest: str, contents: dict[Any, Any]) -> Checkpoint:
-    """The Checkpoint in ``contents``, which ``write_checkpoint`` wrote.
+    """The Checkpoint of the ``contents`` of a file of ``write_checkpoint``.
 
-    Raises: CheckpointError for a later format, or a missing entry.
+    Raises: CheckpointError for another format, or a missing entry.
     """
     version = contents["sharpscope"]
     if version != FORMAT:
         raise CheckpointError(
-            f"The checkpoint {place} has format {version!r}, and this sharpscope reads {FORMAT}. Install a newer one."
+            f"The checkpoint {place} has format {version!r}, but this version reads {FORMAT}. Upgrade sharpscope."
         )
 
     def entry(key: str, kinds: type | tuple[type, ...], parent: Mapping[str, Any] = contents) -> Any:
@@ -103,12 +107,12 @@ def bundled(place: Path, digest: str, contents: dict[Any, Any]) -> Checkpoint:
 
 
 def _storable(value: Any, where: str) -> Any:
-    """A copy of ``value`` in which equal contents pickle to equal bytes, or ArgumentError for what is not plain."""
+    """A copy of ``value`` that pickles equal contents to equal bytes. Raises ArgumentError for other types."""
     if isinstance(value, Tensor):
         # A view would save its whole storage, and shared storage would make the bytes depend on the writer.
         return value.detach().to("cpu", copy=True).contiguous()
     if isinstance(value, str):
-        # Pickle writes one string object once, but equal objects each time.
+        # Interned, since pickle writes the same object only once, but equal objects each time.
         return sys.intern(str(value))
     if isinstance(value, Mapping):
         return {_storable(key, where): _storable(entry, f"{where}.{key}") for key, entry in value.items()}
@@ -125,14 +129,14 @@ class Checkpoint:
     """The contents of a checkpoint file.
 
     Attributes:
-        path: the file or folder.
+        path: file or folder.
         sha256: digest of the bytes that were read.
-        state_dict: the weights, on the CPU.
+        state_dict: weights, on the CPU.
         weights: key of the state dict in the file, "" if it is the whole file.
         others: keys of further state dicts in the file.
         foreign: classes of pickled objects, whose code was not run.
-        module: the pickled model of a file that is trusted.
-        hyper_parameters: those of a file that Lightning wrote, None for another file.
+        module: pickled model of a trusted file.
+        hyper_parameters: of a Lightning file; None for other files.
         model, model_args, data, loss, recipe, epoch, metrics: as in ``write_checkpoint``; None or empty for a plain
             state dict.
         training: optimizer state of an unfinished run, None for a finished one.

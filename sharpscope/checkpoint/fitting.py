@@ -1,4 +1,4 @@
-"""Load the weights of a file into a model, whose names may differ by a prefix, tying or an adapter."""
+"""Load the weights of a file into a model; names may differ by a prefix, tied weights or an adapter."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ def load_weights(
 ) -> str:
     """Copy ``state_dict`` into ``model``; all names and shapes must match, and tied parameters stay tied.
 
-    The model takes on the file's precision: a bfloat16 checkpoint makes a bfloat16 model. Names that transformers
+    The model takes the file's precision: a bfloat16 checkpoint makes a bfloat16 model. Names that transformers
     changed between its versions are converted.
 
     Args:
         model: changed in place.
-        state_dict: the file's weights.
-        prefix: only entries whose names start with it are used, without it: "module." of data parallelism,
+        state_dict: weights of the file.
+        prefix: load only the entries whose names start with ``prefix``, and strip it: "module." of data parallelism,
             "_orig_mod." of a compiled model, "model." of Lightning. None detects it.
-        partial: parameters that the file lacks keep their values, as the frozen weights under an adapter.
+        partial: parameters that the file lacks keep their values, such as the frozen weights under an adapter.
 
     Returns: the prefix.
 
-    Raises: CheckpointError listing the first missing keys, unexpected keys and differing entries, and their numbers;
-    where several prefixes fit.
+    Raises: CheckpointError if keys are missing or unexpected, or shapes differ, with the number and the first of each;
+        or if several prefixes fit.
     """
     own: dict[str, Tensor] = model.state_dict(keep_vars=True)
     if prefix is None:
@@ -48,7 +48,7 @@ def load_weights(
 
 
 def _name_all(chosen: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Add the model's other names of tied weights to ``chosen``, and give peft's adapter weights the model's names."""
+    """Add to ``chosen`` the other names of tied weights; rename peft's adapter weights to the model's names."""
     for names in _tied(own):
         there = [name for name in names if name in chosen]
         odd = next((name for name in there[1:] if not _same(chosen[there[0]], chosen[name])), None)
@@ -67,7 +67,7 @@ def _name_all(chosen: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
 
 
 def _require_fit(chosen: Mapping[str, Tensor], own: Mapping[str, Tensor], prefix: str, partial: bool) -> None:
-    """Raise CheckpointError where names, shapes or kinds differ; with ``partial`` some names may be missing."""
+    """Raise CheckpointError if names, shapes or kinds differ; with ``partial``, names may be missing."""
     unexpected = [key for key in chosen if key not in own]
     missing = [key for key in own if key not in chosen] if not partial or not chosen else []
     differing = [
@@ -85,18 +85,18 @@ def _require_fit(chosen: Mapping[str, Tensor], own: Mapping[str, Tensor], prefix
     if faults:
         under = f" under {prefix!r}" if prefix else ""
         only = missing and not unexpected and not differing
-        hint = " If the model as it is built has the others already, pass --partial." if only else ""
+        hint = " If the newly built model already has the others, pass --partial." if only else ""
         raise CheckpointError(
             f"The checkpoint{under} {', '.join(faults)}. Check --model and --model-args, or --problem.{hint}"
         )
 
 
 def _prefix(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """The one prefix under which the file has every weight of the model.
+    """The prefix under which the file has every weight of the model.
 
-    "" if the names match as they are; the prefix that all names share if nothing matches.
+    "" if the names match without one; the common prefix of all names if no prefix fits.
 
-    Raises: CheckpointError where several prefixes fit.
+    Raises: CheckpointError if several prefixes fit.
     """
     tied = _tied(own)
 
@@ -113,7 +113,7 @@ def _prefix(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
             f"The checkpoint has the model's keys under several prefixes: {', '.join(map(repr, fitting))}. Choose one: "
             "prefix= (--prefix)."
         )
-    # Without the shared prefix the error would list every name as a difference.
+    # Otherwise the error would list every name as a difference.
     return fitting[0] if fitting else _common(state_dict, own)
 
 
@@ -121,7 +121,7 @@ def _as_wrapped(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> 
     """Add a prefix to every name if the model is a wrapper around the network of the file."""
     wrappers = {key[: i + 1] for key in list(own)[:1] for i in range(len(key)) if key[i] == "."}
     for prefix in sorted(wrappers, key=len):
-        # All names of the model have the prefix, and no name in the file does.
+        # All names of the model have the prefix, and none in the file.
         if all(key.startswith(prefix) and key[len(prefix) :] in state_dict and key not in state_dict for key in own):
             return {f"{prefix}{key}": tensor for key, tensor in state_dict.items()}
     return state_dict

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sharpscope.checkpoint.unpickling import module_weights
 from sharpscope.errors import CheckpointError, first_few
 
-# Where training scripts put the weights, the likeliest first. Averages come last: they are other weights.
+# Keys under which training scripts store the weights, most common first. Averaged weights come last.
 NESTS = ("state_dict", "model_state_dict", "model", "net", "params", "state_dict_ema", "model_ema", "ema")
 OPTIMIZERS = ("optim", "optimizer", "optimizers", "optimizer_state_dict", "optimizer_states")
 DEPTH = 3  # of nested dicts
@@ -24,11 +24,11 @@ HOW_TO_SAVE = "Give a file written by 'sharpscope train' or by torch.save(model.
 def chosen_weights(
     place: Path, contents: Any, key: str | None = None, skipped_classes: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], str, list[str]]:
-    """The state dict in ``contents``, its key ("" where it is all there is), and the keys of others.
+    """Choose a state dict in ``contents``: under ``key``, else the first of NESTS, else the only one.
 
-    Without ``key``, takes the first of NESTS in the file, or the only state dict under any name.
+    Returns: the state dict, its key ("" if it is the whole of ``contents``), and the keys of the other state dicts.
 
-    Raises: CheckpointError where there is none, none under ``key``, or several and none of NESTS.
+    Raises: CheckpointError if there is none, none under ``key``, or several and none of NESTS.
     """
     found = state_dicts(contents)
     if not found:
@@ -54,9 +54,9 @@ def chosen_weights(
 
 
 def state_dicts(contents: Any, depth: int = DEPTH) -> dict[str, dict[str, Tensor]]:
-    """Every state dict in nested dicts, by its path of keys joined with dots; "" is ``contents`` itself.
+    """All state dicts in nested dicts, by their keys joined with dots; "" is ``contents`` itself.
 
-    A module gives its state dict. The state of optimizers is left out.
+    A module counts as its state dict. The state of optimizers is ignored.
     """
     named = _named_tensors(contents)
     if named:
@@ -67,7 +67,7 @@ def state_dicts(contents: Any, depth: int = DEPTH) -> dict[str, dict[str, Tensor
     found: dict[str, dict[str, Tensor]] = {}
     if isinstance(contents, Mapping) and depth:
         for key, value in contents.items():
-            # An optimizer's state is named by numbers.
+            # The keys of an optimizer's state are numbers.
             if isinstance(key, str) and key not in OPTIMIZERS:
                 inner = state_dicts(value, depth - 1)
                 found |= {f"{key}.{name}" if name else key: entry for name, entry in inner.items()}
@@ -75,7 +75,7 @@ def state_dicts(contents: Any, depth: int = DEPTH) -> dict[str, dict[str, Tensor
 
 
 def module_at(contents: Any, key: str) -> nn.Module | None:
-    """The module whose state dict ``state_dicts`` has under ``key``, if it is one."""
+    """The module whose state dict ``state_dicts`` finds under ``key``; None if it is not a module."""
     if isinstance(contents, nn.Module):
         return contents if not key else None
     for name, value in contents.items() if isinstance(contents, Mapping) else ():
@@ -87,11 +87,11 @@ def module_at(contents: Any, key: str) -> nn.Module | None:
 
 
 def hyper_parameters(contents: Any) -> dict[str, Any] | None:
-    """The hyper parameters that ``save_hyperparameters()`` stored in a Lightning file; None for another file."""
+    """Hyperparameters that ``save_hyperparameters()`` stored in a Lightning file; None for other files."""
     if not isinstance(contents, Mapping) or "pytorch-lightning_version" not in contents:
         return None
-    shown = contents.get("hyper_parameters")
-    return {key: value for key, value in shown.items() if isinstance(key, str)} if isinstance(shown, Mapping) else {}
+    stored = contents.get("hyper_parameters")
+    return {key: value for key, value in stored.items() if isinstance(key, str)} if isinstance(stored, Mapping) else {}
 
 
 def is_state_dict(value: Any) -> bool:
@@ -129,11 +129,11 @@ def with_model_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict
     if len(dtypes) != 1:
         return None
     kind, hidden = type(model), ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
-    # Keeps name and module, by which transformers finds the conversion; reports every key that does not match.
-    told: Any = type(kind.__name__, (kind,), {"__module__": kind.__module__, **{name: [] for name in hidden}})
+    # A subclass that reports every key that does not match. transformers finds the conversion by name and module.
+    reporting: Any = type(kind.__name__, (kind,), {"__module__": kind.__module__, **{name: [] for name in hidden}})
     with torch.random.fork_rng(devices=[]), _Quiet(library):
         try:
-            found, info = told.from_pretrained(
+            found, info = reporting.from_pretrained(
                 None, config=model.config, state_dict=dict(state_dict), dtype=dtypes.pop(), output_loading_info=True
             )
         # The error about the unconverted names is the more helpful one.

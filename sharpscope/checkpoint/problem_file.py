@@ -16,19 +16,23 @@ from sharpscope.errors import ArgumentError, ProblemError, SharpscopeError, firs
 from sharpscope.importing import imported
 from sharpscope.problem import Problem
 
-# Mistakes in the file's own lines; those raised inside another module keep their traceback.
+# Errors reported with their line in the file; those raised inside another module keep their traceback.
 MISTAKES = (ImportError, NameError, SyntaxError, TypeError, AttributeError, LookupError, ValueError, RuntimeError)
 
 
 def problem_of(source: str | os.PathLike[str], split: str = "train") -> Problem:
-    """The Problem that ``problem()`` of a Python file, or a function given as "package.module:function", returns.
+    """Call ``problem()`` of a Python file, or a function "package.module:function", and return its Problem.
 
     A function that takes ``split`` is called with it. While the file runs, its folder is first on the import path, so
-    that it can import modules next to it.
+    it can import modules next to it.
 
-    Raises: ArgumentError if there is no such file or function, if it needs other arguments, or if it takes no ``split``
-    and another than "train" is requested; ProblemError if it does not return a Problem, or for a mistake in the file,
-    with its line. Any other SharpscopeError from the file names its line too.
+    Args:
+        source: Python file, or "package.module:function".
+        split: "train" or "test".
+
+    Raises: ArgumentError if there is no such file or function, if it requires other arguments, or if it takes no
+        ``split`` and ``split`` is not "train"; ProblemError if it does not return a Problem, or for an error in the
+        file, with its line. Any other SharpscopeError from the file also names its line.
     """
     function = _function(os.fspath(source))
     try:
@@ -43,9 +47,9 @@ def problem_of(source: str | os.PathLike[str], split: str = "train") -> Problem:
         if p.default is p.empty and p.kind not in several and not (takes_split and name == "split")
     ]
     if needed:
-        raise ArgumentError(f"problem() of {source} must take nothing, or split alone, but needs {', '.join(needed)}.")
+        raise ArgumentError(f"problem() of {source} must take no argument except split, but needs {', '.join(needed)}.")
     if split != "train" and not takes_split:
-        raise ArgumentError(f"problem() of {source} takes no split, so that there is none but its own, got {split!r}.")
+        raise ArgumentError(f"problem() of {source} takes no split, got split={split!r}. Add a split argument.")
     with _running(Path(source)) if Path(source).is_file() else nullcontext():
         found = function(split=split) if takes_split else function()
     if not isinstance(found, Problem):
@@ -71,7 +75,7 @@ def _executed(path: Path) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up
+    sys.modules[spec.name] = module  # dataclasses and pickle look up the module of a class
     with _running(path):
         spec.loader.exec_module(module)
     return module
@@ -85,7 +89,7 @@ def _running(path: Path) -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
-        raise ProblemError(f"{path} must return a Problem, but ends the program. Take sys.exit() out.") from error
+        raise ProblemError(f"{path} must return a Problem, but ends the program. Remove sys.exit().") from error
     except SharpscopeError as error:
         line = _line(path, error)
         if line is None:
@@ -95,7 +99,7 @@ def _running(path: Path) -> Iterator[None]:
         line = _line(path, error)
         if line is None:
             raise
-        where = " Paths are taken from where the command runs; Path(__file__).parent is the file's own folder."
+        where = " Paths are relative to the working directory; Path(__file__).parent is the file's own folder."
         raise ProblemError(f"{path}, line {line}: {first_line(error)}.{where}") from error
     except MISTAKES as error:
         if isinstance(error, SyntaxError):
@@ -105,14 +109,14 @@ def _running(path: Path) -> Iterator[None]:
         if line is None:
             raise
         remedy = (
-            " Name a module that lies beside this file, is installed, or is on PYTHONPATH."
+            " The module must be next to this file, installed, or on PYTHONPATH."
             if isinstance(error, ImportError)
             else ""
         )
-        said = error.msg if isinstance(error, SyntaxError) else first_line(error)
+        message = error.msg if isinstance(error, SyntaxError) else first_line(error)
         if isinstance(error, KeyError | RuntimeError):
-            said = f"{type(error).__name__}: {said}"
-        raise ProblemError(f"{path}, line {line}: {said}.{remedy}") from error
+            message = f"{type(error).__name__}: {message}"
+        raise ProblemError(f"{path}, line {line}: {message}.{remedy}") from error
     finally:
         if folder in sys.path:
             sys.path.remove(folder)
@@ -120,7 +124,7 @@ def _running(path: Path) -> Iterator[None]:
 
 
 def _line(path: Path, error: BaseException, innermost: bool = False) -> int | None:
-    """The last line of ``path`` on the way to ``error``; with ``innermost`` only if no other module came after it."""
+    """Line of ``path`` in the traceback of ``error``; None without one, or if ``innermost`` and it is not the last."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen importlib")]
     here = [frame.lineno for frame in frames if _same(frame.filename, path)]
     if not here or (innermost and not _same(frames[-1].filename, path)):

@@ -29,11 +29,11 @@ def read_checkpoint(
     Args:
         path: a file of ``sharpscope train``, of ``torch.save`` (a state dict, alone or in nested dicts, or a pickled
             module) or of safetensors (needs the extra of that name); or a folder of Hugging Face's libraries or of
-            ``torch.distributed.checkpoint``: all files in its index are read.
-        weights: key of the state dict if there are several; default the first of ``layouts.NESTS``.
+            ``torch.distributed.checkpoint``, where all files in the index are read.
+        weights: key of the state dict if there are several; by default the first of ``layouts.NESTS``.
         trust_pickle: unpickle the whole file, which **runs its code**; a pickled module then becomes the model.
 
-    Raises: CheckpointError if the file is missing, damaged, of another kind, or cannot be read without its code.
+    Raises: CheckpointError if the file is missing, damaged, of another kind, or cannot be read without running code.
     """
     place = Path(path)
     if place.is_dir() and (place / INDEX).is_file():
@@ -42,7 +42,7 @@ def read_checkpoint(
     if isinstance(contents, dict) and isinstance(contents.get("sharpscope"), int):
         if weights is not None:
             raise CheckpointError(
-                f"The checkpoint {place} is of `sharpscope train`, with one state dict. Leave weights= (--weights) out."
+                f"The checkpoint {place} is of `sharpscope train`, with one state dict. Leave out weights= (--weights)."
             )
         return bundled(place, digest, contents)
     state_dict, key, others = chosen_weights(place, contents, weights, skipped)
@@ -154,11 +154,11 @@ def _sha256(stream: BinaryIO) -> str:
 
 
 def _require_plain(place: Path, archive: zipfile.ZipFile, size: int) -> None:
-    """Raise CheckpointError for an archive larger unpacked than packed: torch.save never compresses."""
+    """Raise CheckpointError for a compressed archive, which torch.save never writes."""
     entries = archive.infolist()
     if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
         raise CheckpointError(
-            f"The archive {place} would unpack to more than its {size:,} bytes, which no torch.save writes. Do not "
+            f"The archive {place} would unpack to more than its {size:,} bytes, which torch.save never does. Do not "
             "trust it."
         )
 
@@ -170,8 +170,8 @@ def _unpickle(place: Path, stream: BinaryIO, trust_pickle: bool = False) -> tupl
             with zipfile.ZipFile(stream) as archive:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                     raise CheckpointError(
-                        f"{place} is a TorchScript archive, which holds a program. Save the weights of the model that "
-                        "it was made of: torch.save(model.state_dict(), path)."
+                        f"{place} is a TorchScript archive, which holds a program. Save the weights of the original "
+                        "model: torch.save(model.state_dict(), path)."
                     )
                 _require_plain(place, archive, stream.seek(0, os.SEEK_END))
                 # torch.load does not compare the archive's checksums, so a flipped bit would pass as a weight.
@@ -191,12 +191,12 @@ def _unpickle(place: Path, stream: BinaryIO, trust_pickle: bool = False) -> tupl
                 return unpickle_inert(stream)
     except CheckpointError:
         raise
-    # An unpickler can raise nearly any error for bytes of another kind: KeyError for a PNG, for instance.
+    # An unpickler can raise nearly any error for other bytes, such as KeyError for a PNG.
     except Exception as error:
         if _met_unknown_class(error):
             raise CheckpointError(
                 f"The checkpoint {place} holds pickled Python objects, and reading them could run any code. "
-                "Save the weights alone with torch.save(model.state_dict(), path), or pass --trust-pickle if you trust "
+                "Save only the weights with torch.save(model.state_dict(), path), or pass --trust-pickle if you trust "
                 "the file."
             ) from error
         raise CheckpointError(
@@ -205,7 +205,7 @@ def _unpickle(place: Path, stream: BinaryIO, trust_pickle: bool = False) -> tupl
 
 
 def _met_unknown_class(error: BaseException | None) -> bool:
-    """Whether this error, or one before it, is that torch's weights-only unpickler met an unknown class."""
+    """Whether ``error``, or an error in its context, is of torch's weights-only unpickler for an unknown class."""
     return error is not None and ("unsupported global" in str(error).lower() or _met_unknown_class(error.__context__))
 
 
@@ -215,11 +215,11 @@ def _trusted(place: Path, stream: BinaryIO) -> Any:
     except (ImportError, AttributeError) as error:
         raise CheckpointError(
             f"The checkpoint {place} needs the classes of its pickled objects: {first_line(error)}. Run where they can "
-            "be imported from, or leave --trust-pickle out and name the model by --model or --problem."
+            "be imported, or leave out --trust-pickle and pass --model or --problem."
         ) from error
 
 
-# In order of preference: of two, safetensors is the newer file.
+# In order of preference: if a folder has both, safetensors is the newer file.
 WHOLE = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "diffusion_pytorch_model.safetensors")
 INDEXED = tuple(f"{name}.index.json" for name in WHOLE)
 
@@ -235,7 +235,7 @@ def shard_files(folder: Path) -> dict[Path, list[str] | None]:
         if (folder / index).is_file():
             return _indexed(folder / index)
     raise CheckpointError(
-        f"The folder {folder} must hold one of {', '.join(WHOLE[:2])} or their .index.json, but does not. Name a file "
+        f"The folder {folder} must hold one of {', '.join(WHOLE[:2])} or their .index.json, but does not. Pass a file "
         "in it."
     )
 
@@ -258,7 +258,7 @@ def _indexed(index: Path) -> dict[Path, list[str] | None]:
     shards: dict[Path, list[str] | None] = {}
     for name, file in pairs:
         if Path(file).name != file:
-            raise CheckpointError(f"{index} must name files beside it, got {file!r}. Do not trust it.")
+            raise CheckpointError(f"{index} must name files in its folder, got {file!r}. Do not trust it.")
         names = shards.setdefault(index.parent / file, [])
         assert names is not None
         names.append(name)

@@ -14,18 +14,19 @@ from torch import Tensor
 
 from sharpscope.errors import CheckpointError
 
-# Limits for a pickled module: number of modules, depth of nesting.
+# Limits for a pickled module: number of submodules, depth of nesting.
 MAX_MODULES, MAX_DEPTH = 100_000, 100
 
 
 def unpickle_inert(stream: BinaryIO) -> tuple[Any, list[str]]:
-    """Unpickle a file with every unknown class replaced by an inert one; return the contents and their names.
+    """Unpickle a file with every unknown class replaced by an inert stand-in.
 
-    An object becomes an ordered dict whose ``__dict__`` is the object's. The file is read by torch's weights-only
-    unpickler, which calls only the constructors of tensors and the stand-ins given here, and refuses modules that run
-    commands.
+    Each object becomes an ordered dict with the ``__dict__`` of the object. torch's weights-only unpickler reads the
+    file; it calls only tensor constructors and the stand-ins, and rejects modules that run commands.
 
-    Raises: pickle.UnpicklingError for contents that this unpickler refuses, for torch before 2.6, and for old formats.
+    Returns: the contents, and the names of the unknown classes.
+
+    Raises: pickle.UnpicklingError for contents that this unpickler rejects, for old formats, and with torch before 2.6.
     """
     listed = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
     if listed is None:
@@ -39,7 +40,7 @@ def unpickle_inert(stream: BinaryIO) -> tuple[Any, list[str]]:
 
 
 def module_weights(value: Any) -> dict[str, Tensor] | None:
-    """The state dict of a module that ``unpickle_inert`` read; None for another value, or one beyond the limits."""
+    """State dict of a module read by ``unpickle_inert``; None for other values, and for modules beyond the limits."""
     if not _is_module(value):
         return None
     found: dict[str, Tensor] = {}
@@ -67,7 +68,7 @@ def _is_module(value: Any) -> bool:
 
 
 def _stand_in(name: str) -> type:
-    """Return a class that ignores its arguments, to stand for the class or function of that name."""
+    """A class that ignores its arguments, in place of the class or function ``name``."""
 
     class Called(type):
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -102,11 +103,11 @@ CLASSES = (
 
 
 class DistributedCheckpoint:
-    """A folder of ``torch.distributed.checkpoint``: its index, and reading the tensors that are wanted.
+    """Read the index of a ``torch.distributed.checkpoint`` folder, and selected tensors.
 
     Attributes:
         tree: nested dicts as they were saved, with meta tensors (no memory) as placeholders.
-        read_from: the index, and the files of the shards.
+        read_from: the index file and the shard files.
 
     Raises: CheckpointError if the index is damaged, or names files outside the folder.
     """
@@ -145,11 +146,13 @@ class DistributedCheckpoint:
         files = sorted({str(info.relative_path) for info in self._index.storage_data.values()})
         outside = [file for file in files if Path(file).name != file]
         if outside:
-            raise CheckpointError(f"{self.folder} must name files of its own, got {outside[0]!r}. Do not trust it.")
+            raise CheckpointError(
+                f"The index of {self.folder} must name files of its own folder, got {outside[0]!r}. Do not trust it."
+            )
         self.read_from = [self.folder / file for file in (INDEX, *files)]
 
     def read(self, chosen: Mapping[str, Tensor], unpickle: Callable[[Path, io.BytesIO], Any]) -> dict[str, Tensor]:
-        """Read the tensors whose placeholders are ``chosen``; ``unpickle(file, bytes)`` reads one shard.
+        """Read the tensors of the placeholders ``chosen``; ``unpickle(file, bytes)`` reads one shard.
 
         Raises: CheckpointError if shards are missing, or do not match the index.
         """
@@ -181,17 +184,17 @@ class DistributedCheckpoint:
             except CheckpointError:
                 raise
             except (OSError, RuntimeError, TypeError, ValueError, AttributeError, OverflowError) as error:
-                raise CheckpointError(f"The piece of {name} in {path} is missing or damaged. Copy it again.") from error
+                raise CheckpointError(f"The shard of {name} in {path} is missing or damaged. Copy it again.") from error
         if not bool(covered.all()):
             raise CheckpointError(
-                f"The pieces of {name} in {self.folder} must hold {whole.numel()} numbers, got {int(covered.sum())}. "
+                f"The shards of {name} in {self.folder} must hold {whole.numel()} values, got {int(covered.sum())}. "
                 "Copy it again."
             )
         return whole
 
 
 class _Index(pickle._Unpickler):
-    """Unpickler for the classes of an index. In Python, because a file can make the one in C allocate 64 GB."""
+    """Unpickler for the classes of an index; in Python, since a malicious file can make the C one allocate 64 GB."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in PLAIN:
@@ -201,4 +204,4 @@ class _Index(pickle._Unpickler):
         found = getattr(torch, name, None) if module == "torch" else None
         if isinstance(found, torch.dtype | torch.layout | torch.memory_format):
             return found
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of an index")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in an index")

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation as honest ``torch.optim`` optimizers."""
+"""SAM and its variants as ``torch.optim`` optimizers."""
 
 from sharpscope.optim.replay import frozen_buffers
 from sharpscope.optim.sam import SAM

@@ -1,4 +1,4 @@
-"""The ascent of a SAM step: from w to w + e with each group's rho, for the batch or for each m examples of it."""
+"""The ascent of a SAM step, from w to w + e, and sums of gradients over chunks of m examples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class AscentSteps:
     Attributes:
         ball: shape of the ball; D is taken at w.
         steps: number of ascent steps.
-        normalize: False takes steps ``rho / steps D^2 g`` without dividing by a norm.
+        normalize: False takes steps ``rho / steps D^2 g``, not divided by a norm.
         rounding: rounding of the last perturbation, see ``Perturbation``.
     """
 
@@ -40,11 +40,13 @@ class AscentSteps:
         return self._perturbation is not None
 
     def begin_at_w(self) -> None:
-        """Begin an ascent with e = 0."""
+        """Start an ascent at e = 0."""
         self._perturbation = Perturbation([])
 
     def step(self, groups: Sequence[dict[str, Any]], direction_of: DirectionOf, inverse_scale: float) -> str | None:
-        """Take one step along ``direction_of(weights, inverse_scale * .grad)``; return the reason if there is none.
+        """Take one step along ``direction_of(weights, inverse_scale * .grad)``.
+
+        Returns: None, or the reason why there is no step: "is zero" or "is not finite".
 
         Raises: ArgumentError for sparse gradients, or a rho outside its domain.
         """
@@ -68,7 +70,7 @@ class AscentSteps:
             return "is zero" if norm == 0.0 else "is not finite"
         for group in groups:
             check_rho(group["rho"])
-        # Stored before the first weight is touched, so that an interrupt at any point finds it.
+        # Stored before the first weight changes, so that an interrupt at any point can restore w.
         if self._perturbation is None:
             self._perturbation = Perturbation(weights)
         if self.normalize:
@@ -107,7 +109,7 @@ def check_rho(rho: object) -> None:
 
 
 def dense_gradients(params: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of ``params`` that have one. Raises ArgumentError for sparse gradients."""
+    """The gradients of those ``params`` that have one. Raises ArgumentError for sparse gradients."""
     grads = [p.grad for p in params if p.grad is not None]
     sparse = next((g for g in grads if g.layout != torch.strided), None)
     if sparse is not None:
@@ -123,16 +125,16 @@ Chunk = tuple[tuple[Tensor, ...], float]
 
 
 def split_batch(batch: Sequence[Tensor], m: int | None) -> list[Chunk]:
-    """Split ``batch`` along the first dimension into chunks of ``m`` rows; None is one chunk.
+    """Split ``batch`` along the first dimension into chunks of ``m`` rows; None gives one chunk.
 
-    Raises: ArgumentError if there is no batch, or its tensors differ in the number of rows.
+    Raises: ArgumentError if the batch is empty, or its tensors differ in the number of rows.
     """
     if m is None:
         return [(tuple(batch), 1.0)]
     sizes = {len(t) if isinstance(t, Tensor) and t.dim() else None for t in batch}
     if len(sizes) != 1 or None in sizes or 0 in sizes:
         raise ArgumentError(
-            f"With m={m} step() needs the batch, tensors with one row an example: step(closure, inputs, targets), got "
+            f"With m={m} step() needs the batch, tensors with one row per example: step(closure, inputs, targets), got "
             f"{', '.join(str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in batch) or 'none'}."
         )
     total = len(batch[0])

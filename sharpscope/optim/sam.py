@@ -1,4 +1,4 @@
-"""SAM over any ``torch.optim`` optimizer."""
+"""SAM around any ``torch.optim`` optimizer."""
 
 from __future__ import annotations
 
@@ -20,57 +20,57 @@ from sharpscope.weights.perturbation import cosine
 
 Loss = TypeVar("Loss")
 
-# Rounding to nearest leaves float32 above 0.999999; bfloat16 weights of a trained network reach 0.56.
+# Float32 rounding gives a cosine above 0.999999; bfloat16 weights of a trained network gave 0.56.
 _MIN_COSINE = 0.9
 
-# Frames from warnings.warn to the line that called step(), by where the gradient was taken: ours, step, and torch's two
-# wrappers (of which first_step and second_step have one).
+# stacklevel of a warning that points to the caller of step(), by where the gradient was taken: our frames, and torch's
+# two wrappers of step() or one of first_step() and second_step().
 _CALLER = {"w": 5, "w + e": 6}
 
 
 class SAM(Optimizer):
     """``w <- base step at w with grad L(w + e)``, ``e = rho g / ||g||_2`` (p = 2) or ``rho sign(g)`` (p = inf).
 
-    ``g = grad L(w)`` and its norm run over all parameter groups. The base optimizer and SAM share one
-    ``param_groups``, one ``state`` and one ``defaults``, so a scheduler, ``add_param_group`` and
-    ``load_state_dict`` reach both, and ``state_dict()`` resumes momentum and moments bit for bit; it also loads
-    the checkpoint of the bare base optimizer. A group may set its own ``rho``. With ``maximize=True`` the
-    perturbation descends instead.
+    ``g = grad L(w)``, and its norm is over all parameter groups. SAM and the base optimizer share ``param_groups``,
+    ``state`` and ``defaults``, so schedulers, ``add_param_group`` and ``load_state_dict`` apply to both, and
+    ``state_dict()`` resumes bit for bit. SAM also loads the state dict of the base optimizer alone. A group may set its
+    own ``rho``. With ``maximize=True`` the perturbation descends.
 
-    A gradient that is zero or not finite at ``w``, or not finite at ``w + e``, leaves weights and state
-    untouched, warns (RuntimeWarning; not with a GradScaler, which tries it), and adds one to ``skipped_steps``.
+    A step whose gradient is zero or not finite at ``w``, or not finite at ``w + e``, is skipped: weights and state do
+    not change, ``skipped_steps`` is incremented, and a RuntimeWarning is issued (not with a GradScaler, which causes
+    such steps when it tries a larger scale).
 
     Args:
-        params: parameters, named parameters or groups, as for any optimizer; real and with dense gradients.
+        params: parameters, named parameters or groups, as for any optimizer; real, with dense gradients.
         base_optimizer: an optimizer *class*, such as ``torch.optim.SGD``.
-        rho: radius of the perturbation, >= 0, in the units of the weights (of the scaled ones where adaptive).
-        p: norm of the ball, 2 or inf (``float("inf")`` or ``"inf"``).
-        adaptive: None, "elementwise" or "filter": the ball is scaled by the weights' sizes, see
+        rho: radius of the perturbation, >= 0, in units of the weights (of the scaled weights if ``adaptive``).
+        p: norm of the perturbation, 2 or inf (``float("inf")`` or ``"inf"``).
+        adaptive: None, "elementwise" or "filter": scale the ball by the magnitudes of the weights, see
             ``sharpscope.weights.norm_ball``.
-        eta: added to the sizes of an adaptive ball.
-        ascent_steps: k steps of ``rho / k``, each along the gradient where the last one ended.
-        normalize: False takes ``e = rho D^2 g`` without a norm (Andriushchenko and Flammarion 2022), p = 2.
-        m: examples that share a perturbation (Foret et al. 2021, section 4.1). ``step(closure, *batch)`` is then cut
-            into chunks of m, the last one smaller, each with a perturbation of its own, and the gradients at ``w + e``
-            are averaged. None is one perturbation for all that a closure sees.
-        ddp: the ``DistributedDataParallel`` model, to let each process perturb with its own gradient, so that m is
-            at most a process's batch. Without it DDP averages the first gradient too, and all perturb alike.
+        eta: constant added to those magnitudes.
+        ascent_steps: number k of ascent steps of length ``rho / k``, each along the gradient at the current point.
+        normalize: False takes ``e = rho D^2 g``, without a norm (Andriushchenko and Flammarion 2022); p = 2 only.
+        m: examples per perturbation (Foret et al. 2021, section 4.1). ``step(closure, *batch)`` splits the batch into
+            chunks of m (the last may be smaller), perturbs for each chunk separately, and averages the gradients at
+            ``w + e``. None: one perturbation for all examples of a closure.
+        ddp: the ``DistributedDataParallel`` model, so that each process perturbs with its own gradient; m is then at
+            most the batch of one process. Without it, DDP averages the first gradient too, and all processes use
+            the same perturbation.
         base_options: passed to ``base_optimizer``: ``lr``, ``momentum``, ``weight_decay``, ...
 
     Attributes:
-        skipped_steps: that changed nothing.
-        num_gradients: gradients taken so far, of a batch each.
-        effective_m: examples that shared a perturbation in the last step, over all processes; None where step() was
-            not given the batch.
+        skipped_steps: number of skipped steps.
+        num_gradients: gradients computed so far, in units of one batch.
+        effective_m: examples per perturbation in the last step, over all processes; None if step() was called without
+            the batch.
 
-    Cost: 1 + ascent_steps gradients a step, and one copy of the weights; with several chunks a sum of gradients too.
+    Cost: 1 + ascent_steps gradients a step, and a copy of the weights; with several chunks also a sum of gradients.
 
-    Raises:
-        ArgumentError: an argument outside its domain, complex parameters, sparse gradients.
+    Raises: ArgumentError for an argument outside its domain, complex parameters, or sparse gradients.
 
-    Source: Foret et al. 2021, Algorithm 1 and Eq. 2. Departures: the released code has the L2 penalty in the
-    loss of both passes; here weight decay is the base optimizer's, at ``w``, as in Eq. 1. The published
-    algorithm does not say what to do when ``||g|| = 0``.
+    Source: Foret et al. 2021, Algorithm 1 and Eq. 2. The released code differs: it has the L2 penalty in the loss of
+        both passes; here the base optimizer applies weight decay at ``w``, as in Eq. 1. The paper does not define the
+        step for ``||g|| = 0``.
 
     >>> import torch
     >>> from sharpscope.optim import SAM
@@ -91,7 +91,7 @@ class SAM(Optimizer):
     num_gradients: float
     effective_m: int | None = None
 
-    # Attributes that a copy or pickle takes along besides those of every optimizer; variants add theirs.
+    # Attributes copied and pickled besides those of every optimizer; variants add theirs.
     _copied_attributes: tuple[str, ...] = (
         "base_optimizer",
         "m",
@@ -106,7 +106,7 @@ class SAM(Optimizer):
     _uses_gradient_at_w: bool = False
     # Whether every step takes two gradients, so that first_step and second_step can be called.
     _supports_two_calls: bool = True
-    # The gradient at w, which the two-call form keeps for ``_combine``.
+    # Gradient at w, stored for ``_combine`` between first_step and second_step.
     _at_w: GradientSum | None = None
     _rounding_reported: bool = False
 
@@ -131,7 +131,7 @@ class SAM(Optimizer):
             require_count(name, count)
         ball = Ball(p, adaptive, eta)  # type: ignore[arg-type]
         if not normalize and ball.p != 2:
-            raise ArgumentError("normalize=False is for p=2, got p=inf, whose step is rho sign(g) either way.")
+            raise ArgumentError("normalize=False needs p=2, got p=inf, which always steps by rho sign(g).")
         if ddp is not None and not hasattr(ddp, "no_sync"):
             raise ArgumentError(f"ddp must be the DistributedDataParallel model, got {type(ddp).__name__}.")
         make_base: Callable[..., Optimizer] = base_optimizer
@@ -139,16 +139,16 @@ class SAM(Optimizer):
         base.defaults["rho"] = rho
         super().__init__(base.param_groups, base.defaults)
         self.base_optimizer = base
-        self.state = base.state  # some bases, Adagrad for one, fill it in their constructor
+        self.state = base.state  # some optimizers, such as Adagrad, fill it in their constructor
         self._ascent, self.m, self._ddp = AscentSteps(ball, ascent_steps, normalize), m, ddp
         self.skipped_steps, self.num_gradients = 0, 0.0
-        # State of a variant from step to step: a count of steps, and tensors by parameter and name.
+        # State of the variants: number of steps, and tensors by parameter and name.
         self._count = 0
         self._memory: dict[Tensor, dict[str, Tensor]] = {}
         self._link()
 
     def _link(self) -> None:
-        # The base's own __setstate__, since some bases convert old checkpoints there.
+        # By __setstate__ of the base, since some optimizers convert old checkpoints there.
         shared = {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
         self.base_optimizer.__setstate__(shared)
 
@@ -161,22 +161,20 @@ class SAM(Optimizer):
         self._link()
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state and the shared groups, ``rho`` among their options; loads into the base too.
+        """State of the base optimizer and the shared groups, including ``rho``; the base optimizer can load it too.
 
-        Under "sam" besides: what a variant remembers, in the order of the parameters.
+        The entry "sam" is the state of a variant, in the order of the parameters.
 
-        Raises:
-            ArgumentError: the weights are perturbed.
+        Raises: ArgumentError if the weights are perturbed.
         """
         self._refuse_while_perturbed("state_dict()")
         kept = {i: self._memory[p] for i, p in enumerate(self._params()) if p in self._memory}
         return {**super().state_dict(), "sam": {"count": self._count, "kept": kept}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over state and options of a checkpoint of SAM, or of the base alone: ``rho`` then stays as it is.
+        """Load a state dict of SAM, or of the base optimizer alone, which does not change ``rho``.
 
-        Raises:
-            ArgumentError: the weights are perturbed.
+        Raises: ArgumentError if the weights are perturbed.
         """
         self._refuse_while_perturbed("load_state_dict()")
         radii = [group["rho"] for group in self.param_groups]
@@ -191,44 +189,44 @@ class SAM(Optimizer):
         }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to SAM and to the base optimizer; ``rho`` may be among its options.
+        """Add a group to SAM and to the base optimizer; its options may include ``rho``.
 
-        Raises:
-            ArgumentError: ``rho`` outside its domain, or complex parameters.
+        Raises: ArgumentError for ``rho`` outside its domain, or complex parameters.
         """
         check_rho(param_group.get("rho", self.defaults["rho"]))
-        # Absent only while the constructor hands over the groups that the base already has.
+        # Absent only in the constructor, which passes groups that the base optimizer already has.
         if hasattr(self, "base_optimizer"):
             self.base_optimizer.add_param_group(param_group)
         else:
             super().add_param_group(param_group)
         if any(p.is_complex() for p in self.param_groups[-1]["params"]):
             self.param_groups.pop()
-            raise ArgumentError("SAM needs real parameters, got complex ones. Pass torch.view_as_real of them.")
+            raise ArgumentError("SAM needs real parameters, got complex ones. Pass torch.view_as_real(parameter).")
 
     @torch.no_grad()
     def step(self, closure: Callable[..., Loss] | None = None, *batch: Tensor, scaler: Any = None) -> Loss:
-        """Calls ``closure`` at ``w`` and at ``w + e``, steps the base optimizer, returns ``L(w)``.
+        """Call ``closure`` at ``w`` and at ``w + e``, then step the base optimizer.
 
-        Needs no backward before it. Both passes draw the same dropout masks (torch's default generators are
-        replayed; draws from NumPy, ``random`` or own generators belong before the closure), and buffers such
-        as BatchNorm's statistics move once. The weights are put back by copy, also if ``closure`` raises. To clip the
-        gradient at ``w + e``, do so in ``base_optimizer.register_step_pre_hook``.
+        Both passes draw the same dropout masks: torch's default generators are replayed. Draw from NumPy, ``random`` or
+        other generators before the closure. Buffers such as BatchNorm's statistics are updated once. The weights are
+        restored from a copy, even if ``closure`` raises. To clip the gradient at ``w + e``, use
+        ``base_optimizer.register_step_pre_hook``.
 
         Args:
-            closure: the ordinary one: zero the gradients, forward, backward, return the loss. Both calls must
-                see the same examples, so fetch them outside. To accumulate over micro-batches, call backward
-                for each of them inside; perturbation and step then belong to the whole batch.
-            batch: tensors that closure takes, as ``closure(inputs, targets)``; with ``m`` it is called with ``m`` of
-                their rows at a time, must return the mean over these, and the return value is the mean over all.
-            scaler: a ``torch.amp.GradScaler``, where the closure calls ``scaler.scale(loss).backward()``; only
-                ``scaler.update()`` is left to do.
+            closure: zeroes the gradients, computes the loss, calls backward and returns the loss. Both calls must use
+                the same examples, so load them outside. To accumulate over micro-batches, call backward for each of
+                them inside; the perturbation is then that of the whole batch.
+            batch: tensors passed to the closure, as ``closure(inputs, targets)``. With ``m``, each call gets ``m`` rows
+                and must return their mean loss.
+            scaler: a ``torch.amp.GradScaler``; the closure calls ``scaler.scale(loss).backward()``. Call only
+                ``scaler.update()`` afterwards.
+
+        Returns: the loss that the closure returned at ``w``; with several chunks, the mean over all examples.
 
         Cost: 1 + ascent_steps gradients.
 
-        Raises:
-            ArgumentError: no closure; m without the batch; sparse gradients; called between ``first_step`` and
-            ``second_step``.
+        Raises: ArgumentError without a closure, for m without the batch, for sparse gradients, or between
+            ``first_step`` and ``second_step``.
         """
         if closure is None:
             raise ArgumentError(
@@ -240,10 +238,10 @@ class SAM(Optimizer):
         chunks = split_batch(batch, self.m)
         self.effective_m = self._examples(batch)
         perturbs = self._perturbs()
-        # Never with m and ddp: processes with different numbers of chunks would call different collectives.
+        # False with m and ddp: processes with different numbers of chunks would call different collectives.
         single_chunk = len(chunks) == 1 and (self._ddp is None or self.m is None)
         inverse_scale = 1.0 if scaler is None else 1.0 / scaler.get_scale()
-        # Sums are only needed for several chunks, or for a variant that combines both gradients.
+        # Sums are needed only for several chunks, or for a variant that combines both gradients.
         at_w = GradientSum(self._params()) if self._uses_gradient_at_w and perturbs else None
         at_e = None if single_chunk else GradientSum(self._params())
         losses: list[Any] = []
@@ -252,7 +250,7 @@ class SAM(Optimizer):
             losses.append(self._gradient(replayed, share, local=perturbs or not single_chunk))
             if len(chunks) > 1 and not isinstance(losses[-1], Tensor | float | int):
                 raise ArgumentError(
-                    f"With m={self.m} the closure must return the mean loss of its piece, got "
+                    f"With m={self.m} the closure must return the mean loss of its chunk, got "
                     f"{type(losses[-1]).__name__}."
                 )
             if at_w is not None:
@@ -278,24 +276,23 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        """``w <- w + e`` from the gradients in ``.grad``; the first half of the two-call form.
+        """Move the weights to ``w + e`` with the gradients in ``.grad``; ``second_step`` completes the step.
 
-        Dropout then draws new masks in your second pass, and BatchNorm counts it unless you wrap it in
-        ``frozen_buffers()``; ``step(closure)`` takes care of both. Step hooks of SAM do not run.
+        Unlike ``step(closure)``, dropout draws new masks in the second pass, and BatchNorm is updated twice unless the
+        second pass runs in ``frozen_buffers()``. Step hooks of SAM do not run.
 
         Args:
             zero_grad: zero the gradients afterwards.
 
-        Raises:
-            ArgumentError: called twice without ``second_step``; sparse gradients; m or several ascent steps, which
-            need ``step(closure)``.
+        Raises: ArgumentError if called twice without ``second_step``, for sparse gradients, and with m or several
+            ascent steps, which need ``step(closure)``.
         """
         self._refuse_while_perturbed("first_step()")
         self._start_step()
         if self.m is not None or self._ascent.steps > 1 or not self._supports_two_calls:
             raise ArgumentError(
-                "first_step() and second_step() are for two gradients in every step, without m, more ascent_steps or "
-                "LookSAM: call step(closure, *batch)."
+                "first_step() and second_step() are for two gradients in every step, not for m, several ascent_steps "
+                "or LookSAM: call step(closure, *batch)."
             )
         self.num_gradients += 2
         if self._uses_gradient_at_w:
@@ -314,13 +311,12 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
-        """Put ``w`` back and step the base optimizer with the gradients in ``.grad``.
+        """Restore ``w`` and step the base optimizer with the gradients in ``.grad``.
 
         Args:
             zero_grad: zero the gradients afterwards.
 
-        Raises:
-            ArgumentError: no ``first_step`` came before.
+        Raises: ArgumentError without ``first_step`` before.
         """
         if not self._ascent.is_perturbed:
             raise ArgumentError("second_step() must follow first_step(), got none. Call first_step() before it.")
@@ -332,12 +328,12 @@ class SAM(Optimizer):
 
     @property
     def p(self) -> float:
-        """The norm of the ball, 2 or infinity."""
+        """Norm of the perturbation, 2 or infinity."""
         return self._ascent.ball.p
 
     @property
     def plain(self) -> bool:
-        """Whether a step is ``grad L(w + rho g / ||g||_2)``, as the paper analyses it: one ascent step, no variant."""
+        """Whether the gradient is ``grad L(w + rho g / ||g||_2)``, as in the paper: one ascent step, no variant."""
         hooks = ("_perturbs", "_ascent_direction", "_combine")
         unchanged = all(getattr(type(self), name) is getattr(SAM, name) for name in hooks)
         return unchanged and self._ascent.ball == Ball() and self._ascent.steps == 1 and self._ascent.normalize
@@ -356,7 +352,7 @@ class SAM(Optimizer):
         return grads
 
     def _combine(self, at_w: GradientSum | None) -> None:
-        """Replace ``.grad``, the gradient at w + e, by the base optimizer's; ``at_w`` holds the gradient at w."""
+        """Replace ``.grad``, the gradient at w + e, by that for the base step; ``at_w`` is the gradient at w."""
 
     # Forward and backward passes, and the base step.
 
@@ -367,12 +363,12 @@ class SAM(Optimizer):
     def _gradient_at_perturbed(
         self, replayed: ReplayedClosure, share: float, single_chunk: bool, inverse_scale: float
     ) -> str | None:
-        """Replace ``.grad`` by the chunk's gradient at w + e, or return why the whole step must be skipped."""
+        """Replace ``.grad`` by the chunk's gradient at w + e; return the reason if the whole step must be skipped."""
         try:
             for i in range(self._ascent.steps):
                 reason = self._ascent.step(self.param_groups, self._ascent_direction, inverse_scale)
-                # Where other processes wait for this one's last pass, or other chunks are not done, continue with
-                # e = 0: a zero gradient adds nothing, and a gradient that is not finite skips the step for all.
+                # If other processes wait for the last pass, or other chunks are not done, continue with e = 0: a zero
+                # gradient adds nothing, and a gradient that is not finite skips the step for all.
                 if reason is not None and i == 0 and single_chunk and self._ddp is None:
                     return reason
                 if reason is not None and i > 0 and not (single_chunk and self._ddp is not None):
@@ -398,7 +394,7 @@ class SAM(Optimizer):
         if rounding:
             self._report_rounding(cosine(*rounding))
         total = settled_norm(total, both)
-        # With one chunk a zero gradient at w has been reported already; at w + e it is allowed.
+        # With one chunk, a zero gradient at w is reported already; at w + e it is allowed.
         if not math.isfinite(total) or (total == 0.0 and not perturbed):
             self._skip("is zero" if total == 0.0 else "is not finite", "w + e", unscaled=scaler)
             return
@@ -407,7 +403,7 @@ class SAM(Optimizer):
             self.base_optimizer.step()
         else:
             scaler.step(self.base_optimizer)
-        # Read by schedulers, which warn if no step came before theirs; second_step() counts as one.
+        # Schedulers read this to warn about a missing optimizer step; second_step() counts as a step.
         self._opt_called = True
 
     def _skip(self, what: str, where: str, scaler: Any = None, unscaled: Any = None) -> None:
@@ -428,8 +424,8 @@ class SAM(Optimizer):
         if cosine < _MIN_COSINE and not self._rounding_reported:
             self._rounding_reported = True
             warnings.warn(
-                "Rounding to float16 or bfloat16 weights turned SAM's perturbation: its cosine with the wished one is "
-                f"{cosine:.2f}, and should be above {_MIN_COSINE}. Keep the weights in float32 and run the forward "
+                "Rounding to float16 or bfloat16 weights changed SAM's perturbation: its cosine with the exact one is "
+                f"{cosine:.2f} and should be above {_MIN_COSINE}. Keep the weights in float32 and run the forward "
                 "pass under torch.autocast.",
                 RuntimeWarning,
                 stacklevel=_CALLER["w + e"],
@@ -462,12 +458,12 @@ def _check_base(base: object) -> None:
         raise ArgumentError(f"{what}, got the string {base!r}. Pass the class itself.")
     if isinstance(base, Optimizer):
         name = type(base).__name__
-        raise ArgumentError(f"{what}, got a finished {name}. Pass the class and its options: SAM(params, {name}, ...).")
+        raise ArgumentError(
+            f"{what}, got an instance of {name}. Pass the class and its options: SAM(params, {name}, ...)."
+        )
     if not (isinstance(base, type) and issubclass(base, Optimizer)):
         raise ArgumentError(f"{what}, got {base!r}.")
     closure = inspect.signature(base.step).parameters.get("closure")
     nested = hasattr(base, "first_step")
     if nested or (closure is not None and closure.default is inspect.Parameter.empty):
-        raise ArgumentError(
-            f"{what}, got {base.__name__}, whose own step needs a closure. Pass one whose step does not."
-        )
+        raise ArgumentError(f"{what}, got {base.__name__}, whose step needs a closure. Pass an optimizer without.")

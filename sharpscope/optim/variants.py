@@ -1,4 +1,4 @@
-"""Variants of SAM."""
+"""Variants of SAM: ASAM, GSAM, LookSAM and Friendly SAM."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from sharpscope.weights.norm_ball import inner_of, norm_of, widened
 
 
 class ASAM(SAM):
-    """``e = rho T^2 g / ||T g||_2`` with ``T = |w| + eta``: SAM in a ball that scales with the weights.
+    """Adaptive SAM: ``e = rho T^2 g / ||T g||_2`` with ``T = |w| + eta``, a ball that scales with the weights.
 
-    ``adaptive="filter"`` takes a filter's norm for its weights' sizes. T covers every tensor, biases and norms too; the
-    paper's code leaves those at T = 1. Args, cost and the rest: as SAM.
+    ``adaptive="filter"`` uses the norm of each filter in place of ``|w|``. T applies to all tensors; the paper's code
+    has T = 1 for biases and norms. Args and cost: as SAM.
 
-    Source: Kwon et al. 2021, Eq. 4 to 6 and Algorithm 1; rho = 0.5 and eta = 0.01 are theirs for CIFAR-10.
+    Source: Kwon et al. 2021, Eq. 4 to 6 and Algorithm 1; rho = 0.5 and eta = 0.01 are their values for CIFAR-10.
 
     >>> import torch
     >>> from sharpscope.optim import ASAM
@@ -50,13 +50,14 @@ class ASAM(SAM):
 
 
 class GSAM(SAM):
-    """The base step takes ``g_e - alpha g_perp``, g_perp the part of ``g = grad L(w)`` orthogonal to ``g_e``.
+    """Surrogate-gap SAM: the base step takes ``g_e - alpha g_perp``, ``g_perp = g - <g, g_e> / ||g_e||^2 g_e``.
 
-    ``g_e = grad L(w + e)``; ``g_perp = g - <g, g_e> / ||g_e||^2 g_e`` is what would lower L(w) and leave the loss at
-    w + e as it is, so stepping against it closes the surrogate gap ``L(w + e) - L(w)``. The paper lets rho follow the
-    learning rate: set each group's ``rho`` where the learning rate is set.
+    ``g = grad L(w)`` and ``g_e = grad L(w + e)``. Subtracting the component of g orthogonal to ``g_e`` decreases the
+    surrogate gap ``L(w + e) - L(w)``. In the paper, rho follows the learning rate: update each group's ``rho`` with
+    its ``lr``.
 
-    Args: as SAM, and ``alpha``, >= 0. Cost: 2 gradients, and one more copy of a gradient.
+    Args: as SAM, and ``alpha`` >= 0.
+    Cost: 2 gradients a step, and one more copy of the gradient.
 
     Source: Zhuang et al. 2022, Algorithm 1.
 
@@ -92,12 +93,13 @@ class GSAM(SAM):
 
 
 class LookSAM(SAM):
-    """SAM's gradient in every k-th step; in between ``g + alpha ||g|| / ||g_v|| g_v`` at one gradient a step.
+    """LookSAM: SAM's gradient every k-th step, ``g + alpha ||g|| / ||g_v|| g_v`` in the steps between.
 
-    ``g_v = g_e - <g_e, g> / ||g||^2 g``, of the last step that took both gradients: the part of ``g_e = grad L(w + e)``
-    orthogonal to ``g = grad L(w)``, which changes slowly. Needs ``step(closure)``.
+    ``g_v = g_e - <g_e, g> / ||g||^2 g`` is the component of ``g_e = grad L(w + e)`` orthogonal to ``g = grad L(w)``; it
+    changes slowly and is reused from the last step that computed both. Needs ``step(closure)``.
 
-    Args: as SAM, and ``k`` and ``alpha``. Cost: ``1 + 1/k`` gradients a step, and one more copy of a gradient.
+    Args: as SAM, and ``k`` >= 1 and ``alpha`` >= 0.
+    Cost: ``1 + 1/k`` gradients a step, and one more copy of the gradient.
 
     Source: Liu et al. 2022, Algorithm 1.
 
@@ -157,16 +159,17 @@ class LookSAM(SAM):
 
 
 class FriendlySAM(SAM):
-    """``e = rho d / ||d||_2``, ``d = g - sigma m``, ``m <- lmbda m + (1 - lmbda) g``: F-SAM.
+    """Friendly SAM: ``e = rho d / ||d||_2`` with ``d = g - sigma m``, ``m <- lmbda m + (1 - lmbda) g``.
 
-    Takes the running mean of gradients, an estimate of the full one, out of the batch's, so that the perturbation
-    follows the batch's own noise. With several chunks the mean runs over them one after another; with ``ddp`` each
-    process has one of its own gradients, so each must keep its own ``state_dict``. A skipped step leaves it alone.
+    The running mean m estimates the full gradient; subtracting it leaves the noise of the batch in the perturbation.
+    With several chunks, m is updated after each of them. With ``ddp``, each process has its own m, so each must save
+    its own ``state_dict``. A skipped step does not change m.
 
-    Args: as SAM, and ``sigma`` and ``lmbda``. Cost: 2 gradients, and a copy of a gradient for m.
+    Args: as SAM, and ``sigma`` >= 0 and ``lmbda`` in [0, 1].
+    Cost: 2 gradients a step, and one more copy of the gradient.
 
-    Source: Li et al. 2024, Eq. 9 and 10, and their code, which agree for sigma = 1 (there m is taken out before it has
-    moved, which changes the length of d alone) but for the first step, where there is no m yet: then d = g.
+    Source: Li et al. 2024, Eq. 9 and 10, in the order of their code: m is subtracted before its update, which for
+        sigma = 1 changes only the length of d. In the first step, without m, d = g.
 
     >>> import torch
     >>> from sharpscope.optim import FriendlySAM
@@ -182,7 +185,7 @@ class FriendlySAM(SAM):
     """
 
     _copied_attributes = (*SAM._copied_attributes, "sigma", "lmbda")
-    # The running mean after this step, until the step is taken.
+    # Running mean after this step; becomes the state when the step is taken.
     _next_mean: dict[Tensor, Tensor] | None = None
 
     def __init__(
@@ -196,7 +199,7 @@ class FriendlySAM(SAM):
         **options: Any,
     ) -> None:
         if options.get("ascent_steps", 1) != 1:
-            raise ArgumentError("FriendlySAM takes one ascent step, since its running mean is of gradients at w.")
+            raise ArgumentError("FriendlySAM needs ascent_steps=1, since its running mean is of gradients at w.")
         if not 0 <= lmbda <= 1:
             raise ArgumentError(f"lmbda must be from 0 to 1, got {lmbda!r}.")
         self.sigma, self.lmbda = _number("sigma", sigma), float(lmbda)
