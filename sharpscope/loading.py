@@ -228,7 +228,7 @@ def _model(
         )
     if model is None and ":" in str(wanted) and not trust:
         raise CheckpointError(
-            f"The checkpoint {checkpoint.path} builds its model by {wanted}, which would run that code. "
+            f"The checkpoint {checkpoint.path} builds its model with {wanted}, which would run that code. "
             "Pass --model to name the model yourself, or --trust if you trust the file."
         )
     args = {**(checkpoint.model_args if wanted == checkpoint.model else {}), **(given or {})}

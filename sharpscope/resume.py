@@ -231,7 +231,7 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike[str] | None, key: str = "") -> None:
         if path is not None and not key:
-            raise ArgumentError("A journal on disk must have a key, which tells it from that of another run. Pass one.")
+            raise ArgumentError("A journal on disk must have a key, which identifies its computation. Pass one.")
         self._folder = None if path is None else Path(path)
         if self._folder is not None and self._folder.exists() and not self._folder.is_dir():
             raise OutputError(f"The journal must be a folder, but {self._folder} is a file. Choose another path.")

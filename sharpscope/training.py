@@ -312,7 +312,7 @@ def train(
             ``SharpnessMonitor``, and write it to ``monitor_path(out)`` after every epoch. Does not change the weights.
         monitor_examples: training examples that the monitor measures on.
 
-    Cost: 1 gradient a step, 2 with SAM, and one evaluation of both splits an epoch.
+    Cost: 1 gradient per step, 2 with SAM, and one evaluation of both splits per epoch.
 
     Raises: ArgumentError for invalid settings or arguments; OutputError if ``out`` cannot be written or would be
         overwritten; DataError if the data are missing; SharpscopeError if the loss becomes infinite or NaN.

@@ -829,7 +829,7 @@ def test_what_is_not_the_functions_own_is_refused() -> None:
         sharpscope.rescaling_invariance(decayed)
     few = {"m": 12, "draws": 2, "probes": 2, "ascent": Ascent(1)}
     held = Problem(model=base.model, loss=Penalised(base.model), data=base.data)
-    with pytest.raises(ProblemError, match="the loss looks at the weights"):
+    with pytest.raises(ProblemError, match="the loss depends on the weights"):
         sharpscope.rescaling_invariance(held, **few)
     loss = Penalised(base.model)
     caught = Problem(model=base.model, loss=lambda output, target: loss(output, target), data=base.data)

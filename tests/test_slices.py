@@ -419,7 +419,7 @@ def test_directions_of_other_networks_are_refused() -> None:
     with pytest.raises(ArgumentError, match="are the same"):
         towards(problem, problem)
     (d,) = random_directions(problem)
-    with pytest.raises(ArgumentError, match="one line"):
+    with pytest.raises(ArgumentError, match="linearly independent"):
         loss_surface(problem, [d, Direction(-2 * d.vector, "back")])
 
 

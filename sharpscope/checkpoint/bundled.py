@@ -75,7 +75,7 @@ def bundled(place: Path, digest: str, contents: dict[Any, Any]) -> Checkpoint:
     version = contents["sharpscope"]
     if version != FORMAT:
         raise CheckpointError(
-            f"The checkpoint {place} has format {version!r}, but this version reads {FORMAT}. Upgrade sharpscope."
+            f"The checkpoint {place} has format {version!r}, but this version of sharpscope reads {FORMAT}. Upgrade it."
         )
 
     def entry(key: str, kinds: type | tuple[type, ...], parent: Mapping[str, Any] = contents) -> Any:

@@ -1,7 +1,7 @@
 """Repeat a forward and backward pass with the same random draws and without updating buffers twice.
 
 SAM needs the gradient of the same loss at ``w`` and at ``w + e``. Different dropout masks in the two passes would add
-noise to the difference, and BatchNorm's running statistics would be updated twice a step.
+noise to the difference, and BatchNorm's running statistics would be updated twice per step.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def frozen_buffers() -> Iterator[None]:
     Cost: one copy of the buffers, no gradients.
 
     Compiled models: ``torch.compile(model)`` warns about the global hook, which is harmless;
-    ``model.compile()`` gets one graph break, so that ``fullgraph=True`` raises there.
+    ``model.compile()`` gets one graph break, so ``fullgraph=True`` raises there.
 
     ``SAM.step(closure)`` does this for its second pass. In the two-call form, wrap the second forward *and*
     its backward, since autograd may hold on to a buffer until then::

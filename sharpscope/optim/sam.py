@@ -64,7 +64,7 @@ class SAM(Optimizer):
         effective_m: examples per perturbation in the last step, over all processes; None if step() was called without
             the batch.
 
-    Cost: 1 + ascent_steps gradients a step, and a copy of the weights; with several chunks also a sum of gradients.
+    Cost: 1 + ascent_steps gradients per step, and a copy of the weights; with several chunks also a sum of gradients.
 
     Raises: ArgumentError for an argument outside its domain, complex parameters, or sparse gradients.
 
@@ -424,7 +424,7 @@ class SAM(Optimizer):
         if cosine < _MIN_COSINE and not self._rounding_reported:
             self._rounding_reported = True
             warnings.warn(
-                "Rounding to float16 or bfloat16 weights changed SAM's perturbation: its cosine with the exact one is "
+                "Rounding to float16 or bfloat16 weights rotated SAM's perturbation: its cosine with the exact one is "
                 f"{cosine:.2f} and should be above {_MIN_COSINE}. Keep the weights in float32 and run the forward "
                 "pass under torch.autocast.",
                 RuntimeWarning,
@@ -466,4 +466,4 @@ def _check_base(base: object) -> None:
     closure = inspect.signature(base.step).parameters.get("closure")
     nested = hasattr(base, "first_step")
     if nested or (closure is not None and closure.default is inspect.Parameter.empty):
-        raise ArgumentError(f"{what}, got {base.__name__}, whose step needs a closure. Pass an optimizer without.")
+        raise ArgumentError(f"{what}, got {base.__name__}, whose step needs a closure. Pass one whose step does not.")

@@ -57,7 +57,7 @@ class GSAM(SAM):
     its ``lr``.
 
     Args: as SAM, and ``alpha`` >= 0.
-    Cost: 2 gradients a step, and one more copy of the gradient.
+    Cost: 2 gradients per step, and one more copy of the gradient.
 
     Source: Zhuang et al. 2022, Algorithm 1.
 
@@ -99,7 +99,7 @@ class LookSAM(SAM):
     changes slowly and is reused from the last step that computed both. Needs ``step(closure)``.
 
     Args: as SAM, and ``k`` >= 1 and ``alpha`` >= 0.
-    Cost: ``1 + 1/k`` gradients a step, and one more copy of the gradient.
+    Cost: ``1 + 1/k`` gradients per step, and one more copy of the gradient.
 
     Source: Liu et al. 2022, Algorithm 1.
 
@@ -166,7 +166,7 @@ class FriendlySAM(SAM):
     its own ``state_dict``. A skipped step does not change m.
 
     Args: as SAM, and ``sigma`` >= 0 and ``lmbda`` in [0, 1].
-    Cost: 2 gradients a step, and one more copy of the gradient.
+    Cost: 2 gradients per step, and one more copy of the gradient.
 
     Source: Li et al. 2024, Eq. 9 and 10, in the order of their code: m is subtracted before its update, which for
         sigma = 1 changes only the length of d. In the first step, without m, d = g.

@@ -1,4 +1,4 @@
-"""Which measures move when a network is rescaled without changing its function."""
+"""Which sharpness measures change when a network is rescaled without changing its function."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from sharpscope.results.base import total_cost
 from sharpscope.sharpness.maximize import Ascent
 from sharpscope.sharpness.measures import measure_sharpness
 
-# Examples on which a rescaled network must give the same outputs, and to what share of the largest.
-EXAMPLES, SAME = 32, 1e-9
+# Examples on which a rescaled network must give the same outputs, and the tolerance relative to the largest output.
+EXAMPLES, TOLERANCE = 32, 1e-9
 
 
 def rescaling_invariance(
@@ -38,12 +38,12 @@ def rescaling_invariance(
     probes: int = 4,
     device: torch.device | str | None = None,
 ) -> InvarianceResult:
-    """Measures of L before and after ``W_l, b_l`` are multiplied and ``W_{l+1}`` is divided by ``factor``.
+    """Sharpness measures before and after multiplying ``W_l, b_l`` and dividing ``W_{l+1}`` by ``factor``.
 
-    ReLU passes a positive factor on, so for each pair of layers with one between them (pooling and flattening too) the
-    network's function stays the same, which is checked; what changes is the coordinates. Every second such pair is
-    rescaled. In float64, with the same subsets, draws and probes on both sides, so that what is invariant stands still
-    to rounding, though each number by itself has its scatter.
+    ReLU is positively homogeneous, so rescaling two layers with a ReLU between them (and pooling or flattening) does
+    not change the function of the network. This is checked on the outputs and the loss. Every second such pair is
+    rescaled. The computation is in float64, with the same subsets, draws and probes before and after, so invariant
+    measures agree to rounding.
 
     Args:
         problem: model, loss and data.
@@ -51,9 +51,10 @@ def rescaling_invariance(
         generator, progress, device: as for ``measure_sharpness``.
         rho, m, ascent, draws, probes: as for ``measure_sharpness``.
 
-    Cost: twice that of these measures by ``measure_sharpness``, all but relative flatness both plain and adaptive.
+    Cost: twice that of ``measure_sharpness`` for relative flatness, and for five other measures plain and adaptive.
 
-    Raises: ArgumentError; ProblemError where no pair of layers can be rescaled.
+    Raises: ArgumentError for an argument outside its domain; ProblemError if no pair of layers can be rescaled, or the
+        loss depends on the weights other than through the outputs.
     Source: Dinh et al. 2017, section 3.
 
     >>> import sharpscope
@@ -70,11 +71,11 @@ def rescaling_invariance(
         raise ArgumentError(f"factor must be positive, finite and not 1, got {factor!r}.")
     seed = 0 if generator is None else generator.initial_seed()
     if problem.weight_decay:
-        raise ArgumentError("weight_decay must be 0 here, since c/2 ||w||^2 is not the function's own. Leave it out.")
-    before = _doubled(problem)
+        raise ArgumentError("weight_decay must be 0, since c/2 ||w||^2 is not invariant under rescaling. Leave it out.")
+    before = _float64_copy(problem)
     pairs = rescalable(before, factor)
     if not pairs:
-        raise ProblemError("No two layers of this network pass a factor on through a ReLU. Nothing can be rescaled.")
+        raise ProblemError("The model has no two layers with only a ReLU and pooling between. Nothing can be rescaled.")
     chosen = pairs[::2]
     after = rescaled(before, chosen, factor)
     for side in (before, after):
@@ -101,10 +102,10 @@ def rescaling_invariance(
     for adaptive, names in ((None, shared), ("elementwise", shared), (None, ("relative-flatness",))):
         sides.append((measured(before, adaptive, names), measured(after, adaptive, names)))
     one, two = sides[0]
-    if abs(one.loss - two.loss) > SAME * abs(one.loss):
+    if abs(one.loss - two.loss) > TOLERANCE * abs(one.loss):
         raise ProblemError(
-            f"Rescaling must leave the loss as it is, but on all the data it is {one.loss:.9g} before and "
-            f"{two.loss:.9g} after: the loss looks at the weights, or the outputs change on some examples."
+            f"Rescaling must not change the loss, but on all the data it is {one.loss:.9g} before and "
+            f"{two.loss:.9g} after: the loss depends on the weights directly, or some outputs change."
         )
     return InvarianceResult(
         before=tuple(m for side, _ in sides for m in side.measures),
@@ -118,10 +119,9 @@ def rescaling_invariance(
 
 
 def rescalable(problem: Problem, factor: float) -> list[tuple[str, str]]:
-    """Names of neighbouring layers with weights whose rescaling by ``factor`` leaves the outputs as they are.
+    """Pairs of consecutive layers, by name, whose rescaling by ``factor`` does not change the outputs.
 
-    Tried on the first EXAMPLES, layer by layer in the order of registration, so that whatever lies between two layers
-    is judged by what it does.
+    Each pair, in the order of registration, is tested numerically on the first EXAMPLES.
     """
     objective = Objective(problem, dtype=torch.float64)
     names = [
@@ -131,24 +131,24 @@ def rescalable(problem: Problem, factor: float) -> list[tuple[str, str]]:
     ]
     found = []
     with objective.measuring():
-        part = objective.first_examples(EXAMPLES)
-        expected = _flat(objective.terms.without_graph(lambda: objective.terms.forward(part))[0])
+        batch = objective.first_examples(EXAMPLES)
+        expected = _flat(objective.terms.without_graph(lambda: objective.terms.forward(batch))[0])
         for pair in pairwise(names):
             one, two = (problem.model.get_submodule(name).get_parameter("weight") for name in pair)
-            if one.data_ptr() == two.data_ptr():  # tied: what is multiplied would be divided again
+            if one.data_ptr() == two.data_ptr():  # tied: multiplied, then divided again
                 continue
             other = Objective(rescaled(problem, [pair], factor), dtype=torch.float64)
             with other.measuring():
-                got = _flat(other.terms.without_graph(lambda: other.terms.forward(part))[0])  # noqa: B023  called at once
-            if float((got - expected).abs().max()) <= SAME * float(expected.abs().max()):
+                got = _flat(other.terms.without_graph(lambda: other.terms.forward(batch))[0])  # noqa: B023  called at once
+            if float((got - expected).abs().max()) <= TOLERANCE * float(expected.abs().max()):
                 found.append(pair)
     return found
 
 
 @torch.no_grad()
 def rescaled(problem: Problem, pairs: Sequence[tuple[str, str]], factor: float) -> Problem:
-    """A copy of ``problem`` with weight and bias of each pair's first layer multiplied, the second's weight divided."""
-    changed = _doubled(problem)
+    """A copy of ``problem``: in each pair, multiply the first layer's weight and bias, divide the second's weight."""
+    changed = _float64_copy(problem)
     for first, second in pairs:
         named = dict(changed.model.get_submodule(first).named_parameters(recurse=False))
         for name in ("weight", "bias"):
@@ -158,15 +158,15 @@ def rescaled(problem: Problem, pairs: Sequence[tuple[str, str]], factor: float) 
     return changed
 
 
-def _doubled(problem: Problem) -> Problem:
-    """A copy in float64; model and loss together, since a loss may hold the model."""
+def _float64_copy(problem: Problem) -> Problem:
+    """A copy in float64, of model and loss together, since the loss may refer to the model."""
     device = next(iter(problem.model.parameters())).device
     model, loss = cast_model(problem.model, problem.loss, torch.float64, device, copied=True)
     return replace(problem, model=model, loss=loss)
 
 
 def _require_outputs_alone(problem: Problem, side: Problem) -> None:
-    """Raise ProblemError where the loss of a copy still reads the weights of the original."""
+    """Raise ProblemError if the loss of a copy still depends on the weights of the original."""
     objective = Objective(side, dtype=torch.float64)
     originals = [p for p in problem.model.parameters() if p.requires_grad]
     with objective.measuring():

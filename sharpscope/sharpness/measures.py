@@ -1,4 +1,4 @@
-"""The sharpness measures by name, and the function that computes them."""
+"""Sharpness measures by name, and the function that computes them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sharpscope.sharpness.maximize import Ascent
 from sharpscope.sharpness.spec import MeasureContext, MeasureSpec, Settings
 from sharpscope.weights.norm_ball import Ball
 
-# Defaults of ``measure_sharpness``; WORST is the ascent of the worst case over all the data.
+# Defaults of ``measure_sharpness``; WORST is the ascent of the measure "worst-case".
 M = (1, 4, 16, 64, 256)
 RHO = (0.05,)
 WORST = Ascent(20, adaptive=True, restarts=1)
@@ -57,46 +57,47 @@ def measure_sharpness(
     device: torch.device | str | None = None,
     micro_batch: int | None = None,
 ) -> SharpnessResult:
-    """Measures of the sharpness of L at w, each with its definition, cost and, where it is sampled, an interval.
+    """Compute sharpness measures of L at w, with their definitions, costs and, if sampled, 95 % intervals.
 
-    With D = 1, or the weights' own sizes where ``adaptive``, and H the Hessian of L:
+    H is the Hessian of L; D is the identity or, with ``adaptive``, the diagonal of the weights' magnitudes:
 
-    - "m-sharpness": the mean over disjoint subsets b of m examples of ``max L_b(w + e) - L_b(w)``,
-      ``||D^-1 e||_p <= rho``, as far as ``ascent`` finds it; predicted to first order ``rho ||D g_b||_q``.
-    - "worst-case": the same of all the data at once, by APGD unless ``ascent`` says otherwise; predicted for p = 2 and
-      small rho ``rho^2/2 lambda_max(DHD)``, which at a critical point it is, and bounded, as far as L is quadratic, by
-      that plus ``rho ||D g||_2``.
-    - "average-case": ``E L(w + e) - L(w)``, ``e ~ N(0, sigma^2 D^2)``; predicted ``sigma^2/2 tr(DHD)``,
+    - "m-sharpness": mean over disjoint subsets b of m examples of ``max L_b(w + e) - L_b(w)`` over
+      ``||D^-1 e||_p <= rho``; first-order prediction ``rho ||D g_b||_q``.
+    - "worst-case": ``max L(w + e) - L(w)`` over the same ball, on all the data. Prediction for p = 2:
+      ``rho^2/2 lambda_max(DHD)``, exact for quadratic L at a critical point; elsewhere a quadratic L exceeds it by at
+      most ``rho ||D g||_2``.
+    - "average-case": ``E L(w + e) - L(w)``, ``e ~ N(0, sigma^2 D^2)``; prediction ``sigma^2/2 tr(DHD)``,
       estimated from the same draws.
-    - "pac-bayes": ``1/sigma^2`` for the largest sigma whose mean drop of accuracy under ``N(0, sigma^2 I)`` is <= 0.1.
-    - "lambda-max" and "trace": of ``DHD``.
+    - "pac-bayes": ``1/sigma^2`` for the largest sigma with a mean loss of accuracy <= 0.1 under ``N(0, sigma^2 I)``.
+    - "lambda-max", "trace": of ``DHD``.
     - "relative-flatness": ``sum <w_s, w_s'> tr(H_ss')`` of each weight matrix.
     - "keskar": ``100 (max L - L) / (1 + L)`` over the box ``|e| <= box (|w| + 1)``.
-    - "edge": lambda_max over SGD's edge of stability; beside it that of plain SAM, where the recipe is of it.
-    - "alignment": |cosine| of the gradient, and of SAM's, with the top eigenvector.
+    - "edge": lambda_max divided by SGD's edge of stability; the edge of SAM is in its settings if trained with plain
+      SAM.
+    - "alignment": |cosine| with the top eigenvector of the gradient, and of SAM's gradient.
 
-    An eigenvalue that several measures need is billed to the first. The model and all random states are left bit for
-    bit as they were.
+    The maxima are lower bounds, found by ``ascent``. An eigenvalue that several measures need is counted in the cost of
+    the first. The model and all random states are preserved, bit for bit.
 
     Args:
         problem: model, loss and data.
-        measures: names, or ("all",): those that the problem has; ``left_out`` in the provenance says why not others.
-        generator: source of subsets, restarts, draws and probes; by default one seeded with 0. Each measure draws its
-            own sequence, the same whatever else is measured.
+        measures: one or more names, as a sequence or separated by commas; "all" for those that the problem supports,
+            with the reasons for the others in ``provenance["left_out"]``.
+        generator: source of subsets, restarts, draws and probes; by default seeded with 0. The random numbers of a
+            measure do not depend on which others are computed.
         progress: called as ``progress(stage, done, total)``.
-        m: of m-sharpness; by default 1, 4, 16, 64 and 256 as far as there are as many examples.
-        rho: of m-sharpness, with each m, and worst-case; the largest is SAM's for "alignment".
+        m: subset sizes of m-sharpness; by default those of 1, 4, 16, 64 and 256 that do not exceed the data.
+        rho: radii of m-sharpness (each with each m) and worst-case; the largest is SAM's radius for "alignment".
         p: norm of the ball, 2 or inf.
-        adaptive: None, "elementwise" (also True) or "filter", see
-            ``sharpscope.weights.norm_ball``: for m-sharpness, worst and
-            average case, lambda-max and trace; the others have no ball, or one of their own.
-        eta: added to the weights' sizes there.
-        ascent: an Ascent, a number of steps or "apgd"; of m-sharpness one step unless given, of worst-case APGD.
-        sigma: of average-case, a standard deviation of each weight (times D).
-        draws: pairs of perturbations for average-case, draws for pac-bayes; at least 2.
-        probes: of trace and relative flatness; at least 2.
+        adaptive: None, "elementwise" (or True) or "filter", see ``sharpscope.weights.norm_ball``; applies to
+            m-sharpness, worst-case, average-case, lambda-max and trace.
+        eta: constant added to the magnitudes of an adaptive ball.
+        ascent: an Ascent, a number of steps, or "apgd"; by default one step for m-sharpness and APGD for worst-case.
+        sigma: standard deviation of average-case, in units of the weights (of D if ``adaptive``).
+        draws: antithetic pairs of perturbations for average-case, perturbations for pac-bayes; at least 2.
+        probes: random vectors for trace and relative flatness; at least 2.
         box: Keskar's epsilon.
-        lr: for "edge"; by default that in force when the checkpoint was written.
+        lr: learning rate for "edge"; by default that at which the checkpoint was written.
         dtype, device, micro_batch: as for ``top_eigenvalues``.
 
     Raises: ArgumentError, ProblemError, DataError, AuditError.
@@ -157,7 +158,7 @@ def measure_sharpness(
 
         @contextmanager
         def optional(name: str) -> Iterator[None]:
-            """Of "all" measures, leave out ``name`` if the problem does not have it."""
+            """With "all", leave out the measure ``name`` if the problem does not support it."""
             try:
                 yield
             except ArgumentError as error:
@@ -165,7 +166,7 @@ def measure_sharpness(
                     raise
                 left_out[name] = str(error)
 
-        # All requirements first: a missing one must not be found only after a long measurement.
+        # All requirements first, so that they do not fail after a long measurement.
         for name in chosen:
             if (requires := MEASURES[name].requires) is not None:
                 with optional(name):

@@ -1,4 +1,4 @@
-"""Slices through the loss along lines and over planes of weight space."""
+"""Slices of the loss along lines and planes in weight space."""
 
 from sharpscope.slices.checkpoint_directions import plane_through, span_of, towards, trajectory_plane
 from sharpscope.slices.directions import (

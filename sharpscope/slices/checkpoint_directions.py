@@ -1,4 +1,4 @@
-"""Directions between checkpoints, and other checkpoints marked on a line or plane."""
+"""Directions between checkpoints, and checkpoints marked on a line or plane."""
 
 from __future__ import annotations
 
@@ -20,28 +20,33 @@ from sharpscope.weights import parameters
 
 
 def weight_difference(problem: Problem, other: Problem) -> Tensor:
-    """``w' - w`` (n,) in float64 on the CPU, from the selected weights of two networks of one architecture.
+    """``w' - w`` (n,) of the selected weights of two networks of the same architecture, in float64 on the CPU.
 
-    Raises: ProblemError where their weights have not the same names and shapes.
+    Raises: ProblemError if the weights differ in names or shapes.
     """
     ours = parameters.select(problem.model, problem.params)
     theirs = dict(other.model.named_parameters(remove_duplicate=False))
     for name, weight in ours.items():
         shape = None if name not in theirs else tuple(theirs[name].shape)
         if shape != tuple(weight.shape):
-            came = "has no such weight" if shape is None else f"has {shape}"
+            difference = "has no such weight" if shape is None else f"has {shape}"
             raise ProblemError(
                 f"Both networks must have the same weights, but {name} is {tuple(weight.shape)} in one and the other "
-                f"{came}. Name checkpoints of one architecture."
+                f"{difference}. Pass checkpoints of the same architecture."
             )
     moved = [theirs[name].detach().cpu().double() - weight.detach().cpu().double() for name, weight in ours.items()]
     return torch.cat([m.reshape(-1) for m in moved])
 
 
 def towards(problem: Problem, other: Problem, name: str = "the other") -> Direction:
-    """``d = w' - w``: t = 0 is ``problem``'s network, t = 1 the other's, as far as its weights are selected.
+    """Direction ``d = w' - w`` to another network: t = 0 is ``problem``, t = 1 is ``other``, in the selected weights.
 
-    Raises: ProblemError for another architecture, ArgumentError where both have the same weights.
+    Args:
+        problem: network at w; its ``params`` select the weights.
+        other: network at w', of the same architecture.
+        name: name of the other network in labels.
+
+    Raises: ProblemError for another architecture; ArgumentError if both have the same weights.
 
     >>> import sharpscope
     >>> import torch
@@ -55,16 +60,16 @@ def towards(problem: Problem, other: Problem, name: str = "the other") -> Direct
     """
     vector = weight_difference(problem, other)
     if not float(vector.abs().max()):
-        raise ArgumentError(f"The line to {name} needs another network, but its weights are the same. Name another.")
+        raise ArgumentError(f"The line to {name} needs another network, but its weights are the same. Pass another.")
     return Direction(
         vector, f"towards {name}", {"kind": "checkpoint", "towards": name}, _statistics_change(problem, other)
     )
 
 
 def plane_through(problem: Problem, others: Mapping[str, Problem]) -> list[Direction]:
-    """Two orthonormal directions whose plane holds w and both others; the first leads straight to the first of them.
+    """Two orthonormal directions of the plane through w and two other networks; the first points to the first of them.
 
-    Raises: ProblemError for another architecture, ArgumentError unless there are two others and no three in one line.
+    Raises: ProblemError for another architecture; ArgumentError unless there are two others, not collinear with w.
 
     >>> import sharpscope
     >>> import torch
@@ -91,13 +96,13 @@ def plane_through(problem: Problem, others: Mapping[str, Problem]) -> list[Direc
 
 
 def trajectory_plane(problem: Problem, steps: Sequence[Problem]) -> list[Direction]:
-    """Two orthonormal directions of the plane through w that is nearest to ``steps``, in squares.
+    """Two orthonormal directions of the plane through w closest to ``steps``, in least squares (PCA, not centred).
 
-    The two largest right singular vectors of the rows ``w_t - w`` (Li et al. 2018, section 7, take the same rows from
-    the last step and subtract their mean, whose plane need not pass through w). ``settings["explained"]`` is the share
-    of ``sum_t ||w_t - w||^2`` that lies along each.
+    They are the first two right singular vectors of the rows ``w_t - w``. Li et al. 2018, section 7, use the same rows
+    with w the last step, but subtract their mean, so that their plane need not contain w. ``settings["explained"]`` is
+    the fraction of ``sum_t ||w_t - w||^2`` along each direction.
 
-    Raises: ProblemError for another architecture, ArgumentError where the steps lie in one line through w.
+    Raises: ProblemError for another architecture; ArgumentError if the steps are collinear with w.
 
     >>> import sharpscope
     >>> import torch
@@ -115,7 +120,7 @@ def trajectory_plane(problem: Problem, steps: Sequence[Problem]) -> list[Directi
         raise ArgumentError(f"The plane of a trajectory needs two steps besides the centre, got {len(rows)}.")
     _, sizes, vectors = torch.linalg.svd(rows, full_matrices=False)
     if not float(sizes[1]) > 1e-9 * float(sizes[0]):
-        raise ArgumentError("The steps of the trajectory must not lie in one line through the centre. Add others.")
+        raise ArgumentError("The steps of the trajectory must not be collinear with the centre. Add others.")
     shares = (sizes**2 / (sizes**2).sum()).tolist()
     axes = gram_schmidt([sign_normalised(vectors[0]), sign_normalised(vectors[1])])
     changes = _statistics_change_along(axes, rows, [_statistics_change(problem, step) for step in steps])
@@ -129,7 +134,9 @@ def trajectory_plane(problem: Problem, steps: Sequence[Problem]) -> list[Directi
 def span_of(
     problem: Problem, plane: Sequence[Direction], networks: Sequence[Problem], margin: float = 0.25
 ) -> list[tuple[float, float]]:
-    """The range along each direction of ``plane`` that shows w and all ``networks``, and ``margin`` of it beside.
+    """Span (low, high) of each direction of ``plane`` that contains w and all ``networks``, for ``loss_surface``.
+
+    Each end is extended by the fraction ``margin`` of the span.
 
     >>> import sharpscope
     >>> import torch
@@ -145,13 +152,13 @@ def span_of(
     places = [coordinates(weight_difference(problem, other), plane)[0] for other in networks]
     ends = [(min(0.0, *along), max(0.0, *along)) for along in zip(*places, strict=True)]
     widest = max(high - low for low, high in ends)
-    # A direction along which all lie close together is not drawn out to a line.
+    # A minimum width, so that the plane does not shrink to a line if all networks are close along a direction.
     reach = [margin * max(high - low, widest / 4) for low, high in ends]
     return [(low - r, high + r) for (low, high), r in zip(ends, reach, strict=True)]
 
 
 def _statistics_change(problem: Problem, other: Problem) -> dict[str, Tensor]:
-    """The difference of the BatchNorm running statistics, other minus ``problem``."""
+    """Differences of the BatchNorm running statistics, ``other`` minus ``problem``, by name."""
     here, there = running_statistics(problem.model), running_statistics(other.model)
     return {key: there[key] - here[key] for key in here if key in there}
 
@@ -159,7 +166,7 @@ def _statistics_change(problem: Problem, other: Problem) -> dict[str, Tensor]:
 def _statistics_change_along(
     axes: Sequence[Tensor], rows: Tensor, changes: Sequence[Mapping[str, Tensor]]
 ) -> list[dict[str, Tensor]]:
-    """The change of the statistics along each of ``axes``, which are linear combinations of ``rows``."""
+    """Change of the statistics along each of ``axes``, which are linear combinations of ``rows``."""
     shares = torch.stack(list(axes)) @ rows.T @ torch.linalg.pinv(rows @ rows.T)
     along = []
     for share in shares.tolist():
@@ -176,12 +183,13 @@ def measure_marks(
     trajectory: Mapping[str, Problem],
     micro_batch: int,
 ) -> tuple[Mark, ...]:
-    """Coordinates of ``marks`` and ``trajectory`` steps on the line or plane, and each network's loss.
+    """Coordinates of ``marks`` and ``trajectory`` steps on the line or plane, and the loss of each network.
 
-    Each network keeps its own buffers. Loss, data, mode and weight decay are those of ``problem``. Cost: a
-    forward pass of each network over each split.
+    Each network keeps its own buffers. Loss, data, mode and weight decay are those of ``problem``.
 
-    Raises: ArgumentError where there are several lines, ProblemError for another architecture.
+    Cost: a forward pass of each network over each split.
+
+    Raises: ArgumentError if there are several lines; ProblemError for another architecture.
     """
     if len(lines) > 1 and (marks or trajectory):
         raise ArgumentError("Networks are shown on one line or plane, got several. Measure one at a time.")
@@ -208,7 +216,7 @@ def measure_marks(
 
 
 def _unselected_distance(problem: Problem, other: Problem) -> float:
-    """The distance between the networks in the weights that are not selected, which no line or plane changes."""
+    """Distance between the networks in the weights that are not selected, which no line or plane changes."""
     chosen = {id(p) for p in parameters.select(problem.model, problem.params).values()}
     theirs = dict(other.model.named_parameters())
     squares = [

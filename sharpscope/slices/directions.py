@@ -33,14 +33,16 @@ INDEPENDENT = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """``d`` of the line ``w + t d``.
+    """A direction d in weight space, of the line ``w + t d``.
 
     Attributes:
-        vector: d (n,), float64 on the CPU, in the parameters' flat order.
-        label: what its axis is called.
-        settings: everything that it depends on beside the weights: kind, normalisation, seed, ...
-        statistics: by the name of the buffer, by how much BatchNorm's running statistics change at t = 1; empty where
-            the direction leads to no other network.
+        vector: d (n,), float64 on the CPU, in the flat order of the parameters.
+        label: label of its axis.
+        settings: everything that d depends on besides the weights: kind, normalisation, seed, ...
+        statistics: change of each BatchNorm running statistic at t = 1, by the name of the buffer; empty unless d leads
+            to another network.
+
+    Raises: ArgumentError for another dtype, shape or device, or a length that is zero or not finite.
 
     >>> import torch
     >>> from sharpscope.slices import Direction
@@ -55,8 +57,8 @@ class Direction:
 
     def __post_init__(self) -> None:
         if self.vector.dim() != 1 or self.vector.dtype != torch.float64 or self.vector.device.type != "cpu":
-            came = f"{self.vector.dtype} {tuple(self.vector.shape)} on {self.vector.device}"
-            raise ArgumentError(f"A direction must be a float64 vector on the CPU, got {came}. Use .cpu().double().")
+            given = f"{self.vector.dtype} {tuple(self.vector.shape)} on {self.vector.device}"
+            raise ArgumentError(f"A direction must be a float64 vector on the CPU, got {given}. Use .cpu().double().")
         if not 0 < self.length < math.inf:
             raise ArgumentError(f"The direction {self.label} must be finite and not zero, got length {self.length:g}.")
 
@@ -67,16 +69,14 @@ class Direction:
 
 
 def cosine(one: Direction, two: Direction) -> float:
-    """The cosine of the angle between two directions."""
+    """Cosine of the angle between two directions."""
     return float(one.vector / one.length @ (two.vector / two.length))
 
 
 def gram_schmidt(vectors: Sequence[Tensor]) -> list[Tensor]:
-    """Orthonormal float64 vectors, the first k of which span what the first k given span.
+    """Orthonormalise ``vectors`` in order, in float64, by Gram-Schmidt with reorthogonalisation (Giraud et al. 2005).
 
-    Gram-Schmidt, twice: "twice is enough" (Giraud et al. 2005).
-
-    Raises: ArgumentError where one lies in the span of those before it.
+    Raises: ArgumentError if a vector is in the span of those before it.
     """
     done: list[Tensor] = []
     for i, vector in enumerate(vectors):
@@ -88,8 +88,8 @@ def gram_schmidt(vectors: Sequence[Tensor]) -> list[Tensor]:
             left = float(torch.linalg.vector_norm(rest))
             if not left > INDEPENDENT:
                 raise ArgumentError(
-                    f"Directions must not lie in each other's span, but direction {i + 1} is "
-                    f"{'zero' if not length else 'a combination of those before it'}. Name others."
+                    f"Directions must be linearly independent, but direction {i + 1} is "
+                    f"{'zero' if not length else 'a combination of those before it'}. Choose others."
                 )
             rest = rest / left
         done.append(rest)
@@ -97,16 +97,16 @@ def gram_schmidt(vectors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def sign_normalised(vector: Tensor) -> Tensor:
-    """``vector`` or its negative, whichever has a positive largest component, so that figures are reproducible."""
+    """``vector`` or its negative, such that the component of largest magnitude is positive: a reproducible sign."""
     return vector if float(vector[vector.abs().argmax()]) > 0 else -vector
 
 
 def orthonormalised(directions: Sequence[Direction]) -> list[Direction]:
-    """The same plane with axes of length 1 at right angles, the first along the first of ``directions``.
+    """Orthonormalise ``directions`` in order; the first keeps its direction.
 
-    A line to a network no longer ends at it at t = 1, and is no longer called so.
+    A direction to another network no longer reaches it at t = 1, so its kind changes to "plane".
 
-    Raises: ArgumentError where one lies in the span of those before it.
+    Raises: ArgumentError if a direction is in the span of those before it.
 
     >>> import torch
     >>> from sharpscope.slices import Direction, orthonormalised
@@ -131,9 +131,9 @@ def orthonormalised(directions: Sequence[Direction]) -> list[Direction]:
 
 
 def coordinates(vector: Tensor, directions: Sequence[Direction]) -> tuple[list[float], float]:
-    """The ``c`` that makes ``||vector - sum_k c_k d_k||_2`` least, and that distance.
+    """Least-squares coefficients c of ``min ||vector - sum_k c_k d_k||_2``, and that distance.
 
-    The directions need be neither orthogonal nor of length 1.
+    The directions need not be orthonormal.
     """
     lengths = [d.length for d in directions]
     basis = torch.stack([d.vector / length for d, length in zip(directions, lengths, strict=True)])
@@ -143,9 +143,14 @@ def coordinates(vector: Tensor, directions: Sequence[Direction]) -> tuple[list[f
 
 
 def write_directions(path: str | os.PathLike[str], directions: Sequence[Direction], asked: Mapping[str, Any]) -> None:
-    """Keep ``directions`` in the file ``path``, unless another process has kept its own for the same ``asked``.
+    """Save ``directions`` to the file ``path``, unless another process has saved those of the same ``asked``.
 
-    Raises: OutputError when it cannot be written.
+    Args:
+        path: file with the suffix .npz.
+        directions: without their BatchNorm statistics, which are not saved.
+        asked: settings that identify the directions, compared as JSON.
+
+    Raises: OutputError if the file cannot be written.
 
     >>> import torch
     >>> from sharpscope.slices import Direction, read_directions, write_directions
@@ -166,13 +171,13 @@ def write_directions(path: str | os.PathLike[str], directions: Sequence[Directio
             os.replace(mine, place)
             return
         with contextlib.suppress(FileExistsError):
-            os.link(mine, place)  # which, unlike a rename, leaves the file of whoever was first
+            os.link(mine, place)  # unlike a rename, keeps the file of the process that was first
     finally:
         mine.unlink(missing_ok=True)
 
 
 def read_directions(path: str | os.PathLike[str], asked: Mapping[str, Any]) -> list[Direction] | None:
-    """What ``write_directions`` kept for ``asked``; None where there is nothing, or of something else.
+    """Load the directions that ``write_directions`` saved for ``asked``; None if there are none.
 
     >>> import torch
     >>> from sharpscope.slices import Direction, read_directions, write_directions
@@ -208,29 +213,28 @@ def random_directions(
     normalisation: str = "filter",
     one_dimensional: str = "fixed",
 ) -> list[Direction]:
-    """``count`` orthogonal directions of normal numbers, sized by the weights (Li et al. 2018, section 4).
+    """Draw ``count`` orthogonal Gaussian directions, normalised by the weights (Li et al. 2018, section 4).
 
-    With "filter" each filter f, a slice of a tensor's first dimension (a neuron's weights in a linear layer), is scaled
-    to ``||d_f|| = ||w_f||``; with "layer" each tensor, with "model" all together; "none" leaves standard normal
-    numbers. Only where directions are sized so can slices of two networks be compared.
+    "filter" scales each filter f, a slice along a tensor's first dimension (a neuron's weights in a linear layer), to
+    ``||d_f|| = ||w_f||``; "layer" does so for each tensor, "model" for all weights together, and "none" does not scale.
+    Slices of different networks are comparable only with normalised directions.
 
-    Orthogonality is made within each filter (tensor, model), by float64 Gram-Schmidt, so that both hold: the cosine is
-    0 and every filter has its size. Li et al. leave their second direction at whatever small angle chance gives it.
-    A tensor whose filters are single weights counts as one filter; a filter with fewer weights than directions
-    stands still along the directions that have no room in it.
+    The directions are orthogonalised within each filter (tensor, model) by float64 Gram-Schmidt, so they are orthogonal
+    and every filter has its norm. Li et al. do not orthogonalise. A tensor whose filters are single weights counts as
+    one filter. A filter with fewer weights than directions is zero in the later directions.
 
     Args:
-        problem: whose weights, as far as they are selected.
+        problem: network; the directions are of its selected weights.
         count: number of directions.
-        generator: source of the numbers; by default one seeded with 0. Networks of one architecture get the same
-            numbers from the same seed, before they are sized.
+        generator: source of random numbers; by default seeded with 0. Before normalisation, networks of the same
+            architecture get the same directions from the same seed.
         normalisation: "filter", "layer", "model" or "none".
-        one_dimensional: what biases and the weights of norms, tensors of one dimension or none, do: "fixed", the rule
-            of Li et al., leaves them where they are; with "scaled" each is one filter.
+        one_dimensional: "fixed" sets the direction of tensors with at most one dimension (biases, weights of norms) to
+            zero, as Li et al. do; "scaled" treats each as one filter.
 
-    Cost: none.
+    Cost: no gradients.
 
-    Raises: ArgumentError for an argument outside its domain, or where nothing may move.
+    Raises: ArgumentError for an argument outside its domain, or if all components would be zero.
 
     >>> import sharpscope
     >>> import torch
@@ -251,7 +255,7 @@ def random_directions(
     source, seed = seeded(generator)
     weights = [w.detach().cpu().double() for w in parameters.select(problem.model, problem.params).values()]
     n = sum(w.numel() for w in weights)
-    # All of a direction before the next, so that the first is the same whatever the count.
+    # One direction after the other, so that the first does not depend on the count.
     drawn = [torch.randn(n, generator=source, dtype=torch.float64) for _ in range(count)]
     vectors = [torch.zeros(n, dtype=torch.float64) for _ in range(count)]
     for where, sizes in _groups(weights, normalisation, one_dimensional == "scaled"):
@@ -271,7 +275,7 @@ def random_directions(
 
 
 def _groups(weights: Sequence[Tensor], normalisation: str, scaled: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Indices (groups x size) flat, and each group's norm of w, for groups of one size at a time."""
+    """Yield the flat indices (groups x size) and the norms of w (groups,) of groups of equal size."""
     start = 0
     all_of_them = []
     for w in weights:
@@ -291,10 +295,10 @@ def _groups(weights: Sequence[Tensor], normalisation: str, scaled: bool) -> Iter
 
 
 def _orthogonalised_groups(drawn: Sequence[Tensor]) -> list[Tensor]:
-    """Each row of each of ``drawn`` (groups, size) orthogonalised against the same row of those before it."""
+    """Orthogonalise each row of each matrix (groups, size) in ``drawn`` against that row of the matrices before it."""
     done: list[Tensor] = []
     for i, rows in enumerate(drawn):
-        # Rows of length i or less are dependent on the i rows before them.
+        # Rows of at most i components are in the span of the i rows before them.
         rest = rows if rows.shape[1] > i else torch.zeros_like(rows)
         for _ in range(2):
             for before in done:
@@ -304,22 +308,22 @@ def _orthogonalised_groups(drawn: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _row_norms(rows: Tensor) -> Tensor:
-    """The 2-norm (groups, 1) of each row, 1 for rows of zeros, to divide by."""
+    """2-norm (groups, 1) of each row, with 1 for rows of zeros."""
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return torch.where(lengths > 0, lengths, torch.ones_like(lengths))
 
 
 def eigenvector_directions(result: EigenResult, which: Sequence[int] = (1, 2)) -> list[Direction]:
-    """Eigenvectors v_i of the Hessian as orthonormal directions: the loss bends by ``lambda_i`` along each.
+    """Eigenvectors v_i of the Hessian as orthonormal directions; the curvature along v_i is ``lambda_i``.
 
-    They are not scaled to the weights as random ones are: the curvature would then not be lambda_i. The sign, which
-    has no meaning, makes the largest component positive.
+    They are not normalised by the weights, which would change the curvature. The sign is such that the component of
+    largest magnitude is positive.
 
     Args:
-        result: measured with vectors.
-        which: places from 1 in ``result.eigenvalues``.
+        result: eigenvalues measured with ``vectors=True``.
+        which: indices i, from 1, into ``result.eigenvalues``.
 
-    Raises: ArgumentError without vectors, or for a place that is not there.
+    Raises: ArgumentError if ``result`` has no vectors, or for an index out of range.
 
     >>> import sharpscope
     >>> import torch
@@ -336,7 +340,7 @@ def eigenvector_directions(result: EigenResult, which: Sequence[int] = (1, 2)) -
         raise ArgumentError("Eigenvector directions need a result with vectors. Measure with vectors=True.")
     k = len(result.eigenvalues)
     if not which or not all(1 <= i <= k for i in which) or len(set(which)) < len(which):
-        raise ArgumentError(f"Eigenvectors must be different places from 1 to {k}, got {list(which)}.")
+        raise ArgumentError(f"which must be different indices from 1 to {k}, got {list(which)}.")
     vectors = [sign_normalised(torch.from_numpy(result.eigenvectors[:, i - 1].copy()).double()) for i in which]
     return [
         Direction(v, f"eigenvector {i}", {"kind": "eigenvector", "index": i, "eigenvalue": result.eigenvalues[i - 1]})
@@ -352,11 +356,18 @@ def gradient_directions(
     device: torch.device | str | None = None,
     micro_batch: int | None = None,
 ) -> list[Direction]:
-    """The unit vectors of the gradient g of L, and of ``grad L(w + rho g/||g||)``, SAM's (Foret et al. 2021, Eq. 3).
+    """Unit vectors of the gradient g of L and of SAM's gradient ``grad L(w + rho g/||g||)`` (Foret et al. 2021, Eq. 3).
 
-    They are not orthogonal: ``settings["cosine"]``, and ``orthonormalised`` for a plane. Cost: 2 gradients.
+    They are not orthogonal: ``settings["cosine"]`` is their cosine; use ``orthonormalised`` for a plane.
 
-    Raises: ArgumentError where the gradient is zero, or rho is not above 0.
+    Args:
+        problem: model, loss and data.
+        rho: SAM's radius, > 0.
+        dtype, device, micro_batch: as for ``top_eigenvalues``.
+
+    Cost: 2 gradients.
+
+    Raises: ArgumentError if the gradient is zero, or rho is not positive.
 
     >>> import sharpscope
     >>> import torch
@@ -376,11 +387,11 @@ def gradient_directions(
     weights, ball = objective.terms.params, Ball()
     size = float(torch.linalg.vector_norm(at_w))
     if not size:
-        raise ArgumentError("The gradient must not be zero to give a direction. Name another direction.")
+        raise ArgumentError("The gradient must not be zero to give a direction. Choose another direction.")
     e, scale = ball.steepest(views(at_w, weights), None, size)
     with Perturbation(weights) as moved:
         moved.move_to(e, rho * scale)
-        # At other weights the loss is another one: an objective without a point to hold it against.
+        # A new objective, since this one checks that the loss at its weights does not change.
         _, at_e = Objective(objective.terms.problem_with(problem.data), micro_batch=micro_batch).loss_and_gradient()
     units = [v.cpu().double() / torch.linalg.vector_norm(v.cpu().double()) for v in (at_w, at_e)]
     settings = {"rho": rho, "cosine": float(units[0] @ units[1])}

@@ -1,4 +1,4 @@
-"""Evaluate loss and accuracy at the points of a slice, with BatchNorm's statistics for those weights."""
+"""Evaluate loss and accuracy at the points of a slice, with BatchNorm statistics for each point."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from sharpscope.weights.perturbation import Perturbation
 # Data up to this many bytes are kept on the device between points.
 KEPT = 1 << 31
 
-# Bytes of the largest activation of a micro-batch. On the CPU it should stay in a cache: of sizes from 32 to 2,048
-# those near this were fastest on a cnn (128 to 1,000 alike), a WRN (64) and an mlp (512 and more).
+# Bytes of the largest activation of a micro-batch. On the CPU it should fit into a cache: of sizes from 32 to 2,048,
+# those near this were fastest for a cnn (128 to 1,000 alike), a WRN (64) and an mlp (512 and more).
 CPU_BYTES, GPU_BYTES = 1 << 23, 1 << 28
 SIZES = (32, 2048)
 
 
 def default_micro_batch(objective: Objective) -> int:
-    """Examples a forward pass, from the size of the largest output of a module.
+    """Examples per forward pass, from the size of the largest output of a module.
 
-    No clock decides, so that equal runs end in equal bits. To be used within ``objective.measuring()``; cost, a forward
-    pass of 4 examples.
+    It does not depend on timings, so that equal runs give equal bits. Use it within ``objective.measuring()``.
+
+    Cost: a forward pass of 4 examples.
     """
     part = objective.first_examples(4)
     largest = 1
@@ -51,21 +52,20 @@ def default_micro_batch(objective: Objective) -> int:
             handle.remove()
     fits = (CPU_BYTES if objective.device.type == "cpu" else GPU_BYTES) / largest
     size = int(min(max(2 ** round(math.log2(fits)), SIZES[0]), SIZES[1]))
-    # As many micro-batches of equal sizes: a last one of few examples would be a statistic of few.
+    # The same number of micro-batches, of equal sizes: BatchNorm statistics of a small last one would be noisy.
     count = objective.num_examples
     return size if count is None else math.ceil(count / math.ceil(count / size))
 
 
 class Evaluation:
-    """``L(w)`` and the share of labels that are the largest output's place, at the weights as they are.
+    """Compute ``L(w)`` and the accuracy (top 1) at the current weights.
 
-    To be used within ``objective.measuring()``. The data are placed on the device once, where they fit (KEPT), and
-    handed to the model without a copy unless it wrote into them in the first walk. Autograd is off, unless the loss is
-    seen to differentiate by itself.
+    Use it within ``objective.measuring()``. The data are moved to the device once if they fit (KEPT), and passed to the
+    model without a copy unless it modified them in the first evaluation. Autograd is off, unless the loss needs it.
 
     Args:
         objective: loss and data.
-        micro_batch: examples at a time; the loader's batches are kept where the objective keeps them.
+        micro_batch: examples per forward pass; ignored if the objective keeps the loader's batches.
 
     Raises: AuditError if a second evaluation of a micro-batch gives another loss.
     """
@@ -83,7 +83,7 @@ class Evaluation:
         self._choose_grad_mode()
 
     def __call__(self) -> tuple[float, float]:
-        """Loss, weight decay included, and accuracy, NaN for a loss without labels; cost, a forward pass."""
+        """Loss, including weight decay, and accuracy, NaN for a loss without labels; cost: a forward pass."""
         columns: tuple[list[Tensor], ...] = ([], [], [], [])
         self.examples = 0
         for part in self.parts():
@@ -100,7 +100,7 @@ class Evaluation:
         return mean, correct / counted if counted and math.isfinite(mean) else math.nan
 
     def parts(self) -> Iterator[MicroBatch]:
-        """The micro-batches, on the device."""
+        """Yield the micro-batches, on the device."""
         if self._kept is not None:
             yield from self._kept
             return
@@ -116,7 +116,7 @@ class Evaluation:
         self._kept = kept
 
     def run(self, before: Callable[[int], None]) -> None:
-        """The model on the data for what it leaves in its buffers; ``before(examples)`` is called before each piece."""
+        """Run the model on all data to update its buffers; call ``before(examples)`` before each micro-batch."""
 
         def work(part: MicroBatch) -> None:
             before(part.size)
@@ -130,7 +130,7 @@ class Evaluation:
         return replace(part, batch=self._terms.to_device(part.batch))
 
     def _forward(self, part: MicroBatch) -> Any:
-        """Output, target and batch; data kept for other points are copied if the model modifies them."""
+        """Output, target and batch; cached data are copied if the model modifies them."""
         share = not self._check_writes and not (self._model_writes and self._kept is not None)
         batch = part.batch if share else map_tensors(part.batch, torch.clone)
         with self._mode():
@@ -142,23 +142,23 @@ class Evaluation:
         return found
 
     def _values(self, part: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss, loss terms, right answers and answers of one micro-batch."""
+        """Sum of the loss, its weight, number of correct predictions and of labels, of one micro-batch."""
         output, target, batch = self._forward(part)
         with self._mode():
             loss, weight = self._terms.sums_from_output(part, output, target, batch)
-            right, known = self._terms.count_correct(output, target)
-        return loss.detach(), weight, right, known
+            correct, labels = self._terms.count_correct(output, target)
+        return loss.detach(), weight, correct, labels
 
     def _choose_grad_mode(self) -> None:
-        """Turn autograd off if the loss is unchanged without it; raise AuditError if two evaluations differ."""
+        """Turn autograd off if this does not change the loss; raise AuditError if two evaluations differ."""
         wanted, state = self._values(self._first()), torch.get_rng_state()
         if not _same(wanted, self._values(self._first())):
             raise AuditError(
-                "The loss must be one fixed function of the weights, but the first examples have another loss at a "
-                "second look. Measure in eval mode (dropout draws anew), turn off augmentation in the data, and leave "
-                "random numbers out of the loss."
+                "The loss must be a fixed function of the weights, but a second evaluation of the first examples gives "
+                "another loss. Measure in eval mode, without dropout, turn off augmentation of the data, and use no "
+                "random numbers in the loss."
             )
-        # Not inference mode: what a model keeps of it (a mask, a table of positions) could not be trained with later.
+        # Not inference mode: tensors that a model caches in it, such as a mask, could not be used in training later.
         self._mode = torch.no_grad
         torch.set_rng_state(state)
         try:
@@ -176,16 +176,16 @@ class Evaluation:
 
 
 def _total(values: list[Tensor]) -> float:
-    """The sum in float64, with one device synchronisation."""
+    """Sum in float64, with one device synchronisation."""
     if not values:
         return 0.0
     if values[0].device.type == "cpu":
-        return float(sum(value.item() for value in values))  # cheaper than kernels on so few numbers
+        return float(sum(value.item() for value in values))  # faster than kernels for few numbers
     return float(torch.stack(values).to(wide(values[0].device)).sum())
 
 
 def _same(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
-    """Whether two evaluations agree up to the rounding of different kernels."""
+    """Whether two evaluations agree, up to the rounding of different kernels."""
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-8, equal_nan=True) for a, b in zip(one, two, strict=True))
 
 
@@ -195,7 +195,7 @@ BATCHNORM_MODES = ("frozen", "interpolate", "recalibrate")
 
 
 def running_norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
-    """The modules that normalise by running statistics in eval mode, by name."""
+    """BatchNorm modules with running statistics, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -204,7 +204,7 @@ def running_norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Running means and variances by name, float64 on the CPU."""
+    """Running means and variances by name, in float64 on the CPU."""
     return {
         f"{name}.{kind}" if name else kind: getattr(module, kind).detach().to("cpu", torch.float64, copy=True)
         for name, module in running_norms(model).items()
@@ -213,17 +213,17 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
 
 
 class BatchNormStatistics:
-    """The running statistics at the point ``w + sum_k c_k d_k``.
+    """Set BatchNorm's running statistics for the point ``w + sum_k c_k d_k``.
 
-    - "frozen": those at w. Away from w the network normalises by the statistics of another one.
-    - "interpolate": ``s(w) + sum_k c_k ds_k`` where d_k leads to another checkpoint, whose statistics are known; a
-      variance that would be negative beyond it is 0.
-    - "recalibrate": the means over the micro-batches of the data, each by its examples, of what BatchNorm in train mode
-      sees at the point; one more forward pass a point. As in SWA (Izmailov et al. 2018, section 3.2).
+    - "frozen": those at w. They do not match the weights of other points.
+    - "interpolate": ``s(w) + sum_k c_k ds_k``, for directions to other checkpoints, whose statistics are known.
+      Negative variances are set to 0.
+    - "recalibrate": mean batch statistics of the data at the point, weighted by examples, as in SWA (Izmailov et al.
+      2018, section 3.2). One more forward pass per point.
 
-    ``model``'s buffers are written in place; ``sharpscope.weights.restore`` puts them back.
+    The buffers of ``model`` are changed in place; ``sharpscope.weights.restore`` restores them.
 
-    Raises: ArgumentError for an unknown treatment, or one that the model or the directions have no statistics for.
+    Raises: ArgumentError for an unknown treatment, or if the model or the directions lack the statistics.
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class BatchNormStatistics:
             )
         if treatment != "frozen" and mode != "eval":
             raise ArgumentError(
-                f"batchnorm={treatment!r} is for eval mode; in train mode the batch decides. Leave it out."
+                f"batchnorm={treatment!r} needs eval mode; train mode uses batch statistics. Leave it out."
             )
         self.treatment, self._changes = treatment, changes
         self._centre = running_statistics(model) if treatment == "interpolate" else {}
@@ -261,7 +261,7 @@ class BatchNormStatistics:
 
     @torch.no_grad()
     def move_to(self, coefficients: Sequence[float], run_model: RunModel) -> None:
-        """Set the statistics of the point; ``run_model`` is ``Evaluation.run``."""
+        """Set the statistics for the point; ``run_model`` is ``Evaluation.run``."""
         if self.treatment == "interpolate":
             for (name, centre), buffer in zip(self._centre.items(), self._written, strict=True):
                 value = centre + sum(c * change[name] for c, change in zip(coefficients, self._changes, strict=True))
@@ -289,17 +289,17 @@ class BatchNormStatistics:
 
 
 class PointEvaluator:
-    """Loss and accuracy of each split at points ``w + sum_k c_k d_k``.
+    """Compute loss and accuracy of each split at points ``w + sum_k c_k d_k``.
 
-    To be used within ``measuring()`` of each objective. Each point is written from the stored centre, so nothing
-    drifts. Memory: each direction once more.
+    Use it within ``measuring()`` of each objective. Each point is computed from a copy of w, so rounding errors do not
+    accumulate. Memory: a copy of each direction.
 
     Args:
-        objectives: by the name of the split, of one model.
-        lines: the directions of each line or plane.
+        objectives: by name of the split, all with the same model.
+        lines: directions of each line or plane.
         batchnorm: see ``BatchNormStatistics``.
-        micro_batch: examples a forward pass.
-        perturbation: of the weights; the caller restores them.
+        micro_batch: examples per forward pass.
+        perturbation: of the model's weights; the caller restores them.
     """
 
     def __init__(
@@ -322,7 +322,7 @@ class PointEvaluator:
         self._perturbation = perturbation
 
     def evaluate(self, line: int, coefficients: Sequence[float]) -> list[float]:
-        """Loss and accuracy of each split, in turn; cost, a forward pass over each, another with "recalibrate"."""
+        """Loss and accuracy of each split, in turn; cost: a forward pass over each, one more with "recalibrate"."""
         self._move(line, coefficients)
         statistics = self._statistics[line]
         statistics.move_to(coefficients, self._evaluations[0].run)
@@ -337,7 +337,7 @@ class PointEvaluator:
         return values
 
     def _moves(self, direction: Direction) -> list[Tensor]:
-        """d as tensors like the weights."""
+        """d as tensors of the shapes of the weights."""
         return views(direction.vector.to(self._terms.device, self._terms.dtype), self._terms.params)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The points of a slice: axes, spacing, and the order from coarse to fine."""
+"""Points of a slice: axes, spacing, and the order from coarse to fine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sharpscope.slices.evaluation import PointEvaluator
 
 
 class Grid:
-    """The points of ``lines`` lines or planes over ``axes``; their values are in ``log``, by ``(line, x, ...)``.
+    """Points of ``lines`` lines or planes on ``axes``, with their values in ``log`` by ``(line, x, ...)``.
 
     Attributes:
         axes: ascending coordinates (x,) or (x, y).
@@ -31,7 +31,7 @@ class Grid:
     def centre(self) -> Array:
         """Evaluate loss and accuracy at w (splits, 2); discard the log if its values at w differ.
 
-        Raises: DataError when the loss is not finite there.
+        Raises: DataError if the loss is not finite.
         """
         w = (0.0,) * len(self.axes)
         values, first = tuple(self._evaluator.evaluate(0, w)), (0.0, *w)
@@ -41,14 +41,14 @@ class Grid:
                 "together."
             )
         if first in self._log and not np.array_equal(self._log[first], values, equal_nan=True):
-            self._log.clear()  # the code has changed, which the key does not include
+            self._log.clear()  # the code has changed without changing the key
         for line in range(self._lines):  # w is on every line
             if (float(line), *w) not in self._log:
                 self._log.add((float(line), *w), values)
         return np.array(values).reshape(self._splits, 2)
 
     def num_logged(self) -> int:
-        """The number of points other than w that are in the log."""
+        """Number of points in the log, without w."""
         points = np.stack(np.meshgrid(*self.axes), axis=-1).reshape(-1, len(self.axes)).tolist()
         return sum((float(line), *p) in self._log for line in range(self._lines) for p in points if any(p))
 
@@ -58,9 +58,9 @@ class Grid:
         shard: tuple[int, int] | None = None,
         preview: Callable[[], None] | None = None,
     ) -> None:
-        """Evaluate every point, or with ``shard`` every n-th from the i-th; call ``preview`` after each.
+        """Evaluate every point, or with ``shard = (i, n)`` every n-th from the i-th.
 
-        ``report(done, points)`` is called after each point.
+        Call ``report(done, points)`` and ``preview`` after each point.
         """
         order, _ = coarse_to_fine(self.axes)
         points = []
@@ -79,7 +79,7 @@ class Grid:
             self._log.read()
 
     def arrays(self) -> tuple[Array, Array, Any]:
-        """Loss and accuracy (splits, lines, ...), NaN where pending, and the status (lines, ...)."""
+        """Loss and accuracy (splits, lines, ...), NaN if pending, and status (lines, ...)."""
         points = np.stack(np.meshgrid(*self.axes), axis=-1)
         values = np.full((self._lines, *self._shape, self._splits, 2), np.nan)
         known = np.zeros((self._lines, *self._shape), bool)
@@ -121,13 +121,12 @@ MAX_COORDINATE = 1e30
 
 
 def make_axis(points: int = 21, span: Span = (-1.0, 1.0), spacing: str = "linear") -> Array:
-    """Ascending coordinates t from ``span[0]`` to ``span[1]``, both of them exactly, and 0 exactly if it lies between.
+    """Ascending coordinates from ``span[0]`` to ``span[1]``, ends exact; 0 is added, exactly, if it lies between.
 
-    With "log" they lie in geometric progression away from 0, from 1/1000 of an end to the end, on each side that the
-    span has. An even number of points about the middle has none at 0; it gets it in addition, since the centre is the
-    one point that is known to be a minimum.
+    "log" spaces them geometrically: from ``span[0]`` to ``span[1]`` if 0 is outside, else on each side of 0 from 1/1000
+    of the end to the end.
 
-    Raises: ArgumentError for fewer than 2 points or a span that is empty or not finite.
+    Raises: ArgumentError for fewer than 2 points, a span that is empty or not finite, or unknown spacing.
     """
     if len(span) != 2:
         raise ArgumentError(f"The range of an axis must be two numbers, got {span!r}.")
@@ -144,17 +143,14 @@ def make_axis(points: int = 21, span: Span = (-1.0, 1.0), spacing: str = "linear
     if spacing == "log":
         return _logarithmic(points, low, high)
     steps = np.arange(points)
-    # Symmetric to the bit about the middle, which linspace is not.
+    # Exactly symmetric about the middle, unlike linspace.
     found: Array = (low * (points - 1 - steps) + high * steps) / (points - 1)
     found[0], found[-1] = low, high
     return with_point(found, 0.0) if low <= 0 <= high else found
 
 
 def custom_axis(values: Sequence[float] | Array) -> Array:
-    """``values`` as coordinates.
-
-    Raises: ArgumentError unless they are at least 2, finite and ascending.
-    """
+    """``values`` as an axis. Raises ArgumentError unless they are at least 2, finite and ascending."""
     found = np.array(values, dtype=np.float64)
     if found.ndim != 1 or len(found) < 2 or not (abs(found) <= MAX_COORDINATE).all() or not (np.diff(found) > 0).all():
         raise ArgumentError(f"Coordinates must be at least 2 finite, ascending numbers, got {values!r}.")
@@ -171,7 +167,7 @@ def _logarithmic(points: int, low: float, high: float) -> Array:
 
 
 def with_point(coordinates: Array, value: float) -> Array:
-    """``coordinates`` with one that is exactly ``value``: the nearest one where that is it but for rounding."""
+    """Insert ``value`` into ``coordinates``; a coordinate equal to it up to rounding is replaced."""
     near = int(np.abs(coordinates - value).argmin())
     if abs(coordinates[near] - value) < 1e-9 * (coordinates[-1] - coordinates[0]):
         return np.concatenate([coordinates[:near], [value], coordinates[near + 1 :]])
@@ -179,11 +175,10 @@ def with_point(coordinates: Array, value: float) -> Array:
 
 
 def coarse_to_fine(axes: Sequence[Array]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The flat indices of the grid's points, nearest to a picture first, and the level of each.
+    """Flat indices of the grid's points from coarse to fine, and the level of each.
 
-    The grid has the last axis slowest: (points of y, points of x). Level 0 is the corners and the centre, and each
-    level puts a point into the middle of each gap of the one before, so that whatever has been finished is a coarser
-    grid of the same picture.
+    The grid is (points of y, points of x). Level 0 is the corners and the centre; each further level bisects the gaps
+    of the one before, so the finished levels are a coarser grid of the whole plane.
     """
     levels = [_levels(a) for a in reversed(axes)]
     level = levels[0] if len(levels) == 1 else np.maximum(levels[0][:, None], levels[1][None, :])
@@ -204,12 +199,11 @@ def _levels(coordinates: Array) -> NDArray[np.int64]:
 
 
 def refined_axis(coordinates: Array, values: NDArray[np.float64], count: int) -> Array:
-    """``coordinates`` and the midpoints of at most ``count`` intervals where ``values`` bend most.
+    """Add the midpoints of at most ``count`` intervals, those with the largest error of linear interpolation.
 
-    ``values`` (..., points) may be of many lines; the one that bends most decides. The measure is how far a chord
-    misses the curve, ``h^2/8 |f''|`` with the mean of the f'' of three points about either end, on the logarithm of
-    positive values: what a picture of losses over several decades shows. Where a value is not finite there is no bend
-    to measure.
+    The error is ``h^2/8 |f''|``, with ``f''`` the mean of the three-point estimates at both ends, and the largest over
+    all lines of ``values`` (..., points). It is measured on the logarithm if all values are positive, as in figures of
+    losses over several decades. Next to a value that is not finite, f'' is taken as zero.
     """
     lines = values.reshape(-1, values.shape[-1])
     finite = lines[np.isfinite(lines)]

@@ -1,4 +1,4 @@
-"""Measure the loss along lines and over planes of weight space."""
+"""Measure the loss along lines and over planes in weight space."""
 
 from __future__ import annotations
 
@@ -53,9 +53,11 @@ class _Settings:
         if not 1 <= self.shard[0] <= self.shard[1]:
             raise ArgumentError(f"A shard must be one of 1/n to n/n, got {self.shard[0]}/{self.shard[1]}.")
         if self.journal is None:
-            raise ArgumentError("Shards meet in one journal, got none. Pass the same journal to each.")
+            raise ArgumentError("Shards need a common journal, got none. Pass the same journal to each.")
         if self.refine:
-            raise ArgumentError("refine needs the whole grid, which no shard has. Leave one of them out.")
+            raise ArgumentError(
+                "refine needs the whole grid, but a shard has only some of the points. Leave out one of them."
+            )
 
 
 def loss_slice(
@@ -79,19 +81,19 @@ def loss_slice(
     shard: tuple[int, int] | None = None,
     preview: Preview | None = None,
 ) -> SliceResult:
-    """``L(w + t d)`` and the accuracy along one direction or several, on one axis of t.
+    """Compute ``L(w + t d)`` and the accuracy along one or several directions d.
 
-    Several random directions of different seeds give a band: one random slice is weak evidence.
+    A single random slice is weak evidence: pass several random directions of different seeds to see their spread.
 
     Args:
         problem: model, loss and data.
-        directions: by default one random direction, filter-normalised, of seed 0; see ``random_directions``,
+        directions: by default one random, filter-normalised direction of seed 0; see ``random_directions``,
             ``eigenvector_directions``, ``gradient_directions`` and ``towards`` in ``sharpscope.slices``.
-        points: how many t.
-        span: from which t to which; by default -1 to 1, and -0.5 to 1.5 where all directions lead to checkpoints.
+        points: number of values of t.
+        span: first and last t; by default (-1, 1), or (-0.5, 1.5) if all directions lead to checkpoints.
         progress: called as ``progress(stage, done, total)`` in examples.
-        coordinates: the values of t themselves, in place of points, span and spacing.
-        spacing, also, batchnorm, refine, curvature, marks, dtype, device, micro_batch, journal, shard, preview: as of
+        coordinates: values of t, instead of ``points``, ``span`` and ``spacing``.
+        spacing, also, batchnorm, refine, curvature, marks, dtype, device, micro_batch, journal, shard, preview: as for
             ``loss_surface``.
 
     Cost, Raises: as ``loss_surface``.
@@ -118,7 +120,7 @@ def loss_slice(
         t_axis = custom_axis(coordinates)
     else:
         t_axis = make_axis(points, (low, high), spacing)
-        # A line between two networks has a point at either network.
+        # A line between two networks has a point at each network.
         t_axis = with_point(t_axis, 1.0) if leads and low < 1 < high else t_axis
     settings = _Settings(
         also=also,
@@ -159,45 +161,45 @@ def loss_surface(
     shard: tuple[int, int] | None = None,
     preview: Preview | None = None,
 ) -> SliceResult:
-    """``L(w + x d_1 + y d_2)`` and the accuracy on a grid of a plane.
+    """Compute ``L(w + x d_1 + y d_2)`` and the accuracy on a grid in the plane of two directions.
 
-    Points are evaluated from coarse to fine. A point whose loss is infinite or NaN is marked as diverged. The
-    model and all random states are left bit for bit as they were.
+    Points are evaluated from coarse to fine. A point with infinite or NaN loss is marked as diverged. The model and all
+    random states are preserved, bit for bit.
 
     Args:
         problem: model, loss and data.
         plane: two directions; by default random, filter-normalised ones of seed 0; see ``random_directions``,
             ``eigenvector_directions``, ``gradient_directions``, ``plane_through`` and ``trajectory_plane`` in
             ``sharpscope.slices``.
-        points: how many on each axis, or on x and on y. An even number of points about 0 gets one there in addition.
-        span: of both axes, or of x and of y.
+        points: number per axis, or for x and for y. If 0 is inside the span and not among the points, it is added.
+        span: (first, last) coordinate of both axes, or of x and of y.
         progress: called as ``progress(stage, done, total)`` in examples.
-        coordinates: of x and of y themselves, in place of points, span and spacing.
-        spacing: "linear", or "log": in geometric progression away from 0, from 1/1000 of an end to that end.
-        also: by name further data to take loss and accuracy of at each point, as of the test set.
-        batchnorm: "frozen", "interpolate" or "recalibrate", see ``BatchNormStatistics``.
-        refine: so many coordinates more on each axis, where the loss bends most.
-        curvature: measure slope and curvature at w for a quadratic prediction; by default where a direction is an
+        coordinates: coordinates of x and of y, instead of ``points``, ``span`` and ``spacing``.
+        spacing: "linear", or "log": geometric from 1/1000 of the span's end to its end, on each side of 0.
+        also: further data by name, such as the test set, for loss and accuracy at each point.
+        batchnorm: running statistics, "frozen", "interpolate" or "recalibrate", see ``BatchNormStatistics``.
+        refine: coordinates to add to each axis, where the loss has the largest curvature.
+        curvature: measure slope and curvature at w, for a quadratic prediction; by default if a direction is an
             eigenvector.
-        marks: networks to show where they lie, by name, with their own loss.
+        marks: networks by name, shown at their projection, with their own loss.
         trajectory: the same for the steps of a training run, in order.
-        dtype, device: as of ``top_eigenvalues``.
-        micro_batch: examples a forward pass, by default from the size of the model's activations; the last bits of a
-            loss depend on it.
-        journal: a folder for the finished points: the same call after a kill goes on with them. It is the caller's to
-            delete once the result is safe.
-        shard: ``(i, n)``: only every n-th point from the i-th on, and what others have left in the same ``journal``;
-            the result may then be unfinished. Directions must be the same bits in every process.
-        preview: called after each point with a function that returns the unfinished result.
+        dtype, device: as for ``top_eigenvalues``.
+        micro_batch: examples per forward pass; by default from the size of the model's activations. The last bits of
+            the loss depend on it.
+        journal: folder for finished points; the same call after a kill resumes from them. Delete it when the result is
+            saved.
+        shard: ``(i, n)``: evaluate only every n-th point from the i-th, and read those of other processes from the
+            ``journal``; the result may be incomplete. All processes need bit-identical directions.
+        preview: called after each point with a function that returns the incomplete result.
 
-    Cost: a forward pass a point over the data and each of ``also``, a second over the data with "recalibrate"; one for
-    each of the other networks; 1 + 2 gradients a direction for ``curvature``; with a journal a walk over the data
-    without the model. Memory: the weights, and each direction, once more, a micro-batch's activations, and the data of
-    each split as long as they take less than 2 GB.
+    Cost: per point, a forward pass over the data and each of ``also``, and a second over the data with "recalibrate";
+        one for each of the other networks; 1 + 2 gradients per direction for ``curvature``; with a journal, one walk
+        over the data without the model. Memory: a copy of the weights and of each direction, the activations of a
+        micro-batch, and the data of each split if below 2 GB.
 
-    Raises: ArgumentError for an argument outside its domain; ProblemError where model, data and directions do not
-    fit together; DataError where the loss is not finite at w; AuditError where it is not one function of the weights;
-    OutputError where the journal cannot be written.
+    Raises: ArgumentError for an argument outside its domain; ProblemError if model, data and directions do not fit
+        together; DataError if the loss is not finite at w; AuditError if it is not a fixed function of the weights;
+        OutputError if the journal cannot be written.
 
     >>> import sharpscope
     >>> import torch
@@ -216,7 +218,7 @@ def loss_surface(
     if len(chosen) != 2:
         raise ArgumentError(f"A surface needs two directions, got {len(chosen)}. Use loss_slice for lines.")
     if 1 - abs(cosine(*chosen)) < 1e-9:
-        raise ArgumentError("The two directions of a surface must not lie in one line. Name others.")
+        raise ArgumentError("The two directions of a surface must be linearly independent. Choose others.")
     if coordinates is not None:
         x, y = (custom_axis(values) for values in coordinates)
     else:
@@ -252,9 +254,9 @@ def _measure(
     if any(len(v) != objective.num_params for v in vectors):
         raise ArgumentError(
             f"A direction must have a component for each of the {objective.num_params} parameters, got "
-            f"{', '.join(str(len(v)) for v in vectors)}. Make it of the same problem."
+            f"{', '.join(str(len(v)) for v in vectors)}. Create it from the same problem."
         )
-    # Before the first forward pass: some layers write into their weights in it.
+    # Before the first forward pass, in which some layers write into their weights.
     with Perturbation(objective.terms.params) as perturbation:
         return _measure_on_grid(m, lines, axes, progress, s, objectives, perturbation)
 
@@ -271,7 +273,7 @@ def _measure_on_grid(
     objective = m.objective
     with objective.measuring(products=False):
         size = s.micro_batch or default_micro_batch(objective)
-    # Before any clock has chosen how derivatives are taken, which is no part of what a point depends on.
+    # Before the micro-batch of the derivatives is autotuned, on which the points do not depend.
     key = "" if s.journal is None else _key(objectives, lines, s, size)
     name = "points" if s.shard is None else f"shard-{s.shard[0]}-of-{s.shard[1]}"
     log = PointLog(s.journal, key, 1 + len(axes), 2 * len(objectives), name)
@@ -317,7 +319,7 @@ def _measure_on_grid(
         grid.fill(report, s.shard, None if preview is None else lambda: preview(result))
         left = s.refine
         while left > 0:
-            # Half of what is left at a time, so that the second half sees what the first has found.
+            # Half of the rest at a time, so that later points use the values of earlier ones.
             now = (left + 1) // 2
             grid.refine(now)
             grid.fill(report)
@@ -326,7 +328,7 @@ def _measure_on_grid(
 
 
 def _objectives(objective: Objective, s: _Settings) -> dict[str, Objective]:
-    """The objective of each split by name, all of the very same weights."""
+    """The objective of each split by name; all share the same weights."""
     found = {str(objective.problem.provenance.get("split") or "data"): objective}
     for name, data in (s.also or {}).items():
         if name in found:
@@ -336,7 +338,7 @@ def _objectives(objective: Objective, s: _Settings) -> dict[str, Objective]:
 
 
 def _key(objectives: Mapping[str, Objective], lines: list[list[Direction]], s: _Settings, size: int) -> str:
-    """The hash of everything that a point's values depend on beside its coordinates."""
+    """Hash of everything but the coordinates that the values of a point depend on."""
     (_, first), *others = objectives.items()
     return key_of(
         first,
@@ -372,8 +374,9 @@ def slopes_and_curvatures(
 ) -> tuple[Array, Array]:
     """``g'd`` (lines, q) and ``d'Hd`` (lines, q, q) for the q directions of each line or plane, in float64.
 
-    NaN where they are not ``wanted``; None wants them where a direction is an eigenvector. Cost: 1 + 2 gradients a
-    direction, in one pass; none where ``journal`` has them.
+    NaN unless ``wanted``; None means if a direction is an eigenvector.
+
+    Cost: 1 + 2 gradients per direction, in one pass; none if they are in ``journal``.
     """
     q = len(lines[0])
     if wanted is None:

@@ -58,7 +58,7 @@ def with_label_noise(data: DataSet, fraction: float, seed: int) -> DataSet:
 def digits(split: str, root: str | os.PathLike[str] | None = None) -> DataSet:
     """One split of the digits, inputs (N, 1, 8, 8) in [0, 1]; every fifth is "test" (360), the others "train" (1,437).
 
-    ``root`` is ignored: the data are part of the package.
+    ``root`` is ignored: the data are included in the package.
     """
     with np.load(Path(__file__).with_name("digits.npz")) as stored:
         images, labels = torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"])
