@@ -69,6 +69,10 @@ def towards(problem: Problem, other: Problem, name: str = "the other") -> Direct
 def plane_through(problem: Problem, others: Mapping[str, Problem]) -> list[Direction]:
     """Two orthonormal directions of the plane through w and two other networks; the first points to the first of them.
 
+    Args:
+        problem: network at w, the centre; its ``params`` select the weights.
+        others: two networks of the same architecture, by name.
+
     Raises: ProblemError for another architecture; ArgumentError unless there are two others, not collinear with w.
 
     >>> import sharpscope
@@ -102,6 +106,10 @@ def trajectory_plane(problem: Problem, steps: Sequence[Problem]) -> list[Directi
     with w the last step, but subtract their mean, so that their plane need not contain w. ``settings["explained"]`` is
     the fraction of ``sum_t ||w_t - w||^2`` along each direction.
 
+    Args:
+        problem: network at w, the centre; its ``params`` select the weights.
+        steps: at least two networks at w_t, of the same architecture.
+
     Raises: ProblemError for another architecture; ArgumentError if the steps are collinear with w.
 
     >>> import sharpscope
@@ -134,9 +142,13 @@ def trajectory_plane(problem: Problem, steps: Sequence[Problem]) -> list[Directi
 def span_of(
     problem: Problem, plane: Sequence[Direction], networks: Sequence[Problem], margin: float = 0.25
 ) -> list[tuple[float, float]]:
-    """Span (low, high) of each direction of ``plane`` that contains w and all ``networks``, for ``loss_surface``.
+    """Spans (low, high) along each direction of ``plane`` that contain w and all ``networks``, for ``loss_surface``.
 
-    Each end is extended by the fraction ``margin`` of the span.
+    Args:
+        problem: network at w, the centre.
+        plane: directions.
+        networks: networks of the same architecture.
+        margin: fraction of the span by which each end is extended.
 
     >>> import sharpscope
     >>> import torch
