@@ -143,12 +143,12 @@ def test_progress_counts_examples_and_never_goes_back() -> None:
         assert total == 100
         seen.setdefault(stage, []).append(done)
 
-    result = top_eigenvalues(problem("mlp", 64), k=1, progress=progress, micro_batch=50)
+    result = top_eigenvalues(problem("mlp", 64), k=1, progress=progress, micro_batch=25)
     first = next(iter(seen))
     assert first.startswith("memory ")
     assert seen.pop(first) == [0]
     assert len(seen) == result.cost.passes
-    assert all(counts == [50, 100, 150, 200] for counts in seen.values())
+    assert all(counts == [25, 50, 75, 100] for counts in seen.values())
 
 
 def test_the_recorded_seed_repeats_the_run() -> None:
