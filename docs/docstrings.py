@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 TITLES = {"Args": "Arguments"}
-SECTION = re.compile(r"((?:Args|Attributes|Cost|Raises|Sources?)(?: of [\w ]+)?(?:, Raises)?):(?: (.*))?$")
+SECTION = re.compile(r"((?:Args|Attributes|Cost|Raises|Returns|Sources?)(?: of [\w ]+)?(?:, Raises)?):(?: (.*))?$")
 SEVERAL = re.compile(r"(?<=\.) (?=(?:Cost|Raises|Sources?): )")
 ENTRY = re.compile(r"    (\w+(?:, \w+)*): (.*)")
 ERROR = re.compile(r"\b(Sharpscope|Argument|Problem|Data|Audit|Checkpoint|Output)Error\b")

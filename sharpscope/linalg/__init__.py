@@ -1,6 +1,6 @@
 """Eigenvalues, trace and density of large symmetric operators known only by their products with a block of vectors.
 
-Start with ``lanczos.py``. ``ritz.py`` has the bounds, ``top_eigenpairs.py`` the public function and the choice of
+Start with ``block_lanczos.py``. ``ritz.py`` has the bounds, ``top_eigenpairs.py`` the public function and the choice of
 solver, ``missed_eigenvalues.py`` the probability that an eigenvalue was missed.
 """
 

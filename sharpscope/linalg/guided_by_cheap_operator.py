@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.lanczos import PRODUCTS
+from sharpscope.linalg.block_lanczos import PRODUCTS
 from sharpscope.linalg.missed_eigenvalues import MissedEigenvalueBound
 from sharpscope.linalg.ritz import (
     RitzPairs,

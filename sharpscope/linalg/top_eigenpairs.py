@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError, nearest
+from sharpscope.linalg.block_lanczos import lanczos
 from sharpscope.linalg.guided_by_cheap_operator import guided
-from sharpscope.linalg.lanczos import lanczos
 from sharpscope.linalg.missed_eigenvalues import STEPS, Certificate, MissedEigenvalueBound, certificate
 from sharpscope.linalg.power import power_iteration
 from sharpscope.linalg.ritz import RitzPairs, SolverProgress, rayleigh_ritz, ritz_bounds, within_tolerance

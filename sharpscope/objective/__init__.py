@@ -2,7 +2,7 @@
 
 Start with ``hessian.py``: H v of one micro-batch in two calls of ``torch.autograd.grad``. ``losses.py`` writes losses
 as sums over their terms, ``forward.py`` runs the forward pass, ``accumulate.py`` sums over micro-batches,
-``graph_wrappers.py`` wraps a micro-batch's graph, and ``objective.py`` has the public class.
+``errors_and_cost.py`` wraps a micro-batch's graph, and ``objective.py`` has the public class.
 """
 
 from sharpscope.objective.losses import TokenCrossEntropy

@@ -4,7 +4,7 @@
     H v = autograd.grad(g, w, grad_outputs=v)        2 gradients for each vector v (Pearlmutter 1994)
 
 The forward pass is in ``forward.py``. ``accumulate.py`` sums over micro-batches; ``Objective`` divides by the weight
-``sum_i a_i`` of all terms and adds weight decay. ``graph_wrappers.py`` wraps the graph with error
+``sum_i a_i`` of all terms and adds weight decay. ``errors_and_cost.py`` wraps the graph with error
 messages and cost counting.
 The call path from the top:
 ``top_eigenvalues -> Measurement.products -> Objective.products -> accumulate -> Objective.graph -> hessian``.
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sharpscope.objective.curvature import Curvature, Graph, Products, zero_graph
+from sharpscope.objective.curvature_interface import Curvature, Graph, Products, zero_graph
 from sharpscope.objective.forward import ForwardLoss
 from sharpscope.objective.micro_batches import MicroBatch
 from sharpscope.weights.parameters import views

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError, DataError
-from sharpscope.objective import micro_batch_size
+from sharpscope.objective import autotune_micro_batch
 from sharpscope.objective.accumulate import (
     LossAndGradient,
     PerBatch,
@@ -22,9 +22,9 @@ from sharpscope.objective.accumulate import (
     mean_loss_and_gradient,
     require_same_loss,
 )
-from sharpscope.objective.curvature import Curvature, Graph
+from sharpscope.objective.curvature_interface import Curvature, Graph
+from sharpscope.objective.errors_and_cost import CostCounter, OOMHalving, guarded
 from sharpscope.objective.forward import ForwardLoss
-from sharpscope.objective.graph_wrappers import CostCounter, OOMHalving, guarded
 from sharpscope.objective.hessian import HESSIAN
 from sharpscope.objective.micro_batches import MicroBatch, as_batches, micro_batches, num_examples_hint
 from sharpscope.problem import Problem
@@ -269,24 +269,24 @@ class Objective:
         Cost: 1 gradient of 24 examples.
         """
         if size is None:
-            size = self.micro_batch if isinstance(self.micro_batch, int) else micro_batch_size.DEFAULT
+            size = self.micro_batch if isinstance(self.micro_batch, int) else autotune_micro_batch.DEFAULT
         with self.measuring():
-            first = self.fit_to_memory(self.first_examples(micro_batch_size.COUNTED_EXAMPLES))
+            first = self.fit_to_memory(self.first_examples(autotune_micro_batch.COUNTED_EXAMPLES))
             ours = [*self.terms.model.parameters(), *self.terms.model.buffers()]
 
             def count(examples: int) -> int:
                 batch = first if examples == first.size else first.slice(0, examples)
-                return micro_batch_size.saved_bytes(lambda: self.graph(batch), ours)
+                return autotune_micro_batch.saved_bytes(lambda: self.graph(batch), ours)
 
             if self.keeps_batches or not first.splittable:
                 return count(first.size)
-            return micro_batch_size.extrapolate(count, first.size, size)
+            return autotune_micro_batch.extrapolate(count, first.size, size)
 
     def choose_micro_batch(self) -> int | None:
         """The micro-batch size, auto-tuned on the first call; None where the loader's batches are kept."""
         if self.micro_batch is None:
             with self.measuring():
-                self.micro_batch = micro_batch_size.autotune(
+                self.micro_batch = autotune_micro_batch.autotune(
                     self._one_product, self.first_examples, self.num_examples, self.graph_bytes
                 )
         return self.micro_batch if isinstance(self.micro_batch, int) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sharpscope.objective.curvature import Curvature, Graph, zero_graph
+from sharpscope.objective.curvature_interface import Curvature, Graph, zero_graph
 from sharpscope.objective.forward import ForwardLoss
 from sharpscope.objective.micro_batches import MicroBatch
 from sharpscope.precision import wide

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ProblemError
-from sharpscope.objective.curvature import Graph, zero_graph
+from sharpscope.objective.curvature_interface import Graph, zero_graph
 from sharpscope.objective.forward import ForwardLoss
 from sharpscope.objective.losses import find_logits, output_tensor
 from sharpscope.objective.micro_batches import MicroBatch

@@ -13,7 +13,7 @@ from sharpscope.errors import ArgumentError
 from sharpscope.precision import wide
 from sharpscope.results import Measure
 from sharpscope.results.statistics import Estimate
-from sharpscope.sharpness.spec import MeasureContext, MeasureSpec, with_interval
+from sharpscope.sharpness.measure_context import MeasureContext, MeasureSpec, with_interval
 from sharpscope.sharpness.subset_loss import full_loss, require_classes
 from sharpscope.weights.perturbation import Perturbation
 

@@ -18,7 +18,7 @@ from sharpscope.objective import Objective
 from sharpscope.precision import wide
 from sharpscope.results import EigenResult, Measure
 from sharpscope.results.statistics import Estimate
-from sharpscope.sharpness.spec import EIGENVALUE_TOL, MeasureContext, MeasureSpec, with_interval
+from sharpscope.sharpness.measure_context import EIGENVALUE_TOL, MeasureContext, MeasureSpec, with_interval
 from sharpscope.sharpness.subset_loss import full_loss
 from sharpscope.weights.norm_ball import Ball, inner_of, norm_of
 from sharpscope.weights.parameters import select, views

@@ -18,7 +18,7 @@ from sharpscope.results.sharpness import DEFINITIONS
 from sharpscope.sharpness import average_case, curvature_measures, worst_case
 from sharpscope.sharpness.curvature_measures import training_recipe
 from sharpscope.sharpness.maximize import Ascent
-from sharpscope.sharpness.spec import MeasureContext, MeasureSpec, Settings
+from sharpscope.sharpness.measure_context import MeasureContext, MeasureSpec, Settings
 from sharpscope.weights.norm_ball import Ball
 
 # Defaults of ``measure_sharpness``; WORST is the ascent of the measure "worst-case".

@@ -15,13 +15,13 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from sharpscope.errors import ArgumentError, DataError, out_of_memory
 from sharpscope.objective import Objective, Progress
-from sharpscope.objective.graph_wrappers import FORWARD
+from sharpscope.objective.errors_and_cost import FORWARD
 from sharpscope.objective.micro_batches import MicroBatch, map_tensors, matches, tensors
 from sharpscope.precision import wide
 from sharpscope.results import Measure
 from sharpscope.results.statistics import Estimate
 from sharpscope.sharpness.maximize import Ascent, maximum_loss
-from sharpscope.sharpness.spec import MeasureContext, MeasureSpec, ball_settings, with_interval
+from sharpscope.sharpness.measure_context import MeasureContext, MeasureSpec, ball_settings, with_interval
 from sharpscope.sharpness.subset_loss import SubsetLoss, disjoint_subsets, examples_per_graph, is_single_batch
 from sharpscope.weights.norm_ball import Ball
 from sharpscope.weights.parameters import select
