@@ -72,7 +72,7 @@ def test_only_results_of_one_kind_stand_side_by_side(results: Any) -> None:
         side_by_side(results)
 
 
-@pytest.mark.parametrize("kind", sharpscope.results.side_by_side.__globals__["SHOWN"])
+@pytest.mark.parametrize("kind", [getattr(sharpscope, name) for name in sharpscope.__all__ if name.endswith("Result")])
 def test_side_by_side_of_one_is_its_own_display(kind: type) -> None:
     """Of a single result of each kind, the table is what the result shows by itself."""
     problem = Problem(

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import numpy as np
 
 from sharpscope.errors import DataError
-from sharpscope.formatting import transpose_if_narrower
-from sharpscope.results.base import Cost, Result
+from sharpscope.results.base import Cost
 from sharpscope.results.serialization import Array, Shape
+from sharpscope.results.side_by_side import RowResult
 from sharpscope.results.statistics import Estimate, student
-from sharpscope.results.table import LOSS_AND_COST, Table, checkpoint_names, loss_and_cost_cells, origin_notes
+from sharpscope.results.table import origin_notes
 
 PerNode = Annotated[Array, Shape("K nodes")]
 
@@ -22,9 +22,11 @@ PerNode = Annotated[Array, Shape("K nodes")]
 # node's side decide. Of an eigenvalue at zero 3e-5 then counts as negative.
 RESOLVED_WIDTHS, STEP_WIDTHS = 2.0, 0.5
 
+ONE_STANDARD_ERROR = "± is one standard error, over the random vectors."
+
 
 @dataclass(frozen=True, eq=False)
-class DensityResult(Result):
+class DensityResult(RowResult):
     """The spectral density ``phi(t) = (1/n) sum_i delta(t - lambda_i)`` of the Hessian of a data set's mean loss.
 
     Attributes:
@@ -139,38 +141,28 @@ class DensityResult(Result):
     def _derived_values(self) -> dict[str, Any]:
         return {**{name: getattr(self, name) for name in self.derived}, "curve": self.curve()}
 
-    def table(self) -> Table:
-        """Return the result as a table with notes."""
-        return density_table([self])
+    @classmethod
+    def _columns(cls, results: Sequence[DensityResult]) -> dict[str, Sequence[str]]:
+        return {
+            "trace": [str(r.trace) for r in results],
+            "||H||_F": [str(r.frobenius) for r in results],
+            "mean eigenvalue": [str(r.mean) for r in results],
+            "negative mass": [str(r.negative_mass) for r in results],
+        }
 
+    def _notes(self) -> list[str]:
+        known = f", {self.num_known} eigenvalues taken out before" if self.num_known else ""
+        return [
+            *origin_notes(self.provenance),
+            f"{len(self.nodes)} random vectors, {self.nodes.shape[1] - self.num_known} Lanczos steps each{known}; "
+            f"density smoothed to a width of {self.width:.2g}. Negative is what is below "
+            f"{-RESOLVED_WIDTHS * self.width:.2g}; of the share {self.near_zero_mass} nearer to zero the sign is not "
+            "resolved.",
+        ]
 
-def density_table(results: Sequence[DensityResult]) -> Table:
-    """A row a result, or a column where that is narrower."""
-    return Table(transpose_if_narrower(_rows(results)), _notes(results))
-
-
-def _rows(results: Sequence[DensityResult]) -> list[list[str]]:
-    estimates = ["trace", "||H||_F", "mean eigenvalue", "negative mass"]
-    rows = [["checkpoint", *estimates, *LOSS_AND_COST]]
-    for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
-        shown = [str(r.trace), str(r.frobenius), str(r.mean), str(r.negative_mass)]
-        rows.append([name, *shown, *loss_and_cost_cells(r.loss, r.gradient_norm, r.cost)])
-    return rows
-
-
-def _notes(results: Sequence[DensityResult]) -> list[str]:
-    notes = []
-    for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
-        known = r.num_known
-        steps = r.nodes.shape[1] - known
-        without = f", {known} eigenvalues taken out before" if known else ""
-        notes += origin_notes(name, r.provenance)
-        notes.append(
-            f"{name}: {len(r.nodes)} random vectors, {steps} Lanczos steps each{without}; density smoothed to a width "
-            f"of {r.width:.2g}. Negative is what is below {-RESOLVED_WIDTHS * r.width:.2g}; of the share "
-            f"{r.near_zero_mass} nearer to zero the sign is not resolved."
-        )
-    return [*notes, "± is one standard error, over the random vectors."]
+    @classmethod
+    def _legend(cls, results: Sequence[DensityResult], names: Sequence[str]) -> list[str]:
+        return [ONE_STANDARD_ERROR]
 
 
 # The grid reaches this many widths beyond the points on it, where a Gaussian is 1e-8 of its height, in steps of a
@@ -230,7 +222,7 @@ def _gaussian_mixture(at: Array, means: Array, weights: Array, width: float) -> 
 
 
 @dataclass(frozen=True)
-class TraceResult(Result):
+class TraceResult(RowResult):
     """Trace and Frobenius norm of the Hessian of a data set's mean loss, each with its standard error.
 
     Attributes:
@@ -258,20 +250,18 @@ class TraceResult(Result):
         """The trace for all the data that these examples are a sample of: both standard errors in one."""
         return Estimate(self.trace.value, math.hypot(self.trace.standard_error, self.sampling_error or 0.0))
 
-    def table(self) -> Table:
-        """Return the result as a table with notes."""
-        return trace_table([self])
+    @classmethod
+    def _columns(cls, results: Sequence[TraceResult]) -> dict[str, Sequence[str]]:
+        return {"trace": [str(r.trace) for r in results], "||H||_F": [str(r.frobenius) for r in results]}
 
+    def _notes(self) -> list[str]:
+        return origin_notes(self.provenance)
 
-def trace_table(results: Sequence[TraceResult]) -> Table:
-    """A row a result, or a column where that is narrower."""
-    names = checkpoint_names([r.provenance for r in results])
-    rows = [["checkpoint", "trace", "||H||_F", *LOSS_AND_COST]]
-    notes = []
-    for r, name in zip(results, names, strict=True):
-        rows.append([name, str(r.trace), str(r.frobenius), *loss_and_cost_cells(r.loss, r.gradient_norm, r.cost)])
-        notes += origin_notes(name, r.provenance)
-    for r, name in zip(results, names, strict=True):
-        if r.sampling_error is not None:
-            notes.append(f"{name}: for all the data of which these are a sample, {r.whole} (± one standard error).")
-    return Table(transpose_if_narrower(rows), [*notes, "± is one standard error, over the random vectors."])
+    @classmethod
+    def _legend(cls, results: Sequence[TraceResult], names: Sequence[str]) -> list[str]:
+        sampled = [
+            f"{name}: for all the data of which these are a sample, {r.whole} (± one standard error)."
+            for name, r in zip(names, results, strict=True)
+            if r.sampling_error is not None
+        ]
+        return [*sampled, ONE_STANDARD_ERROR]

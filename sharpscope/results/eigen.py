@@ -6,14 +6,15 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Annotated, Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
-from sharpscope.formatting import transpose_if_narrower, with_bound
-from sharpscope.results.base import Cost, Result
+from sharpscope.formatting import with_bound
+from sharpscope.results.base import Cost
 from sharpscope.results.serialization import (
     IN_NPZ,
     Array,
@@ -24,7 +25,8 @@ from sharpscope.results.serialization import (
     read_arrays,
     write_json,
 )
-from sharpscope.results.table import LOSS_AND_COST, Table, checkpoint_names, loss_and_cost_cells, origin_notes
+from sharpscope.results.side_by_side import RowResult
+from sharpscope.results.table import origin_notes
 
 # Above this probability of a miss there is no certificate.
 MAX_MISS_PROBABILITY = 0.01
@@ -91,7 +93,7 @@ class Ratio:
 
 
 @dataclass(frozen=True, eq=False)
-class EigenResult(Result):
+class EigenResult(RowResult):
     """The k largest algebraic eigenvalues of the Hessian of a data set's mean loss, or others, with intervals.
 
     Attributes:
@@ -213,57 +215,51 @@ class EigenResult(Result):
                     return replace(result, eigenvectors=arrays["eigenvectors"])
         return result
 
-    def table(self) -> Table:
-        """Return the result as a table with notes."""
-        return eigen_table([self])
-
-
-def eigen_table(results: Sequence[EigenResult]) -> Table:
-    """A row a result, or a column where that is narrower."""
-    return Table(transpose_if_narrower(_rows(results)), _notes(results))
-
-
-def _rows(results: Sequence[EigenResult]) -> list[list[str]]:
-    """A heading and one row a result: checkpoint, lambda_max to lambda_k, ratio (for k > 1), loss, gradient, cost."""
-    ks = {result.ratio.k for result in results}
-    widest = max(results, key=lambda result: len(result.eigenvalues))
-    k, with_ratio = len(widest.labels), any(r.which in ("largest", "both") and r.ratio.k > 1 for r in results)
-    ratio_head = [f"lambda_max/lambda_{widest.ratio.k if len(ks) == 1 else 'k'}"] if with_ratio else []
-    rows = [["checkpoint", *widest.labels, *ratio_head, *LOSS_AND_COST]]
-    for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
-        intervals = zip(r.eigenvalues, r.lower, r.upper, r.converged, strict=True)
-        values = [with_bound(v, low, up) + ("" if sure else " ?") for v, low, up, sure in intervals]
-        ratio = r.ratio
-        shown = "-" if ratio.value is None else with_bound(ratio.value, ratio.lower or 0.0, ratio.upper or np.inf)
-        if ratio.value is not None and not (r.converged[0] and r.converged[ratio.k - 1]):
-            shown += " ?"
-        if len(ks) > 1:
-            shown += f" (k={ratio.k})"
-        measured = [*values, *[""] * (k - len(values)), *([shown] if with_ratio else [])]
-        rows.append([name, *measured, *loss_and_cost_cells(r.loss, r.gradient_norm, r.cost)])
-    return rows
-
-
-def _notes(results: Sequence[EigenResult]) -> list[str]:
-    """What a reader of the table must know: the data, the mode, what has not converged, ratios that mean nothing."""
-    notes = []
-    for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
-        p = r.provenance
-        # Of a sample what it leaves open is more than the bounds in the table, and comes first.
-        if sampling_note := _sampling_note(r):
-            notes.append(f"{name}: {sampling_note}")
-        notes += origin_notes(name, p)
-        notes += [f"{name}: {note}" for note in (_missed_note(r), _certificate_note(r)) if note]
-        if r.ratio.value is None and r.ratio.k > 1 and r.which in ("largest", "both"):
-            notes.append(f"{name}: no ratio, since {r.ratio.reason}.")
-        if not r.converged.all():
-            missing = np.flatnonzero(~r.converged)
-            which = "all" if len(missing) == len(r.converged) > 5 else ", ".join(r.labels[i] for i in missing)
-            notes.append(
-                f"{name}: NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?): {which}. Their intervals may "
-                f"be about other eigenvalues. {_convergence_advice(r)}"
+    @classmethod
+    def _columns(cls, results: Sequence[EigenResult]) -> dict[str, Sequence[str]]:
+        """lambda_max to lambda_k, and where k > 1 their ratio."""
+        ends = {r.which for r in results}
+        if len(ends) > 1:
+            raise DataError(
+                "Eigenvalues side by side must be of the same end of the spectrum, got "
+                f"{', '.join(sorted(ends))}. Show each by itself."
             )
-    return notes
+        labels = max((r.labels for r in results), key=len)
+        cells = zip_longest(*(r._eigenvalue_cells() for r in results), fillvalue="")
+        columns: dict[str, Sequence[str]] = dict(zip(labels, cells, strict=True))
+        ks = {r.ratio.k for r in results}
+        if max(ks) > 1 and ends <= {"largest", "both"}:
+            if len(ks) == 1:
+                columns[f"lambda_max/lambda_{ks.pop()}"] = [r._ratio_cell() for r in results]
+            else:
+                columns["lambda_max/lambda_k"] = [f"{r._ratio_cell()} (k={r.ratio.k})" for r in results]
+        return columns
+
+    def _eigenvalue_cells(self) -> list[str]:
+        intervals = zip(self.eigenvalues, self.lower, self.upper, self.converged, strict=True)
+        return [with_bound(value, low, up) + ("" if sure else " ?") for value, low, up, sure in intervals]
+
+    def _ratio_cell(self) -> str:
+        ratio = self.ratio
+        if ratio.value is None:
+            return "-"
+        sure = self.converged[0] and self.converged[ratio.k - 1]
+        return with_bound(ratio.value, ratio.lower or 0.0, ratio.upper or np.inf) + ("" if sure else " ?")
+
+    def _notes(self) -> list[str]:
+        # Of a sample what it leaves open is more than the bounds in the table, and comes first.
+        notes = [_sampling_note(self), *origin_notes(self.provenance), _missed_note(self), _certificate_note(self)]
+        if self.ratio.value is None and self.ratio.k > 1 and self.which in ("largest", "both"):
+            notes.append(f"no ratio, since {self.ratio.reason}.")
+        if not self.converged.all():
+            missing = np.flatnonzero(~self.converged)
+            all_of_many = len(missing) == len(self.converged) > 5
+            notes.append(
+                f"NOT CONVERGED to the tolerance {self.provenance.get('tol', '?')} (marked ?): "
+                f"{'all' if all_of_many else ', '.join(self.labels[i] for i in missing)}. Their intervals may be about "
+                f"other eigenvalues. {_convergence_advice(self)}"
+            )
+        return [note for note in notes if note]
 
 
 def _missed_note(result: EigenResult) -> str:

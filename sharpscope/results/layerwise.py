@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
 from sharpscope.formatting import with_bound
-from sharpscope.results.base import Cost, Result
+from sharpscope.results.base import Cost
 from sharpscope.results.serialization import Array, Shape, annotations_of, as_json, metadata_of, parse_value
+from sharpscope.results.side_by_side import CheckpointResult
 from sharpscope.results.statistics import Estimate
-from sharpscope.results.table import Table, checkpoint_names, describe_origin, stacked
+from sharpscope.results.table import Table, describe_origin, stacked
 
 # A field of this shape is a key of each block's object in the JSON, of the same name or this one.
 BLOCKS = Shape("L")
@@ -31,13 +32,13 @@ _RENAMED = {
 MIN_STANDARD_ERRORS = 4.0
 
 BLOCK_DEFINITIONS = {
-    "module": "a block is the parameters that one module holds itself, named as in model.named_modules()",
-    "parameter": "a block is one parameter tensor",
+    "module": "A block is the parameters that one module holds itself, named as in model.named_modules()",
+    "parameter": "A block is one parameter tensor",
 }
 
 
 @dataclass(frozen=True, eq=False)
-class BlockResult(Result):
+class BlockResult(CheckpointResult):
     """lambda_max and trace of each diagonal block ``H_ll`` of the Hessian of a data set's mean loss; L blocks.
 
     Attributes:
@@ -123,52 +124,48 @@ class BlockResult(Result):
         columns = {name: [block[key] for block in blocks] for name, key in known.items()}
         return super()._parse({**values, **columns})
 
-    def table(self) -> Table:
-        """Return the result as a table with notes."""
-        return block_table([self])
-
-
-def block_table(results: Sequence[BlockResult]) -> Table:
-    """A table a result, one row a block, each with its notes below."""
-    names = checkpoint_names([r.provenance for r in results])
-    return stacked([Table(_rows(r), _notes(r, name)) for r, name in zip(results, names, strict=True)])
-
-
-def _rows(r: BlockResult) -> list[list[str]]:
-    rows = [["block", "parameters", "lambda_max", "trace", "share"]]
-    shares = r.shares
-    for i, name in enumerate(r.names):
-        top = with_bound(r.lambda_max[i], r.lower[i], r.upper[i]) + ("" if r.converged[i] else " ?")
-        trace = Estimate(float(r.traces[i]), float(r.trace_errors[i]))
-        rows.append([name, f"{r.sizes[i]:,}", top, str(trace), "-" if shares is None else _percent(shares[i])])
-    return [*rows, ["all", f"{r.sizes.sum():,}", "", str(r.trace), ""]]
-
-
-def _percent(share: Estimate) -> str:
-    # 0.0 is added, lest a share of -1e-9 be shown as -0.0.
-    return f"{round(100 * share.value, 1) + 0.0:.1f} %"
-
-
-def _notes(r: BlockResult, name: str) -> list[str]:
-    p, cost = r.provenance, r.cost
-    notes = [
-        f"{name}: {describe_origin(p)}",
-        f"{name}: loss {r.loss:.4g}, |grad| {r.gradient_norm:.2g}; {cost.gradients:.1f} gradients in {cost.passes} "
-        f"passes, {cost.seconds:.1f} seconds.",
-    ]
-    definition = BLOCK_DEFINITIONS.get(str(p.get("by")))
-    if definition:
-        notes.append(f"{definition[0].upper()}{definition[1:]}; a tied parameter counts under the first of its names.")
-    if p.get("operator", "hessian") != "hessian":
-        about = "approximate, and their intervals leave its error out" if p["operator"] == "finite-difference" else ""
-        notes.append(f"Blocks of the operator {p['operator']}, {about or 'not of the Hessian'}.")
-    notes.append("± of lambda_max is half an interval, of a trace one standard error over the random vectors.")
-    if r.shares is None:
-        notes.append("No shares, since the whole trace is not positive beyond doubt.")
-    if not r.converged.all():
-        missing = ", ".join(one for one, sure in zip(r.names, r.converged, strict=True) if not sure)
-        notes.append(
-            f"NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?): {missing}. Allow more passes "
-            "(--max-passes), a larger tolerance (--tol), or lift to float64 (--dtype float64)."
+    @classmethod
+    def _table(cls, results: Sequence[BlockResult], names: Sequence[str]) -> Table:
+        """A table a result, one row a block, each with its notes below."""
+        return stacked(
+            [
+                Table(r._rows(), [*cls._named_notes([r], [name]), *r._legend()])
+                for name, r in zip(names, results, strict=True)
+            ]
         )
-    return notes
+
+    def _rows(self) -> list[list[str]]:
+        rows, shares = [["block", "parameters", "lambda_max", "trace", "share"]], self.shares
+        for i, name in enumerate(self.names):
+            top = with_bound(self.lambda_max[i], self.lower[i], self.upper[i]) + ("" if self.converged[i] else " ?")
+            trace = Estimate(float(self.traces[i]), float(self.trace_errors[i]))
+            # 0.0 is added, lest a share of -1e-9 be shown as -0.0.
+            share = "-" if shares is None else f"{round(100 * shares[i].value, 1) + 0.0:.1f} %"
+            rows.append([name, f"{self.sizes[i]:,}", top, str(trace), share])
+        return [*rows, ["all", f"{self.sizes.sum():,}", "", str(self.trace), ""]]
+
+    def _notes(self) -> list[str]:
+        return [
+            describe_origin(self.provenance),
+            f"loss {self.loss:.4g}, |grad| {self.gradient_norm:.2g}; {self.cost.gradients:.1f} gradients in "
+            f"{self.cost.passes} passes, {self.cost.seconds:.1f} seconds.",
+        ]
+
+    def _legend(self) -> list[str]:
+        p, notes = self.provenance, []
+        if definition := BLOCK_DEFINITIONS.get(str(p.get("by"))):
+            notes.append(f"{definition}; a tied parameter counts under the first of its names.")
+        if p.get("operator", "hessian") != "hessian":
+            approximate = p["operator"] == "finite-difference"
+            about = "approximate, and their intervals leave its error out" if approximate else "not of the Hessian"
+            notes.append(f"Blocks of the operator {p['operator']}, {about}.")
+        notes.append("± of lambda_max is half an interval, of a trace one standard error over the random vectors.")
+        if self.shares is None:
+            notes.append("No shares, since the whole trace is not positive beyond doubt.")
+        if not self.converged.all():
+            missing = ", ".join(name for name, sure in zip(self.names, self.converged, strict=True) if not sure)
+            notes.append(
+                f"NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?): {missing}. Allow more passes "
+                "(--max-passes), a larger tolerance (--tol), or lift to float64 (--dtype float64)."
+            )
+        return notes

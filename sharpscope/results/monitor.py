@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
 from sharpscope.formatting import with_bound
-from sharpscope.results.base import Cost, Result
+from sharpscope.results.base import Cost
 from sharpscope.results.serialization import MaybeNaN
-from sharpscope.results.table import Table, checkpoint_names, origin_notes, stacked, typed_value
+from sharpscope.results.side_by_side import CheckpointResult
+from sharpscope.results.table import Table, origin_notes, stacked, typed_value
 
 # Rows of the table, evenly spread over the run, the first and the last among them.
 MAX_ROWS = 20
@@ -61,7 +62,7 @@ _FLOATS = tuple(f.name for f in fields(MonitorRecord) if f.type == "MaybeNaN")
 
 
 @dataclass(frozen=True, eq=False)
-class MonitorResult(Result):
+class MonitorResult(CheckpointResult):
     """The largest eigenvalue of the Hessian of the training loss along a run, measured on one sample of the data.
 
     Attributes:
@@ -105,53 +106,44 @@ class MonitorResult(Result):
             raise DataError(f"A column must be one of {', '.join(_FLOATS)}, got {name!r}.")
         return np.array([getattr(record, name) for record in self.records], float)
 
-    def table(self) -> Table:
-        """The result as rows and notes, of ROWS rows where there are more records."""
-        return monitor_table([self])
-
-
-def monitor_table(results: Sequence[MonitorResult]) -> Table:
-    """A table a run, one row a record, each with its notes below."""
-    names = checkpoint_names([r.provenance for r in results])
-    return stacked([Table(_rows(r), _notes(r, name)) for r, name in zip(results, names, strict=True)])
-
-
-def _rows(result: MonitorResult) -> list[list[str]]:
-    shown = _evenly_spaced(result.records)
-    edges = {"2/eta": "two_over_eta", "momentum edge": "momentum_edge", "SAM edge": "sam_edge"}
-    known = {title: name for title, name in edges.items() if np.isfinite(result.column(name)).any()}
-    rows = [["step", "lambda_max", *known, "loss", "|grad|", "products"]]
-    for r in shown:
-        value = "none" if math.isnan(r.lambda_max) else with_bound(r.lambda_max, r.lower, r.upper)
-        mark = "" if r.converged or r.reason else " ?"
-        numbers = [*(getattr(r, name) for name in known.values()), r.loss]
-        cells = ["-" if math.isnan(x) else f"{x:.4g}" for x in numbers]
-        grad = "-" if math.isnan(r.gradient_norm) else f"{r.gradient_norm:.2g}"
-        rows.append([str(r.step), value + mark, *cells, grad, str(r.products)])
-    return rows
-
-
-def _evenly_spaced(records: Sequence[MonitorRecord]) -> list[MonitorRecord]:
-    if len(records) <= MAX_ROWS:
-        return list(records)
-    return [records[round(i * (len(records) - 1) / (MAX_ROWS - 1))] for i in range(MAX_ROWS)]
-
-
-def _notes(result: MonitorResult, name: str) -> list[str]:
-    p, cost = result.provenance, result.cost
-    notes = origin_notes(name, p)
-    sampled, total = (typed_value(p, key, int) for key in ("num_examples", "split_examples"))
-    if sampled and total and sampled < total:
-        notes.append(
-            f"{name}: lambda_max of these {sampled} of {total} examples, often above that of all; intervals are the "
-            "solver's alone."
+    @classmethod
+    def _table(cls, results: Sequence[MonitorResult], names: Sequence[str]) -> Table:
+        """A table a run, one row a record, each with its notes below."""
+        return stacked(
+            [Table(r._rows(), cls._named_notes([r], [name])) for name, r in zip(names, results, strict=True)]
         )
-    if len(result.records) > MAX_ROWS:
-        notes.append(f"{name}: {MAX_ROWS} of {len(result.records)} records; all are in the saved result.")
-    unconverged = sum(not r.converged and r.reason is None for r in result.records)
-    if unconverged:
-        notes.append(f"{name}: {unconverged} NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?).")
-    failed = [r for r in result.records if r.reason is not None]
-    if failed:
-        notes.append(f"{name}: {len(failed)} without a number, first at step {failed[0].step}: {failed[0].reason}")
-    return [*notes, f"{name}: {cost.gradients:.1f} gradients of the sample, {cost.seconds:.1f} seconds."]
+
+    def _rows(self) -> list[list[str]]:
+        shown: Sequence[MonitorRecord] = self.records
+        if len(shown) > MAX_ROWS:
+            shown = [shown[round(i * (len(shown) - 1) / (MAX_ROWS - 1))] for i in range(MAX_ROWS)]
+        edges = {"2/eta": "two_over_eta", "momentum edge": "momentum_edge", "SAM edge": "sam_edge"}
+        known = {title: name for title, name in edges.items() if np.isfinite(self.column(name)).any()}
+        rows = [["step", "lambda_max", *known, "loss", "|grad|", "products"]]
+        for r in shown:
+            value = "none" if math.isnan(r.lambda_max) else with_bound(r.lambda_max, r.lower, r.upper)
+            mark = "" if r.converged or r.reason else " ?"
+            numbers = [*(getattr(r, name) for name in known.values()), r.loss]
+            cells = ["-" if math.isnan(x) else f"{x:.4g}" for x in numbers]
+            grad = "-" if math.isnan(r.gradient_norm) else f"{r.gradient_norm:.2g}"
+            rows.append([str(r.step), value + mark, *cells, grad, str(r.products)])
+        return rows
+
+    def _notes(self) -> list[str]:
+        p, cost = self.provenance, self.cost
+        notes = origin_notes(p)
+        sampled, total = (typed_value(p, key, int) for key in ("num_examples", "split_examples"))
+        if sampled and total and sampled < total:
+            notes.append(
+                f"lambda_max of these {sampled} of {total} examples, often above that of all; intervals are the "
+                "solver's alone."
+            )
+        if len(self.records) > MAX_ROWS:
+            notes.append(f"{MAX_ROWS} of {len(self.records)} records; all are in the saved result.")
+        unconverged = sum(not r.converged and r.reason is None for r in self.records)
+        if unconverged:
+            notes.append(f"{unconverged} NOT CONVERGED to the tolerance {p.get('tol', '?')} (marked ?).")
+        failed = [r for r in self.records if r.reason is not None]
+        if failed:
+            notes.append(f"{len(failed)} without a number, first at step {failed[0].step}: {failed[0].reason}")
+        return [*notes, f"{cost.gradients:.1f} gradients of the sample, {cost.seconds:.1f} seconds."]

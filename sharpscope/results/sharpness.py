@@ -8,9 +8,10 @@ from typing import Annotated, Any, ClassVar
 
 from sharpscope.errors import DataError, nearest
 from sharpscope.formatting import with_bound
-from sharpscope.results.base import Cost, Result
+from sharpscope.results.base import Cost
 from sharpscope.results.serialization import MaybeNaN, Shape
-from sharpscope.results.table import Table, checkpoint_names, origin_notes, stacked, typed_value
+from sharpscope.results.side_by_side import CheckpointResult
+from sharpscope.results.table import Table, origin_notes, stacked, typed_value
 
 DEFINITIONS = {
     "m-sharpness": "mean over disjoint subsets b of m examples of max L_b(w+e) - L_b(w), ||D^-1 e||_p <= rho, as far "
@@ -76,6 +77,11 @@ class Measure:
         return DEFINITIONS[self.name]
 
     @property
+    def converged(self) -> bool:
+        """Whether the eigenvalue that it is made of, if any, is known to its tolerance."""
+        return bool(self.settings.get("converged", True))
+
+    @property
     def label(self) -> str:
         """The name with what tells it from others of that name in one result."""
         return self.labelled(())
@@ -91,14 +97,14 @@ class Measure:
         return ", ".join([{"pac-bayes": "pac-bayes 1/sigma^2"}.get(self.name, self.name), *parts])
 
     def __str__(self) -> str:
-        sure = "" if self.settings.get("converged", True) else "?"
+        sure = "" if self.converged else "?"
         if self.lower is None or self.upper is None:
             return f"{self.value:.4g}{sure}"
         return f"{with_bound(self.value, self.lower, self.upper)}{sure}"
 
 
 @dataclass(frozen=True)
-class SharpnessResult(Result):
+class SharpnessResult(CheckpointResult):
     """Measures of the sharpness of a data set's mean loss at a model's weights.
 
     Attributes:
@@ -120,7 +126,7 @@ class SharpnessResult(Result):
     @property
     def converged(self) -> bool:
         """Whether every eigenvalue among the measures is known to its tolerance."""
-        return all(m.settings.get("converged", True) for m in self.measures)
+        return all(m.converged for m in self.measures)
 
     def find(self, name: str, **settings: Any) -> Measure:
         """The one measure of that name whose settings are these.
@@ -142,9 +148,33 @@ class SharpnessResult(Result):
             entry["definition"] = measure.definition
         return values
 
-    def table(self) -> Table:
-        """Return the result as a table with notes."""
-        return sharpness_table([self])
+    @classmethod
+    def _table(cls, results: Sequence[SharpnessResult], names: Sequence[str]) -> Table:
+        """A row a measure, a column a result, and another for its predictions if it has any."""
+        labels = _labels(results)
+        every = list(dict.fromkeys(label for own in labels for label in own))
+        columns = [["measure", *every, "loss", "|grad|", "gradients", "seconds"]]
+        for name, r, own in zip(names, results, labels, strict=True):
+            found = [r.measures[own.index(label)] if label in own else None for label in every]
+            measured = ["-" if m is None else str(m) for m in found]
+            cost = [f"{r.cost.gradients:.1f}", f"{r.cost.seconds:.1f}"]
+            columns.append([name, *measured, f"{r.loss:.4g}", f"{r.gradient_norm:.2g}", *cost])
+            if any(m.prediction for m in r.measures):
+                predicted = [" to ".join(f"{x:.4g}" for x in m.prediction.values()) if m else "" for m in found]
+                columns.append(["predicted", *predicted, "", "", "", ""])
+        return Table(list(zip(*columns, strict=True)), [*cls._named_notes(results, names), *_legend(results)])
+
+    def _notes(self) -> list[str]:
+        notes = origin_notes(self.provenance)
+        for m in self.measures:
+            if m.name in ("edge", "pac-bayes"):
+                settings = [f"{key} {format_setting(value)}" for key, value in m.settings.items() if key != "converged"]
+                notes.append(f"{m.name}: {', '.join(settings)}.")
+        left_out = typed_value(self.provenance, "left_out", Mapping) or {}
+        notes += [f"{what} was left out. {why}" for what, why in left_out.items()]
+        if any(m.settings.get("order") == "as loaded" for m in self.measures):
+            notes.append("subsets are of neighbours in the loader's order, which must not be sorted by class.")
+        return notes
 
 
 def format_setting(value: Any) -> str:
@@ -160,94 +190,48 @@ _NOTE_SETTINGS = ("p", "ascent", "eta", "drop", "tol", "order")
 _SCALINGS = {"None": "1", "elementwise": "|w| + eta", "filter": "the filter's norm + eta"}
 
 
-def sharpness_table(results: Sequence[SharpnessResult]) -> Table:
-    """A row for each measure and a column for each result."""
-    return Table(_rows(results), _notes(results))
-
-
 def _labels(results: Sequence[SharpnessResult]) -> list[list[str]]:
     """What each measure is called, with every setting in which results differ, lest unlike ones share a row."""
-    differing: dict[str, set[str]] = {}
-    for key in _NOTE_SETTINGS:
-        values_by_measure: dict[str, set[str]] = {}
-        for r in results:
-            for m in r.measures:
-                values_by_measure.setdefault(m.name, set()).add(str(m.settings.get(key)))
-        for name, values in values_by_measure.items():
-            if len(values) > 1:
-                differing.setdefault(name, set()).add(key)
-    return [[m.labelled(sorted(differing.get(m.name, ()))) for m in r.measures] for r in results]
-
-
-def _rows(results: Sequence[SharpnessResult]) -> list[list[str]]:
-    names = checkpoint_names([r.provenance for r in results])
-    labels_by_result = _labels(results)
-    labels = list(dict.fromkeys(label for column in labels_by_result for label in column))
-    predicted = [any(m.prediction for m in r.measures) for r in results]
-    heading = ["measure"]
-    for name, has in zip(names, predicted, strict=True):
-        heading += [name, *(["predicted"] if has else [])]
-    rows = [heading]
-    for label in labels:
-        row = [label]
-        for r, column, has in zip(results, labels_by_result, predicted, strict=True):
-            one = r.measures[column.index(label)] if label in column else None
-            row.append("-" if one is None else str(one))
-            if has:
-                row.append("" if one is None else " to ".join(f"{value:.4g}" for value in one.prediction.values()))
-        rows.append(row)
-    for label, cells in (
-        ("loss", [f"{r.loss:.4g}" for r in results]),
-        ("|grad|", [f"{r.gradient_norm:.2g}" for r in results]),
-        ("gradients", [f"{r.cost.gradients:.1f}" for r in results]),
-        ("seconds", [f"{r.cost.seconds:.1f}" for r in results]),
-    ):
-        row = [label]
-        for cell, has in zip(cells, predicted, strict=True):
-            row += [cell, *([""] if has else [])]
-        rows.append(row)
-    return rows
-
-
-def _notes(results: Sequence[SharpnessResult]) -> list[str]:
-    notes = []
-    for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
-        notes += origin_notes(name, r.provenance)
-        for m in r.measures:
-            if m.name in ("edge", "pac-bayes"):
-                settings = [f"{key} {format_setting(value)}" for key, value in m.settings.items() if key != "converged"]
-                notes.append(f"{name}: {m.name}: {', '.join(settings)}.")
-        for left_out, why in (typed_value(r.provenance, "left_out", Mapping) or {}).items():
-            notes.append(f"{name}: {left_out} was left out. {why}")
-        if any(m.settings.get("order") == "as loaded" for m in r.measures):
-            notes.append(f"{name}: subsets are of neighbours in the loader's order, which must not be sorted by class.")
-    definitions: dict[str, str] = {}
+    values: dict[tuple[str, str], set[str]] = {}
     for r in results:
         for m in r.measures:
-            settings_shown = [
-                f"{key} {format_setting(value)}"
-                for key, value in m.settings.items()
-                if key in ("p", "ascent", "eta", "probes", "pairs of draws", "draws") and value not in (None, 0.0)
-            ]
-            rule = f"; predicted: {' to '.join(m.prediction)}" if m.prediction else ""
-            shape = f"; D = {_SCALINGS.get(str(m.settings.get('adaptive')), 'unknown')}" if "D" in m.definition else ""
-            definitions.setdefault(
-                m.name, f"{m.name}: {m.definition}{shape}{''.join(f'; {h}' for h in settings_shown)}{rule}."
-            )
-    sampled = any(m.standard_error is not None for r in results for m in r.measures)
-    if not all(r.converged for r in results):
-        definitions["?"] = "? has not converged."
+            for key in _NOTE_SETTINGS:
+                values.setdefault((m.name, key), set()).add(str(m.settings.get(key)))
+    differing = {place for place, found in values.items() if len(found) > 1}
+    return [
+        [m.labelled(key for key in sorted(_NOTE_SETTINGS) if (m.name, key) in differing) for m in r.measures]
+        for r in results
+    ]
+
+
+def _legend(results: Sequence[SharpnessResult]) -> list[str]:
+    """The definitions of all measures, each once."""
+    measures = [m for r in results for m in r.measures]
+    definitions: dict[str, str] = {}
+    for m in measures:
+        shape = f"; D = {_SCALINGS.get(str(m.settings.get('adaptive')), 'unknown')}" if "D" in m.definition else ""
+        settings = "".join(
+            f"; {key} {format_setting(value)}"
+            for key, value in m.settings.items()
+            if key in ("p", "ascent", "eta", "probes", "pairs of draws", "draws") and value not in (None, 0.0)
+        )
+        rule = f"; predicted: {' to '.join(m.prediction)}" if m.prediction else ""
+        definitions.setdefault(m.name, f"{m.name}: {m.definition}{shape}{settings}{rule}.")
+    legend = list(definitions.values())
+    if not all(m.converged for m in measures):
+        legend.append("? has not converged.")
     if "average-case" in definitions:
-        definitions["kinks"] = (
+        legend.append(
             "The Hessian does not see the kinks of ReLU and max-pooling, which add a term of the same order to the "
             "average case: with them it may differ from what is predicted however small sigma is."
         )
-    closing = ["± is a 95 % interval over subsets or draws, or a bound from residuals."] if sampled else []
-    return [*notes, *definitions.values(), *closing]
+    if any(m.standard_error is not None for m in measures):
+        legend.append("± is a 95 % interval over subsets or draws, or a bound from residuals.")
+    return legend
 
 
 @dataclass(frozen=True)
-class InvarianceResult(Result):
+class InvarianceResult(CheckpointResult):
     """What each measure says of one function in two sets of coordinates.
 
     Attributes:
@@ -279,37 +263,29 @@ class InvarianceResult(Result):
     @property
     def converged(self) -> bool:
         """Whether every eigenvalue among the measures is known to its tolerance."""
-        return all(m.settings.get("converged", True) for m in (*self.before, *self.after))
+        return all(m.converged for m in (*self.before, *self.after))
 
-    def table(self) -> Table:
-        """Return the result as a table with notes."""
-        return invariance_table([self])
+    @classmethod
+    def _table(cls, results: Sequence[InvarianceResult], names: Sequence[str]) -> Table:
+        """A table a result under its name, and the notes of all at the end."""
+        notes = cls._named_notes(results, names)
+        if not all(r.converged for r in results):
+            notes.append("? has not converged.")
+        notes.append("Both sides in float64 with the same subsets, draws and probes; not intervals, but what moves.")
+        *others, last = (Table(r._rows(), title=name) for name, r in zip(names, results, strict=True))
+        return stacked([*others, replace(last, notes=notes)])
 
+    def _rows(self) -> list[list[str]]:
+        rows = [["measure", "before", "after", "relative change"]]
+        for a, b, change in zip(self.before, self.after, self.changes, strict=True):
+            unsure = "" if a.converged and b.converged else "?"
+            rows.append([a.label, f"{a.value:.7g}", f"{b.value:.7g}", f"{change:.1e}{unsure}"])
+        return rows
 
-def invariance_table(results: Sequence[InvarianceResult]) -> Table:
-    """A table a result under its name, and the notes of all at the end."""
-    names = checkpoint_names([r.provenance for r in results])
-    *others, last = (Table(_invariance_rows(r), title=name) for name, r in zip(names, results, strict=True))
-    return stacked([*others, replace(last, notes=_invariance_notes(results))])
-
-
-def _invariance_rows(result: InvarianceResult) -> list[list[str]]:
-    rows = [["measure", "before", "after", "relative change"]]
-    for a, b, change in zip(result.before, result.after, result.changes, strict=True):
-        unsure = "" if a.settings.get("converged", True) and b.settings.get("converged", True) else "?"
-        rows.append([a.label, f"{a.value:.7g}", f"{b.value:.7g}", f"{change:.1e}{unsure}"])
-    return rows
-
-
-def _invariance_notes(results: Sequence[InvarianceResult]) -> list[str]:
-    notes = []
-    for r, name in zip(results, checkpoint_names([r.provenance for r in results]), strict=True):
-        pairs = ", ".join(f"{a or 'the model'} and {b}" for a, b in r.layers)
-        notes += origin_notes(name, r.provenance)
-        notes.append(
-            f"{name}: the function is the same, with a loss of {r.loss:.6g}; multiplied and divided by {r.factor:g}: "
-            f"{pairs}. {r.cost.gradients:.1f} gradients, {r.cost.seconds:.1f} seconds."
-        )
-    if not all(r.converged for r in results):
-        notes.append("? has not converged.")
-    return [*notes, "Both sides in float64 with the same subsets, draws and probes; not intervals, but what moves."]
+    def _notes(self) -> list[str]:
+        pairs = ", ".join(f"{a or 'the model'} and {b}" for a, b in self.layers)
+        return [
+            *origin_notes(self.provenance),
+            f"the function is the same, with a loss of {self.loss:.6g}; multiplied and divided by {self.factor:g}: "
+            f"{pairs}. {self.cost.gradients:.1f} gradients, {self.cost.seconds:.1f} seconds.",
+        ]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
-from sharpscope.results.base import Cost, Result
+from sharpscope.results.base import Cost
 from sharpscope.results.serialization import (
     IN_NPZ,
     Array,
@@ -28,7 +28,8 @@ from sharpscope.results.serialization import (
     without_header,
     write_json,
 )
-from sharpscope.results.table import Table, checkpoint_names, origin_notes, typed_value
+from sharpscope.results.side_by_side import CheckpointResult
+from sharpscope.results.table import Table, origin_notes, typed_value
 
 PENDING, DONE, DIVERGED = 0, 1, 2
 STATUSES = ("pending", "done", "diverged")
@@ -61,7 +62,7 @@ class Mark:
 
 
 @dataclass(frozen=True, eq=False)
-class SliceResult(Result):
+class SliceResult(CheckpointResult):
     """``L(w + sum_k t_k d_k)`` on a grid of a line or a plane, or of several lines or planes with one grid.
 
     Attributes:
@@ -268,15 +269,85 @@ class SliceResult(Result):
             digest.update(f"{name} {array.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
-    def table(self) -> Table:
-        """Return the result as a table with notes."""
-        return slice_table([self])
+    @classmethod
+    def _table(cls, results: Sequence[SliceResult], names: Sequence[str]) -> Table:
+        """A row a line or plane and split, and beside them the networks on or near it."""
+        barriers = any(r.barrier(line=i) is not None for r in results for i in range(len(r.directions)))
+        curved = any(np.isfinite(r.curvatures).all() for r in results)
+        head = ["", "split", "direction", "loss at w", "accuracy", "lowest", "at", "highest", "at"]
+        head += ["barrier"] * barriers + ["curvature"] * curved + ["diverged"]
+        rows = [row for name, r in zip(names, results, strict=True) for row in r._rows(name, barriers, curved)]
+        notes = cls._named_notes(results, names)
+        if barriers:
+            notes.append(
+                "barrier: the most by which the loss lies above the straight line between its ends, on these points."
+            )
+        marks = [row for r in results for row in r._mark_rows()]
+        return Table([head, *rows], list(dict.fromkeys(notes)), beside=[_MARK_COLUMNS, *marks] if marks else [])
+
+    def _rows(self, name: str, barriers: bool, curved: bool) -> list[list[str]]:
+        rows = []
+        for line in range(len(self.directions)):
+            curvature = np.diagonal(self.curvatures[line])
+            bends = ", ".join(f"{c:.4g}" for c in curvature) if np.isfinite(curvature).all() else ""
+            diverged = str(int((self.status[line] == DIVERGED).sum()))
+            for s, split in enumerate(self.splits):
+                barrier = self.barrier(split, line)
+                row = [name, split, describe_directions(self, line)]
+                row += [f"{self.centre[s, 0]:.4g}", _percent(self.centre[s, 1])]
+                row += [*self._extreme(s, line, np.nanargmin), *self._extreme(s, line, np.nanargmax)]
+                row += ["" if barrier is None else f"{barrier:.4g}"] * barriers
+                row += [bends if s == 0 else ""] * curved
+                rows.append([*row, diverged])
+        return rows
+
+    def _extreme(self, split: int, line: int, which: Any) -> list[str]:
+        loss = np.where(np.isfinite(self.loss[split, line]), self.loss[split, line], np.nan)
+        if np.isnan(loss).all():
+            return ["?", ""]
+        place = np.unravel_index(which(loss), loss.shape)
+        at = [float(a[i]) for a, i in zip(self.axes, reversed(place), strict=True)]
+        return [f"{loss[place]:.4g}", ", ".join(f"{c:.3g}" for c in at)]
+
+    def _mark_rows(self) -> list[list[str]]:
+        return [
+            [
+                mark.name,
+                split,
+                ", ".join(f"{c:.4g}" for c in mark.coordinates),
+                f"{mark.distance:.3g}",
+                f"{mark.length:.3g}",
+                f"{mark.loss[split]:.4g}",
+                _percent(mark.accuracy[split]),
+            ]
+            for mark in self.marks
+            for split in self.splits
+        ]
+
+    def _notes(self) -> list[str]:
+        grid = " x ".join(f"{len(a)} points from {a[0]:.3g} to {a[-1]:.3g}" for a in self.axes)
+        kept = typed_value(self.provenance, "repeated", int) or 0
+        known = f", {kept} of them from disk" if kept else ""
+        lines = f"{len(self.directions)} lines of " if len(self.directions) > 1 else ""
+        notes = [
+            *origin_notes(self.provenance),
+            f"{lines}{grid}{known}; {self.cost.passes} passes over the data, {self.cost.seconds:.1f} seconds; "
+            f"{describe_mode(self)}.",
+        ]
+        if pending := self.points["pending"]:
+            notes.append(f"{pending} points are still to be measured; the same command goes on with them.")
+        cosine = typed_value(self.provenance, "cosine", int | float)
+        if cosine is not None and abs(cosine) > 1e-6:
+            notes.append(f"the axes have a cosine of {cosine:.3g}, and a picture draws them at right angles.")
+        if keeps_centre_statistics(self):
+            notes.append(
+                "BatchNorm's running statistics stay those of the centre, so that away from it this is the loss of a "
+                "network that nobody would use. Pass --batchnorm recalibrate (batchnorm='recalibrate')."
+            )
+        return notes
 
 
-def slice_table(results: Sequence[SliceResult]) -> Table:
-    """A row a line or plane and split, and beside them the networks on or near it."""
-    marks = [row for r in results for row in _mark_rows(r)]
-    return Table(_rows(results), _notes(results), beside=[_MARK_COLUMNS, *marks] if marks else [])
+_MARK_COLUMNS = ["network", "split", "coordinates", "distance to the picture", "distance to w", "its loss", "accuracy"]
 
 
 def describe_directions(result: SliceResult, line: int = 0) -> str:
@@ -289,78 +360,6 @@ def describe_directions(result: SliceResult, line: int = 0) -> str:
         sized = "not normalised" if size == "none" else f"{size}-normalised"
         return f"random, {sized}, seed {seeds}"
     return " x ".join(labels)
-
-
-def _rows(results: Sequence[SliceResult]) -> list[list[str]]:
-    barriers = any(r.barrier(line=i) is not None for r in results for i in range(len(r.directions)))
-    curved = any(np.isfinite(r.curvatures).all() for r in results)
-    head = ["", "split", "direction", "loss at w", "accuracy", "lowest", "at", "highest", "at"]
-    rows = [head + ["barrier"] * barriers + ["curvature"] * curved + ["diverged"]]
-    for name, r in zip(checkpoint_names([r.provenance for r in results]), results, strict=True):
-        for line in range(len(r.directions)):
-            for s, split in enumerate(r.splits):
-                row = [name, split, describe_directions(r, line), f"{r.centre[s, 0]:.4g}", _percent(r.centre[s, 1])]
-                row += [*_extreme(r, s, line, np.nanargmin), *_extreme(r, s, line, np.nanargmax)]
-                barrier = r.barrier(split, line)
-                row += [("" if barrier is None else f"{barrier:.4g}")] * barriers
-                curvature = np.diagonal(r.curvatures[line])
-                row += [
-                    ", ".join(f"{c:.4g}" for c in curvature) if s == 0 and np.isfinite(curvature).all() else ""
-                ] * curved
-                rows.append([*row, str(int((r.status[line] == DIVERGED).sum()))])
-    return rows
-
-
-_MARK_COLUMNS = ["network", "split", "coordinates", "distance to the picture", "distance to w", "its loss", "accuracy"]
-
-
-def _mark_rows(result: SliceResult) -> list[list[str]]:
-    return [
-        [
-            mark.name,
-            split,
-            ", ".join(f"{c:.4g}" for c in mark.coordinates),
-            f"{mark.distance:.3g}",
-            f"{mark.length:.3g}",
-            f"{mark.loss[split]:.4g}",
-            _percent(mark.accuracy[split]),
-        ]
-        for mark in result.marks
-        for split in result.splits
-    ]
-
-
-def _notes(results: Sequence[SliceResult]) -> list[str]:
-    notes = []
-    for name, r in zip(checkpoint_names([r.provenance for r in results]), results, strict=True):
-        notes += origin_notes(name, r.provenance)
-        grid = " x ".join(f"{len(a)} points from {a[0]:.3g} to {a[-1]:.3g}" for a in r.axes)
-        kept = typed_value(r.provenance, "repeated", int) or 0
-        known = f", {kept} of them from disk" if kept else ""
-        lines = f"{len(r.directions)} lines of " if len(r.directions) > 1 else ""
-        notes.append(
-            f"{name}: {lines}{grid}{known}; {r.cost.passes} passes over the data, {r.cost.seconds:.1f} seconds; "
-            f"{describe_mode(r)}."
-        )
-        pending = int((r.status == PENDING).sum())
-        if pending:
-            notes.append(f"{name}: {pending} points are still to be measured; the same command goes on with them.")
-        cosine = typed_value(r.provenance, "cosine", int | float)
-        if cosine is not None and abs(cosine) > 1e-6:
-            notes.append(f"{name}: the axes have a cosine of {cosine:.3g}, and a picture draws them at right angles.")
-        if keeps_centre_statistics(r):
-            notes.append(f"{name}: {CENTRE_STATISTICS}")
-    if any(r.barrier(line=i) is not None for r in results for i in range(len(r.directions))):
-        notes.append(
-            "barrier: the most by which the loss lies above the straight line between its ends, on these points."
-        )
-    return list(dict.fromkeys(notes))
-
-
-CENTRE_STATISTICS = (
-    "BatchNorm's running statistics stay those of the centre, so that away from it this is the loss of a network that "
-    "nobody would use. Pass --batchnorm recalibrate (batchnorm='recalibrate')."
-)
 
 
 def keeps_centre_statistics(result: SliceResult) -> bool:
@@ -379,15 +378,6 @@ def describe_mode(result: SliceResult) -> str:
     if result.provenance.get("batchnorm") == "running statistics":
         parts.append(f"BatchNorm {result.provenance.get('statistics')}")
     return ", ".join(parts)
-
-
-def _extreme(r: SliceResult, split: int, line: int, which: Any) -> list[str]:
-    loss = np.where(np.isfinite(r.loss[split, line]), r.loss[split, line], np.nan)
-    if np.isnan(loss).all():
-        return ["?", ""]
-    place = np.unravel_index(which(loss), loss.shape)
-    at = [float(a[i]) for a, i in zip(r.axes, reversed(place), strict=True)]
-    return [f"{loss[place]:.4g}", ", ".join(f"{c:.3g}" for c in at)]
 
 
 def _percent(value: float) -> str:

@@ -6,12 +6,9 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sharpscope.formatting import aligned
-
-if TYPE_CHECKING:
-    from sharpscope.results.base import Cost
 
 Rows = Sequence[Sequence[str]]
 
@@ -81,10 +78,6 @@ def _row(tag: str, cells: Sequence[str]) -> str:
     return f'<tr><{tag} style="text-align: left">{first}</{tag}>{shown}</tr>'
 
 
-# The columns that close every table of results.
-LOSS_AND_COST = ("loss", "|grad|", "gradients", "passes", "seconds")
-
-
 def typed_value(provenance: Mapping[str, Any], key: str, kind: Any) -> Any:
     """Return the value under ``key``, None where it has another type: users may put anything into a provenance."""
     value = provenance.get(key)
@@ -118,33 +111,21 @@ def describe_origin(provenance: Mapping[str, Any]) -> str:
     return f"{where}, {how}, {provenance.get('dtype', '?')}{_training_suffix(provenance)}."
 
 
-def origin_notes(name: str, provenance: Mapping[str, Any]) -> list[str]:
-    """The origin under the checkpoint's name, and the matrix where it is not the Hessian by double backprop."""
-    notes, operator = [f"{name}: {describe_origin(provenance)}"], provenance.get("operator", "hessian")
-    notes += _weights_note(name, provenance)
-    if operator != "hessian":
-        what = "finite differences of the gradient, approximate" if operator == "finite-difference" else operator
-        notes.append(f"{name}: eigenvalues not of the Hessian by double backprop, but of: {what}.")
-    return notes
-
-
-def _weights_note(name: str, provenance: Mapping[str, Any]) -> list[str]:
-    """Describe which weights of a file were loaded, if not all."""
-    key, prefix = (provenance.get(key) for key in ("weights_key", "weights_prefix"))
+def origin_notes(provenance: Mapping[str, Any]) -> list[str]:
+    """The origin, which weights of a file were loaded if not all, and the matrix if it is not the Hessian."""
+    notes = [describe_origin(provenance)]
+    key, prefix = provenance.get("weights_key"), provenance.get("weights_prefix")
     left = typed_value(provenance, "weights_left_out", list | tuple)
-    if not (key or prefix or left):
-        return []
     parts = [f"weights under {key!r}"] if key else []
     parts += [f"the prefix {prefix!r} taken off their names"] if prefix else []
     if left:
         parts.append(f"left out: {', '.join(map(str, left[:3]))}{f' and {len(left) - 3} more' if left[3:] else ''}")
-    return [f"{name}: {'; '.join(parts)}."]
-
-
-def loss_and_cost_cells(loss: float, gradient_norm: float, cost: Cost) -> list[str]:
-    """The cells under ``LOSS_AND_COST``."""
-    paid = [f"{cost.gradients:.1f}", str(cost.passes), f"{cost.seconds:.1f}"]
-    return [f"{loss:.4g}", f"{gradient_norm:.2g}", *paid]
+    notes += [f"{'; '.join(parts)}."] if parts else []
+    operator = provenance.get("operator", "hessian")
+    if operator != "hessian":
+        what = "finite differences of the gradient, approximate" if operator == "finite-difference" else operator
+        notes.append(f"eigenvalues not of the Hessian by double backprop, but of: {what}.")
+    return notes
 
 
 def _training_suffix(provenance: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -81,8 +81,50 @@ class Comparison(Result):
         return super()._parse({**values, "between": [_interpolation_values(line) for line in lines]})
 
     def table(self) -> Table:
-        """The numbers as rows and notes."""
-        return comparison_table(self.rows, self.subjects)
+        """A row a quantity, a column a checkpoint or a group, then what the quantities are.
+
+        Of groups the means are shown, since the runs are many; and how others differ from the first.
+        """
+        groups, (first, others) = list(self.groups), reference_and_others(self.subjects)
+        columns = groups or [subject.name for subject in self.subjects]
+        rows = [["", *columns, *(f"{name} against {first}" for name in others)]]
+        for row in self.rows:
+            numbers = [row.spreads.get(group) for group in groups] if groups else row.cells
+            differences = [row.differences.get(name) for name in others]
+            rows.append([row.label, *("-" if cell is None else str(cell) for cell in (*numbers, *differences))])
+        return Table(rows, self._notes())
+
+    def _notes(self) -> list[str]:
+        groups = self.groups
+        labels_by_definition: dict[str, list[str]] = {}
+        labels_by_data: dict[str, list[str]] = {}
+        for row in self.rows:
+            cells = [cell for cell in row.cells if cell is not None]
+            kinds = ", ".join(dict.fromkeys(cell.interval for cell in cells))
+            # Of groups the columns have intervals over runs.
+            definition = row.definition if groups else f"{row.definition}. Intervals: {kinds}"
+            labels_by_definition.setdefault(definition, []).append(row.label)
+            for data in dict.fromkeys(cell.data for cell in cells):
+                labels_by_data.setdefault(data, []).append(row.label)
+        notes = [f"{_join_labels(labels)}: {definition}." for definition, labels in labels_by_definition.items()]
+        notes += [f"On {data}: {_join_labels(labels)}." for data, labels in labels_by_data.items() if data]
+        for subject in self.subjects:
+            left_out = typed_value(subject.provenance, "left_out", Mapping) or {}
+            notes += [f"{subject.name}: no {what}. {why}" for what, why in left_out.items()]
+        if any(cell is not None and not cell.converged for row in self.rows for cell in row.cells):
+            notes.append("? marks what did not converge to its tolerance.")
+        if groups:
+            counted = ", ".join(f"{group} {len(runs)}" for group, runs in groups.items())
+            notes.append(
+                f"Means over runs ({counted}; geometric where groups differ by a factor, x) with 95 % intervals "
+                "(Student's t)."
+            )
+        elif reference_and_others(self.subjects)[1]:
+            notes.append(
+                "One against the other: a factor (x) or a difference, with what the ends of both intervals leave "
+                "possible (of a standard error, two of them)."
+            )
+        return notes
 
 
 def _interpolation_record(first: str, second: str, line: SliceResult) -> dict[str, Any]:
@@ -95,60 +137,6 @@ def _interpolation_values(record: Mapping[str, Any]) -> list[Any]:
     """The inverse: the two names and the slice's own record."""
     own = {key: value for key, value in record.items() if key not in ("from", "to", "barrier")}
     return [record["from"], record["to"], own]
-
-
-def comparison_table(rows: Sequence[Row], subjects: Sequence[Subject]) -> Table:
-    """A row a quantity, a column a checkpoint or a group, then what the quantities are."""
-    return Table(_table_rows(rows, subjects), _notes(rows, subjects))
-
-
-def _table_rows(rows: Sequence[Row], subjects: Sequence[Subject]) -> list[list[str]]:
-    """With groups their means, since the runs are many, else every checkpoint; and how others differ from the first."""
-    groups, (first, others) = list(group_subjects(subjects)), reference_and_others(subjects)
-    table_rows = [["", *(groups or [s.name for s in subjects]), *(f"{name} against {first}" for name in others)]]
-    for row in rows:
-        numbers = [row.spreads.get(group) for group in groups] if groups else row.cells
-        table_rows.append(
-            [row.label, *map(_cell_text, numbers), *(_cell_text(row.differences.get(name)) for name in others)]
-        )
-    return table_rows
-
-
-def _cell_text(number: object) -> str:
-    return "-" if number is None else str(number)
-
-
-def _notes(rows: Sequence[Row], subjects: Sequence[Subject]) -> list[str]:
-    groups = group_subjects(subjects)
-    labels_by_definition: dict[str, list[str]] = {}
-    for row in rows:
-        kinds = dict.fromkeys(r.interval for r in row.cells if r is not None)
-        # Of groups the columns have intervals over runs.
-        of = "" if groups else f". Intervals: {', '.join(kinds)}"
-        labels_by_definition.setdefault(f"{row.definition}{of}", []).append(row.label)
-    notes = [f"{_join_labels(labels)}: {definition}." for definition, labels in labels_by_definition.items()]
-    labels_by_data: dict[str, list[str]] = {}
-    for row in rows:
-        for data in dict.fromkeys(r.data for r in row.cells if r is not None):
-            labels_by_data.setdefault(data, []).append(row.label)
-    notes += [f"On {data}: {_join_labels(labels)}." for data, labels in labels_by_data.items() if data]
-    for subject in subjects:
-        left_out = typed_value(subject.provenance, "left_out", Mapping) or {}
-        notes += [f"{subject.name}: no {what}. {why}" for what, why in left_out.items()]
-    if any(r is not None and not r.converged for row in rows for r in row.cells):
-        notes.append("? marks what did not converge to its tolerance.")
-    if reference_and_others(subjects)[1] and not groups:
-        notes.append(
-            "One against the other: a factor (x) or a difference, with what the ends of both intervals leave possible "
-            "(of a standard error, two of them)."
-        )
-    if groups:
-        counted = ", ".join(f"{group} {len(runs)}" for group, runs in groups.items())
-        notes.append(
-            f"Means over runs ({counted}; geometric where groups differ by a factor, x) with 95 % intervals (Student's "
-            "t)."
-        )
-    return notes
 
 
 def _join_labels(labels: list[str]) -> str:

@@ -268,7 +268,7 @@ def _measure(label: str) -> Callable[[Subject], Cell | None]:
             measure.lower,
             measure.upper,
             kind,
-            bool(measure.settings.get("converged", True)),
+            measure.converged,
             **{**_measured_on(source), "price": f"{measure.gradients:.3g} gradients over these data"},
             more=f"a small perturbation predicts {prediction}" if prediction else "",
         )
