@@ -26,9 +26,9 @@ from sharpscope.weights.perturbation import Perturbation
 Preview = Callable[[Callable[[], SliceResult]], None]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Settings:
-    """The arguments shared by ``loss_slice`` and ``loss_surface``, documented there."""
+    """The arguments shared by ``loss_slice`` and ``loss_surface``, in the order of ``loss_surface``."""
 
     also: Mapping[str, Any] | None
     batchnorm: str
@@ -123,18 +123,7 @@ def loss_slice(
         # A line between two networks has a point at each network.
         t_axis = with_point(t_axis, 1.0) if leads and low < 1 < high else t_axis
     settings = _Settings(
-        also=also,
-        batchnorm=batchnorm,
-        refine=refine,
-        curvature=curvature,
-        marks=marks,
-        trajectory=None,
-        dtype=dtype,
-        device=device,
-        micro_batch=micro_batch,
-        journal=journal,
-        shard=shard,
-        preview=preview,
+        also, batchnorm, refine, curvature, marks, None, dtype, device, micro_batch, journal, shard, preview
     )
     return _measure(problem, [[d] for d in chosen], (t_axis,), progress, settings)
 
@@ -228,18 +217,7 @@ def loss_surface(
             raise ArgumentError(f"points and span must be of x and y, got {points!r} and {span!r}.")
         x, y = (make_axis(n, s, spacing) for n, s in zip(counts, spans, strict=True))
     settings = _Settings(
-        also=also,
-        batchnorm=batchnorm,
-        refine=refine,
-        curvature=curvature,
-        marks=marks,
-        trajectory=trajectory,
-        dtype=dtype,
-        device=device,
-        micro_batch=micro_batch,
-        journal=journal,
-        shard=shard,
-        preview=preview,
+        also, batchnorm, refine, curvature, marks, trajectory, dtype, device, micro_batch, journal, shard, preview
     )
     return _measure(problem, [chosen], (x, y), progress, settings)
 
@@ -248,42 +226,28 @@ def _measure(
     problem: Problem, lines: list[list[Direction]], axes: tuple[Array, ...], progress: Progress | None, s: _Settings
 ) -> SliceResult:
     m = Measurement(problem, dtype=s.dtype, device=s.device, micro_batch=s.micro_batch, audited=False, products=False)
-    objective = m.objective
-    objectives = _objectives(objective, s)
+    objective, objectives = m.objective, _objectives(m.objective, s)
     vectors = [d.vector for line in lines for d in line]
     if any(len(v) != objective.num_params for v in vectors):
         raise ArgumentError(
             f"A direction must have a component for each of the {objective.num_params} parameters, got "
             f"{', '.join(str(len(v)) for v in vectors)}. Create it from the same problem."
         )
-    # Before the first forward pass, in which some layers write into their weights.
-    with Perturbation(objective.terms.params) as perturbation:
-        return _measure_on_grid(m, lines, axes, progress, s, objectives, perturbation)
-
-
-def _measure_on_grid(
-    m: Measurement,
-    lines: list[list[Direction]],
-    axes: tuple[Array, ...],
-    progress: Progress | None,
-    s: _Settings,
-    objectives: dict[str, Objective],
-    perturbation: Perturbation,
-) -> SliceResult:
-    objective = m.objective
-    with objective.measuring(products=False):
-        size = s.micro_batch or default_micro_batch(objective)
-    # Before the micro-batch of the derivatives is autotuned, on which the points do not depend.
-    key = "" if s.journal is None else _key(objectives, lines, s, size)
-    name = "points" if s.shard is None else f"shard-{s.shard[0]}-of-{s.shard[1]}"
-    log = PointLog(s.journal, key, 1 + len(axes), 2 * len(objectives), name)
-    slopes, curvatures = slopes_and_curvatures(objective, lines, s.curvature, Journal(s.journal, key))
     with ExitStack() as stack:
+        # Before the first forward pass, in which some layers write into their weights.
+        perturbation = stack.enter_context(Perturbation(objective.terms.params))
+        with objective.measuring(products=False):
+            size = s.micro_batch or default_micro_batch(objective)
+        # Before the micro-batch of the derivatives is autotuned, on which the points do not depend.
+        key = "" if s.journal is None else _key(objectives, lines, s, size)
+        name = "points" if s.shard is None else f"shard-{s.shard[0]}-of-{s.shard[1]}"
+        log = PointLog(s.journal, key, 1 + len(axes), 2 * len(objectives), name)
         stack.callback(log.close)
+        slopes, curvatures = slopes_and_curvatures(objective, lines, s.curvature, Journal(s.journal, key))
         stack.enter_context(m)  # the first of the objectives
-        for each in list(objectives.values())[1:]:
-            stack.enter_context(each.measuring(products=False))
-        others = measure_marks(m.problem, lines, objectives, s.marks or {}, s.trajectory or {}, size)
+        for other in list(objectives.values())[1:]:
+            stack.enter_context(other.measuring(products=False))
+        marks = measure_marks(problem, lines, objectives, s.marks or {}, s.trajectory or {}, size)
         evaluator = PointEvaluator(objectives, lines, s.batchnorm, size, perturbation)
         grid = Grid(evaluator, log, len(lines), axes, len(objectives))
         centre = grid.centre()
@@ -291,21 +255,22 @@ def _measure_on_grid(
 
         def result() -> SliceResult:
             loss, accuracy, status = grid.arrays()
-            provenance = m.provenance(refined=s.refine, repeated=repeated)
             return SliceResult(
                 axes=grid.axes,
                 loss=loss,
                 accuracy=accuracy,
                 status=status,
                 splits=tuple(objectives),
-                directions=tuple(tuple(_direction_dict(d) for d in line) for line in lines),
+                directions=tuple(
+                    tuple({"label": d.label, "length": d.length, **d.settings} for d in line) for line in lines
+                ),
                 centre=centre,
                 slopes=slopes,
                 curvatures=curvatures,
-                marks=others,
+                marks=marks,
                 cost=_cost(list(objectives.values())),
                 provenance={
-                    **provenance,
+                    **m.provenance(refined=s.refine, repeated=repeated),
                     "seed": None,
                     "statistics": s.batchnorm,
                     "cosine": cosine(*lines[0]) if len(axes) == 2 else None,
@@ -314,8 +279,12 @@ def _measure_on_grid(
                 },
             )
 
+        def report(done: int, points: int) -> None:
+            if progress is not None:
+                each = sum(o.num_examples or 0 for o in objectives.values())
+                progress(f"{points} points", done * each, points * each)
+
         preview = s.preview
-        report = _report(progress, objectives)
         grid.fill(report, s.shard, None if preview is None else lambda: preview(result))
         left = s.refine
         while left > 0:
@@ -349,24 +318,11 @@ def _key(objectives: Mapping[str, Objective], lines: list[list[Direction]], s: _
     )
 
 
-def _direction_dict(direction: Direction) -> dict[str, Any]:
-    return {"label": direction.label, "length": direction.length, **direction.settings}
-
-
 def _cost(objectives: Sequence[Objective]) -> Cost:
     """The cost of all splits; gradients are over the first one's examples."""
     first = objectives[0]
     gradients = sum(o.cost_counter.example_gradients for o in objectives) / max(1, first.num_examples or 1)
     return Cost(sum(o.passes for o in objectives), first.hvps, gradients, first.seconds)
-
-
-def _report(progress: Progress | None, objectives: Mapping[str, Objective]) -> Callable[[int, int], None]:
-    def report(done: int, points: int) -> None:
-        if progress is not None:
-            each = sum(o.num_examples or 0 for o in objectives.values())
-            progress(f"{points} points", done * each, points * each)
-
-    return report
 
 
 def slopes_and_curvatures(
