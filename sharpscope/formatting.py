@@ -20,6 +20,12 @@ def with_bound(value: float, lower: float, upper: float) -> str:
     return coarser[0] if coarser else written
 
 
+def with_mark(value: float, lower: float | None, upper: float | None, converged: bool) -> str:
+    """``with_bound`` where there is an interval, else 4 digits; followed by "?" where it has not converged."""
+    text = f"{value:.4g}" if lower is None or upper is None else with_bound(value, lower, upper)
+    return text if converged else f"{text}?"
+
+
 def _rounded(value: float, lower: float, upper: float, last: int) -> tuple[float, int, str]:
     """A half-width in units of ``10^last``, how many there are, and both numbers as text."""
     first, unit = int(np.floor(np.log10(abs(value)))) if value else last, 10.0**last

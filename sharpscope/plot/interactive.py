@@ -72,7 +72,7 @@ def interactive_surface(
     require_comparable(results, grid=True)
     if results[0].dimensions != 2:
         raise DataError("A surface is of planes, but the results are of lines. Use slice_curves.")
-    shown = [r if r.complete else r.finished() for r in results]
+    shown = [r.finished() for r in results]
     at = shared_levels(shown, split=split, quantity=quantity, log=log, clip=clip)
     log = logarithmic(log, quantity)
     scaled = np.log10 if log else np.asarray

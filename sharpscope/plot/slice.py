@@ -78,7 +78,7 @@ def slice_curves(
     require_comparable(results, grid=False)
     if results[0].dimensions != 1:
         raise DataError("Curves are of lines, but the results are planes. Use surface_contour.")
-    shown = [r if r.complete else r.finished() for r in results]
+    shown = [r.finished() for r in results]
     splits = results[0].splits if split is None else (results[0].splits[results[0].split(split)],)
     own = axes is None
     if axes is None:

@@ -200,7 +200,7 @@ def _finished_and_levels(
     """What is finished of the results, and their levels."""
     if any(r.dimensions != 2 for r in results):
         raise DataError("A surface is of planes, but a result is of lines. Use slice_curves.")
-    shown = [r if r.complete else r.finished() for r in results]
+    shown = [r.finished() for r in results]
     if levels is not None and clip is not None:
         raise ArgumentError("clip and levels both say where the scale ends. Leave one of them out.")
     if levels is None:

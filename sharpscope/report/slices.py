@@ -46,7 +46,7 @@ def lines(comparison: Comparison, styles: dict[str, Style], rows: list[Row]) -> 
         return None
     results = [r for _, r in found]
     require_comparable(results, grid=False)
-    shown = [(name, r if r.complete else r.finished()) for name, r in found]
+    shown = [(name, r.finished()) for name, r in found]
     splits, (limits, log) = results[0].splits, _limits([r for _, r in shown])
     bands = len(shown) <= BANDS and any(len(r.directions) > 1 for _, r in shown)
 
@@ -77,7 +77,7 @@ def lines(comparison: Comparison, styles: dict[str, Style], rows: list[Row]) -> 
 
 def between(comparison: Comparison, styles: dict[str, Style], rows: list[Row]) -> PageFigure | None:
     """The loss on the way from one checkpoint to another, with the barrier."""
-    interpolations = [(a, b, r if r.complete else r.finished()) for a, b, r in comparison.between]
+    interpolations = [(a, b, r.finished()) for a, b, r in comparison.between]
     if not interpolations:
         return None
     require_comparable([r for _, _, r in interpolations], grid=False)
@@ -223,7 +223,7 @@ def planes(comparison: Comparison, styles: dict[str, Style], rows: list[Row]) ->
 
 def _surfaces(comparison: Comparison) -> list[tuple[str, SliceResult]]:
     found = [(s.name, s.surface) for s in comparison.subjects if s.surface is not None and s.surface.dimensions == 2]
-    return [(name, r if r.complete else r.finished()) for name, r in found]
+    return [(name, r.finished()) for name, r in found]
 
 
 def _levels(results: list[SliceResult]) -> tuple[Array, bool]:

@@ -104,7 +104,10 @@ class DensityResult(RowResult):
         )
 
     def _share_below(self, at: float) -> Array:
-        return cumulative_shares(self.nodes, self.weights, at, STEP_WIDTHS * self.width)
+        """The share of eigenvalues below ``at`` by each probe (K,), each node's step softened to STEP_WIDTHS widths."""
+        width = STEP_WIDTHS * self.width
+        steps = [0.5 * math.erfc((node - at) / (width * math.sqrt(2))) for node in self.nodes.ravel()]
+        return np.asarray((self.weights * np.reshape(steps, self.nodes.shape)).sum(1))
 
     @property
     def width(self) -> float:
@@ -136,7 +139,12 @@ class DensityResult(RowResult):
         chosen = self.width if width is None else float(width)
         if not chosen > 0 or not 0 < confidence < 1:
             raise DataError(f"width must be positive and confidence between 0 and 1, got {width} and {confidence}.")
-        return smooth(self.nodes, self.weights, chosen, confidence, grid)
+        at = _default_grid(self.nodes[self.weights > 0], chosen) if grid is None else np.asarray(grid, float)
+        probes = zip(self.nodes, self.weights, strict=True)
+        draws = np.stack([_gaussian_mixture(at, nodes[w > 0], w[w > 0], chosen) for nodes, w in probes])
+        half = student(confidence, len(draws) - 1) * draws.std(0, ddof=1) / np.sqrt(len(draws))
+        mean = draws.mean(0)
+        return Curve(at, mean, np.maximum(mean - half, 0), mean + half, chosen, confidence)
 
     def _derived_values(self) -> dict[str, Any]:
         return {**{name: getattr(self, name) for name in self.derived}, "curve": self.curve()}
@@ -189,23 +197,7 @@ class Curve:
     confidence: float
 
 
-def smooth(nodes: Array, weights: Array, width: float, confidence: float, grid: Array | None) -> Curve:
-    """The mean of K draws ``sum_j w_j delta(t - node_j)``, convolved with a Gaussian, and a t-interval over draws."""
-    at = default_grid(nodes[weights > 0], width) if grid is None else np.asarray(grid, float)
-    draws = np.stack([_gaussian_mixture(at, n[w > 0], w[w > 0], width) for n, w in zip(nodes, weights, strict=True)])
-    count = len(draws)
-    half = student(confidence, count - 1) * draws.std(0, ddof=1) / np.sqrt(count)
-    mean = draws.mean(0)
-    return Curve(at, mean, np.maximum(mean - half, 0), mean + half, width, confidence)
-
-
-def cumulative_shares(nodes: Array, weights: Array, at: float, width: float) -> Array:
-    """The integral of each draw (K,), smoothed to ``width``, from minus infinity to ``at``."""
-    steps = [0.5 * math.erfc((node - at) / (width * math.sqrt(2))) for node in nodes.ravel()]
-    return np.asarray((weights * np.reshape(steps, nodes.shape)).sum(1))
-
-
-def default_grid(points: Array, width: float) -> Array:
+def _default_grid(points: Array, width: float) -> Array:
     """A grid around all points, without the empty stretches between far ones: an outlier must not cost a million."""
     ends = np.sort(points)
     cuts = np.flatnonzero(np.diff(ends) > 2 * GRID_MARGIN * width)

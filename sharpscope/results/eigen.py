@@ -157,19 +157,23 @@ class EigenResult(RowResult):
         return str(self.provenance.get("which", "largest"))
 
     @property
+    def _has_largest(self) -> bool:
+        return self.which in ("largest", "both")
+
+    @property
     def lambda_max(self) -> float:
         """The largest eigenvalue.
 
         Raises: DataError when it was not measured.
         """
-        if self.which not in ("largest", "both"):
+        if not self._has_largest:
             raise DataError(f"lambda_max was not measured, with which={self.which!r}. Measure which='largest'.")
         return float(self.eigenvalues[0])
 
     @property
     def ratio(self) -> Ratio:
         """``lambda_max / lambda_k``, with an interval from both eigenvalues' intervals."""
-        if self.which not in ("largest", "both"):
+        if not self._has_largest:
             return Ratio(len(self.eigenvalues), None, None, None, "these are not the largest eigenvalues")
         k = len(self.eigenvalues) // (2 if self.which == "both" else 1)
         return Ratio.of(self.eigenvalues[:k], self.lower[:k], self.upper[:k])
@@ -185,7 +189,7 @@ class EigenResult(RowResult):
         return named.get(self.which, up if self.which == "largest" else [f"lambda_({i})" for i in range(1, count + 1)])
 
     def _derived_values(self) -> dict[str, Any]:
-        return {"lambda_max": self.lambda_max if self.which in ("largest", "both") else None, "ratio": self.ratio}
+        return {"lambda_max": self.lambda_max if self._has_largest else None, "ratio": self.ratio}
 
     def save(self, path: str | os.PathLike[str], *, vectors: bool = False) -> None:
         """Write JSON to ``path``, atomically, and with ``vectors`` the eigenvectors beside it as ``.npz``.
@@ -228,7 +232,7 @@ class EigenResult(RowResult):
         cells = zip_longest(*(r._eigenvalue_cells() for r in results), fillvalue="")
         columns: dict[str, Sequence[str]] = dict(zip(labels, cells, strict=True))
         ks = {r.ratio.k for r in results}
-        if max(ks) > 1 and ends <= {"largest", "both"}:
+        if max(ks) > 1 and results[0]._has_largest:
             if len(ks) == 1:
                 columns[f"lambda_max/lambda_{ks.pop()}"] = [r._ratio_cell() for r in results]
             else:
@@ -249,7 +253,7 @@ class EigenResult(RowResult):
     def _notes(self) -> list[str]:
         # Of a sample what it leaves open is more than the bounds in the table, and comes first.
         notes = [_sampling_note(self), *origin_notes(self.provenance), _missed_note(self), _certificate_note(self)]
-        if self.ratio.value is None and self.ratio.k > 1 and self.which in ("largest", "both"):
+        if self.ratio.value is None and self.ratio.k > 1 and self._has_largest:
             notes.append(f"no ratio, since {self.ratio.reason}.")
         if not self.converged.all():
             missing = np.flatnonzero(~self.converged)

@@ -98,31 +98,28 @@ class BlockResult(CheckpointResult):
         return [Estimate(float(part), float(error)) for part, error in zip(parts, errors, strict=True)]
 
     @classmethod
-    def _columns(cls) -> dict[str, str]:
+    def _block_keys(cls) -> dict[str, str]:
         """The fields with an entry a block, and each one's key in a block's object."""
         hints = annotations_of(cls)
         return {name: _RENAMED.get(name, name) for name in cls._json_fields() if BLOCKS in metadata_of(hints[name])}
 
     @classmethod
     def _json_keys(cls) -> tuple[str, ...]:
-        return ("blocks", *(key for key in super()._json_keys() if key not in cls._columns()))
+        return ("blocks", *(key for key in super()._json_keys() if key not in cls._block_keys()))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values: an object a block, with its share of the trace."""
-        values, columns = super().to_dict(), self._columns()
-        rows = zip(*(values.pop(name) for name in columns), strict=True)
-        blocks = [dict(zip(columns.values(), row, strict=True)) for row in rows]
-        shares = self.shares
-        for i, block in enumerate(blocks):
-            block["share"] = None if shares is None else as_json(shares[i])
+        values, keys = super().to_dict(), self._block_keys()
+        columns = {key: values.pop(name) for name, key in keys.items()}
+        columns["share"] = [None] * len(self.names) if self.shares is None else as_json(self.shares)
+        blocks = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return {**values, "blocks": blocks}
 
     @classmethod
     def _parse(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         blocks = parse_value(tuple[Mapping[str, Any], ...], values["blocks"], "blocks")
-        known = {name: key for name, key in cls._columns().items() if any(key in block for block in blocks)}
-        columns = {name: [block[key] for block in blocks] for name, key in known.items()}
-        return super()._parse({**values, **columns})
+        known = {name: key for name, key in cls._block_keys().items() if any(key in block for block in blocks)}
+        return super()._parse({**values, **{name: [block[key] for block in blocks] for name, key in known.items()}})
 
     @classmethod
     def _table(cls, results: Sequence[BlockResult], names: Sequence[str]) -> Table:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
 from sharpscope.errors import DataError, nearest
-from sharpscope.formatting import with_bound
+from sharpscope.formatting import with_mark
 from sharpscope.results.base import Cost
 from sharpscope.results.serialization import MaybeNaN, Shape
 from sharpscope.results.side_by_side import CheckpointResult
@@ -97,10 +97,7 @@ class Measure:
         return ", ".join([{"pac-bayes": "pac-bayes 1/sigma^2"}.get(self.name, self.name), *parts])
 
     def __str__(self) -> str:
-        sure = "" if self.converged else "?"
-        if self.lower is None or self.upper is None:
-            return f"{self.value:.4g}{sure}"
-        return f"{with_bound(self.value, self.lower, self.upper)}{sure}"
+        return with_mark(self.value, self.lower, self.upper, self.converged)
 
 
 @dataclass(frozen=True)

@@ -179,10 +179,12 @@ class SliceResult(CheckpointResult):
         return float(rise.max()) if np.isfinite(rise).all() else float("inf")
 
     def finished(self) -> SliceResult:
-        """The coarser grid whose points are all done or diverged: a preview of an unfinished slice.
+        """The slice itself where no point is pending, else the coarser grid that is done, which previews it.
 
         Raises: DataError when there is none with two points on each axis.
         """
+        if self.complete:
+            return self
         pending = (self.status == PENDING).any(axis=0)
         keep = [np.arange(len(a)) for a in reversed(self.axes)]
         while pending[np.ix_(*keep)].any():

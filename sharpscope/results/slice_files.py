@@ -56,10 +56,8 @@ def to_vtk(result: SliceResult, path: str | os.PathLike[str], line: int | None =
         raise ArgumentError(f"line must be from 0 to {len(result.directions) - 1}, got {line}.")
     axes = [*result.axes, *[np.zeros(1)] * (3 - result.dimensions)]
     # The format's title is one line of at most 256 characters.
-    title = f"{result.provenance.get('checkpoint') or 'model'}: {describe_directions(result, line)}".replace("\n", " ")[
-        :255
-    ]
-    text = ["# vtk DataFile Version 3.0", title, "ASCII", "DATASET RECTILINEAR_GRID"]
+    title = f"{result.provenance.get('checkpoint') or 'model'}: {describe_directions(result, line)}".replace("\n", " ")
+    text = ["# vtk DataFile Version 3.0", title[:255], "ASCII", "DATASET RECTILINEAR_GRID"]
     text.append(f"DIMENSIONS {' '.join(str(len(a)) for a in axes)}")
     for name, a in zip("XYZ", axes, strict=True):
         text += [f"{name}_COORDINATES {len(a)} double", _numbers(a)]
@@ -68,7 +66,9 @@ def to_vtk(result: SliceResult, path: str | os.PathLike[str], line: int | None =
     for split, name in enumerate(result.splits):
         for what, values in (("loss", result.loss), ("accuracy", result.accuracy)):
             scalars = np.where(pending, np.nan, values[split, line])
-            text += [f"SCALARS {_vtk_name(name)}_{what} double 1", "LOOKUP_TABLE default", _numbers(scalars)]
+            # A name has no spaces in this format.
+            column = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}_{what}"
+            text += [f"SCALARS {column} double 1", "LOOKUP_TABLE default", _numbers(scalars)]
     text += ["SCALARS status int 1", "LOOKUP_TABLE default", " ".join(str(int(s)) for s in result.status[line].flat)]
     with atomic(path) as temporary:
         temporary.write_text("\n".join(text) + "\n", encoding="ascii", errors="replace")
@@ -78,12 +78,8 @@ def _numbers(values: Array) -> str:
     return " ".join(repr(float(v)) for v in values.flat)
 
 
-def _vtk_name(name: str) -> str:
-    """A name as VTK takes it, without spaces."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
-
-
 SPLITS = ("train", "test")
+_KEYS = {"xcoordinates", "ycoordinates", *(f"{split}_{what}" for split in SPLITS for what in ("loss", "acc"))}
 
 
 def read_loss_landscape(path: str | os.PathLike[str]) -> SliceResult:
@@ -105,7 +101,7 @@ def read_loss_landscape(path: str | os.PathLike[str]) -> SliceResult:
         raise ArgumentError("Reading .h5 files needs h5py. Run pip install 'sharpscope[h5]'.") from error
     try:
         with h5py.File(path, "r") as file:
-            arrays = {key: np.asarray(file[key][()], dtype=np.float64) for key in file if _is_known_key(key)}
+            arrays = {key: np.asarray(file[key][()], dtype=np.float64) for key in file if key in _KEYS}
             directions_file = file["dir_file"][()] if "dir_file" in file else b""
     except (OSError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} must be an h5 file of loss-landscape; problem: {error}.") from error
@@ -148,10 +144,6 @@ def read_loss_landscape(path: str | os.PathLike[str]) -> SliceResult:
     )
 
 
-def _is_known_key(key: str) -> bool:
-    return key in ("xcoordinates", "ycoordinates") or key in {f"{s}_{w}" for s in SPLITS for w in ("loss", "acc")}
-
-
 def _grid(values: Array, shape: tuple[int, ...], path: Any) -> Array:
     if values.size != np.prod(shape):
         raise DataError(
@@ -178,10 +170,8 @@ def _parse_file_name(name: str, count: int) -> tuple[str, list[dict[str, Any]]]:
         direction: dict[str, Any] = {"label": f"direction {axis}", "length": None, "kind": "unknown"}
         # Only a random direction has a norm beside it: one towards another model is named after that.
         if norm is not None:
+            fixed = "fixed" if ignored and ignored[1] == "biasbn" else "copied"
             direction |= {"label": f"random direction {axis}", "kind": "random", "normalisation": norm[1]}
-            direction |= {
-                "seed": "unknown",
-                "one_dimensional": "fixed" if ignored and ignored[1] == "biasbn" else "copied",
-            }
+            direction |= {"seed": "unknown", "one_dimensional": fixed}
         directions.append(direction)
     return (found[1] if found else ""), directions

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sharpscope.errors import DataError
-from sharpscope.formatting import with_bound
+from sharpscope.formatting import with_bound, with_mark
 from sharpscope.results.serialization import Array
 
 
@@ -240,10 +240,7 @@ def _interval_95(cell: Cell) -> tuple[float, float] | None:
     if cell.lower is None or cell.upper is None:
         return None
     reach = INTERVAL_KINDS[cell.interval].reach if cell.interval in INTERVAL_KINDS else 1.0
-    return (
-        cell.value - reach * (cell.value - cell.lower),
-        cell.value + reach * (cell.upper - cell.value),
-    )
+    return cell.value - reach * (cell.value - cell.lower), cell.value + reach * (cell.upper - cell.value)
 
 
 NUMERICAL = "bound on the numerical error"
@@ -336,7 +333,4 @@ class Cell:
     data: str = ""
 
     def __str__(self) -> str:
-        mark = "" if self.converged else "?"
-        if self.lower is None or self.upper is None:
-            return f"{self.value:.4g}{mark}"
-        return f"{with_bound(self.value, self.lower, self.upper)}{mark}"
+        return with_mark(self.value, self.lower, self.upper, self.converged)

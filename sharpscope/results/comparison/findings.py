@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 from sharpscope.results.comparison.rows import Row
 from sharpscope.results.comparison.subject import Interpolation, Subject, group_subjects
-from sharpscope.results.slice import PENDING, SliceResult
 from sharpscope.results.statistics import EXACT, INTERVAL_KINDS, NO_INTERVAL, PAIRS, Cell, Difference
 from sharpscope.results.table import typed_value
 
@@ -89,7 +88,9 @@ def _checkpoint_findings(subjects: Sequence[Subject], rows: Sequence[Row]) -> li
             relation = f" times that of {first.name}" if is_ratio else f" in {first.name}"
             sentences.append(f"{quantity} of {subject.name} is {each}{relation}; {certainty}.")
     if others:
-        general = "SAM" if any(map(_by_sam, subjects)) else "the ways they were trained"
+        recipes = [typed_value(subject.provenance, "recipe", Mapping) or {} for subject in subjects]
+        by_sam = any(recipe.get("rho") is not None for recipe in recipes)
+        general = "SAM" if by_sam else "the ways they were trained"
         sentences.append(f"One run each: this says nothing of {general} in general.")
     return sentences
 
@@ -108,10 +109,6 @@ def _certainty(one: Cell, two: Cell, significant: bool | None, first: str, secon
         return f"no interval ({reason}), so that nothing is shown" if reason else "not both have an interval"
     relation = INTERVAL_KINDS[one.interval].describe(significant)
     return relation if significant else f"{relation}: no difference is shown"
-
-
-def _by_sam(subject: Subject) -> bool:
-    return (typed_value(subject.provenance, "recipe", Mapping) or {}).get("rho") is not None
 
 
 def _barrier_findings(between: Sequence[Interpolation]) -> list[str]:
@@ -144,11 +141,7 @@ def _warnings(subjects: Sequence[Subject], rows: Sequence[Row]) -> list[str]:
         ]
         if unsure:
             sentences.append(f"Not converged: {'; '.join(unsure)}.")
-    unfinished = [s.name for s in subjects if any(map(_pending, (s.line, s.surface)))]
+    unfinished = [s.name for s in subjects if any(r is not None and not r.complete for r in (s.line, s.surface))]
     if unfinished:
         sentences.append(f"Slices are unfinished of {', '.join(unfinished)}.")
     return sentences
-
-
-def _pending(result: SliceResult | None) -> bool:
-    return result is not None and bool((result.status == PENDING).any())
