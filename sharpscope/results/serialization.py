@@ -320,14 +320,6 @@ def _abbreviated(value: Any) -> str:
     return repr(value)[:40] if isinstance(value, str | int | float | NoneType) else f"a {type(value).__name__}"
 
 
-def require_json_name(path: str | os.PathLike[str]) -> None:
-    """Raise OutputError where ``path`` has the suffix of the arrays, .npz."""
-    if Path(path).suffix == ".npz":
-        raise OutputError(
-            f"The result is JSON, and its vectors are stored next to it as .npz, got {path}. Name it .json."
-        )
-
-
 def arrays_path(path: str | os.PathLike[str]) -> Path:
     """Return the path of a JSON file's .npz: ``sgd.npz`` for ``sgd.json``, ``run.1.npz`` for ``run.1``."""
     place = Path(path)
@@ -341,10 +333,12 @@ def write_json(
 
     Raises: OutputError when it cannot be written, or ``path`` is named for the arrays.
     """
-    require_json_name(path)
+    if Path(path).suffix == ".npz":
+        raise OutputError(
+            f"The result is JSON, and its vectors are stored next to it as .npz, got {path}. Name it .json."
+        )
     if arrays is not None:
-        # As keywords, mypy would take them for savez's own.
-        given: dict[str, Any] = dict(arrays)
+        given: dict[str, Any] = dict(arrays)  # mypy would take the values for savez's own keywords
         with atomic(arrays_path(path)) as temporary, open(temporary, "wb") as file:
             np.savez(file, **given)
     with atomic(path) as temporary:

@@ -311,14 +311,14 @@ class PointEvaluator:
         perturbation: Perturbation,
     ) -> None:
         self._objectives = list(objectives.values())
-        first = self._objectives[0]
-        self._terms = first.terms
+        first, terms = self._objectives[0], self._objectives[0].terms
         self._evaluations = [Evaluation(objective, micro_batch) for objective in self._objectives]
         changes = [[d.statistics for d in line] for line in lines]
         self._statistics = [
-            BatchNormStatistics(first.terms.model, batchnorm, change, first.problem.mode) for change in changes
+            BatchNormStatistics(terms.model, batchnorm, change, first.problem.mode) for change in changes
         ]
-        self._lines = [[self._moves(d) for d in line] for line in lines]
+        # As tensors like the weights.
+        self._lines = [[views(d.vector.to(terms.device, terms.dtype), terms.params) for d in line] for line in lines]
         self._perturbation = perturbation
 
     def evaluate(self, line: int, coefficients: Sequence[float]) -> list[float]:
@@ -335,10 +335,6 @@ class PointEvaluator:
             self._objectives[0].add_cost(FORWARD * self._evaluations[0].examples)
             self._objectives[0].cost_counter.passes += 1
         return values
-
-    def _moves(self, direction: Direction) -> list[Tensor]:
-        """d as tensors of the shapes of the weights."""
-        return views(direction.vector.to(self._terms.device, self._terms.dtype), self._terms.params)
 
     @torch.no_grad()
     def _move(self, line: int, coefficients: Sequence[float]) -> None:

@@ -71,7 +71,9 @@ class Grid:
         if shard is not None:
             points = points[shard[0] - 1 :: shard[1]]
         for done, (line, coordinates) in enumerate(points, start=1):
-            self._evaluate(line, coordinates)
+            point = (float(line), *coordinates)
+            if point not in self._log:
+                self._log.add(point, self._evaluator.evaluate(line, coordinates))
             report(done, len(points))
             if preview is not None:
                 preview()
@@ -101,11 +103,6 @@ class Grid:
     @property
     def _shape(self) -> tuple[int, ...]:
         return tuple(len(a) for a in reversed(self.axes))
-
-    def _evaluate(self, line: int, coordinates: tuple[float, ...]) -> None:
-        point = (float(line), *coordinates)
-        if point not in self._log:
-            self._log.add(point, self._evaluator.evaluate(line, coordinates))
 
 
 Array = NDArray[np.float64]
