@@ -20,10 +20,10 @@ def with_bound(value: float, lower: float, upper: float) -> str:
     return coarser[0] if coarser else written
 
 
-def with_mark(value: float, lower: float | None, upper: float | None, converged: bool) -> str:
-    """``with_bound`` where there is an interval, else 4 digits; followed by "?" where it has not converged."""
+def with_mark(value: float, lower: float | None, upper: float | None, converged: bool, mark: str = "?") -> str:
+    """``with_bound`` where there is an interval, else 4 digits; followed by ``mark`` where it has not converged."""
     text = f"{value:.4g}" if lower is None or upper is None else with_bound(value, lower, upper)
-    return text if converged else f"{text}?"
+    return text if converged else text + mark
 
 
 def _rounded(value: float, lower: float, upper: float, last: int) -> tuple[float, int, str]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
-from sharpscope.formatting import with_bound
+from sharpscope.formatting import with_mark
 from sharpscope.results.base import Cost
 from sharpscope.results.serialization import (
     IN_NPZ,
@@ -240,15 +240,15 @@ class EigenResult(RowResult):
         return columns
 
     def _eigenvalue_cells(self) -> list[str]:
-        intervals = zip(self.eigenvalues, self.lower, self.upper, self.converged, strict=True)
-        return [with_bound(value, low, up) + ("" if sure else " ?") for value, low, up, sure in intervals]
+        cells = zip(self.eigenvalues, self.lower, self.upper, self.converged, strict=True)
+        return [with_mark(value, lower, upper, sure, " ?") for value, lower, upper, sure in cells]
 
     def _ratio_cell(self) -> str:
         ratio = self.ratio
         if ratio.value is None:
             return "-"
-        sure = self.converged[0] and self.converged[ratio.k - 1]
-        return with_bound(ratio.value, ratio.lower or 0.0, ratio.upper or np.inf) + ("" if sure else " ?")
+        sure = bool(self.converged[0] and self.converged[ratio.k - 1])
+        return with_mark(ratio.value, ratio.lower, ratio.upper, sure, " ?")
 
     def _notes(self) -> list[str]:
         # Of a sample what it leaves open is more than the bounds in the table, and comes first.
@@ -292,9 +292,8 @@ def _certificate_note(result: EigenResult) -> str:
     if proof["probability"] > MAX_MISS_PROBABILITY:
         return f"NO CERTIFICATE: after {proof['runs']} runs one above {proof['above']:.4g} is not excluded."
     where = f"above {proof['above']:.4g} (lambda_{result.ratio.k} + {proof['eps']:g} lambda_max)"
-    return f"certificate, {proof['steps']} steps: one {where} was missed with probability at most " + (
-        f"{_percent(proof['probability'])}."
-    )
+    missed = _percent(proof["probability"])
+    return f"certificate, {proof['steps']} steps: one {where} was missed with probability at most {missed}."
 
 
 def _sampling_note(result: EigenResult) -> str:

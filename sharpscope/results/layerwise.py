@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
-from sharpscope.formatting import with_bound
+from sharpscope.formatting import with_mark
 from sharpscope.results.base import Cost
 from sharpscope.results.serialization import Array, Shape, annotations_of, as_json, metadata_of, parse_value
 from sharpscope.results.side_by_side import CheckpointResult
@@ -134,7 +134,7 @@ class BlockResult(CheckpointResult):
     def _rows(self) -> list[list[str]]:
         rows, shares = [["block", "parameters", "lambda_max", "trace", "share"]], self.shares
         for i, name in enumerate(self.names):
-            top = with_bound(self.lambda_max[i], self.lower[i], self.upper[i]) + ("" if self.converged[i] else " ?")
+            top = with_mark(self.lambda_max[i], self.lower[i], self.upper[i], self.converged[i], " ?")
             trace = Estimate(float(self.traces[i]), float(self.trace_errors[i]))
             # 0.0 is added, lest a share of -1e-9 be shown as -0.0.
             share = "-" if shares is None else f"{round(100 * shares[i].value, 1) + 0.0:.1f} %"

@@ -170,9 +170,7 @@ def spread(values: Sequence[float], *, log: bool = False) -> Spread:
     mean, half = float(found.mean()), None
     if _varies(found):
         half = student(CONFIDENCE, len(found) - 1) * float(found.std(ddof=1)) / math.sqrt(len(found))
-    back = math.exp if log else float
-    lower, upper = (None, None) if half is None else (back(mean - half), back(mean + half))
-    return Spread(back(mean), lower, upper, len(found))
+    return Spread(*_interval(mean, half, log), len(found))
 
 
 def difference(
@@ -198,10 +196,14 @@ def difference(
         weights = sum(variance**2 / (len(x) - 1) for variance, x in zip(variances, (a, b), strict=True))
         freedom = max(1, int(sum(variances) ** 2 / weights)) if weights else min(len(a), len(b)) - 1
     half = student(CONFIDENCE, freedom) * error if freedom and _varies(np.concatenate([a, b])) else None
-    back = math.exp if ratio else float
-    lower, upper = (None, None) if half is None else (back(mean - half), back(mean + half))
     runs, by = (len(a), PAIRS) if paired else (len(a) + len(b), WELCH)
-    return Difference(back(mean), lower, upper, ratio, by, runs, freedom)
+    return Difference(*_interval(mean, half, ratio), ratio, by, runs, freedom)
+
+
+def _interval(mean: float, half: float | None, log: bool) -> tuple[float, float | None, float | None]:
+    """A value with the ends of its interval, if any; ``log``: from the mean of logarithms."""
+    back = math.exp if log else float
+    return (back(mean), None, None) if half is None else (back(mean), back(mean - half), back(mean + half))
 
 
 def _varies(values: Array) -> bool:

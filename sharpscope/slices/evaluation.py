@@ -242,18 +242,14 @@ class BatchNormStatistics:
             )
         self.treatment, self._changes = treatment, changes
         self._centre = running_statistics(model) if treatment == "interpolate" else {}
-        if self._centre:
-            self._require_changes()
         buffers = dict(model.named_buffers())
         self._written = [buffers[name] for name in self._centre]
-
-    def _require_changes(self) -> None:
-        if not all(self._changes):
+        if self._centre and not all(changes):
             raise ArgumentError(
                 "batchnorm='interpolate' needs directions towards other checkpoints, whose statistics are known. "
                 "Pass batchnorm='recalibrate'."
             )
-        if any(set(change) != set(self._centre) for change in self._changes):
+        if self._centre and any(set(change) != set(self._centre) for change in changes):
             raise ArgumentError(
                 "batchnorm='interpolate' needs running statistics in the same layers of all networks, but one lacks "
                 "some. Pass batchnorm='recalibrate'."

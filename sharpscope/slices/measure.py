@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -245,7 +245,8 @@ def _measure(
         stack.callback(log.close)
         slopes, curvatures = slopes_and_curvatures(objective, lines, s.curvature, Journal(s.journal, key))
         stack.enter_context(m)  # the first of the objectives
-        for other in list(objectives.values())[1:]:
+        _, *others = objectives.items()
+        for _, other in others:
             stack.enter_context(other.measuring(products=False))
         marks = measure_marks(problem, lines, objectives, s.marks or {}, s.trajectory or {}, size)
         evaluator = PointEvaluator(objectives, lines, s.batchnorm, size, perturbation)
@@ -268,14 +269,14 @@ def _measure(
                 slopes=slopes,
                 curvatures=curvatures,
                 marks=marks,
-                cost=_cost(list(objectives.values())),
+                cost=_cost(objective, objectives.values()),
                 provenance={
                     **m.provenance(refined=s.refine, repeated=repeated),
                     "seed": None,
                     "statistics": s.batchnorm,
                     "cosine": cosine(*lines[0]) if len(axes) == 2 else None,
                     "micro_batch": "loader" if objective.keeps_batches else size,
-                    "also": {name: each.num_examples for name, each in list(objectives.items())[1:]},
+                    "also": {name: other.num_examples for name, other in others},
                 },
             )
 
@@ -318,9 +319,8 @@ def _key(objectives: Mapping[str, Objective], lines: list[list[Direction]], s: _
     )
 
 
-def _cost(objectives: Sequence[Objective]) -> Cost:
+def _cost(first: Objective, objectives: Collection[Objective]) -> Cost:
     """The cost of all splits; gradients are over the first one's examples."""
-    first = objectives[0]
     gradients = sum(o.cost_counter.example_gradients for o in objectives) / max(1, first.num_examples or 1)
     return Cost(sum(o.passes for o in objectives), first.hvps, gradients, first.seconds)
 
