@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from sharpscope.atomic_io import atomic
     from sharpscope.errors import ArgumentError, OutputError, nearest
     from sharpscope.results import side_by_side
-    from sharpscope.results.slice_files import to_csv, to_vtk
+    from sharpscope.results.slice_exchange import to_csv, to_vtk
 
     out = Path(args.out)
     if out.suffix not in (*options.FIGURES, *DATA):
@@ -145,7 +145,7 @@ def _read(path: str) -> SliceResult:
     from sharpscope.results import SliceResult
 
     if Path(path).suffix in H5:
-        from sharpscope.results.slice_files import read_loss_landscape
+        from sharpscope.results.slice_exchange import read_loss_landscape
 
         return read_loss_landscape(path)
     return SliceResult.load(path)

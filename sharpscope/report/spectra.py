@@ -23,7 +23,7 @@ from sharpscope.report.drawing import (
 )
 from sharpscope.results.comparison import Comparison, Subject
 from sharpscope.results.comparison.rows import Row
-from sharpscope.results.density import DensityResult
+from sharpscope.results.density_and_trace import DensityResult
 from sharpscope.results.statistics import Cell
 
 if TYPE_CHECKING:

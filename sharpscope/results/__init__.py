@@ -2,14 +2,14 @@
 
 from sharpscope.results.base import Cost
 from sharpscope.results.comparison import Comparison
-from sharpscope.results.density import Curve, DensityResult, TraceResult
+from sharpscope.results.density_and_trace import Curve, DensityResult, TraceResult
 from sharpscope.results.eigen import EigenResult, Ratio
 from sharpscope.results.layerwise import BlockResult
 from sharpscope.results.monitor import MonitorRecord, MonitorResult
 from sharpscope.results.sharpness import InvarianceResult, Measure, SharpnessResult
 from sharpscope.results.side_by_side import side_by_side
 from sharpscope.results.slice import Mark, SliceResult
-from sharpscope.results.slice_files import read_loss_landscape, to_csv, to_vtk
+from sharpscope.results.slice_exchange import read_loss_landscape, to_csv, to_vtk
 from sharpscope.results.statistics import Estimate
 from sharpscope.results.table import Table
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sharpscope.results.comparison.subject import Subject, group_subjects, pair_runs
-from sharpscope.results.density import TraceResult
+from sharpscope.results.density_and_trace import TraceResult
 from sharpscope.results.eigen import EigenResult
 from sharpscope.results.serialization import as_json
 from sharpscope.results.sharpness import Measure, SharpnessResult

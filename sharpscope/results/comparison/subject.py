@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sharpscope.results.base import Cost, total_cost
-from sharpscope.results.density import DensityResult, TraceResult
+from sharpscope.results.density_and_trace import DensityResult, TraceResult
 from sharpscope.results.eigen import EigenResult
 from sharpscope.results.serialization import MaybeNaN, as_json
 from sharpscope.results.sharpness import SharpnessResult
