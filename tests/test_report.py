@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import html
 import re
 import sys
 from dataclasses import replace
@@ -13,8 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from comparisons import groups, plane, subject, two
+from sharpscope import Problem, measure_sharpness
 from sharpscope.report import page
 from sharpscope.report.drawing import THEMED
 from sharpscope.report.numbers import digits
@@ -164,6 +168,20 @@ def test_the_figures_are_those_that_the_data_allow() -> None:
     tree = Tree(page(Comparison(subjects=(bare,))))
     assert not tree.all("figure")
     assert "Figures" not in [e["text"] for e in tree.all("h2")]
+
+
+def test_the_edge_of_sam_is_drawn_where_it_was_measured() -> None:
+    """The caption names the triangle at SAM's edge for a checkpoint trained by SAM, not for one trained by SGD."""
+    data = (torch.randn(20, 3), torch.arange(20) % 2)
+    recipe = {"lr": 0.1, "optimizer": "sgd"}
+    captions = []
+    for rho in (0.05, None):
+        problem = Problem(
+            model=nn.Linear(3, 2), loss=nn.CrossEntropyLoss(), data=data, provenance={"recipe": {**recipe, "rho": rho}}
+        )
+        subject = replace(two().subjects[0], sharpness=measure_sharpness(problem, "edge"))
+        captions.append(page(Comparison(subjects=(subject,))))
+    assert ["triangle: SAM's edge" in html.unescape(text) for text in captions] == [True, False]
 
 
 def test_slices_that_were_not_measured_alike_leave_a_sentence_in_place_of_a_figure() -> None:

@@ -9,7 +9,7 @@ from sharpscope.report.drawing import PAIR, QUIET, PageFigure, Panel, Style, gro
 from sharpscope.report.spectra import label_rows
 from sharpscope.results.comparison import Comparison, Subject
 from sharpscope.results.comparison.rows import Row
-from sharpscope.results.sharpness import Measure
+from sharpscope.results.sharpness import SAM_EDGE, SGD_EDGE, Measure
 from sharpscope.results.statistics import spread
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def edge(comparison: Comparison, styles: dict[str, Style], rows: list[Row]) -> P
         return None
     beyond = max(found, key=lambda entry: entry[1].value)
     description = "; ".join(
-        f"{s.name}: lambda_max {m.settings['lambda_max']:.4g}, edge {m.settings[PLAIN]:.4g}, {m.value:.2g} of it"
+        f"{s.name}: lambda_max {m.settings['lambda_max']:.4g}, edge {m.settings[SGD_EDGE]:.4g}, {m.value:.2g} of it"
         for s, m in found
     )
     drawing = panel(
@@ -133,28 +133,25 @@ def edge(comparison: Comparison, styles: dict[str, Style], rows: list[Row]) -> P
         (1.6 * PAIR[0], 1.1 + 0.27 * len(found)),
         "",
     )
-    with_sam = any(m.settings.get(WITH_SAM) for _, m in found)
+    with_sam = "; triangle: SAM's edge" if any(m.settings.get(SAM_EDGE) for _, m in found) else ""
     caption = (
         "Filled: lambda_max. Bar: SGD's edge of stability 2 (1 + momentum) / lr, beyond which a quadratic would make "
-        f"this step size diverge (Cohen et al. 2021){'; triangle: that of SAM without momentum' if with_sam else ''}. "
+        f"this step size diverge (Cohen et al. 2021){with_sam}. "
         "At the learning rate in force when the checkpoint was written: at the end of a schedule that goes to zero the "
         "edge is far away whatever the network."
     )
     return PageFigure("edge", "Edge of stability", (drawing,), caption, "wide")
 
 
-PLAIN, WITH_SAM = "SGD's edge", "SAM's edge without momentum"
-
-
 def _draw_edges(axes: Axes, found: list[tuple[Subject, Measure]], styles: dict[str, Style]) -> None:
     axes.set_xscale("log")
     for y, (s, m) in enumerate(found):
         style, top = styles[s.name], float(m.settings["lambda_max"])
-        limit = float(m.settings[PLAIN])
+        limit = float(m.settings[SGD_EDGE])
         if math.isfinite(limit):
             axes.plot([top, limit], [y, y], color=QUIET, linewidth=0.7)
             axes.plot(limit, y, marker="|", markersize=11, markeredgewidth=2, color=QUIET)
-        sam = m.settings.get(WITH_SAM)
+        sam = m.settings.get(SAM_EDGE)
         if sam and math.isfinite(sam):
             axes.plot(sam, y, marker="v", color=QUIET, fillstyle="none")
         axes.plot(top, y, marker=style.marker, color=style.colour, markersize=6)

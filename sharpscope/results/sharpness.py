@@ -29,6 +29,9 @@ DEFINITIONS = {
     "alignment": "|cosine| with the Hessian's top eigenvector (Long and Bartlett 2024)",
 }
 
+# Settings of the measure "edge": largest stable curvatures of SGD and of SAM, at the step size in force.
+SGD_EDGE, SAM_EDGE = "SGD's edge", "SAM's edge"
+
 # The settings in a measure's label, which distinguish measures of one name; none where the table has a note of them.
 LABEL_SETTINGS = {
     "m-sharpness": ("m", "rho"),

@@ -17,6 +17,7 @@ from sharpscope.linalg.trace import trace_and_frobenius_rows
 from sharpscope.objective import Objective
 from sharpscope.precision import wide
 from sharpscope.results import EigenResult, Measure
+from sharpscope.results.sharpness import SAM_EDGE, SGD_EDGE
 from sharpscope.results.statistics import Estimate
 from sharpscope.sharpness.measure_context import EIGENVALUE_TOL, MeasureContext, MeasureSpec, with_interval
 from sharpscope.sharpness.subset_loss import full_loss
@@ -212,7 +213,7 @@ def _edge_measure(
     lr, momentum = float(recipe["lr"]), float(recipe.get("momentum") or 0.0)
     rho = _plain_sam_radius(recipe)
     sgd = descent_edge(lr, momentum)
-    edges = {"SGD's edge": sgd} | ({} if rho is None else {"SAM's edge": sam_edge(lr, rho, gradient_norm, momentum)})
+    edges = {SGD_EDGE: sgd} | ({} if rho is None else {SAM_EDGE: sam_edge(lr, rho, gradient_norm, momentum)})
     shown = {"lr": lr, "momentum": momentum, "rho": rho, "lambda_max": value, **edges, "converged": converged}
     return Measure(
         "edge",
