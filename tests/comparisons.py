@@ -1,4 +1,4 @@
-"""Comparisons of small made-up results, for the tests of pages."""
+"""Comparisons of small made-up results, for the tests of pages, and what the numbers of a slice's status mean."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from sharpscope.results import (
     TraceResult,
 )
 from sharpscope.results.comparison import Comparison, Performance, Subject
-from sharpscope.results.slice import DIVERGED, DONE
+
+# Of SliceResult.status, as files hold it.
+PENDING, DONE, DIVERGED = 0, 1, 2
 
 COST = Cost(3, 12, 30.5, 1.25)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import sharpscope
-from comparisons import groups, subject, two
+from comparisons import DIVERGED, groups, subject, two
 from sharpscope import Comparison, Problem, report
 from sharpscope.cli import comparing, main, parser
 from sharpscope.comparing import LEVELS, compare, steps
@@ -25,7 +25,6 @@ from sharpscope.errors import ArgumentError, DataError, SharpscopeError
 from sharpscope.report import page
 from sharpscope.results import SliceResult
 from sharpscope.results.comparison import ANALYSES, Performance, Subject
-from sharpscope.results.slice import DIVERGED
 from sharpscope.results.statistics import wilson
 
 FEW = replace(

@@ -13,14 +13,10 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
+from comparisons import DIVERGED, DONE, PENDING
 from sharpscope.errors import ArgumentError, DataError
-from sharpscope.plot.figure import caption
-from sharpscope.plot.interactive import interactive_surface, surface_traces
-from sharpscope.plot.levels import shared_levels
-from sharpscope.plot.slice import slice_curves
-from sharpscope.plot.surface import surface_3d, surface_contour, surfaces_side_by_side
+from sharpscope.plot import interactive_surface, slice_curves, surface_3d, surface_contour, surfaces_side_by_side
 from sharpscope.results import Cost, Mark, SliceResult
-from sharpscope.results.slice import DIVERGED, DONE, PENDING
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -166,7 +162,8 @@ def test_nothing_is_interpolated_into_a_diverged_point() -> None:
 def test_diverged_points_take_no_part_in_the_levels() -> None:
     """The levels are those of the finite losses, whatever was infinite."""
     clean = plane()
-    np.testing.assert_array_equal(shared_levels(clean), shared_levels(wrong_at(clean, (0, 3))))
+    one, two = (contours(surface_contour(result)).levels for result in (clean, wrong_at(clean, (0, 3))))
+    np.testing.assert_array_equal(one, two)
 
 
 @pytest.mark.parametrize(("low", "high"), [(1e-7, 30.0), (0.23, 14.6), (0.9, 1.3), (3.0, 900.0)])
@@ -177,7 +174,7 @@ def test_levels_are_round_ascending_and_hold_all_values(low: float, high: float,
     def ramp(x: Any, y: Any) -> Any:
         return low + (high - low) * (x + 1) / 2 + 0 * y
 
-    levels = shared_levels(plane(f=ramp), split="train", log=log)
+    levels = contours(surface_contour(plane(f=ramp), split="train", log=log)).levels
     assert (np.diff(levels) > 0).all()
     assert levels[0] <= low * (1 + 1e-9)
     assert levels[-1] >= high * (1 - 1e-9)
@@ -187,8 +184,8 @@ def test_levels_are_round_ascending_and_hold_all_values(low: float, high: float,
 
 def test_clip_is_the_highest_level_and_is_said() -> None:
     """What is above has the highest colour, and the caption says from where."""
-    assert shared_levels(plane(), clip=2.5)[-1] == 2.5
     axes = surface_contour(plane(), clip=2.5)
+    assert contours(axes).levels[-1] == 2.5
     assert "clipped at 2.5" in words(axes.figure)
     assert next(c for c in axes.collections if isinstance(c, mpl.contour.ContourSet) and c.filled).extend == "max"
     with pytest.raises(ArgumentError, match="clip must be above the lowest loss"):
@@ -218,7 +215,8 @@ def test_side_by_side_shares_levels_limits_and_colours() -> None:
     low, high = plane(), plane(f=lambda x, y: 7 * height(x, y), checkpoint="sam.pt", sha256="b")
     one, two = surfaces_side_by_side([low, high])
     np.testing.assert_array_equal(contours(one).levels, contours(two).levels)
-    np.testing.assert_array_equal(contours(one).levels, shared_levels([low, high]))
+    assert contours(one).levels[0] <= low.loss[0].min()
+    assert contours(one).levels[-1] >= high.loss[0].max()
     assert (one.get_xlim(), one.get_ylim()) == (two.get_xlim(), two.get_ylim()) == ((-1, 1), (-0.5, 1.5))
     fills = [c for a in (one, two) for c in a.collections if isinstance(c, mpl.contour.ContourSet) and c.filled]
     assert fills[0].get_clim() == fills[1].get_clim()
@@ -423,10 +421,10 @@ def test_every_figure_says_subset_mode_normalisation_seed_range_scale_and_clip(d
 
 def test_a_caption_says_what_batchnorm_did_and_where_it_misleads() -> None:
     """Frozen statistics are named, and warned of."""
-    text = caption([plane(batchnorm="running statistics")])
+    text = words(surface_contour(plane(batchnorm="running statistics")).figure)
     assert "BatchNorm frozen" in text
     assert "misleads" in text
-    text = caption([plane(batchnorm="running statistics", statistics="recalibrate")])
+    text = words(surface_contour(plane(batchnorm="running statistics", statistics="recalibrate")).figure)
     assert "BatchNorm recalibrate" in text
     assert "misleads" not in text
 
@@ -434,7 +432,7 @@ def test_a_caption_says_what_batchnorm_did_and_where_it_misleads() -> None:
 def test_a_caption_says_the_barrier_between_two_networks() -> None:
     """The highest rise above the straight line between their losses."""
     t = np.array([0.0, 0.5, 1.0])
-    assert "Barrier 3 (train)" in caption([line([1.0, 5.0, 3.0], kind="checkpoint", t=t)])
+    assert "Barrier 3 (train)" in words(slice_curves(line([1.0, 5.0, 3.0], kind="checkpoint", t=t)).figure)
 
 
 @pytest.mark.parametrize("width", [3.3, 6.4, 7.0])
@@ -517,18 +515,26 @@ def test_an_interactive_page_fetches_nothing_and_says_what_a_figure_says() -> No
     assert "null" in page
 
 
-def test_crosses_of_an_interactive_surface_are_at_the_diverged_points() -> None:
+def test_crosses_of_an_interactive_surface_are_at_the_diverged_points(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row i and column j of the losses are y[i] and x[j]; there the surface has a hole, else its height."""
     go = pytest.importorskip("plotly.graph_objects")
-    result, levels = wrong_at(plane(), (2, 3), (4, 8)), shared_levels([plane()])
-    surface, crosses = surface_traces(go, result, levels)
+    drawn: list[Any] = []
+
+    def kept(figure: Any, **options: Any) -> str:
+        drawn.append(figure)
+        return ""
+
+    monkeypatch.setattr(go.Figure, "to_html", kept)
+    interactive_surface(wrong_at(plane(), (2, 3), (4, 8)))
+    (figure,) = drawn
+    (surface, crosses), top = figure.data, figure.layout.coloraxis.cmax
     assert list(zip(crosses.x, crosses.y, strict=True)) == [(X[3], Y[2]), (X[8], Y[4])]
     holes = np.isnan(np.asarray(surface.z, dtype=float))
     assert holes.sum() == 2
     assert holes[2, 3]
     assert holes[4, 8]
-    assert crosses.z.tolist() == [np.log10(levels[-1])] * 2
-    assert surface.z[0, 0] == np.log10(min(height(X[0], Y[0]), levels[-1]))
+    assert list(crosses.z) == [top] * 2
+    assert surface.z[0, 0] == min(np.log10(height(X[0], Y[0])), top)
 
 
 def test_without_plotly_one_reads_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

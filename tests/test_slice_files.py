@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from comparisons import DIVERGED, DONE, PENDING
 from sharpscope.cli import main
 from sharpscope.errors import ArgumentError, DataError, OutputError
-from sharpscope.results import Cost, SliceResult
-from sharpscope.results.slice import DIVERGED, DONE, PENDING
-from sharpscope.results.slice_exchange import read_loss_landscape, to_csv, to_vtk
+from sharpscope.results import Cost, SliceResult, read_loss_landscape, to_csv, to_vtk
 
 X, Y = np.array([-1.0, -0.25, 0.0, 0.5, 2.0]), np.array([-0.5, 0.0, 3.0])
 PLANE = ("x", "y")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import sharpscope
+from comparisons import DIVERGED, DONE, PENDING
 from sharpscope import Problem, SliceResult, loss_slice, loss_surface
 from sharpscope.errors import ArgumentError, AuditError, DataError, ProblemError
-from sharpscope.results.slice import DIVERGED, DONE
 from sharpscope.slices import (
     Direction,
     eigenvector_directions,
@@ -28,9 +28,6 @@ from sharpscope.slices import (
     towards,
     trajectory_plane,
 )
-from sharpscope.slices.directions import coordinates, cosine
-from sharpscope.slices.evaluation import Evaluation
-from sharpscope.slices.grid import coarse_to_fine, make_axis, refined_axis
 
 LAMBDAS = torch.tensor([9.0, 4.0, 1.0, 0.25], dtype=torch.float64)
 
@@ -64,6 +61,10 @@ def bowl(at: Tensor | None = None, floor: float = 0.5) -> Problem:
 def along(problem: Problem, *places: int) -> list[Direction]:
     assert isinstance(problem.model, Bowl)
     return [Direction(problem.model.axes[:, i].clone(), f"axis {i}") for i in places]
+
+
+def cosine(one: Direction, two: Direction) -> float:
+    return float(nn.functional.cosine_similarity(one.vector, two.vector, dim=0))
 
 
 def network(seed: int = 0, norm: bool = False) -> nn.Sequential:
@@ -161,7 +162,7 @@ def test_the_minimum_is_at_the_centre_on_even_and_odd_grids(points: Any, span: t
 @pytest.mark.parametrize("span", [(-1.0, 1.0), (0.0, 2.0), (-3.0, 0.0), (0.5, 2.0), (-2.0, -0.1), (-0.1, 0.7)])
 def test_an_axis_ends_where_it_was_asked_to(points: int, spacing: str, span: tuple[float, float]) -> None:
     """Ends are exact, coordinates ascend, 0 is among them if it lies between, and at most one point is added."""
-    found = make_axis(points, span, spacing)
+    (found,) = loss_slice(bowl(), along(bowl(), 0), points, span, spacing=spacing).axes
     assert (found[0], found[-1]) == span or points == 2
     assert (np.diff(found) > 0).all()
     assert (0.0 in found) == (span[0] <= 0 <= span[1])
@@ -172,7 +173,7 @@ def test_an_axis_about_0_is_symmetric_to_the_bit() -> None:
     """Each coordinate has its negative, so that a symmetric loss looks symmetric."""
     for points in (20, 21, 51, 100):
         for spacing in ("linear", "log"):
-            found = make_axis(points, (-0.7, 0.7), spacing)
+            (found,) = loss_slice(bowl(), along(bowl(), 0), points, (-0.7, 0.7), spacing=spacing).axes
             np.testing.assert_array_equal(found, -found[::-1])
 
 
@@ -183,27 +184,43 @@ def test_an_axis_about_0_is_symmetric_to_the_bit() -> None:
 def test_an_axis_that_is_none_is_refused(points: int, span: tuple[float, float]) -> None:
     """Fewer than 2 points, and ranges that are empty or not finite, end in a sentence."""
     with pytest.raises(ArgumentError, match="must"):
-        make_axis(points, span)
+        loss_slice(bowl(), along(bowl(), 0), points, span)
 
 
 def test_points_come_from_coarse_to_fine_and_each_once() -> None:
-    """Every point of the grid once, levels ascend, and each level with those before it is a grid."""
-    axes = (make_axis(9), make_axis(12, (-1, 3)))
-    order, levels = coarse_to_fine(axes)
-    shape = (len(axes[1]), len(axes[0]))
-    assert sorted(order) == list(range(shape[0] * shape[1]))
-    assert (np.diff(levels) >= 0).all()
-    for level in range(levels.max() + 1):
-        rows, columns = (set(part) for part in np.unravel_index(order[levels <= level], shape))
-        assert len(rows) * len(columns) == (levels <= level).sum()
+    """Every point of the grid once; each time all gaps are halved, what is finished is a grid."""
+    counts, grids = [], []
+
+    def preview(unfinished: Callable[[], SliceResult]) -> None:
+        done = unfinished().status[0] != PENDING
+        rows, columns = int(done.any(1).sum()), int(done.any(0).sum())
+        counts.append(int(done.sum()))
+        if counts[-1] == rows * columns and (columns, rows) not in grids:
+            grids.append((columns, rows))
+
+    loss_surface(bowl(), along(bowl(), 0, 1), (9, 12), ((-1.0, 1.0), (-1.0, 3.0)), preview=preview)
+    # The centre is known before all others, and changes nothing in its turn.
+    assert (len(counts), sorted(set(counts))) == (9 * 13, list(range(2, 9 * 13 + 1)))
+    assert counts == sorted(counts)
+    # The ends and 0, which is the fourth of 13 coordinates of y; then the middles of all gaps, down to single steps.
+    assert {(3, 3), (5, 5), (9, 8), (9, 12), (9, 13)} <= set(grids)
 
 
 def test_refinement_goes_where_the_loss_bends() -> None:
     """The new coordinates lie about the kink of a function that is straight elsewhere."""
-    x = np.linspace(-1, 1, 11)
-    (new,) = set(refined_axis(x, 1 + np.abs(x - 0.3)[None], 1)) - set(x)
-    assert new == pytest.approx(0.3)
-    assert sorted(set(refined_axis(x, 1 + np.abs(x - 0.3)[None], 3)) - set(x)) == pytest.approx([0.1, 0.3, 0.5])
+
+    class Kink(Bowl):
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.w[0] - 0.3).abs().expand(len(x), 1)
+
+    problem = Problem(model=Kink(), loss=lambda output, target: 1 + (output + 0 * target).mean(), data=bowl().data)
+    line, x = [Direction(torch.eye(4, dtype=torch.float64)[0], "x")], np.linspace(-1, 1, 11).tolist()
+    for count in (1, 3):
+        (found,) = loss_slice(problem, line, coordinates=x, refine=count).axes
+        new = set(found.tolist()) - set(x)
+        assert len(new) == count
+        assert min(abs(t - 0.3) for t in new) < 1e-9
+        assert max(abs(t - 0.3) for t in new) < 0.21
 
 
 def test_refined_surfaces_keep_every_point_of_the_coarse_one() -> None:
@@ -382,14 +399,14 @@ def test_the_plane_of_a_trajectory_is_the_nearest_one() -> None:
 
 def test_an_overlay_is_scaled_by_the_directions_own_length() -> None:
     """Coordinates are those of the nearest point of the plane whatever the directions' lengths and angle."""
-    d = [Direction(5 * drawn(9, seed=1), "a"), Direction(0.1 * drawn(9, seed=2) + drawn(9, seed=1), "b")]
-    away = drawn(9, seed=3)
-    found, distance = coordinates(2 * d[0].vector - 3 * d[1].vector + away, d)
+    d = [Direction(5 * drawn(4, seed=1), "a"), Direction(0.1 * drawn(4, seed=2) + drawn(4, seed=1), "b")]
+    way = 2 * d[0].vector - 3 * d[1].vector + drawn(4, seed=3)
+    centre = drawn(4, seed=4)
+    (mark,) = loss_surface(bowl(centre), d, 2, marks={"other": bowl(centre + way)}).marks
     basis = torch.stack([v.vector for v in d], 1).numpy()
-    expected, *_ = np.linalg.lstsq(basis, (2 * d[0].vector - 3 * d[1].vector + away).numpy(), rcond=None)
-    assert found == pytest.approx(expected.tolist())
-    off = (2 * d[0].vector - 3 * d[1].vector + away).numpy() - basis @ expected
-    assert distance == pytest.approx(float(np.linalg.norm(off)))
+    expected, *_ = np.linalg.lstsq(basis, way.numpy(), rcond=None)
+    assert mark.coordinates == pytest.approx(expected.tolist())
+    assert mark.distance == pytest.approx(float(np.linalg.norm(way.numpy() - basis @ expected)))
 
 
 def test_gradient_directions_are_the_gradients_at_w_and_after_sams_ascent() -> None:
@@ -556,17 +573,16 @@ def test_a_model_that_writes_into_its_input_sees_the_data_at_every_point() -> No
             self.inner = network()
 
         def forward(self, x: Tensor) -> Tensor:
+            grad.append(torch.is_grad_enabled())
             out: Tensor = self.inner(x)
             x.mul_(2.0)
             return out
 
-    problem = classified()
+    problem, grad = classified(), list[bool]()
     greedy = Problem(model=Greedy(), loss=problem.loss, data=problem.data)
     before = problem.data[0].clone()
     np.testing.assert_array_equal(loss_surface(greedy, points=3).loss, loss_surface(problem, points=3).loss)
-    objective = sharpscope.Objective(greedy)
-    with objective.measuring():
-        assert Evaluation(objective, 8)._mode is torch.no_grad
+    assert not any(grad[-9:])  # it is not taken for one that differentiates
     assert torch.equal(problem.data[0], before)
 
 
