@@ -16,16 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
-from torch.utils.data import DataLoader, TensorDataset
 
 import processes
 import sharpscope
 from sharpscope import report
-from sharpscope.cli import comparing, main
-from sharpscope.comparing import LEVELS, steps
-from sharpscope.comparing.steps import sampled
-from sharpscope.results.statistics import difference
+from sharpscope.cli import main
+from sharpscope.comparing import LEVELS, Level
 from sharpscope.training import Recipe, train
 
 QUICK, DEFAULT = LEVELS["quick"], LEVELS["default"]
@@ -50,8 +48,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(steps.LEVELS, "quick", TINY)
-    monkeypatch.setitem(steps.LEVELS, "default", replace(TINY, eigen_examples=None, tol=1e-3))
+    monkeypatch.setitem(LEVELS, "quick", TINY)
+    monkeypatch.setitem(LEVELS, "default", replace(TINY, eigen_examples=None, tol=1e-3))
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +70,7 @@ def alone(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     folder, printed = tmp_path_factory.mktemp("alone") / "out", io.StringIO()
     path = shutil.copy(trained / "sgd-0.pt", folder.with_name("a.pt"))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setitem(steps.LEVELS, "quick", TINY)
+        patch.setitem(LEVELS, "quick", TINY)
         patch.setattr(report, "page", lambda comparison: "<!DOCTYPE html>")
         assert run(path, "--quick", "--json", "--out", folder) == 0
     return folder, printed.getvalue()
@@ -168,11 +166,13 @@ def test_groups_are_compared_by_their_runs(trained: Path, tmp_path: Path, capsys
     out = capsys.readouterr().out
     found = record(tmp_path / "paired")
     tops = {g: [s["eigen"]["lambda_max"] for s in found["subjects"] if s["group"] == g] for g in ("sgd", "sam")}
-    expected = difference(tops["sgd"], tops["sam"], paired=True, ratio=True)
+    rises = np.log(tops["sam"]) - np.log(tops["sgd"])
+    value, interval = np.exp(rises.mean()), scipy.stats.ttest_1samp(rises, 0).confidence_interval()
+    lower, upper = np.exp(interval.low), np.exp(interval.high)
+    expected = {"value": value, "lower": lower, "upper": upper, "ratio": True, "by": "pairs", "runs": 3, "freedom": 2}
     row = next(row for row in found["rows"] if row["label"] == "lambda_max")
-    assert row["differences"]["sam"] == pytest.approx(vars(expected))
-    assert row["differences"]["sam"]["by"] == "pairs"
-    told = f"lambda_max: sam/sgd = {expected.value:.3g}, 95 % interval {expected.lower:.3g} to {expected.upper:.3g}"
+    assert row["differences"]["sam"] == pytest.approx({**expected, "converged": True})
+    told = f"lambda_max: sam/sgd = {value:.3g}, 95 % interval {lower:.3g} to {upper:.3g}"
     assert f"{told} over 3 pairs of seeds" in out
     assert not judges(found)
     assert "sam against sgd" in out.splitlines()[0]
@@ -219,33 +219,46 @@ def test_killed_three_times_a_comparison_ends_in_the_same_numbers(trained: Path,
     assert numbers(record(killed)) == numbers(record(whole))
 
 
+INTERRUPTED = """
+import pathlib, torch, sharpscope
+folder = pathlib.Path(__file__).parent
+class Model(torch.nn.Linear):
+    def forward(self, x):
+        if (folder / "interrupt").exists() and len(list((folder / "out" / "parts").glob("*.json"))) == 8:
+            raise KeyboardInterrupt
+        return super().forward(x)
+def problem():
+    g = torch.Generator().manual_seed(0)
+    data = torch.randn(80, 4, generator=g), torch.randint(0, 3, (80,), generator=g)
+    return sharpscope.Problem(model=Model(4, 3), loss=torch.nn.CrossEntropyLoss(), data=data)
+"""
+
+
 def test_interrupted_it_goes_on_with_the_parts_that_are_done(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ctrl-C exits 130 and says that the same command goes on; it then measures no finished part anew."""
-    calls: list[str] = []
+    (tmp_path / "own.py").write_text(INTERRUPTED)
+    (tmp_path / "interrupt").touch()
+    for i in range(2):
+        torch.save(torch.nn.Linear(4, 3).state_dict(), tmp_path / f"{i}.pt")
 
-    def counted(name: str) -> None:
-        kept = getattr(steps, name)
+    def stamps() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "parts").glob("*.json")}
 
-        def measure(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            if len(calls) == 6:
-                raise KeyboardInterrupt
-            return kept(*args, **kwargs)
-
-        monkeypatch.setattr(steps, name, measure)
-
-    for name in ("top_eigenvalues", "spectral_density", "measure_sharpness", "loss_slice", "loss_surface"):
-        counted(name)
-    command = [trained / "sgd-0.pt", trained / "sam-0.pt", "--quick", "--out", tmp_path]
-    assert run(*command) == 130
+    command = [tmp_path / "0.pt", tmp_path / "1.pt", "--problem", tmp_path / "own.py", "--quick"]
+    assert run(*command, "--out", tmp_path / "out") == 130
     assert "The same command goes on from there." in capsys.readouterr().err
-    assert not (tmp_path / "compare.json").exists()
-    assert run(*command) == 0
-    assert len(calls) == 6 + 6
-    assert run(*command) == 0
-    assert len(calls) == 12
+    assert not (tmp_path / "out" / "compare.json").exists()
+    finished = stamps()
+    assert len(finished) == 8
+    (tmp_path / "interrupt").unlink()
+    assert run(*command, "--out", tmp_path / "out") == 0
+    whole = stamps()
+    assert len(whole) == 15
+    assert finished.items() <= whole.items()
+    assert run(*command, "--out", tmp_path / "out") == 0
+    assert stamps() == whole
 
 
 @pytest.mark.parametrize("change", ["seed", "level", "weights", "rho", "dtype"])
@@ -399,7 +412,7 @@ def test_not_converged_exits_3_and_shows_nothing(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A tolerance beyond float32 is marked in the table; the finding draws no conclusion from it."""
-    monkeypatch.setitem(steps.LEVELS, "quick", replace(TINY, tol=1e-12, eigen_examples=50))
+    monkeypatch.setitem(LEVELS, "quick", replace(TINY, tol=1e-12, eigen_examples=50))
     assert run(trained / "sgd-0.pt", trained / "sam-0.pt", "--quick", "--out", tmp_path) == 3
     out = capsys.readouterr().out
     assert re.search(r"^lambda_max .*\?", out, flags=re.MULTILINE)
@@ -415,33 +428,26 @@ def test_json_prints_the_record(alone: tuple[Path, str]) -> None:
     assert np.array(said["subjects"][0]["surface"]["loss"]).shape == (1, 1, 3, 3)
 
 
-def test_a_sample_is_drawn_alike_from_every_form_of_data() -> None:
-    """Tensors, a dict, a Dataset, a DataLoader and a list of batches give the same examples, each once."""
-    x, y = torch.arange(50.0).reshape(50, 1), torch.arange(50)
-    data = TensorDataset(x, y)
-    batches = [(x[:30], y[:30]), (x[30:], y[30:])]
-    forms = [(x, y), {"x": x, "target": y}, data, DataLoader(data, batch_size=7), batches]
-
-    def drawn(data: Any) -> list[float]:
-        problem = sharpscope.Problem(model=torch.nn.Linear(1, 1), loss=torch.nn.MSELoss(), data=data)
-        found = sampled(problem, 20, 5).data
-        if isinstance(found, tuple | dict):
-            return [float(v) for v in (found["x"] if isinstance(found, dict) else found[0])]
-        return [float(v) for batch in found for v in batch[0].reshape(-1)]
-
-    taken = [sorted(drawn(form)) for form in forms]
-    assert all(t == taken[0] for t in taken)
-    assert len(set(taken[0])) == 20
-
-
-def test_names_are_the_shortest_ends_of_paths() -> None:
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (("a/sgd.pt", "b/sam.pt"), "sgd.pt and sam.pt"),
+        (("r/sgd/last.pt", "r/sam/last.pt"), "sgd/last.pt and sam/last.pt"),
+    ],
+)
+def test_names_are_the_shortest_ends_of_paths(
+    paths: tuple[str, str], names: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """File names where they differ, with as many folders as tell them apart where not."""
-    assert comparing.names(["a/sgd.pt", "b/sam.pt"]) == ["sgd.pt", "sam.pt"]
-    assert comparing.names(["r/sgd/last.pt", "r/sam/last.pt"]) == ["sgd/last.pt", "sam/last.pt"]
+    for path in paths:
+        (tmp_path / path).parent.mkdir(parents=True)
+        shutil.copy(trained / "sgd-0.pt", tmp_path / path)
+    assert run(*(tmp_path / path for path in paths), "--quick", "--out", tmp_path / "out") == 1
+    assert f"but {names} hold the same" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("less", "more"), [(QUICK, DEFAULT), (DEFAULT, LEVELS["thorough"])])
-def test_levels_ascend(less: steps.Level, more: steps.Level) -> None:
+def test_levels_ascend(less: Level, more: Level) -> None:
     """No part of a level is smaller, or known less well, than of the one below; None is all there are."""
     assert more.tol <= less.tol
     for name, value in vars(less).items():

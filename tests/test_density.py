@@ -33,7 +33,6 @@ from sharpscope import (
 from sharpscope.cli import main
 from sharpscope.linalg import lanczos_quadrature
 from sharpscope.plot import density_curve
-from sharpscope.results.statistics import student
 from sharpscope.training import Recipe, train
 from sharpscope.zoo import load_data, make_model
 
@@ -279,10 +278,16 @@ def test_provenance_holds_what_the_density_needs() -> None:
 
 
 def test_students_t_is_scipys() -> None:
-    """The quantile agrees with SciPy's for 1 to 30 degrees of freedom."""
+    """The band's half-width over its standard error is SciPy's quantile, for 1 to 30 degrees of freedom."""
+    none, at = Estimate(0.0, 0.0), np.zeros(1)
     for freedom in range(1, 31):
+        nodes = np.random.default_rng(freedom).normal(size=(freedom + 1, 1))
+        known = (nodes, np.ones_like(nodes), 0, none, none, 0.0, 0.0, Cost(1, 1, 1.0, 1.0), {"num_params": 3})
+        error = np.std([mixture(at, node, 1.0) for node in nodes], ddof=1) / np.sqrt(len(nodes))
         for confidence in (0.5, 0.95, 0.9999):
-            assert abs(student(confidence, freedom) / scipy.stats.t.ppf((1 + confidence) / 2, freedom) - 1) < 1e-9
+            curve = DensityResult(*known).curve(at, 1.0, confidence)
+            quantile = (curve.upper - curve.density) / error
+            assert quantile == pytest.approx(scipy.stats.t.ppf((1 + confidence) / 2, freedom), rel=1e-9)
 
 
 def test_the_table_says_what_is_shown() -> None:

@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from sharpscope.errors import DataError
-from sharpscope.results import Cost, EigenResult, Measure, SharpnessResult
+from sharpscope.results import Cost, EigenResult, Measure, SharpnessResult, statistics
 from sharpscope.results.comparison import Comparison, Performance, Subject
-from sharpscope.results.statistics import difference, spread, wilson
 
 DRAW = np.random.default_rng(0)
+
+
+def row_of(paired: bool = False, **groups: Sequence[float]) -> Any:
+    """The row of the test loss of groups of runs with these losses, the runs of several in pairs or not."""
+    subjects = [
+        Subject(
+            name=f"{group} {i}",
+            group=group,
+            pair=str(i) if paired else None,
+            performance={"test": Performance(float(loss), None, 10)},
+        )
+        for group, losses in groups.items()
+        for i, loss in enumerate(losses)
+    ]
+    (row,) = Comparison(subjects=tuple(subjects)).rows
+    return row
+
+
+def spread(losses: Sequence[float]) -> Any:
+    """The mean of a group: the geometric one of positive losses."""
+    return row_of(a=losses, b=losses).spreads["a"]
+
+
+def difference(first: Sequence[float], second: Sequence[float], *, paired: bool = False) -> Any:
+    """What two groups differ by: a factor of positive losses."""
+    return row_of(paired, a=first, b=second).differences["b"]
 
 
 @pytest.mark.parametrize("runs", [2, 3, 5, 12])
 def test_a_mean_has_students_interval(runs: int) -> None:
     """SciPy's t interval of the mean, and of the logarithms' for quantities that range over factors."""
     values = DRAW.lognormal(size=runs)
-    for found, back, kept in ((spread(values), float, values), (spread(values, log=True), math.exp, np.log(values))):
-        interval = stats.ttest_1samp(kept, 0).confidence_interval()
+    for losses, back, kept in ((values - 100, float, values - 100), (values, math.exp, np.log(values))):
+        found, interval = spread(losses), stats.ttest_1samp(kept, 0).confidence_interval()
         assert (found.lower, found.upper) == pytest.approx((back(interval.low), back(interval.high)), rel=1e-9)
         assert found.value == pytest.approx(back(kept.mean()))
         assert found.runs == runs
@@ -30,7 +57,7 @@ def test_a_mean_has_students_interval(runs: int) -> None:
 @pytest.mark.parametrize("runs", [2, 3, 5, 12])
 def test_pairs_have_the_paired_interval(runs: int) -> None:
     """SciPy's interval of related samples, whatever all the runs of a pair have in common."""
-    shared = 10 * DRAW.normal(size=runs)
+    shared = 10 * DRAW.normal(size=runs) - 100
     first, second = shared + DRAW.normal(size=runs), shared + DRAW.normal(size=runs) + 1
     found = difference(first, second, paired=True)
     expected = stats.ttest_rel(second, first).confidence_interval()
@@ -41,7 +68,7 @@ def test_pairs_have_the_paired_interval(runs: int) -> None:
 @pytest.mark.parametrize(("one", "two"), [(2, 2), (3, 7), (12, 5)])
 def test_unpaired_runs_have_welchs_interval(one: int, two: int) -> None:
     """SciPy's interval for unequal variances, but for degrees of freedom that are rounded down, never up."""
-    first, second = DRAW.normal(size=one), 3 * DRAW.normal(size=two) + 1
+    first, second = DRAW.normal(size=one) - 100, 3 * DRAW.normal(size=two) - 99
     found, theirs = difference(first, second), stats.ttest_ind(second, first, equal_var=False)
     expected = theirs.confidence_interval()
     assert found.freedom == max(1, int(theirs.df))
@@ -62,7 +89,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(paired: bool, ratio: bool
         first, second = shared + draw.normal(size=5), shared + truth + draw.normal(scale=0.25, size=5)
         if ratio:
             first, second = np.exp(first), np.exp(second)
-        found = difference(first, second, paired=paired, ratio=ratio)
+        found = statistics.difference(first, second, paired=paired, ratio=ratio)
         assert found.lower is not None
         assert found.upper is not None
         held += found.lower <= (math.exp(truth) if ratio else truth) <= found.upper
@@ -75,22 +102,24 @@ def test_intervals_hold_the_truth_as_often_as_they_say(paired: bool, ratio: bool
 def test_an_accuracy_has_wilsons_interval(right: int, examples: int) -> None:
     """SciPy's score interval, without a continuity correction; it stays within 0 and 1 and holds the share."""
     expected = stats.binomtest(right, examples).proportion_ci(method="wilson")
-    found = wilson(right / examples, examples)
-    assert found == pytest.approx((expected.low, expected.high), abs=1e-7)
-    assert 0 <= found[0] <= right / examples <= found[1] <= 1
+    one = Subject(name="a", performance={"test": Performance(0.1, right / examples, examples)})
+    (cell,) = Comparison(subjects=(one,)).rows[1].cells
+    assert cell is not None
+    assert (cell.lower, cell.upper) == pytest.approx((expected.low, expected.high), abs=1e-7)
+    assert 0 <= cell.lower <= right / examples <= cell.upper <= 1  # type: ignore[operator]
 
 
 def test_one_run_says_nothing_of_the_scatter() -> None:
     """A mean and a difference without an interval, and a difference without one shows nothing."""
     assert (spread([2.0]).lower, spread([2.0]).upper) == (None, None)
-    for found in (difference([2.0], [1.0], paired=True, ratio=True), difference([2.0], [1.0, 3.0], ratio=True)):
+    for found in (difference([2.0], [1.0], paired=True), difference([2.0], [1.0, 3.0])):
         assert (found.lower, found.upper, found.freedom, found.sure) == (None, None, 0, None)
-    assert difference([2.0], [1.0], ratio=True).value == 0.5
+    assert difference([2.0], [1.0]).value == 0.5
 
 
 def test_runs_without_scatter_have_a_point() -> None:
     """Equal values in each group: the interval is the difference itself, sure where it is not none."""
-    found = difference([1.0, 1.0], [2.0, 2.0], ratio=True)
+    found = difference([1.0, 1.0], [2.0, 2.0])
     assert (found.value, found.lower, found.upper, found.sure) == pytest.approx((2, 2, 2, True))
     assert not difference([1.0, 1.0], [1.0, 1.0]).sure
 
@@ -98,11 +127,11 @@ def test_runs_without_scatter_have_a_point() -> None:
 def test_what_has_no_interval_is_refused() -> None:
     """Ratios of what is not positive, pairs of unequal numbers, and nothing at all."""
     for wrong, message in (
-        (lambda: difference([1.0, -1.0], [1.0, 1.0], ratio=True), "positive"),
-        (lambda: spread([0.0], log=True), "positive"),
-        (lambda: difference([1.0], [1.0, 2.0], paired=True), "as many runs"),
-        (lambda: spread([]), "at least one run"),
-        (lambda: difference([], [1.0]), "at least one run"),
+        (lambda: statistics.difference([1.0, -1.0], [1.0, 1.0], ratio=True), "positive"),
+        (lambda: statistics.spread([0.0], log=True), "positive"),
+        (lambda: statistics.difference([1.0], [1.0, 2.0], paired=True), "as many runs"),
+        (lambda: statistics.spread([]), "at least one run"),
+        (lambda: statistics.difference([], [1.0]), "at least one run"),
     ):
         with pytest.raises(DataError, match=message):
             wrong()
@@ -187,6 +216,13 @@ def test_a_single_subset_is_not_called_exact() -> None:
 
 def test_equal_numbers_say_nothing_of_the_scatter() -> None:
     """Accuracies that are equal in all runs, as of few examples, have no interval and show no difference."""
-    assert (spread([0.995, 0.995, 0.995]).lower, spread([0.995] * 3).upper) == (None, None)
-    found = difference([0.9, 0.8], [0.9 - 1 / 64, 0.8 - 1 / 64], paired=True)
+    groups = {"a": (0.9, 0.8), "b": (0.9 - 1 / 64, 0.8 - 1 / 64), "c": (0.995, 0.995)}
+    subjects = [
+        Subject(name=f"{g} {i}", group=g, pair=str(i), performance={"test": Performance(0.1, share, 64)})
+        for g, shares in groups.items()
+        for i, share in enumerate(shares)
+    ]
+    row = Comparison(subjects=tuple(subjects)).rows[1]
+    assert (row.spreads["c"].lower, row.spreads["c"].upper) == (None, None)
+    found = row.differences["b"]
     assert (found.value, found.lower, found.sure) == (pytest.approx(-1 / 64), None, None)

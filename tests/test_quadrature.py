@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import scipy.stats
 import torch
 from torch import Tensor
 
 from sharpscope import ArgumentError
 from sharpscope.linalg import TraceEstimate, lanczos_quadrature, trace_and_frobenius
 from sharpscope.linalg.trace import trace_from_images
-from sharpscope.results.statistics import student
 
 DTYPES = (torch.float64, torch.float32)
 
@@ -182,7 +182,7 @@ def test_trace_and_squared_norm_are_unbiased_and_their_errors_cover(name: str) -
     for off, stated in ((runs[:, 0], runs[:, 1]), (runs[:, 2], runs[:, 3])):
         # Where the estimate is exact what is left is rounding, which is not random; the stated error holds it.
         assert abs(float(off.mean())) <= 4 * float(off.std()) / 10 + float(stated.min())
-        assert int((off.abs() <= student(0.95, 5) * stated).sum()) >= 87
+        assert int((off.abs() <= scipy.stats.t.ppf(0.975, 5) * stated).sum()) >= 87
         # Efron and Stein: the jackknife's variance is no smaller on average; 1.5 for the scatter over 100 seeds.
         assert float(off.square().mean()) <= 1.5 * float(stated.square().mean())
 
