@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
-from sharpscope.errors import ArgumentError
-from sharpscope.sampling.subsample import count_examples, random_subset
+import sharpscope
+from sharpscope import ArgumentError, Problem
 
 INPUTS, LABELS = torch.arange(30.0).reshape(15, 2), torch.arange(15)
 FORMS: dict[str, Any] = {
     "tensors": (INPUTS, LABELS),
     "dict": {"x": INPUTS, "labels": LABELS},
-    "batches": list(zip(INPUTS.split(4), LABELS.split(4), strict=True)),
+    "batches": list(zip(INPUTS.split([11, 4]), LABELS.split([11, 4]), strict=True)),
     "dicts": [{"x": x, "labels": y} for x, y in zip(INPUTS.split(4), LABELS.split(4), strict=True)],
     "dataset": TensorDataset(INPUTS, LABELS),
     "loader": DataLoader(TensorDataset(INPUTS, LABELS), batch_size=4),
     "loader of a list": DataLoader(list(zip(INPUTS, LABELS, strict=True)), batch_size=4),  # type: ignore[arg-type]
 }
+
+
+Load = Callable[..., Problem]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """A checkpoint on ``data=``."""
+    path = tmp_path_factory.mktemp("examples") / "w.pt"
+    torch.save(nn.Linear(2, 1).state_dict(), path)
+    return partial(sharpscope.load, path, model=lambda: nn.Linear(2, 1), loss="mse")
 
 
 def labels_of(data: Any) -> list[int]:
@@ -32,21 +45,22 @@ def labels_of(data: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_the_same_examples(form: str) -> None:
+def test_every_form_gives_the_same_examples(form: str, load: Load) -> None:
     """A seed means the same examples whether they come as tensors, batches, a Dataset or a loader, each once."""
     data = FORMS[form]
-    assert count_examples(data) == 15
-    found = labels_of(random_subset(data, 6, seed=3))
-    assert found == labels_of(random_subset(FORMS["tensors"], 6, seed=3))
+    drawn = load(data=data, examples=6, seed=3)
+    assert drawn.provenance["split_examples"] == 15
+    found = labels_of(drawn.data)
+    assert found == labels_of(load(data=FORMS["tensors"], examples=6, seed=3).data)
     assert len(set(found)) == 6
-    assert found != labels_of(random_subset(data, 6, seed=4))
-    assert labels_of(random_subset(data, 15, seed=0)) == list(range(15))
+    assert found != labels_of(load(data=data, examples=6, seed=4).data)
+    assert labels_of(load(data=data, examples=15, seed=0).data) == list(range(15))
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_inputs_stay_with_their_labels(form: str) -> None:
+def test_inputs_stay_with_their_labels(form: str, load: Load) -> None:
     """What is drawn of the inputs belongs to what is drawn of the labels."""
-    drawn = random_subset(FORMS[form], 6, seed=1)
+    drawn = load(data=FORMS[form], examples=6, seed=1).data
     for batch in [drawn] if isinstance(drawn, tuple | dict) else list(drawn):
         x, y = batch.values() if isinstance(batch, dict) else batch
         assert torch.equal(torch.atleast_2d(x)[:, 0], 2.0 * torch.atleast_1d(y))
@@ -62,36 +76,37 @@ def test_inputs_stay_with_their_labels(form: str) -> None:
         iter([(INPUTS, LABELS)]),
     ],
 )
-def test_data_without_a_known_number_are_refused(data: Any) -> None:
+def test_data_without_a_known_number_are_refused(data: Any, load: Load) -> None:
     """Where only a walk would tell which examples there are, the sentence says what would do."""
     with pytest.raises(ArgumentError, match="whose number of examples is known"):
-        random_subset(data, 3, seed=0)
+        load(data=data, examples=3)
 
 
-def test_too_many_are_refused() -> None:
+def test_too_many_are_refused(load: Load) -> None:
     """More examples than there are, and none, are errors."""
     for examples in (0, 16):
         with pytest.raises(ArgumentError, match="from 1 to the 15"):
-            random_subset(FORMS["batches"], examples, seed=0)
+            load(data=FORMS["batches"], examples=examples)
 
 
-def test_a_list_in_a_loader_is_of_examples() -> None:
+def test_a_list_in_a_loader_is_of_examples(load: Load) -> None:
     """Sequences that a loader puts into batches are drawn whole: their tokens are no examples."""
     texts = [{"input_ids": 10 * i + torch.arange(5), "labels": torch.arange(5)} for i in range(8)]
     data: Any = DataLoader(texts, batch_size=2)  # type: ignore[arg-type]
-    assert count_examples(data) == 8
-    drawn = torch.cat([batch["input_ids"] for batch in random_subset(data, 3, seed=0)])
+    found = load(data=data, examples=3)
+    assert found.provenance["split_examples"] == 8
+    drawn = torch.cat([batch["input_ids"] for batch in found.data])
     assert drawn.shape == (3, 5)
     assert torch.equal(drawn % 10, torch.arange(5).expand(3, 5))
 
 
-def test_ragged_batches_keep_their_lengths() -> None:
+def test_ragged_batches_keep_their_lengths(load: Load) -> None:
     """Sequences of other lengths in other batches are drawn from all of them."""
     batches: list[tuple[Tensor, Tensor]] = [
         (torch.ones(3, 5), torch.zeros(3, 5)),
         (torch.ones(4, 2), torch.zeros(4, 2)),
     ]
-    drawn = random_subset(batches, 5, seed=0)
+    drawn = load(data=batches, examples=5).data
     assert {x.shape[1] for x, _ in drawn} == {5, 2}
     assert sum(len(x) for x, _ in drawn) == 5
 
@@ -104,8 +119,13 @@ class Scaled(DataLoader[Any]):
             yield 10 * inputs, labels
 
 
-def test_a_loader_that_changes_its_batches_is_not_passed_by() -> None:
+def test_a_loader_that_changes_its_batches_is_not_passed_by(load: Load) -> None:
     """What a loader's own iteration does to the data, or its sampler leaves out, is not lost with a sample."""
     whole = TensorDataset(INPUTS, LABELS)
-    assert count_examples(Scaled(whole, batch_size=4)) is None
-    assert count_examples(DataLoader(whole, batch_size=4, sampler=SequentialSampler(range(5)))) is None
+    for data in (
+        Scaled(whole, batch_size=4),
+        DataLoader(whole, batch_size=4, sampler=SequentialSampler(range(5))),
+    ):
+        assert load(data=data).provenance["split_examples"] is None
+        with pytest.raises(ArgumentError, match="whose number of examples is known"):
+            load(data=data, examples=3)

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from sharpscope import SharpnessMonitor
-from sharpscope.monitor.monitor import draw_sample
 from watched import N, Squares, X, Y, net, pieces, problem, sgd, train
 
 
@@ -32,6 +31,10 @@ SOURCES: dict[str, Callable[[], Any]] = {
 }
 
 
+def drawn(data: Any, examples: int | None, seed: int = 0) -> SharpnessMonitor:
+    return SharpnessMonitor(problem(net(), data=data), examples=examples, seed=seed)
+
+
 def rows_of(batches: list[Any]) -> list[tuple[float, ...]]:
     inputs = [batch["input"] if isinstance(batch, dict) else batch[0] for batch in batches]
     return [tuple(row) for row in torch.cat(inputs).tolist()]
@@ -41,28 +44,27 @@ def rows_of(batches: list[Any]) -> list[tuple[float, ...]]:
 def test_a_sample_is_drawn_without_replacement(source: str) -> None:
     """Of any kind of data: as many examples as asked for, all different, each from the data, by the seed."""
     there = {tuple(row): i for i, row in enumerate(X.tolist())}
-    found = draw_sample(SOURCES[source](), 20, torch.Generator().manual_seed(1))
-    places = [there[row] for row in rows_of(found.batches)]
+    found = drawn(SOURCES[source](), 20, seed=1)
+    places = [there[row] for row in rows_of(found.sample)]
     assert len(set(places)) == 20
     assert places == sorted(places)
-    assert (found.examples, found.drawn_from) == (20, N)
-    again = draw_sample(SOURCES[source](), 20, torch.Generator().manual_seed(1))
-    assert rows_of(again.batches) == rows_of(found.batches)
-    other = draw_sample(SOURCES[source](), 20, torch.Generator().manual_seed(2))
-    assert rows_of(other.batches) != rows_of(found.batches)
-    whole = draw_sample(SOURCES[source](), None, torch.Generator())
-    assert sorted(there[row] for row in rows_of(whole.batches)) == list(range(N))
-    assert draw_sample(SOURCES[source](), 10**6, torch.Generator()).examples == N
+    known = found.result().provenance
+    assert (known["num_examples"], known["split_examples"]) == (20, N)
+    assert rows_of(drawn(SOURCES[source](), 20, seed=1).sample) == rows_of(found.sample)
+    assert rows_of(drawn(SOURCES[source](), 20, seed=2).sample) != rows_of(found.sample)
+    whole = drawn(SOURCES[source](), None)
+    assert sorted(there[row] for row in rows_of(whole.sample)) == list(range(N))
+    assert drawn(SOURCES[source](), 10**6).result().provenance["num_examples"] == N
 
 
 @pytest.mark.parametrize("source", ["list", "dataset"])
 def test_every_example_is_as_likely(source: str) -> None:
-    """Over 300 seeds each of 96 examples is drawn as often as chance allows (six standard errors)."""
+    """Over 100 seeds each of 96 examples is drawn as often as chance allows (six standard errors)."""
     counts = dict.fromkeys((tuple(row) for row in X.tolist()), 0)
-    for seed in range(300):
-        for row in rows_of(draw_sample(SOURCES[source](), 24, torch.Generator().manual_seed(seed)).batches):
+    for seed in range(100):
+        for row in rows_of(drawn(SOURCES[source](), N // 2, seed).sample):
             counts[row] += 1
-    assert all(abs(count - 75) < 6 * math.sqrt(300 * 0.25 * 0.75) for count in counts.values())
+    assert all(abs(count - 50) < 6 * math.sqrt(100 * 0.5 * 0.5) for count in counts.values())
 
 
 def test_only_those_drawn_are_read_and_once() -> None:
@@ -79,14 +81,19 @@ def test_only_those_drawn_are_read_and_once() -> None:
 def test_batches_of_unequal_shape_are_drawn_whole() -> None:
     """Where a batch cannot be cut, whole batches are taken until there are enough examples."""
     ragged = [{"input": torch.ones(2, 3 + i), "lengths": torch.ones(5), "target": torch.ones(2)} for i in range(6)]
-    found = draw_sample(ragged, 5, torch.Generator().manual_seed(0))
-    assert len(found.batches) == 3
-    assert found.examples == 6
+
+    class Sums(nn.Linear):
+        def forward(self, input: Tensor, lengths: Tensor) -> Tensor:
+            return super().forward(input.sum(1, keepdim=True))[:, 0]
+
+    monitor = SharpnessMonitor(problem(Sums(1, 1), loss=nn.MSELoss(), data=ragged), examples=5)
+    assert len(monitor.sample) == 3
+    assert monitor.result().provenance["num_examples"] == 6
 
 
 def test_a_sample_is_a_copy() -> None:
     """What the user does to his tensors later does not reach it."""
     mine = X.clone()
-    found = draw_sample((mine, Y), None, torch.Generator())
+    found = drawn((mine, Y), None)
     mine.zero_()
-    assert torch.equal(found.batches[0][0], X)
+    assert torch.equal(found.sample[0][0], X)
