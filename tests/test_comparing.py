@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shlex
 import weakref
 from argparse import Namespace
@@ -13,19 +14,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import sharpscope
 from comparisons import DIVERGED, groups, subject, two
 from sharpscope import Comparison, Problem, report
 from sharpscope.cli import comparing, main, parser
-from sharpscope.comparing import LEVELS, compare, steps
-from sharpscope.comparing.run import StepCache
+from sharpscope.comparing import LEVELS, compare
 from sharpscope.errors import ArgumentError, DataError, SharpscopeError
 from sharpscope.report import page
 from sharpscope.results import SliceResult
 from sharpscope.results.comparison import ANALYSES, Performance, Subject
-from sharpscope.results.statistics import wilson
 
 FEW = replace(
     replace(LEVELS["quick"], density_examples=20, sharpness_examples=20, slice_examples=20, surface_examples=20),
@@ -201,47 +201,49 @@ def test_a_level_is_called_what_it_is() -> None:
 
 
 def test_the_analyses_are_the_same_everywhere() -> None:
-    """Table of results, table of steps and attributes of Subject have the same names, and each step that result."""
+    """Table of results, results of a comparison and attributes of Subject have the same names, and each that result."""
     others = {"name", "group", "pair", "performance", "provenance"}
-    assert list(ANALYSES) == list(steps.STEPS) == [f.name for f in fields(Subject) if f.name not in others]
-    how = steps.Settings(level=FEW)
-    for name, (_, step) in steps.STEPS.items():
-        assert type(step(problem(0), how, None, lambda *_: None)) is ANALYSES[name].result
+    measured = compare({"a": problem(0)}, level=FEW).subjects[0].results
+    assert list(ANALYSES) == list(measured) == [f.name for f in fields(Subject) if f.name not in others]
+    assert all(type(result) is ANALYSES[name].result for name, result in measured.items())
     assert list(subject("a").results) == list(ANALYSES)
 
 
-def test_the_same_call_goes_on_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_call_goes_on_in_its_folder(tmp_path: Path) -> None:
     """Stopped by an error in any part, it measures no finished part again and ends in the numbers of a whole call."""
     given = {"a": problem(0), "b": problem(1)}
     whole = compare(given, test=TEST, level=FEW)
     calls: list[str] = []
-    stops = [0]
 
-    def counted(name: str, step: steps.Step) -> steps.Step:
-        def measure(*args: Any) -> Any:
-            calls.append(name)
-            if len(calls) == stops[-1]:
-                raise KeyboardInterrupt
-            return step(*args)
+    def run(given: dict[str, Problem], stop: int = 0) -> Comparison:
+        """The comparison, which is stopped at the first progress of the ``stop``-th part that is measured."""
+        now: set[str] = set()
 
-        return measure
+        def progress(stage: str, done: int, total: int | None) -> None:
+            part, _, _ = stage.partition(":")
+            if part not in now:
+                now.add(part)
+                calls.append(part)
+                if len(calls) == stop:
+                    raise KeyboardInterrupt
 
-    for name, (stage, step) in dict(steps.STEPS).items():
-        monkeypatch.setitem(steps.STEPS, name, (stage, counted(name, step)))
-    for stop in (2, 5, 9):
-        stops.append(stop)
+        return compare(given, test=TEST, level=FEW, folder=tmp_path, progress=progress)
+
+    for stop in (4, 8, 13):
         with pytest.raises(KeyboardInterrupt):
-            compare(given, test=TEST, level=FEW, folder=tmp_path)
-    stops.append(0)
-    found = compare(given, test=TEST, level=FEW, folder=tmp_path)
-    assert len(calls) == 2 * len(ANALYSES) + 3
-    compare(given, test=TEST, level=FEW, folder=tmp_path)
-    assert len(calls) == 2 * len(ANALYSES) + 3
+            run(given, stop)
+    found = run(given)
+    parts = 2 * (len(ANALYSES) + 1) + 1  # with loss and accuracy of each, and the line between
+    assert len(set(calls)) == parts
+    assert len(calls) == parts + 3
+    run(given)
+    assert len(calls) == parts + 3
     assert found.summary() == whole.summary()
     for one, two_ in zip(found.subjects, whole.subjects, strict=True):
         np.testing.assert_array_equal(one.results["surface"].loss, two_.results["surface"].loss)
-    other = compare({**given, "b": problem(2)}, test=TEST, level=FEW, folder=tmp_path)
-    assert len(calls) == 3 * len(ANALYSES) + 3
+    other = run({**given, "b": problem(2)})
+    assert len(calls) == parts + 3 + len(ANALYSES) + 2
+    assert not any(call.startswith("a,") for call in calls[parts + 3 :])
     assert other.subjects[1].results["eigen"].lambda_max != found.subjects[1].results["eigen"].lambda_max
     fewer = compare({"a": given["a"]}, test=tuple(part[:12] for part in TEST), level=FEW, folder=tmp_path)
     assert fewer.subjects[0].performance["test"].examples == 12
@@ -249,21 +251,29 @@ def test_the_same_call_goes_on_in_its_folder(tmp_path: Path, monkeypatch: pytest
 
 def test_a_journal_that_outlived_its_part_is_removed(tmp_path: Path) -> None:
     """Killed between writing a part and removing its journal, the next call removes it and measures nothing again."""
-    parts, found = StepCache(tmp_path), {"train": Performance(0.5, None, 10)}
-    parts.get("sgd.pt", "performance", lambda: "key", lambda journal: found)
+    given = {"sgd.pt": problem(0)}
+    compare(given, level=FEW, folder=tmp_path)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     journal = tmp_path / "sgd.pt-performance.partial"
     journal.mkdir()
     (journal / "loss.points").write_bytes(b"")
-    assert parts.get("sgd.pt", "performance", lambda: "key", lambda journal: pytest.fail("measured again")) == found
-    assert not journal.exists()
+    compare(given, level=FEW, folder=tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"analysis": "part"}', '{"analysis": "part", "key": "key"}'])
-def test_a_part_that_is_none_is_measured_again(text: str, tmp_path: Path) -> None:
+def test_a_part_that_is_none_is_measured_again(tmp_path: Path) -> None:
     """A file that is empty, cut short or of something else counts as absent."""
-    (tmp_path / "a-trace.json").write_text(text)
-    found = subject("a").trace
-    assert StepCache(tmp_path).get("a", "trace", lambda: "key", lambda journal: found).to_dict() == found.to_dict()  # type: ignore[union-attr]
+    given = {"a": problem(0)}
+    whole = compare(given, level=FEW, folder=tmp_path).subjects[0].trace
+    path = tmp_path / "a-trace.json"
+    record = json.loads(path.read_text())
+    assert whole is not None
+    for text in ("", "{", "[]", '{"analysis": "part"}', json.dumps({k: v for k, v in record.items() if k != "holds"})):
+        path.write_text(text)
+        again = compare(given, level=FEW, folder=tmp_path).subjects[0].trace
+        assert again is not None
+        assert (again.trace, again.frobenius) == (whole.trace, whole.frobenius)
+        assert json.loads(path.read_text()).keys() == record.keys()
 
 
 def diverged() -> Comparison:
@@ -490,4 +500,5 @@ def test_an_accuracy_is_of_the_examples_that_have_a_label() -> None:
     row = next(row for row in comparison.rows if row.label == "train accuracy")
     cell = row.cells[0]
     assert cell is not None
-    assert (cell.lower, cell.upper) == pytest.approx(wilson(cell.value, 10))
+    expected = scipy.stats.binomtest(round(10 * cell.value), 10).proportion_ci(method="wilson")
+    assert (cell.lower, cell.upper) == pytest.approx((expected.low, expected.high))

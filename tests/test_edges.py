@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sharpscope import MonitorRecord, SharpnessMonitor
 from sharpscope.edge_of_stability import descent_edge, sam_edge
-from sharpscope.monitor.unwrap import stability_edges
 from sharpscope.optim import ASAM, GSAM, SAM, FriendlySAM, LookSAM
+from watched import net, problem
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.8, "nesterov": True}])
@@ -53,23 +54,28 @@ def test_sgd_leaves_a_quadratic_above_its_edge_alone(options: dict[str, Any]) ->
         assert (abs(float(w.detach())) < 1) == stable
 
 
+def recorded(optimizer: Any) -> MonitorRecord:
+    record = SharpnessMonitor(problem(net()), optimizer, examples=8).measure()
+    assert record is not None
+    return record
+
+
 def test_edges_are_those_of_the_lowest_group() -> None:
     """The largest rate counts of several groups, a tensor too, and SAM's edge where the derivation is SAM's."""
     a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     groups: list[dict[str, Any]] = [{"params": [a], "lr": 0.1}, {"params": [b], "lr": torch.tensor(0.4)}]
-    plain = stability_edges(torch.optim.SGD(groups, momentum=0.9), 1.0)
+    plain = recorded(torch.optim.SGD(groups, momentum=0.9))
     assert plain.learning_rate == pytest.approx(0.4)
     assert plain.two_over_eta == pytest.approx(5)
     assert plain.momentum_edge == pytest.approx(9.5)
     assert math.isnan(plain.sam_edge)
-    aware = stability_edges(
-        SAM([{"params": [a], "lr": 0.1, "rho": 9.0}, {"params": [b], "lr": 0.4}], torch.optim.SGD), 2.0
-    )
-    assert aware.sam_edge == pytest.approx(min(sam_edge(0.1, 9.0, 2.0), sam_edge(0.4, 0.05, 2.0)))
+    aware = recorded(SAM([{"params": [a], "lr": 0.1, "rho": 9.0}, {"params": [b], "lr": 0.4}], torch.optim.SGD))
+    edges = [sam_edge(lr, rho, aware.gradient_norm) for lr, rho in ((0.1, 9.0), (0.4, 0.05))]
+    assert aware.sam_edge == pytest.approx(min(edges))
     assert math.isnan(aware.momentum_edge)
     for kind in (ASAM, GSAM, LookSAM, FriendlySAM):
-        assert math.isnan(stability_edges(kind([a], torch.optim.SGD, lr=0.1), 1.0).sam_edge)
-    assert math.isnan(stability_edges(SAM([a], torch.optim.SGD, p=math.inf, lr=0.1), 1.0).sam_edge)
-    assert math.isnan(stability_edges(SAM([a], torch.optim.Adam, lr=0.1), 1.0).sam_edge)
-    assert math.isnan(stability_edges(torch.optim.Adam([a]), 1.0).momentum_edge)
-    assert math.isnan(stability_edges(None, 1.0).two_over_eta)
+        assert math.isnan(recorded(kind([a], torch.optim.SGD, lr=0.1)).sam_edge)
+    assert math.isnan(recorded(SAM([a], torch.optim.SGD, p=math.inf, lr=0.1)).sam_edge)
+    assert math.isnan(recorded(SAM([a], torch.optim.Adam, lr=0.1)).sam_edge)
+    assert math.isnan(recorded(torch.optim.Adam([a])).momentum_edge)
+    assert math.isnan(recorded(None).two_over_eta)

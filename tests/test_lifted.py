@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dense import dense_hessian, top
-from sharpscope import Problem, ProblemError, top_eigenvalues
-from sharpscope.precision import grouped_mm
+from sharpscope import Objective, Problem, ProblemError, top_eigenvalues
 
 COUNT = 15
 
@@ -97,11 +96,24 @@ def test_float32_stays_where_it_is_asked_for() -> None:
 @pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="torch 2.8 and later")
 def test_groups_are_products_with_their_experts() -> None:
     """Rows by the matrix of their group, an empty one among them, and rows of no group at the end."""
-    rows, experts = torch.randn(8, 4), torch.randn(3, 4, 4)
-    found = grouped_mm(rows, experts, torch.tensor([3, 3, 7], dtype=torch.int32))
-    assert torch.allclose(found[:3], rows[:3] @ experts[0])
-    assert torch.allclose(found[3:7], rows[3:7] @ experts[2])
-    assert found.shape == (8, 4)
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.Parameter(torch.randn(3, 4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = torch._grouped_mm(x[0], self.experts, torch.tensor([3, 3, 7], dtype=torch.int32))
+            assert found.shape == (8, 4)
+            return found[None, :7]
+
+    rows, model = torch.randn(1, 8, 4), Experts()
+    problem = Problem(model=model, loss=nn.MSELoss(), data=(rows, torch.zeros(1, 7, 4)))
+    loss, gradient = Objective(problem, dtype=torch.float64).loss_and_gradient()
+    experts, x = model.experts.detach().double().requires_grad_(), rows[0].double()
+    expected = torch.cat([x[:3] @ experts[0], x[3:7] @ experts[2]]).square().mean()
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-12)
+    assert torch.allclose(gradient, torch.autograd.grad(expected, experts)[0].reshape(-1), rtol=1e-12)
 
 
 class Draws(nn.Module):

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated
 
 import numpy as np
 import pytest
+import torch
 
 import sharpscope
-from sharpscope import Cost, DataError, EigenResult, OutputError, Ratio
-from sharpscope.atomic_io import atomic, require_writable
-from sharpscope.formatting import with_bound
+from sharpscope import Cost, DataError, EigenResult, Estimate, Measure, OutputError, Ratio
+from sharpscope.checkpoint import write_checkpoint
 from sharpscope.plot import sharpness_over_training
 from sharpscope.results import side_by_side
 from sharpscope.results.serialization import Array, Shape
+from sharpscope.training import Recipe, train
 
 
 def result(values: list[float], half: float = 0.01, converged: bool = True, **provenance: object) -> EigenResult:
@@ -188,7 +189,7 @@ def test_other_files_are_no_results(text: str, tmp_path: Path) -> None:
 )
 def test_a_number_is_shown_to_the_digits_it_has(value: float, half: float, shown: str) -> None:
     """The value to the last digit of the half-width, which is rounded up from there."""
-    assert with_bound(value, value - half, value + half) == shown
+    assert str(Estimate(value, half)) == shown
 
 
 def test_a_printed_interval_holds_the_interval_and_is_not_much_longer() -> None:
@@ -198,7 +199,7 @@ def test_a_printed_interval_holds_the_interval_and_is_not_much_longer() -> None:
         value = rng.normal() * 10 ** rng.uniform(-6, 8)
         half = abs(value) * 10 ** rng.uniform(-6, 1)
         lower, upper = value - half * rng.uniform(0.3, 1), value + half
-        shown, reach = map(float, with_bound(value, lower, upper).split(" ±"))
+        shown, reach = map(float, str(Measure("trace", value, None, lower, upper)).split(" ±"))
         assert shown - reach <= lower + 1e-5 * half
         assert shown + reach >= upper - 1e-5 * half
         assert reach <= 1.6 * half
@@ -239,17 +240,17 @@ def test_a_result_shows_itself_in_a_notebook() -> None:
     assert "&lt;b&gt;.pt" in html
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception while writing leaves the target as it was and no temporary file."""
     (tmp_path / "a").write_text("old")
 
-    def fail() -> None:
-        with atomic(tmp_path / "a") as temporary:
-            temporary.write_text("half")
-            raise RuntimeError
+    def fail(contents: object, stream: IO[bytes]) -> None:
+        stream.write(b"half")
+        raise RuntimeError
 
+    monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(RuntimeError):
-        fail()
+        write_checkpoint(tmp_path / "a", state_dict={}, model="mlp", model_args={}, data={}, loss="mse")
     assert (tmp_path / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
@@ -259,7 +260,7 @@ def test_places_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for place in (tmp_path, tmp_path / "file" / "r.json"):
         with pytest.raises(OutputError):
-            require_writable(place)
+            train(Recipe(model="mlp"), place)
 
 
 def test_the_training_figure_shows_the_results_numbers() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from sharpscope import ArgumentError, Objective, Problem, top_eigenvalues
 from sharpscope.objective.accumulate import PerBatch
-from sharpscope.sampling.sampling_error import MIN_BATCHES, Sampling, _bias, sampling_error, sampling_error_of_batches
+from sharpscope.sampling import sampling_error, sampling_error_of_batches
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = torch.randn(120, 3, generator=GENERATOR).double() * torch.tensor([2.0, 1.2, 0.7]).double()
@@ -54,7 +55,7 @@ def problem(inputs: Tensor = INPUTS, weight_decay: float = 0.0, batches: list[in
     return Problem(model=Curved(inputs.shape[1]), loss=first, data=data, weight_decay=weight_decay)
 
 
-def measured(of: Problem, confidence: float = 0.95, k: int = 2, **options: int | str) -> tuple[Sampling, np.ndarray]:
+def measured(of: Problem, confidence: float = 0.95, k: int = 2, **options: int | str) -> tuple[Any, np.ndarray]:
     """The sampling error along the axes, which are the eigenvectors, and the eigenvalues."""
     inputs = torch.cat([x for x, _ in of.data])
     values = inputs.square().mean(0)[:k] + of.weight_decay
@@ -68,6 +69,20 @@ def parts_of(units: np.ndarray, vectors: np.ndarray, weights: np.ndarray | None 
     given = np.ones(len(units)) if weights is None else weights
     forms, squares = torch.from_numpy(vectors.T @ pushed), torch.from_numpy((pushed**2).sum(1))
     return PerBatch(torch.from_numpy(given), forms, squares, (1,) * len(units))
+
+
+def bias_of(values: np.ndarray, mixing: np.ndarray, own: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    """The stated bias of eigenvalues ``values`` (k,), k at most 3, where the mean over units of ``v_i'H v_j`` has the
+    variance ``mixing`` (k, k) off the diagonal and ``own`` (k,) on it, and R is ``outside`` (k,).
+    """
+    k, units = len(values), 12
+    signs = np.tile([[1, 1, 1], [-1, 1, -1], [1, -1, -1], [-1, -1, 1]], (3, 1))  # columns without correlation
+    scatter = np.sqrt((units - 1) * mixing) * signs[:, 2, None, None]
+    scatter[:, np.arange(k), np.arange(k)] = np.sqrt((units - 1) * own) * signs[:, :k]
+    forms = np.diag(values) + scatter
+    squares = values**2 + 2 * values * scatter.diagonal(axis1=1, axis2=2) + (scatter**2).sum(2) + (units - 1) * outside
+    parts = PerBatch(torch.ones(units), torch.from_numpy(forms), torch.from_numpy(squares), (1,) * units)
+    return np.asarray(sampling_error_of_batches(parts).bias)
 
 
 def sample_of(rows: np.ndarray, chosen: np.ndarray, units: int, k: int) -> tuple[PerBatch, np.ndarray]:
@@ -187,12 +202,12 @@ def test_a_common_factor_leaves_the_ratio_sure() -> None:
 def test_the_squared_gap_of_a_2_by_2_matrix_is_corrected_exactly() -> None:
     """Over all sign patterns of a random 2 x 2 matrix, corrected squared gaps have the mean matrix's in the mean."""
     mean, step = np.diag([3.0, 1.0]), (0.3, 0.2, 0.4)
-    mixing, own = np.array([[0.09, 0.16], [0.16, 0.04]]), np.diag([0.09, 0.04])
+    mixing, own = np.array([[0.09, 0.16], [0.16, 0.04]]), np.array([0.09, 0.04])
     squares = []
     for signs in np.ndindex(2, 2, 2):
         a, b, c = (s * (2 * i - 1) for s, i in zip(step, signs, strict=True))
         values = np.linalg.eigvalsh(mean + np.array([[a, c], [c, b]]))[::-1]
-        corrected = values - _bias(values, mixing, own, np.zeros(2))
+        corrected = values - bias_of(values, mixing, own, np.zeros(2))
         squares.append((corrected[0] - corrected[1]) ** 2)
         assert corrected.sum() == pytest.approx(values.sum())
     assert np.mean(squares) == pytest.approx(4.0)
@@ -221,9 +236,9 @@ def test_the_bias_is_bounded_in_a_cluster() -> None:
     """However close eigenvalues are, none is moved past the middle of its gaps; the equal are not moved apart."""
     values = np.array([2.0, 2.0 - 1e-9, 1.0])
     large = np.full((3, 3), 1e6)
-    bias = _bias(values, large, np.diag(np.full(3, 1e6)), np.zeros(3))
+    bias = bias_of(values, large, np.full(3, 1e6), np.zeros(3))
     assert np.allclose(bias, [0.5, 0.5, -1.0], atol=1e-8)
-    assert np.allclose(_bias(np.ones(3), large, np.eye(3), np.full(3, 1e9)), 0.5)
+    assert np.allclose(bias_of(np.ones(3), large, np.ones(3), np.full(3, 1e9)), 0.5)
 
 
 def test_wide_gaps_give_second_order_perturbation() -> None:
@@ -235,7 +250,7 @@ def test_wide_gaps_give_second_order_perturbation() -> None:
     outside = rng.random(3) * tiny
     gaps = values[:, None] - values + np.diag([np.inf] * 3)
     wanted = (mixing / gaps).sum(1) + outside / values
-    assert np.allclose(_bias(values, mixing, np.zeros((3, 3)), outside), wanted, rtol=1e-4)
+    assert np.allclose(bias_of(values, mixing, np.zeros(3), outside), wanted, rtol=1e-4)
 
 
 def test_the_bias_is_that_of_many_samples() -> None:
@@ -299,14 +314,14 @@ def test_a_real_result_takes_it() -> None:
 
 def test_too_few_units_are_said() -> None:
     """Fewer than ten units give no number, but a sentence, and plain JSON."""
-    result, _ = measured(problem(INPUTS[: MIN_BATCHES - 1]))
+    result, _ = measured(problem(INPUTS[:9]))
     assert np.isnan(result.se).all()
     assert result.ratio is None
     assert result.reason is not None
     assert "at least 10 micro-batches" in result.reason
     assert "got 9" in result.reason
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["se"] is None
-    assert np.isfinite(measured(problem(INPUTS[:MIN_BATCHES]))[0].se).all()
+    assert np.isfinite(measured(problem(INPUTS[:10]))[0].se).all()
 
 
 def test_a_ratio_to_nothing_is_not_stated() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sharpscope import Problem, TraceResult, trace
 from sharpscope.objective.accumulate import PerBatch
-from sharpscope.sampling.sampling_error import MIN_BATCHES, trace_error
+from sharpscope.sampling import trace_error
 
 GENERATOR = torch.Generator().manual_seed(0)
 # Curvatures of 20,000 examples along 12 axes, of heavy tails, as those of a trained network are.
@@ -77,9 +77,9 @@ def test_it_does_not_change_the_trace() -> None:
 
 
 def test_few_examples_say_nothing_of_the_rest() -> None:
-    """Fewer than MIN_BATCHES micro-batches give no standard error, and no number made up."""
-    assert trace_error(parts(np.ones(MIN_BATCHES - 1), np.ones(MIN_BATCHES - 1)), 1) is None
-    assert trace(problem(POPULATION[: MIN_BATCHES - 1]), 2, population=True).sampling_error is None
+    """Fewer than ten micro-batches give no standard error, and no number made up."""
+    assert trace_error(parts(np.ones(9), np.ones(9)), 1) is None
+    assert trace(problem(POPULATION[:9]), 2, population=True).sampling_error is None
 
 
 def test_micro_batches_without_loss_terms_are_no_units() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from torch import nn
 
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.zoo import MODELS, load_data, make_model, model_arguments
-from sharpscope.zoo.networks import Block, wide_resnet
 
 
 def parameters(model: nn.Module) -> int:
@@ -84,7 +84,8 @@ def test_models_take_both_image_sizes(name: str, args: dict[str, str], side: int
 def test_parameter_counts_match_the_literature() -> None:
     """WRN-28-10 has 36.5 million weights (Zagoruyko and Komodakis, table 5); mlp and cnn as counted by hand."""
     with torch.device("meta"):
-        assert round(parameters(wide_resnet((3, 32, 32), 10, depth=28, widen=10)) / 1e6, 1) == 36.5
+        wrn = make_model("wide_resnet", shape=(3, 32, 32), classes=10, depth=28, widen=10)
+    assert round(parameters(wrn) / 1e6, 1) == 36.5
     assert parameters(make_model("mlp")) == 64 * 64 + 64 + 64 * 10 + 10
     assert parameters(make_model("cnn")) == (9 + 1) * 8 + (8 * 9 + 1) * 16 + (16 * 4 + 1) * 64 + 65 * 10
     assert parameters(make_model("cnn", shape=(1, 28, 28))) == 52_138
@@ -93,7 +94,7 @@ def test_parameter_counts_match_the_literature() -> None:
 def test_unnormalised_blocks_start_as_their_shortcut() -> None:
     """With norm none every residual branch starts at zero, so a block that keeps the shape is the identity."""
     model = make_model("wide_resnet", seed=0, depth=16, norm="none")
-    blocks = [m for m in model.modules() if isinstance(m, Block) and m.shortcut is None]
+    blocks: list[Any] = [m for m in model.get_submodule("blocks").children() if m.shortcut is None]
     assert len(blocks) == 3
     for block in blocks:
         x = torch.randn(2, block.conv1.in_channels, 4, 4)
