@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from conftest import tiny_mlp
 from dense import dense_hessian, top
 from sharpscope import Objective, Problem, ProblemError, top_eigenvalues
 
@@ -21,9 +22,7 @@ Y = torch.randint(0, 3, (60,), generator=torch.Generator().manual_seed(1))
 
 
 def net(outputs: int = 3) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, outputs))
+    return tiny_mlp(4, 6, outputs)
 
 
 def penalty(model: nn.Module) -> Tensor:

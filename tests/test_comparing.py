@@ -19,6 +19,7 @@ import torch
 
 import sharpscope
 from comparisons import DIVERGED, groups, subject, two
+from conftest import classifier
 from sharpscope import Comparison, Problem, report
 from sharpscope.cli import comparing, main, parser
 from sharpscope.comparing import LEVELS, compare
@@ -44,9 +45,7 @@ TEST = torch.randn(24, 4, generator=TORCH), torch.randint(0, 3, (24,), generator
 
 def problem(seed: int, data: Any = DATA, **provenance: Any) -> Problem:
     """A network of its own weights on the data of all."""
-    torch.manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
-    return Problem(model=model, loss=torch.nn.CrossEntropyLoss(), data=data, provenance=provenance)
+    return classifier(seed, data=data, provenance=provenance)
 
 
 @pytest.fixture

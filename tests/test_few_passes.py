@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conftest import tiny_mlp
 from dense import dense_hessian, top
 from sharpscope import ArgumentError, ConvergenceWarning, EigenResult, Problem, top_eigenvalues
 
@@ -27,8 +28,7 @@ def trained(seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
     inputs = torch.randn(N, 8, generator=draw, dtype=torch.float64)
     scores = inputs @ torch.randn(8, 4, generator=draw, dtype=torch.float64)
     labels = (scores + torch.randn(N, 4, generator=draw, dtype=torch.float64)).argmax(1)
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4)).double()
+    model = tiny_mlp(8, 12, 4, seed=seed).double()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     for _ in range(150):
         chosen = torch.randint(N, (256,), generator=draw)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as distributed
 
 import sharpscope
+from conftest import tiny_mlp
 from dense import dense_hessian, top
 from sharpscope.checkpoint import load_weights, read_checkpoint
 from sharpscope.cli import main
@@ -54,8 +55,7 @@ class Touch:
 
 
 def network(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    return tiny_mlp(4, 5, 3, seed=seed)
 
 
 def eigenvalues(path: Path, folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> np.ndarray[Any, Any]:

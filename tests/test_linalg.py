@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import quadratic
 from sharpscope import ArgumentError
 from sharpscope.linalg import METHODS, top_eigenpairs
 from sharpscope.linalg.ritz import ritz_bounds
@@ -20,12 +21,7 @@ DTYPES = (torch.float64, torch.float32)
 
 def operator(spectrum: list[float], n: int, seed: int = 0) -> Tensor:
     """A dense symmetric matrix with the given eigenvalues, and zeros up to order n, in a random basis."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.zeros(n, dtype=torch.float64)
-    values[: len(spectrum)] = torch.tensor(spectrum, dtype=torch.float64)
-    basis, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
-    matrix = (basis * values) @ basis.T
-    return (matrix + matrix.T) / 2
+    return quadratic([*spectrum, *[0.0] * (n - len(spectrum))], seed)
 
 
 def product(matrix: Tensor) -> Callable[[Tensor], Tensor]:

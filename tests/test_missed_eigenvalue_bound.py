@@ -9,18 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import quadratic
 from sharpscope.linalg import top_eigenpairs
 from sharpscope.linalg.missed_eigenvalues import MissedEigenvalueBound, missed_probability
 
 Matrix = Callable[[torch.Generator], Tensor]
-
-
-def rotated(values: Tensor, generator: torch.Generator) -> Tensor:
-    """A dense symmetric matrix with these eigenvalues in a random basis."""
-    n = len(values)
-    basis, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
-    matrix = (basis * values) @ basis.T
-    return (matrix + matrix.T) / 2
 
 
 def unit_rows(count: int, n: int, generator: torch.Generator) -> Tensor:
@@ -159,7 +152,7 @@ def test_no_more_runs_miss_than_they_claim(space: Callable[..., Tensor], starts:
         n = int(torch.randint(20, 50, (1,), generator=generator))
         values = spectrum(trial, n, generator)
         values[0] = values.max() + 0.1 * (trial % 7)
-        matrix = rotated(values, generator)
+        matrix = quadratic(values, generator)
         origin = unit_rows(starts, n, generator)
         claim = start_of(matrix, origin, space(matrix, origin, generator)).probability(float(values[0]) - 1e-9)
         for level in wrong:
@@ -172,7 +165,7 @@ def test_nothing_is_claimed_below_a_ritz_value() -> None:
     """The bound is 1 up to and at the largest Ritz value, falls above it, and is never 0 after a few products."""
     generator = torch.Generator().manual_seed(3)
     for trial in range(20):
-        matrix = rotated(spectrum(trial, 40, generator), generator)
+        matrix = quadratic(spectrum(trial, 40, generator), generator)
         origin = unit_rows(1 + trial % 3, 40, generator)
         start = start_of(matrix, origin, krylov(matrix, origin, generator))
         largest = float(start.values.max())
@@ -221,7 +214,7 @@ def test_nothing_left_is_certain_and_no_start_supports_nothing() -> None:
 def test_the_scale_does_not_matter(exponent: int) -> None:
     """Operator and threshold scaled by powers of ten from 1e-100 to 1e100 give the same bound."""
     generator = torch.Generator().manual_seed(5)
-    matrix = rotated(spectrum(3, 40, generator), generator)
+    matrix = quadratic(spectrum(3, 40, generator), generator)
     origin = unit_rows(2, 40, generator)
     basis = krylov(matrix, origin, generator)
     above = float(torch.linalg.eigvalsh(matrix)[-1])
@@ -235,7 +228,7 @@ def test_the_scale_does_not_matter(exponent: int) -> None:
 def test_after_a_restart_the_claim_is_that_of_before(method: str) -> None:
     """A run whose basis was cut no longer spans its random vectors: it claims what it did before, less than a whole."""
     generator = torch.Generator().manual_seed(8)
-    matrix = rotated(1 / (1 + torch.arange(100, dtype=torch.float64)) ** 0.5, generator)
+    matrix = quadratic(1 / (1 + torch.arange(100, dtype=torch.float64)) ** 0.5, generator)
     runs = [
         top_eigenpairs(
             lambda block: matrix @ block,

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
+from conftest import tiny_mlp
 from dense import dense_hessian
 from sharpscope import (
     ArgumentError,
@@ -43,9 +44,7 @@ WEIGHT = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
 
 
 def net(inputs: int = 6, outputs: int = 3) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(inputs, 5), nn.Tanh(), nn.Linear(5, outputs)).double()
+    return tiny_mlp(inputs, 5, outputs).double()
 
 
 def batches(size: int, *columns: Tensor) -> list[tuple[Tensor, ...]]:

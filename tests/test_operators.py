@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 
+from conftest import tiny_mlp
 from dense import dense_hessian
 from sharpscope import ArgumentError, AuditError, Objective, Problem, ProblemError, top_eigenvalues
 from sharpscope.objective.audit import audit
@@ -33,9 +34,7 @@ TOKENS[::5, 1] = -100
 
 
 def net(outputs: int = 3) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, outputs)).double()
+    return tiny_mlp(4, 4, outputs).double()
 
 
 def tagger() -> nn.Module:
@@ -488,7 +487,7 @@ def test_differences_in_single_precision_say_how_far_they_are_off() -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             x, y = torch.randn(300, 6), torch.randint(0, 3, (300,))
-            model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        model = tiny_mlp(6, 8, 3, seed=seed)
         true = dense_hessian(copy.deepcopy(model).double(), lambda call, x=x, y=y: F.cross_entropy(call(x.double()), y))
         wanted = torch.linalg.eigvalsh(true).flip(0)[:2]
         problem = Problem(model=model, loss=nn.CrossEntropyLoss(), data=(x, y))

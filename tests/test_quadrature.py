@@ -9,19 +9,12 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from conftest import quadratic
 from sharpscope import ArgumentError
 from sharpscope.linalg import TraceEstimate, lanczos_quadrature, trace_and_frobenius
 from sharpscope.linalg.trace import trace_from_images
 
 DTYPES = (torch.float64, torch.float32)
-
-
-def operator(spectrum: Tensor, seed: int = 0) -> Tensor:
-    """A dense symmetric matrix with these eigenvalues in a random basis."""
-    generator = torch.Generator().manual_seed(seed)
-    basis, _ = torch.linalg.qr(torch.randn(len(spectrum), len(spectrum), generator=generator, dtype=torch.float64))
-    matrix = (basis * spectrum.double()) @ basis.T
-    return (matrix + matrix.T) / 2
 
 
 def product(matrix: Tensor) -> Callable[[Tensor], Tensor]:
@@ -55,7 +48,7 @@ SPECTRA = {
 @pytest.mark.parametrize("name", SPECTRA)
 def test_a_full_depth_run_is_exact(name: str, dtype: torch.dtype) -> None:
     """After n steps ``sum_j w_j f(node_j)`` is ``v' f(H) v`` for each probe v, whatever smooth f."""
-    matrix = operator(SPECTRA[name]).to(dtype)
+    matrix = quadratic(SPECTRA[name]).to(dtype)
     values, vectors = torch.linalg.eigh(matrix.double())
     rule = lanczos_quadrature(product(matrix), 60, 3, 60, dtype=dtype, generator=seeded(1))
     scale = float(values.abs().max()) or 1.0
@@ -70,7 +63,7 @@ def test_a_full_depth_run_is_exact(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", SPECTRA)
 def test_weights_are_shares(name: str, dtype: torch.dtype) -> None:
     """Weights are real, not negative, and each probe's sum 1; nodes lie within the spectrum."""
-    matrix = operator(SPECTRA[name]).to(dtype)
+    matrix = quadratic(SPECTRA[name]).to(dtype)
     rule = lanczos_quadrature(product(matrix), 60, 3, 12, dtype=dtype)
     assert rule.nodes.dtype == rule.weights.dtype == torch.float64
     assert rule.nodes.shape == rule.weights.shape == (3, 12)
@@ -85,7 +78,7 @@ def test_weights_are_shares(name: str, dtype: torch.dtype) -> None:
 def test_s_steps_are_exact_to_degree_2s_minus_1() -> None:
     """Five steps give ``v' H^9 v`` to rounding, and not ``v' H^10 v``."""
     values = SPECTRA["both signs"].double()
-    matrix = operator(values)
+    matrix = quadratic(values)
     rule = lanczos_quadrature(product(matrix), 60, 4, 5)
     for power in range(11):
         exact = (rule.probes @ torch.linalg.matrix_power(matrix, power) * rule.probes).sum(1)
@@ -98,7 +91,7 @@ def test_s_steps_are_exact_to_degree_2s_minus_1() -> None:
 def test_an_invariant_subspace_is_no_trouble(scale: float, dtype: torch.dtype) -> None:
     """With five distinct eigenvalues, at any scale, all weight is on these after 40 steps; with one, one step is it."""
     values = scale * torch.tensor([-2.0, 0, 1, 3, 7], dtype=torch.float64).repeat_interleave(12)
-    matrix = operator(values).to(dtype)
+    matrix = quadratic(values).to(dtype)
     rule = lanczos_quadrature(product(matrix), 60, 3, 40, dtype=dtype)
     shares = (rule.probes.double() @ torch.linalg.eigh(matrix.double())[1]).square().reshape(3, 5, 12).sum(2)
     near = (rule.nodes[:, None] / scale - torch.tensor([-2.0, 0, 1, 3, 7])[:, None]).abs() < 100 * torch.finfo(
@@ -112,7 +105,7 @@ def test_an_invariant_subspace_is_no_trouble(scale: float, dtype: torch.dtype) -
 
 def test_a_step_is_one_product_for_all_probes() -> None:
     """The runs advance together: as many products as steps, each with a column for each probe that still runs."""
-    matrix, widths = operator(SPECTRA["flat"]), []
+    matrix, widths = quadratic(SPECTRA["flat"]), []
 
     def counted(block: Tensor) -> Tensor:
         widths.append(block.shape[1])
@@ -125,7 +118,7 @@ def test_a_step_is_one_product_for_all_probes() -> None:
 
 def test_the_same_seed_gives_the_same_bits() -> None:
     """Equal generators give equal nodes and weights, another seed others; torch's own random state stays."""
-    matrix, before = operator(SPECTRA["outliers"]), torch.get_rng_state()
+    matrix, before = quadratic(SPECTRA["outliers"]), torch.get_rng_state()
     one, again, other = (lanczos_quadrature(product(matrix), 60, 5, 8, generator=seeded(s)) for s in (3, 3, 4))
     assert torch.equal(one.nodes, again.nodes)
     assert torch.equal(one.weights, again.weights)
@@ -135,7 +128,7 @@ def test_the_same_seed_gives_the_same_bits() -> None:
 
 def test_known_eigenpairs_are_put_back_exactly() -> None:
     """With the five outliers taken out each has weight 1/n at its place, and the rest is resolved within its range."""
-    matrix = operator(SPECTRA["outliers"])
+    matrix = quadratic(SPECTRA["outliers"])
     values, vectors = torch.linalg.eigh(matrix)
     known = values[-5:], vectors[:, -5:]
     rule = lanczos_quadrature(product(matrix), 60, 3, 8, known=known)
@@ -154,7 +147,7 @@ def test_what_is_not_symmetric_is_refused() -> None:
     with pytest.raises(ArgumentError, match="finite"):
         lanczos_quadrature(lambda block: block / 0, 60, 2, 5)
     with pytest.raises(ArgumentError, match="orthonormal"):
-        lanczos_quadrature(product(operator(SPECTRA["flat"])), 60, known=(torch.ones(1), 2 * torch.eye(60)[:, :1]))
+        lanczos_quadrature(product(quadratic(SPECTRA["flat"])), 60, known=(torch.ones(1), 2 * torch.eye(60)[:, :1]))
     for wrong in ({"probes": 1}, {"probes": 61}, {"steps": 0}, {"probes": True}):
         with pytest.raises(ArgumentError, match="at least"):
             lanczos_quadrature(product(skew), 60, **wrong)
@@ -178,7 +171,7 @@ def test_trace_and_squared_norm_are_unbiased_and_their_errors_cover(name: str) -
 
     The least of 100 that a true 95 % interval covers, but for one chance in 10,000, is 87.
     """
-    runs = errors(operator(SPECTRA[name]), 6, 100)
+    runs = errors(quadratic(SPECTRA[name]), 6, 100)
     for off, stated in ((runs[:, 0], runs[:, 1]), (runs[:, 2], runs[:, 3])):
         # Where the estimate is exact what is left is rounding, which is not random; the stated error holds it.
         assert abs(float(off.mean())) <= 4 * float(off.std()) / 10 + float(stated.min())
@@ -190,21 +183,21 @@ def test_trace_and_squared_norm_are_unbiased_and_their_errors_cover(name: str) -
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_operator_of_lower_rank_than_probes_is_exact(dtype: torch.dtype) -> None:
     """Rank 4 and 8 probes give trace 10 and squared norm 54, and errors, that are rounding only."""
-    found = trace_and_frobenius(product(operator(SPECTRA["low rank"]).to(dtype)), 60, 8, dtype=dtype)
+    found = trace_and_frobenius(product(quadratic(SPECTRA["low rank"]).to(dtype)), 60, 8, dtype=dtype)
     assert abs(found.trace - 10) < 4 * found.trace_error < 1e4 * torch.finfo(dtype).eps
     assert abs(found.squared - 54) < 4 * found.squared_error < 1e5 * torch.finfo(dtype).eps
 
 
 def test_as_many_probes_as_dimensions_give_all_of_it() -> None:
     """Four probes in four dimensions leave one direction at a time to chance, and none of the trace."""
-    found = trace_and_frobenius(product(operator(torch.tensor([5.0, 4, 3, -2]))), 4, 4)
+    found = trace_and_frobenius(product(quadratic(torch.tensor([5.0, 4, 3, -2]))), 4, 4)
     assert abs(found.trace - 10) < 1e-10
     assert abs(found.squared - 54) < 1e-10
 
 
 def test_known_eigenpairs_leave_the_trace_of_the_rest() -> None:
     """Where the rest is a multiple of the identity nothing is left to chance: 5 + 4 - 3 + 57 * 0.5, and the squares."""
-    matrix = operator(torch.cat([torch.tensor([5.0, 4, -3]), torch.full((57,), 0.5)]))
+    matrix = quadratic(torch.cat([torch.tensor([5.0, 4, -3]), torch.full((57,), 0.5)]))
     values, vectors = torch.linalg.eigh(matrix)
     pick = [0, 58, 59]
     known = values[pick], vectors[:, pick]
@@ -219,14 +212,14 @@ def test_known_eigenpairs_leave_the_trace_of_the_rest() -> None:
 def test_a_negative_trace_is_no_reason_to_stop() -> None:
     """With outliers of both signs and a negative sum, the trace is as unbiased as any; zero has trace zero."""
     values = torch.cat([torch.tensor([10.0, -14, 6, -9]), torch.linspace(-0.2, 0.1, 56)])
-    runs = errors(operator(values), 8, 30)
+    runs = errors(quadratic(values), 8, 30)
     assert abs(float(runs[:, 0].mean())) < 4 * float(runs[:, 0].std()) / 30**0.5
     assert trace_and_frobenius(torch.zeros_like, 60, 8) == TraceEstimate(0.0, 0.0, 0.0, 0.0, 1, 8)
 
 
 def test_fast_decay_makes_it_far_better_than_a_plain_mean() -> None:
     """On a geometric spectrum 12 probes reach a tenth of the error of the mean of as many ``v'Hv``."""
-    matrix = operator(SPECTRA["geometric"])
+    matrix = quadratic(SPECTRA["geometric"])
     mine = errors(matrix, 12, 20)[:, 0].square().mean().sqrt()
     probes = torch.randn(200, 60, generator=seeded(0), dtype=torch.float64)
     plain = (60 * (probes @ matrix * probes).sum(1) / probes.square().sum(1)).std() / 24**0.5

@@ -7,6 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import processes
+from conftest import classifier
 from sharpscope import Objective, Problem, top_eigenvalues
 from sharpscope.operators import curvature
 from sharpscope.resume import Journal, journaled_hvp, key_of, probe
@@ -59,28 +61,26 @@ def test_killed_three_times_the_command_ends_with_the_same_values(tmp_path: Path
 
 def test_no_finished_pass_is_repeated_and_nothing_else_reused(tmp_path: Path) -> None:
     """A second call with the same journal walks the data for key, audit and memory alone; other weights start anew."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-    inputs, labels = torch.randn(300, 4), torch.randint(3, (300,))
+    base = classifier(examples=300)
     walks = 0
 
     class Counting:
         def __iter__(self):  # type: ignore[no-untyped-def]
             nonlocal walks
             walks += 1
-            return iter([(inputs, labels)])
+            return iter([base.data])
 
     def measured() -> tuple[list[float], int]:
         nonlocal walks
         walks = 0
-        problem = Problem(model=model, loss=nn.CrossEntropyLoss(), data=Counting())
+        problem = replace(base, data=Counting())
         return top_eigenvalues(problem, k=2, journal=tmp_path / "state").eigenvalues.tolist(), walks
 
     first, again = measured(), measured()
     assert first[0] == again[0]
     assert again[1] == 5 < first[1]  # key, probe, audit twice, memory
     with torch.no_grad():
-        model[0].weight.mul_(1.5)
+        next(base.model.parameters()).mul_(1.5)
     changed = measured()
     assert changed[0] != first[0]
     assert changed[1] > 5
@@ -88,21 +88,19 @@ def test_no_finished_pass_is_repeated_and_nothing_else_reused(tmp_path: Path) ->
 
 def test_another_loss_of_the_same_name_reuses_nothing(tmp_path: Path) -> None:
     """What a loss computes decides, not what it is called: label smoothing and a factor in a closure are seen."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-    data = (torch.randn(300, 4), torch.randint(3, (300,)))
+    base = classifier(examples=300)
 
     def times(factor: float):  # type: ignore[no-untyped-def]
         return lambda output, target: factor * nn.functional.cross_entropy(output, target)
 
     weighted = (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 1.0, w])) for w in (1.0, 50.0))
-    data[1][:260] = torch.randint(2, (260,))  # the probe's examples have no label 2
+    base.data[1][:260] = torch.randint(2, (260,))  # the probe's examples have no label 2
     smoothed = (nn.CrossEntropyLoss(label_smoothing=s) for s in (0.0, 0.3))
     for one, other in (tuple(weighted), tuple(smoothed), (times(1.0), times(3.0))):
         state = tmp_path / "state"
-        top_eigenvalues(Problem(model=model, loss=one, data=data), k=1, journal=state)
-        alone = top_eigenvalues(Problem(model=model, loss=other, data=data), k=1)
-        again = top_eigenvalues(Problem(model=model, loss=other, data=data), k=1, journal=state)
+        top_eigenvalues(replace(base, loss=one), k=1, journal=state)
+        alone = top_eigenvalues(replace(base, loss=other), k=1)
+        again = top_eigenvalues(replace(base, loss=other), k=1, journal=state)
         assert again.eigenvalues.tolist() == alone.eigenvalues.tolist()
         assert again.loss == alone.loss
 

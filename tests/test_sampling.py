@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from conftest import classifier
 from sharpscope import ArgumentError, Objective, Problem, top_eigenvalues
 from sharpscope.objective.accumulate import PerBatch
 from sharpscope.sampling import sampling_error, sampling_error_of_batches
@@ -295,10 +296,7 @@ def test_intervals_cover_the_population(tails: str) -> None:
 
 def test_a_real_result_takes_it() -> None:
     """What top_eigenvalues returns goes in as it is, costs 1 + 2k gradients, and comes out as JSON."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    data = (torch.randn(200, 4), torch.randint(0, 3, (200,)))
-    real = Problem(model=model, loss=nn.CrossEntropyLoss(), data=data, weight_decay=0.01)
+    real = classifier(examples=200, weight_decay=0.01)
     found = top_eigenvalues(real, k=3, vectors=True)
     assert found.eigenvectors is not None
     found.eigenvectors.setflags(write=False)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sharpscope
+from conftest import tiny_mlp
 from dense import dense_hessian
 from sharpscope import Ascent, Problem, TokenCrossEntropy, measure_sharpness, sharpness
 from sharpscope.edge_of_stability import descent_edge, sam_edge
@@ -236,7 +237,7 @@ def test_largest_eigenvalue_and_trace_of_the_scaled_hessian(adaptive: str | None
 
 def test_relative_flatness_is_petzkas_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over all sign vectors the mean of ``U'HU`` is ``sum <w_s, w_s'> tr(H_ss')`` of the dense Hessian."""
-    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    model = tiny_mlp(2, 3, 2).double()
     data = (X[:, :2], drawn(N, 2, seed=4))
     signs = {n: [torch.tensor(s) for s in itertools.product((-1, 1), repeat=n)] for n in (2, 3)}
     pairs = {n: iter([v for a in rows for b in rows for v in (a, b)]) for n, rows in signs.items()}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import processes
+from conftest import classifier
 from sharpscope import Problem, SliceResult, loss_slice, loss_surface
 from sharpscope.cli import main
 from sharpscope.errors import ArgumentError
@@ -20,17 +21,6 @@ from sharpscope.objective import autotune_micro_batch
 from sharpscope.resume import PointLog, discard
 from sharpscope.slices import Direction, random_directions
 from sharpscope.slices.evaluation import PointEvaluator
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def small(seed: int = 0) -> Problem:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
-    labels = torch.randint(0, 3, (20,), generator=torch.Generator().manual_seed(1))
-    return Problem(model=model, loss=nn.CrossEntropyLoss(), data=(drawn(20, 4), labels))
 
 
 @pytest.fixture
@@ -62,11 +52,11 @@ def stopped(problem: Problem, after: int, **options: Any) -> None:
 
 def test_a_resumed_surface_repeats_no_finished_point(tmp_path: Path, visits: list[Any]) -> None:
     """Interrupted twice, it takes each point once in all, and ends in the bits of an uninterrupted one."""
-    whole = loss_surface(small(), points=7)
+    whole = loss_surface(classifier(examples=20), points=7)
     visits.clear()
-    stopped(small(), 10, journal=tmp_path)
-    stopped(small(), 30, journal=tmp_path)
-    resumed = loss_surface(small(), points=7, journal=tmp_path)
+    stopped(classifier(examples=20), 10, journal=tmp_path)
+    stopped(classifier(examples=20), 30, journal=tmp_path)
+    resumed = loss_surface(classifier(examples=20), points=7, journal=tmp_path)
     assert len(set(visits)) == 49
     # w itself is taken anew each time: were its loss another, no point would be of this one.
     assert sorted(visits).count((0, 0.0, 0.0)) == 3
@@ -78,9 +68,9 @@ def test_a_resumed_surface_repeats_no_finished_point(tmp_path: Path, visits: lis
 
 def test_a_finer_grid_takes_only_the_points_between(tmp_path: Path, visits: list[Any]) -> None:
     """Points are known by their coordinates: a wider or finer grid of the same plane uses those that are there."""
-    loss_surface(small(), points=5, journal=tmp_path)
+    loss_surface(classifier(examples=20), points=5, journal=tmp_path)
     visits.clear()
-    loss_surface(small(), points=9, journal=tmp_path)
+    loss_surface(classifier(examples=20), points=9, journal=tmp_path)
     assert len(visits) == 81 - 25 + 1
 
 
@@ -89,11 +79,11 @@ def test_a_changed_problem_uses_no_old_point(tmp_path: Path, visits: list[Any], 
     """Points are keyed by what decides the loss, not by a name: change any of it, and every point is taken anew."""
 
     def normed() -> Problem:
-        base = small()
+        base = classifier(examples=20)
         model = nn.Sequential(base.model, nn.BatchNorm1d(3))
         return Problem(model=model, loss=base.loss, data=base.data)
 
-    first: dict[str, Any] = {"also": {"test": small().data}, "journal": tmp_path}
+    first: dict[str, Any] = {"also": {"test": classifier(examples=20).data}, "journal": tmp_path}
     loss_surface(normed(), points=3, **first)
     problem, options, plane = normed(), dict(first), None
     with torch.no_grad():
@@ -106,7 +96,7 @@ def test_a_changed_problem_uses_no_old_point(tmp_path: Path, visits: list[Any], 
         elif change == "plane":
             plane = random_directions(problem, 2, torch.Generator().manual_seed(1))
         elif change == "test":
-            options["also"] = {"test": (small().data[0] + 1e-6, small().data[1])}
+            options["also"] = {"test": (classifier(examples=20).data[0] + 1e-6, classifier(examples=20).data[1])}
         elif change == "batchnorm":
             options["batchnorm"] = "recalibrate"
         elif change == "micro-batch":
@@ -159,7 +149,7 @@ def test_changed_code_uses_no_old_point(tmp_path: Path, visits: list[Any], chang
         class Scaled(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.inner = small().model
+                self.inner = classifier(examples=20).model
                 self.start = float(self.inner[0].weight.detach().sum())  # type: ignore[index,union-attr,operator]
 
             def forward(self, x: Tensor) -> Tensor:
@@ -171,7 +161,7 @@ def test_changed_code_uses_no_old_point(tmp_path: Path, visits: list[Any], chang
         losses = {1.0: lambda o, t: 1.0 * nn.functional.cross_entropy(o, t)}
         losses[5.0] = lambda o, t: 5.0 * nn.functional.cross_entropy(o, t)
         loss = losses[slope] if change == "constant" else nn.CrossEntropyLoss()
-        return Problem(model=Scaled(), loss=loss, data=small().data)
+        return Problem(model=Scaled(), loss=loss, data=classifier(examples=20).data)
 
     plane = random_directions(made(1.0), 2)
     loss_surface(made(1.0), plane, 3, journal=tmp_path)
@@ -186,9 +176,9 @@ FACTOR = {"value": 1.0, "bend": 1.0}
 
 def test_shards_meet_in_the_whole(tmp_path: Path) -> None:
     """Three processes' shards together are the surface of one, bit for bit; before the last it is unfinished."""
-    results = [loss_surface(small(), points=6, journal=tmp_path, shard=(i, 3)) for i in (1, 2, 3)]
+    results = [loss_surface(classifier(examples=20), points=6, journal=tmp_path, shard=(i, 3)) for i in (1, 2, 3)]
     assert [r.complete for r in results] == [False, False, True]
-    np.testing.assert_array_equal(results[-1].loss, loss_surface(small(), points=6).loss)
+    np.testing.assert_array_equal(results[-1].loss, loss_surface(classifier(examples=20), points=6).loss)
     done = [int((r.status != 0).sum()) for r in results]
     assert done[0] <= 49 // 3 + 2
     discard(tmp_path)
@@ -207,7 +197,7 @@ def test_shards_meet_in_the_whole(tmp_path: Path) -> None:
 def test_shards_that_cannot_meet_are_refused(tmp_path: Path, shard: Any, options: Any, message: str) -> None:
     """A shard out of range, without a place to meet, or with a refinement that needs the whole grid."""
     with pytest.raises(ArgumentError, match=message):
-        loss_surface(small(), points=3, shard=shard, **{"journal": tmp_path, **options})
+        loss_surface(classifier(examples=20), points=3, shard=shard, **{"journal": tmp_path, **options})
 
 
 def test_a_record_that_was_cut_short_is_dropped(tmp_path: Path) -> None:

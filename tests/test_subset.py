@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from conftest import tiny_mlp
 from dense import dense_hessian
 from sharpscope import DataError, Objective, Problem
 from sharpscope.objective.micro_batches import MicroBatch
@@ -26,9 +27,7 @@ N = 60
 
 
 def net(outputs: int = 3, seed: int = 0) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, outputs)).double()
+    return tiny_mlp(2, 3, outputs, seed=seed).double()
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

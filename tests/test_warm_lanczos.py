@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from conftest import quadratic
 from sharpscope.linalg.warm_lanczos import NUM_KEPT, warm_lanczos
 
 
@@ -12,10 +13,9 @@ from sharpscope.linalg.warm_lanczos import NUM_KEPT, warm_lanczos
 def test_tracking_is_exact_once_the_space_is_exhausted(seed: int) -> None:
     """A multiple eigenvalue, a negative spectrum, a zero and a single dimension each end in their exact lambda_max."""
     generator = torch.Generator().manual_seed(seed)
-    q = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0]
     for spectrum in ([3, 3, 3, 1, 0, -9], [-1, -2, -3, -4, -5, -6], [0] * 6, [1, -1, 0, 0, 0, 0]):
         values = torch.tensor(spectrum, dtype=torch.float64)
-        h = q @ torch.diag(values) @ q.T
+        h = quadratic(values, generator)
         found = warm_lanczos(
             lambda rows, h=h: rows @ h,
             torch.empty(0, 6, dtype=torch.float64),
