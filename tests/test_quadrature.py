@@ -12,7 +12,7 @@ from torch import Tensor
 from conftest import quadratic
 from sharpscope import ArgumentError
 from sharpscope.linalg import TraceEstimate, lanczos_quadrature, trace_and_frobenius
-from sharpscope.linalg.trace import trace_from_images
+from sharpscope.linalg.trace_and_frobenius import trace_from_images
 
 DTYPES = (torch.float64, torch.float32)
 

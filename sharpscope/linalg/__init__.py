@@ -6,7 +6,7 @@ solver, ``missed_eigenvalues.py`` the probability that an eigenvalue was missed.
 
 from sharpscope.linalg.quadrature import Quadrature, lanczos_quadrature
 from sharpscope.linalg.top_eigenpairs import METHODS, Eigenpairs, top_eigenpairs
-from sharpscope.linalg.trace import TraceEstimate, trace_and_frobenius
+from sharpscope.linalg.trace_and_frobenius import TraceEstimate, trace_and_frobenius
 
 __all__ = [
     "METHODS",

@@ -15,7 +15,7 @@ from sharpscope.errors import ArgumentError, nearest
 from sharpscope.linalg.block_lanczos import lanczos
 from sharpscope.linalg.guided_by_cheap_operator import guided
 from sharpscope.linalg.missed_eigenvalues import STEPS, Certificate, MissedEigenvalueBound, certificate
-from sharpscope.linalg.power import power_iteration
+from sharpscope.linalg.power_iteration import power_iteration
 from sharpscope.linalg.ritz import RitzPairs, SolverProgress, rayleigh_ritz, ritz_bounds, within_tolerance
 from sharpscope.linalg.vectors import Matmat, as_row_operator, combine, inner, require_dtype, rounding_error
 

@@ -1,8 +1,8 @@
 """The mean loss of a data set, its gradient and its curvature products, in full passes over the data.
 
 Start with ``hessian.py``: H v of one micro-batch in two calls of ``torch.autograd.grad``. ``losses.py`` writes losses
-as sums over their terms, ``forward.py`` runs the forward pass, ``accumulate.py`` sums over micro-batches,
-``errors_and_cost.py`` wraps a micro-batch's graph, and ``objective.py`` has the public class.
+as sums over their terms, ``forward_loss.py`` runs the forward pass, ``accumulate.py`` sums over micro-batches,
+``graph_guards.py`` wraps a micro-batch's graph, and ``objective.py`` has the public class.
 """
 
 from sharpscope.objective.losses import TokenCrossEntropy

@@ -3,9 +3,8 @@
     g = autograd.grad(loss, w, create_graph=True)    1 gradient, and a graph of g as a function of w
     H v = autograd.grad(g, w, grad_outputs=v)        2 gradients for each vector v (Pearlmutter 1994)
 
-The forward pass is in ``forward.py``. ``accumulate.py`` sums over micro-batches; ``Objective`` divides by the weight
-``sum_i a_i`` of all terms and adds weight decay. ``errors_and_cost.py`` wraps the graph with error
-messages and cost counting.
+The forward pass is in ``forward_loss.py``. ``accumulate.py`` sums over micro-batches, ``Objective`` divides by the
+weight ``sum_i a_i`` of all terms and adds weight decay, and ``graph_guards.py`` translates errors and counts the cost.
 The call path from the top:
 ``top_eigenvalues -> Measurement.products -> Objective.products -> accumulate -> Objective.graph -> hessian``.
 """
@@ -17,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sharpscope.objective.curvature_interface import Curvature, Graph, Products, zero_graph
-from sharpscope.objective.forward import ForwardLoss
+from sharpscope.objective.operator_interface import Curvature, Graph, Products, zero_graph
+from sharpscope.objective.forward_loss import ForwardLoss
 from sharpscope.objective.micro_batches import MicroBatch
 from sharpscope.weights.parameters import views
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ProblemError
-from sharpscope.objective.curvature_interface import Graph, zero_graph
-from sharpscope.objective.forward import ForwardLoss
+from sharpscope.objective.operator_interface import Graph, zero_graph
+from sharpscope.objective.forward_loss import ForwardLoss
 from sharpscope.objective.losses import find_logits, output_tensor
 from sharpscope.objective.micro_batches import MicroBatch
 from sharpscope.weights.parameters import views

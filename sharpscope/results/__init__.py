@@ -7,7 +7,7 @@ from sharpscope.results.eigen import EigenResult, Ratio
 from sharpscope.results.layerwise import BlockResult
 from sharpscope.results.monitor import MonitorRecord, MonitorResult
 from sharpscope.results.sharpness import InvarianceResult, Measure, SharpnessResult
-from sharpscope.results.side_by_side import side_by_side
+from sharpscope.results.checkpoint_result import side_by_side
 from sharpscope.results.slice import Mark, SliceResult
 from sharpscope.results.slice_exchange import read_loss_landscape, to_csv, to_vtk
 from sharpscope.results.statistics import Estimate

@@ -25,7 +25,7 @@ from sharpscope.results.serialization import (
     read_arrays,
     write_json,
 )
-from sharpscope.results.side_by_side import RowResult
+from sharpscope.results.checkpoint_result import RowResult
 from sharpscope.results.table import origin_notes
 
 # Above this probability of a miss there is no certificate.

@@ -13,7 +13,7 @@ from sharpscope.errors import DataError
 from sharpscope.formatting import with_mark
 from sharpscope.results.base import Cost
 from sharpscope.results.serialization import Array, Shape, annotations_of, as_json, metadata_of, parse_value
-from sharpscope.results.side_by_side import CheckpointResult
+from sharpscope.results.checkpoint_result import CheckpointResult
 from sharpscope.results.statistics import Estimate
 from sharpscope.results.table import Table, describe_origin, stacked
 

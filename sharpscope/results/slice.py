@@ -28,7 +28,7 @@ from sharpscope.results.serialization import (
     without_header,
     write_json,
 )
-from sharpscope.results.side_by_side import CheckpointResult
+from sharpscope.results.checkpoint_result import CheckpointResult
 from sharpscope.results.table import Table, origin_notes, typed_value
 
 PENDING, DONE, DIVERGED = 0, 1, 2

@@ -13,7 +13,7 @@ from torch import Tensor
 from sharpscope.edge_of_stability import descent_edge, sam_edge
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg import Eigenpairs
-from sharpscope.linalg.trace import trace_and_frobenius_rows
+from sharpscope.linalg.trace_and_frobenius import trace_and_frobenius_rows
 from sharpscope.objective import Objective
 from sharpscope.precision import wide
 from sharpscope.results import EigenResult, Measure

@@ -11,7 +11,7 @@ from torch import Tensor
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg.quadrature import lanczos_quadrature_rows, require_probes
 from sharpscope.linalg.ritz import residual_vectors
-from sharpscope.linalg.trace import TraceEstimate, trace_and_frobenius_rows, trace_from_images
+from sharpscope.linalg.trace_and_frobenius import TraceEstimate, trace_and_frobenius_rows, trace_from_images
 from sharpscope.linalg.vectors import inner, norms
 from sharpscope.measurement import Measurement
 from sharpscope.objective import Progress

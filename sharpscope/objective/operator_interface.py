@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sharpscope.objective.forward import ForwardLoss
+    from sharpscope.objective.forward_loss import ForwardLoss
     from sharpscope.objective.micro_batches import MicroBatch
 
 

@@ -114,7 +114,7 @@ class ForwardLoss:
             with float64_mode(self.dtype):
                 value, weight = self.loss.sums(output, target, batch, micro_batch.size)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-            # Errors from autograd are translated by errors_and_cost.readable_errors.
+            # Errors from autograd are translated by graph_guards.readable_errors.
             known = isinstance(error, SharpscopeError) or out_of_memory(error)
             if (
                 self.checked
