@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Annotated
@@ -92,6 +93,17 @@ def test_ratios_of_different_k_are_told_apart() -> None:
     alone = str(side_by_side([result([4.0])]))
     assert "/" not in alone.partition("\n\n")[0]
     assert "ratio" not in alone
+
+
+def test_both_ends_stand_under_their_names_whatever_k() -> None:
+    """Side by side, lambda_min of one pair and of two pairs are one row; what one result lacks is empty."""
+    one, two = result([4.0, -2.0], which="both"), result([5.0, 3.0, -1.0, -2.5], which="both")
+    lines = str(side_by_side([one, two])).splitlines()
+    rows = {line.split()[0]: [float(cell) for cell in re.findall(r" (-?[\d.]+) ±", line)] for line in lines if line}
+    assert rows["lambda_max"] == [4.0, 5.0]
+    assert rows["lambda_2"] == [3.0]
+    assert rows["lambda_n-1"] == [-1.0]
+    assert rows["lambda_min"] == [-2.0, -2.5]
 
 
 def test_the_notes_say_what_was_measured_on_what() -> None:

@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 from typing import Annotated, Any, TypedDict
 
 import numpy as np
@@ -229,8 +228,8 @@ class EigenResult(RowResult):
                 f"{', '.join(sorted(ends))}. Show each by itself."
             )
         labels = max((r.labels for r in results), key=len)
-        cells = zip_longest(*(r._eigenvalue_cells() for r in results), fillvalue="")
-        columns: dict[str, Sequence[str]] = dict(zip(labels, cells, strict=True))
+        cells = [dict(zip(r.labels, r._eigenvalue_cells(), strict=True)) for r in results]
+        columns: dict[str, Sequence[str]] = {label: [found.get(label, "") for found in cells] for label in labels}
         ks = {r.ratio.k for r in results}
         if max(ks) > 1 and results[0]._has_largest:
             if len(ks) == 1:
