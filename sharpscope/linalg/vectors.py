@@ -28,9 +28,11 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
 
 def combine(coefficients: Tensor, rows: Tensor) -> Tensor:
     """``coefficients @ rows`` (a, n) in the rows' dtype, for float64 coefficients (a, m) and rows (m, n)."""
-    out = torch.empty(len(coefficients), rows.shape[1], dtype=rows.dtype, device=rows.device)
     dtype = wide(rows.device)
     weights = coefficients.to(rows.device, dtype)
+    if rows.dtype == dtype and rows.shape[1] <= CHUNK:
+        return weights @ rows
+    out = torch.empty(len(coefficients), rows.shape[1], dtype=rows.dtype, device=rows.device)
     for start in range(0, rows.shape[1], CHUNK):
         part = slice(start, start + CHUNK)
         out[:, part] = (weights @ rows[:, part].to(dtype)).to(rows.dtype)
@@ -43,7 +45,7 @@ def project_out(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     Two passes of classical Gram-Schmidt as matrix products: "twice is enough" (Giraud et al. 2005).
     """
     coefficients = torch.zeros(len(basis), len(block), dtype=torch.float64)
-    for _ in range(2):
+    for _ in range(2 if len(basis) else 0):
         step = inner(basis, block)
         block = block - combine(step.T, basis)
         coefficients += step
