@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sharpscope.objective.operator_interface import Curvature, Graph, Products, zero_graph
 from sharpscope.objective.forward_loss import ForwardLoss
 from sharpscope.objective.micro_batches import MicroBatch
+from sharpscope.objective.operator_interface import Curvature, Graph, Products, zero_graph
 from sharpscope.weights.parameters import views
 
 
