@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import warnings
@@ -20,9 +21,10 @@ from sharpscope.cli import (
     sharpness,
     slice,
     surface,
+    terminal,
     train,
 )
-from sharpscope.errors import ConvergenceWarning, SharpscopeError
+from sharpscope.errors import ConvergenceWarning, SharpscopeError, dead_worker, worker_died
 from sharpscope.version import __version__
 
 COMMANDS = (demo, train, compare, eigen, density, sharpness, invariance, slice, surface, plot, inspect, init)
@@ -71,10 +73,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.showwarning = _one_line
         try:
-            status: int = args.run(args)
+            with terminal.stdout_for_json() if getattr(args, "json", False) else contextlib.nullcontext():
+                status: int = args.run(args)
             return status
         except SharpscopeError as error:
             print(f"sharpscope: {error}", file=sys.stderr)
+            return 1
+        except RuntimeError as error:
+            if not worker_died(error):
+                raise
+            print(f"sharpscope: {dead_worker(error)}", file=sys.stderr)
             return 1
         except BrokenPipeError:
             # Whoever read stdout has had enough; the interpreter must not try to flush the rest at exit.

@@ -5,12 +5,40 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from sharpscope.progress import progress_bar, terminal_bar_options
+
+# The true stdout while ``stdout_for_json`` is at work.
+_stdout: TextIO | None = None
+
+
+@contextlib.contextmanager
+def stdout_for_json() -> Iterator[None]:
+    """Keep stdout for what ``emit`` prints; user's code and child processes that print, print on stderr."""
+    global _stdout
+    try:
+        number, other = sys.stdout.fileno(), sys.stderr.fileno()
+        sys.stdout.flush()
+        copy = os.dup(number)
+    except (AttributeError, OSError, ValueError):  # no file, as in a notebook: child processes do not print on it
+        number, _stdout = -1, sys.stdout
+    else:
+        _stdout = os.fdopen(copy, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+        os.dup2(other, number)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if number >= 0:
+            os.dup2(_stdout.fileno(), number)
+            with contextlib.suppress(OSError):  # already reported by emit
+                _stdout.close()
+        _stdout = None
 
 
 def emit(text: str) -> None:
@@ -21,7 +49,7 @@ def emit(text: str) -> None:
     from sharpscope.errors import OutputError
 
     try:
-        print(text, flush=True)
+        print(text, file=_stdout or sys.stdout, flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -7,7 +7,12 @@ exception.
 from __future__ import annotations
 
 import difflib
+import os
+import re
+import sys
+import traceback
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 # Items of a list shown in a message.
@@ -71,6 +76,40 @@ def first_few(items: Sequence[str], separator: str = ", ") -> str:
 def first_line(error: BaseException) -> str:
     """First line of the message of ``error``, or the name of its type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def cause_of(error: BaseException) -> str:
+    """Type and message of ``error``, and the line of the user's code that raised it: "KeyError: 'a' (x.py, line 3)".
+
+    Of an error that a DataLoader's worker process raised, those of the original error.
+    """
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        places = re.findall(r'File "(.+)", line (\d+)', text)
+        message = re.split(r"\n(?=[A-Za-z_][\w.]*(?:: |$))", text)[-1].splitlines()[0]
+    else:
+        places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+        message = f"{type(error).__name__}: {first_line(error)}" if text else type(error).__name__
+    # The standard library, the folder of installed packages, and sharpscope.
+    files = [os.__file__, *(getattr(sys.modules.get(name), "__file__", None) for name in ("torch", "sharpscope"))]
+    up = (0, 1, 0)
+    folders = [Path(file).parents[level] for file, level in zip(files, up, strict=True) if file]
+    theirs = [(file, line) for file, line in places if not any(folder in Path(file).parents for folder in folders)]
+    where = f" ({theirs[-1][0]}, line {theirs[-1][1]})" if theirs else ""
+    return f"{message.rstrip('.')}{where}"
+
+
+def worker_died(error: BaseException) -> bool:
+    """Whether ``error`` says that a DataLoader's worker process died; torch may raise it at any time, by a signal."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
+def dead_worker(error: BaseException) -> DataError:
+    """The error to raise for a DataLoader's worker process that died."""
+    return DataError(
+        f"The workers must live as long as the data are read, but a {first_line(error).split('. ')[0].rstrip('.')}. "
+        "Pass num_workers=0 to see its error; a worker that the system killed has often run out of (shared) memory."
+    )
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -128,7 +128,7 @@ class Measurement:
         assert objective.gradient is not None
         return {
             "loss": objective.loss,
-            "gradient_norm": float(torch.linalg.vector_norm(objective.gradient)),
+            "gradient_norm": float(torch.linalg.vector_norm(objective.gradient.cpu().double())),
             "cost": Cost(objective.passes, objective.hvps, objective.gradients, objective.seconds),
         }
 

@@ -24,7 +24,7 @@ from sharpscope.atomic_io import atomic
 from sharpscope.errors import ArgumentError, OutputError, SharpscopeError
 from sharpscope.objective import Objective, Progress
 from sharpscope.objective.accumulate import LossAndGradient
-from sharpscope.objective.micro_batches import as_batches
+from sharpscope.objective.micro_batches import as_batches, walk
 from sharpscope.version import __version__
 from sharpscope.weights.restore import preserved
 
@@ -185,7 +185,7 @@ def _add(digest: hashlib.blake2b, value: Any) -> None:
             _add(digest, entry)
     elif not isinstance(value, Tensor) and (isinstance(value, Dataset) or hasattr(value, "__iter__")):
         with preserved(data=value):
-            for batch in as_batches(value):
+            for batch in walk(as_batches(value)):
                 _add(digest, batch)
         _tag(digest, "end of data")
     else:

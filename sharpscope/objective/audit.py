@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharpscope.errors import AuditError, ProblemError
+from sharpscope.errors import AuditError, DataError, ProblemError
 from sharpscope.objective import Objective, autotune_micro_batch
 from sharpscope.objective.accumulate import Sums
 from sharpscope.objective.micro_batches import MicroBatch, leaves, map_tensors, micro_batches
@@ -32,6 +32,9 @@ TOLERANCE = 1e-9
 # does, the differences to the left and to the right disagree, and another direction is tried.
 STEP = 1e-8
 TRIES = 3
+
+# Largest entries of loss, gradient and products between which no sum of squares leaves float64's range.
+SMALLEST, LARGEST = 1e-150, 1e150
 
 # A softmax resolves 1 - p to an absolute eps only: finite differences of a loss that changes by less are noise.
 RESOLVED = 1e-8
@@ -65,6 +68,7 @@ def audit(objective: Objective, generator: torch.Generator | None = None) -> Non
         one, two = (objective.accumulate([first], block) for block in (probes, probes[:0]))
         if not one.finite:
             objective.locate_nonfinite()
+        _require_range(one)
         eps = torch.finfo(objective.dtype).eps
         first = objective.fit_to_memory(first)
         require_repeatable(objective, one, two, 1e3 * eps)
@@ -76,7 +80,7 @@ def audit(objective: Objective, generator: torch.Generator | None = None) -> Non
                 f"The loss reads the model's own parameters, which a copy in {objective.dtype} on {objective.device} "
                 "does not have. Convert the model yourself, with model.to(...), and pass no dtype or device."
             )
-        audit_in_float64(objective, first, generator)
+        audit_in_float64(objective, first, generator, vanishes=not bool(one.gradient.any()))
         if objective.micro_batch == "loader":
             if not objective.terms.loss.counts_terms:
                 _require_no_sum(objective, first)
@@ -84,6 +88,21 @@ def audit(objective: Objective, generator: torch.Generator | None = None) -> Non
             _require_same_mean(objective)
         else:
             require_additive(objective, first, 1e4 * eps)
+
+
+def _require_range(sums: Sums) -> None:
+    """Raise DataError unless the squares of gradient and products can be summed in float64."""
+    largest, products = (float(t.abs().max()) if t.numel() else 0.0 for t in (sums.gradient, sums.products))
+    if max(largest, products) > LARGEST:
+        raise DataError(
+            f"Gradient and curvature must be at most {LARGEST:g}, so that their squares can be summed, but entries are "
+            f"up to {max(largest, products):.2g}. Divide the loss by a constant."
+        )
+    if 0 < products < SMALLEST:
+        raise DataError(
+            f"The curvature must be at least {SMALLEST:g}, so that its squares can be summed, but its products have no "
+            f"entry above {products:.2g}. Multiply the loss by a constant."
+        )
 
 
 def _require_symmetric(objective: Objective, first: MicroBatch, probes: Tensor, sums: Sums, tolerance: float) -> None:
@@ -202,16 +221,22 @@ def float32_rounding(objective: Objective, vectors: Tensor) -> float:
     return float(errors.abs().max())
 
 
-def audit_in_float64(objective: Objective, first: MicroBatch, generator: torch.Generator | None) -> None:
+def audit_in_float64(
+    objective: Objective, first: MicroBatch, generator: torch.Generator | None, vanishes: bool = False
+) -> None:
     """Check in float64 that sums repeat, that batches add up, and that gradient and products are true derivatives.
 
     Derivatives are compared with finite differences of the loss and of the gradient. This finds operations whose
     backward is correct but not differentiable, which torch does not always report. A model that cannot be copied or run
     in float64, or whose loss uses its parameters directly, is not checked.
 
+    Args:
+        vanishes: the gradient is zero in the precision of the computation. In float64 it must not be a number too small
+            for that precision.
+
     Cost: about 10 gradients over 32 examples.
 
-    Raises: AuditError, ProblemError, naming what to look for.
+    Raises: AuditError, ProblemError, DataError, naming what to look for.
     """
     copy = float64_copy(objective)
     if copy is None:
@@ -229,7 +254,14 @@ def audit_in_float64(objective: Objective, first: MicroBatch, generator: torch.G
         block, curvature = copy.empty_block(), copy.curvature
         if curvature.exact and not curvature.uses_second_derivatives:
             block = torch.randn(1, copy.num_params, generator=generator, dtype=torch.float64).to(copy.device)
-        require_repeatable(copy, copy.accumulate([batch], block), copy.accumulate([batch], block), TOLERANCE)
+        one, two = (copy.accumulate([batch], block) for _ in range(2))
+        require_repeatable(copy, one, two, TOLERANCE)
+        largest = float(one.gradient.abs().max())
+        if vanishes and 0 < largest < torch.finfo(objective.dtype).tiny:
+            raise DataError(
+                f"The loss must have a gradient that {objective.dtype} can hold, but its largest entry is "
+                f"{largest:.2g}, which becomes 0. Multiply the loss by a constant."
+            )
         if objective.micro_batch != "loader":
             require_additive(copy, batch, TOLERANCE, block)
         _require_derivatives(copy, batch, generator)

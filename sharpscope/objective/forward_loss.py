@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sharpscope.errors import ProblemError, SharpscopeError, first_line, out_of_memory
+from sharpscope.errors import ProblemError, SharpscopeError, cause_of, dead_worker, out_of_memory, worker_died
 from sharpscope.objective.losses import described, output_tensor, summed_loss
 from sharpscope.objective.micro_batches import MicroBatch, forward_arguments, leaves, map_leaves, tensors
 from sharpscope.precision import available_device, cast_model, compute_dtype, float64_mode, matching_dtype, wide
@@ -92,12 +92,11 @@ class ForwardLoss:
         try:
             with float64_mode(self.dtype):
                 output = self.model(*args, **kwargs)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            if self.checked or out_of_memory(error):
-                raise
+        except Exception as error:
+            _require_translatable(error)
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor))
             raise ProblemError(
-                f"The model cannot take the data, here inputs of shape {shapes}: {first_line(error)}. "
+                f"The model cannot take the data, here inputs of shape {shapes}: {cause_of(error)}. "
                 f"Check that model and data belong together.{_if_examples(self.problem.data)}"
             ) from error
         return output, target, batch
@@ -113,18 +112,11 @@ class ForwardLoss:
         try:
             with float64_mode(self.dtype):
                 value, weight = self.loss.sums(output, target, batch, micro_batch.size)
-        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-            # Errors from autograd are translated by graph_guards.readable_errors.
-            known = isinstance(error, SharpscopeError) or out_of_memory(error)
-            if (
-                self.checked
-                or known
-                or any(word in str(error) for word in ("grad", "derivative", "backward", "differentiated"))
-            ):
-                raise
+        except Exception as error:
+            _require_translatable(error)
             raise ProblemError(
-                f"The loss cannot take {described(output)} as output and {described(target)} as target: "
-                f"{first_line(error)}. It is called as loss(output, target)."
+                f"The loss must return a number for each batch, but raised {cause_of(error)}. It is called as "
+                f"loss(output, target), here with {described(output)} and {described(target)}."
             ) from error
         return (value, weight) if micro_batch.scale == 1 else (value * micro_batch.scale, weight * micro_batch.scale)
 
@@ -168,6 +160,25 @@ class ForwardLoss:
             return leaf
         # A copy, since a model may write to its input or require its gradient, and the user's data must not change.
         return leaf.detach().to(self.device, matching_dtype(leaf, self.dtype), copy=True)
+
+
+# Errors of autograd that ``graph_guards`` and ``operators/jacobian.py`` recognise and translate.
+_OF_AUTOGRAD = (
+    "does not require grad",
+    "derivative for",
+    "once_differentiable",
+    "double backward",
+    "used in the graph",
+)
+
+
+def _require_translatable(error: Exception) -> None:
+    """Raise ``error`` again where model or loss are not its cause, or where others translate it."""
+    if worker_died(error):
+        raise dead_worker(error) from error
+    of_autograd = isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OF_AUTOGRAD)
+    if isinstance(error, SharpscopeError) or out_of_memory(error) or of_autograd:
+        raise error
 
 
 def _if_examples(data: Any) -> str:

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
-from sharpscope.errors import DataError, ProblemError
+from sharpscope.errors import (
+    DataError,
+    ProblemError,
+    SharpscopeError,
+    cause_of,
+    dead_worker,
+    out_of_memory,
+    worker_died,
+)
 
 TARGET_KEYS = ("target", "targets", "label", "labels", "y")
 
@@ -95,6 +103,28 @@ def as_batches(data: Any) -> Iterable[Any]:
     return data  # type: ignore[no-any-return]
 
 
+def walk(batches: Iterable[Any]) -> Iterator[Any]:
+    """Each of ``batches``, in one walk over the data.
+
+    Raises: DataError where the data raise an error of their own or a worker process dies.
+    """
+    count = 0
+    try:
+        for batch in batches:
+            count += 1
+            yield batch
+    except SharpscopeError:
+        raise
+    except Exception as error:
+        if worker_died(error):
+            raise dead_worker(error) from error
+        if out_of_memory(error):
+            raise
+        raise DataError(
+            f"The data must give every batch, but reading batch {count} failed: {cause_of(error)}."
+        ) from error
+
+
 def num_examples_hint(batches: Iterable[Any]) -> int | None:
     """The number of examples where it is known without a pass over the data, else None."""
     if isinstance(batches, DataLoader):
@@ -118,7 +148,7 @@ def micro_batches(batches: Iterable[Any], size: int | None) -> Iterator[MicroBat
     """
     pending: list[MicroBatch] = []
     pending_size = 0
-    for index, raw in enumerate(batches):
+    for index, raw in enumerate(walk(batches)):
         batch = map_leaves(raw, lambda leaf: torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf)
         count = batch_size(batch)
         whole = MicroBatch(batch, count, ((index, 0, count),))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler, Subset
 
 from sharpscope.errors import ArgumentError
-from sharpscope.objective.micro_batches import batch_size, leaves, rows
+from sharpscope.objective.micro_batches import batch_size, leaves, rows, walk
 
 
 def count_examples(data: Any) -> int | None:
@@ -76,7 +76,7 @@ def random_subset(data: Any, examples: int, seed: int) -> Any:
     if isinstance(data, Dataset):
         return Subset(data, chosen.tolist())
     chosen_batches, start = [], 0
-    for batch in data:
+    for batch in walk(data):
         stop = start + batch_size(batch)
         inside = chosen[(chosen >= start) & (chosen < stop)].sort().values - start
         if len(inside):
