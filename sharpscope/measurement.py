@@ -169,6 +169,7 @@ def provenance(problem: Problem, objective: Objective, seed: int | None, **setti
         "weight_decay": problem.weight_decay,
         **settings,
         "dtype": str(objective.dtype).removeprefix("torch."),
+        "tf32": False,  # off within Objective.measuring()
         "device": str(objective.device),
         "mode": problem.mode,
         "batchnorm": objective.batchnorm,

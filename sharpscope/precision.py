@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -50,6 +50,77 @@ def compute_dtype(params: Iterable[Tensor], wanted: torch.dtype | None) -> torch
     for parameter in params:
         widest = torch.promote_types(widest, parameter.dtype)
     return widest
+
+
+# Where torch >= 2.9 has an ``fp32_precision``, below torch.backends, parents first: what products are rounded to.
+_FP32_FLAGS = (
+    "",
+    "cudnn",
+    "cuda.matmul",
+    "cudnn.conv",
+    "cudnn.rnn",
+    "mkldnn",
+    "mkldnn.matmul",
+    "mkldnn.conv",
+    "mkldnn.rnn",
+)
+
+# Flags of torch.backends.cuda.matmul that let products of 16-bit numbers be summed in 16 bits.
+_SUMS_IN_16_BITS = (
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_accumulation",
+)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Turn off TF32 and bfloat16 inside float32 products, convolutions and RNNs, and 16-bit sums of 16-bit products.
+
+    By default, torch rounds the inputs of cuDNN's convolutions and RNNs to TF32, which has 10 bits of mantissa in place
+    of 23. The flags are global to the process. All read as before when the block has ended, on exceptions too.
+    """
+    with ExitStack() as stack:
+
+        def change(holder: Any, name: str, value: Any) -> None:
+            stack.callback(setattr, holder, name, getattr(holder, name))
+            setattr(holder, name, value)
+
+        holders = [holder for name in _FP32_FLAGS if (holder := _flag_holder(name)) is not None]
+        stack.callback(_restore, [(holder, holder.fp32_precision) for holder in holders])
+        # First the older flags, which change the newer ones. torch raises RuntimeError where the newer flags contradict
+        # them; then they have no effect, and stay.
+        with suppress(RuntimeError):
+            if torch.backends.cudnn.allow_tf32:
+                change(torch.backends.cudnn, "allow_tf32", False)
+        with suppress(RuntimeError):
+            if (before := torch.get_float32_matmul_precision()) != "highest":
+                stack.callback(torch.set_float32_matmul_precision, before)
+                torch.set_float32_matmul_precision("highest")
+        # Then the newer ones. A flag without a value of its own reads as its parent, so parents first, then what does
+        # not follow them.
+        for holder in holders:
+            if holder.fp32_precision != "ieee":
+                change(holder, "fp32_precision", "ieee")
+        for name in _SUMS_IN_16_BITS:
+            if getattr(torch.backends.cuda.matmul, name, False):
+                change(torch.backends.cuda.matmul, name, False)
+        yield
+
+
+def _restore(before: list[tuple[Any, str]]) -> None:
+    """Undo what restoring the older flags changes: float32_matmul_precision sets the CPU's flag, too."""
+    for holder, value in before:
+        if holder.fp32_precision != value:
+            holder.fp32_precision = value
+
+
+def _flag_holder(name: str) -> Any:
+    """``torch.backends.<name>`` if it has an ``fp32_precision``, else None."""
+    holder: Any = torch.backends
+    for part in name.split(".") if name else ():
+        holder = getattr(holder, part, None)
+    return holder if hasattr(holder, "fp32_precision") else None
 
 
 def matching_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:

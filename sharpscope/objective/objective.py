@@ -27,6 +27,7 @@ from sharpscope.objective.graph_guards import CostCounter, OOMHalving, guarded
 from sharpscope.objective.hessian import HESSIAN
 from sharpscope.objective.micro_batches import MicroBatch, as_batches, micro_batches, num_examples_hint
 from sharpscope.objective.operator_interface import Curvature, Graph
+from sharpscope.precision import full_float32
 from sharpscope.problem import Problem
 from sharpscope.progress import Progress
 from sharpscope.weights.kernels import differentiable_kernels
@@ -197,6 +198,8 @@ class Objective:
     def measuring(self, *, products: bool = True) -> Iterator[None]:
         """Put the model into measuring mode; restore it and all random states when the outermost block ends.
 
+        Inside, float32 is float32: TF32, which cuDNN's convolutions round to by default, is off, see ``full_float32``.
+
         Args:
             products: set False for forward-only use; skips the fast double-backward kernels.
         """
@@ -205,6 +208,7 @@ class Objective:
             return
         with ExitStack() as stack:
             stack.enter_context(preserved(self.terms.model, self.terms.loss_function, data=self.data))
+            stack.enter_context(full_float32())
             stack.enter_context(differentiable_kernels(self.terms.model, self.device, faster=products))
             stack.enter_context(self.cost_counter.timing())
             if self.problem.mode == "train":
