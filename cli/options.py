@@ -86,7 +86,8 @@ def add_operator(parser: argparse.ArgumentParser) -> None:
         "--operator",
         default="hessian",
         metavar="NAME",
-        help="hessian, ggn (Gauss-Newton), fisher (targets drawn from the model), empirical-fisher, or "
+        help="hessian, ggn (Gauss-Newton), fisher (targets drawn from the model), empirical-fisher (summed "
+        "over loss terms: with mse and bce_with_logits each output element, not each example), or "
         "finite-difference (approximate, for models without second derivatives) (default hessian)",
     )
 

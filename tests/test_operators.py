@@ -19,6 +19,7 @@ from torch.func import functional_call, hessian, jacrev
 from conftest import tiny_mlp
 from dense import dense_hessian
 from sharpscope import ArgumentError, AuditError, Objective, Problem, ProblemError, top_eigenvalues
+from sharpscope.cli import main
 from sharpscope.objective.audit import audit
 from sharpscope.objective.micro_batches import MicroBatch, micro_batches
 from sharpscope.operators import NAMES, curvature
@@ -153,6 +154,47 @@ def test_empirical_fisher_matches_the_dense_one(name: str) -> None:
     expected = sum(torch.outer(g, g) / a_i for g, a_i in zip(rows, a, strict=True) if bool(g.any())) / weight
     problem = Problem(model=make(), loss=loss, data=(X, target))
     assert close(product(problem, "empirical-fisher", micro_batch=5), expected)
+
+
+def several_outputs(seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network of three outputs with 20 inputs, and targets in [0, 1]."""
+    draw = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    return model, torch.randn(20, 4, generator=draw, dtype=torch.float64), torch.rand(20, 3, generator=draw).double()
+
+
+def gradient_of(model: nn.Module, value: Tensor) -> Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()), retain_graph=True)])
+
+
+LOSSES_OF_SEVERAL = {
+    "mse": (nn.MSELoss(), lambda z, y: (z - y) ** 2),
+    "bce": (nn.BCEWithLogitsLoss(), lambda z, y: z.exp().log1p() - y * z),
+    "summed mse": (nn.MSELoss(reduction="sum"), lambda z, y: (z - y) ** 2),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES_OF_SEVERAL)
+def test_empirical_fisher_of_several_outputs_is_summed_over_output_elements(name: str) -> None:
+    """With MSE and BCE E is the mean of g g' over all elements of the output, one by one."""
+    loss, elements = LOSSES_OF_SEVERAL[name]
+    model, x, y = several_outputs()
+    rows = torch.stack([gradient_of(model, each) for each in elements(model(x), y).flatten()])
+    problem = Problem(model=model, loss=loss, data=(x, y))
+    assert close(product(problem, "empirical-fisher", micro_batch=7), rows.T @ rows / 60, 1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES_OF_SEVERAL)
+def test_empirical_fisher_of_a_loss_in_a_function_is_summed_over_examples(name: str) -> None:
+    """In a function of one's own, E is the mean of g g' over examples, g of an example's mean loss."""
+    _, elements = LOSSES_OF_SEVERAL[name]
+    model, x, y = several_outputs()
+    rows = torch.stack([gradient_of(model, each.mean()) for each in elements(model(x), y)])
+    problem = Problem(model=model, loss=lambda z, y: elements(z, y).mean(), data=(x, y))
+    found = product(problem, "empirical-fisher", micro_batch=7)
+    assert close(found, rows.T @ rows / 20, 1e-12)
+    known = Problem(model=model, loss=LOSSES_OF_SEVERAL[name][0], data=(x, y))
+    assert not close(product(known, "empirical-fisher"), found, 0.1)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -500,3 +542,11 @@ def test_differences_in_single_precision_say_how_far_they_are_off() -> None:
             inside = (torch.from_numpy(found.lower) <= wanted) & (wanted <= torch.from_numpy(found.upper))
             assert bool(inside[done].all())
             assert tol > 2e-3 or not bool(done.any())
+
+
+def test_help_says_what_the_empirical_fisher_is_summed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    """`sharpscope eigen --help` and `density --help` say that the sum is over loss terms."""
+    for command in ("eigen", "density"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "summed over loss terms" in " ".join(capsys.readouterr().out.split())

@@ -22,8 +22,9 @@ def curvature(name: str, generator: torch.Generator | None = None) -> Curvature:
 
     Args:
         name: "hessian", "ggn" (generalised Gauss-Newton), "fisher" (targets sampled from the model),
-            "empirical-fisher" (the data's own targets) or "finite-difference" (an approximate Hessian for models
-            without second derivatives).
+            "empirical-fisher" (the data's own targets; outer products of the gradients of loss terms, which are the
+            output's elements for MSE and BCE) or "finite-difference" (an approximate Hessian for models without second
+            derivatives).
         generator: source of the seed of "fisher"; not used by the others. The sampled targets are the same in every
             pass and for every micro-batch size. Default: seeded with 0.
 

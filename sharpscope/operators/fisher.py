@@ -57,7 +57,9 @@ def empirical_fisher(terms: ForwardLoss, batch: MicroBatch, keep: bool) -> Graph
     """``E = sum_i a_i g_i g_i' / sum_i a_i``, ``g_i`` the gradient of the loss ``l_i`` of term i at the data's target.
 
     Not an approximation of the Fisher matrix except near a good fit (Kunstner et al. 2019). The terms are those of a
-    known loss; for any other loss they are the examples, which must contribute to it independently.
+    known loss: each element of the output for MSE and BCE, each label or token for cross-entropy. For any other loss
+    they are the examples, which must contribute to it independently. Per example, as other tools define it, E of MSE
+    and BCE with several outputs is another matrix: wrap the loss in a function, and its terms are the examples.
 
     Raises: ProblemError for a loss with terms(batch), whose single terms are not known, and for an unknown loss whose
         output does not have one row per example.

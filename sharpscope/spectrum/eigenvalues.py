@@ -86,8 +86,8 @@ def top_eigenvalues(
         progress: called as ``progress(stage, done, total)`` in examples; total is None until the first pass has ended.
         which: "largest", "smallest", "both" (2k: the k largest, then the k smallest) or "magnitude" (largest
             ``|lambda|``); the last two solve for both ends, one after the other.
-        operator: "hessian", or another curvature matrix: "ggn", "fisher", "empirical-fisher", "finite-difference"; see
-            ``sharpscope.operators.curvature``.
+        operator: "hessian", or another curvature matrix: "ggn", "fisher", "empirical-fisher" (per loss term),
+            "finite-difference"; see ``sharpscope.operators.curvature``.
         certify: eps: pay for a random-start Lanczos run on all the data, outside of what was found, until an eigenvalue
             above ``lambda_k + eps lambda_max`` was missed with a probability of at most 1 %. One it finds is taken in.
         population: the data are a sample of what is meant: state the eigenvalues' sampling errors, at one more pass.

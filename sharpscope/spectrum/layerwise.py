@@ -49,7 +49,7 @@ def block_spectra(
         probes: random vectors a block for its trace.
         generator: source of starts and probes; by default one seeded with 0.
         progress: called as ``progress(stage, done, total)`` in examples; total is None until the first pass has ended.
-        operator: "hessian", "ggn", "fisher", "empirical-fisher" or "finite-difference".
+        operator: "hessian", "ggn", "fisher", "empirical-fisher" (per loss term) or "finite-difference".
         dtype: torch.float32 or torch.float64; by default the parameters' own, at least float32.
         device: where to compute; by default where the parameters are.
         micro_batch: examples a graph; "loader" keeps the loader's batches; by default chosen by measuring.
