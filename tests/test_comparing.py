@@ -48,6 +48,20 @@ def problem(seed: int, data: Any = DATA, **provenance: Any) -> Problem:
     return classifier(seed, data=data, provenance=provenance)
 
 
+WEIGHTS = [1.0, 1.0, 3.0]
+
+
+def with_loss(seed: int, factor: float = 1.0, penalty: float = 0.0) -> Problem:
+    """The problem with a loss of one's own, times ``factor``, which may read the model's weights."""
+    found = problem(seed)
+
+    def own(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        value = factor * torch.nn.functional.cross_entropy(output, target)
+        return value + penalty * sum(p.square().sum() for p in found.model.parameters()) if penalty else value
+
+    return replace(found, loss=own)
+
+
 @pytest.fixture
 def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page without its figures, which take most of the command's time."""
@@ -164,6 +178,30 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: {"a": problem(0), "b": replace(problem(1), loss=torch.nn.MultiMarginLoss())},
         "compared on one loss",
     ),
+    "other weight decay": (
+        lambda: {"a": problem(0), "b": replace(problem(1), weight_decay=0.01)},
+        "a has weight_decay 0.0 and b 0.01",
+    ),
+    "other parameters": (
+        lambda: {"a": problem(0), "b": replace(problem(1), params="0.*")},
+        "a has params '*' and b '0.*'",
+    ),
+    "other mode": (
+        lambda: {"a": problem(0), "b": replace(problem(1), mode="train")},
+        "a has mode 'eval' and b 'train'",
+    ),
+    "other class weights": (
+        lambda: {"a": problem(0), "b": replace(problem(1), loss=torch.nn.CrossEntropyLoss(torch.tensor(WEIGHTS)))},
+        "differ on the same outputs and targets",
+    ),
+    "other label smoothing": (
+        lambda: {"a": problem(0), "b": replace(problem(1), loss=torch.nn.CrossEntropyLoss(label_smoothing=0.1))},
+        "differ on the same outputs and targets",
+    ),
+    "another factor": (
+        lambda: {"a": with_loss(0, factor=1.0), "b": with_loss(1, factor=2.0)},
+        "differ on the same outputs and targets",
+    ),
 }
 
 
@@ -175,6 +213,13 @@ def test_what_cannot_be_compared_is_said_before_anything_is_measured(name: str, 
         compare(given(), level=FEW, folder=tmp_path / "parts")
     assert message in str(caught.value)
     assert not (tmp_path / "parts").exists()
+
+
+@pytest.mark.parametrize("given", [{}, {"factor": 2.0}, {"penalty": 0.1}])
+def test_losses_alike_in_other_objects_are_compared(given: dict[str, float]) -> None:
+    """Functions that compute one loss are one loss, also where each reads the weights of its own model."""
+    found = compare({"a": with_loss(0, **given), "b": with_loss(1, **given)}, level=FEW)
+    assert len(found.subjects) == 2
 
 
 def test_test_data_are_data() -> None:

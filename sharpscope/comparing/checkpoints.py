@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharpscope.errors import ArgumentError, DataError
+from sharpscope.errors import ArgumentError, DataError, SharpscopeError
 from sharpscope.objective import Objective
+from sharpscope.objective.micro_batches import map_tensors
 from sharpscope.problem import Problem
 from sharpscope.resume import fingerprint
 
@@ -49,8 +50,8 @@ class CheckpointSet:
 
     Cost: each checkpoint is built once, and the data are walked once a checkpoint, without a model.
 
-    Raises: ArgumentError for fewer than one, a checkpoint or a run that comes twice, or other losses; DataError for
-        other data, or weights that are not finite.
+    Raises: ArgumentError for fewer than one, a checkpoint or a run that comes twice, or another loss, mode, weight
+        decay or choice of parameters; DataError for other data, or weights that are not finite.
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
@@ -73,7 +74,7 @@ class CheckpointSet:
         _require_distinct_weights(checkpoint.name, fingerprint(dict(problem.model.state_dict())), self._weights)
         _require_independent_run(checkpoint, problem, self._runs)
         if checkpoint is not first:
-            _require_same_loss(first.name, self._first[1], checkpoint.name, problem)
+            _require_measured_alike(first.name, self._first[1], checkpoint.name, problem)
         self._shared.add(checkpoint.name, problem)
         file = problem.provenance.get("checkpoint")
         return Path(str(file)).name if file and checkpoint.numbered else None
@@ -203,7 +204,20 @@ def _require_independent_run(checkpoint: Checkpoint, problem: Problem, seen: dic
     seen[run] = checkpoint.name
 
 
-def _require_same_loss(first: str, first_problem: Problem, second: str, second_problem: Problem) -> None:
+# Examples on which the losses of two checkpoints are compared.
+LOSS_EXAMPLES = 256
+
+
+def _require_measured_alike(first: str, first_problem: Problem, second: str, second_problem: Problem) -> None:
+    for key in ("weight_decay", "params", "mode"):
+        one, two = (getattr(problem, key) for problem in (first_problem, second_problem))
+        if (one if isinstance(one, str | float | int) else list(one)) != (
+            two if isinstance(two, str | float | int) else list(two)
+        ):
+            raise ArgumentError(
+                f"Checkpoints must be measured alike, but {first} has {key} {one!r} and {second} {two!r}. "
+                "Choose one for all."
+            )
     losses = [Objective(problem).loss_name for problem in (first_problem, second_problem)]
     if losses[0] != losses[1]:
         raise ArgumentError(
@@ -215,6 +229,39 @@ def _require_same_loss(first: str, first_problem: Problem, second: str, second_p
             f"Each checkpoint needs a model of its own, but {first} and {second} share one, which holds the weights "
             "that came last. Build it inside the function."
         )
+    if second_problem.loss is not first_problem.loss and not _same_loss(first_problem, second_problem):
+        raise ArgumentError(
+            f"Checkpoints must be compared on one loss, but those of {first} and {second}, both {losses[0]}, differ on "
+            "the same outputs and targets. Use the same class weights, label smoothing and factor for all."
+        )
+
+
+def _same_loss(one: Problem, two: Problem) -> bool:
+    """Whether the two losses agree on outputs of the first model; True where this cannot be told.
+
+    Cost: a forward pass of LOSS_EXAMPLES examples.
+    """
+    ours, theirs = (Objective(problem) for problem in (one, replace(two, data=one.data)))
+    known = ours.terms.loss.counts_terms and theirs.terms.loss.counts_terms
+    if known and isinstance(one.loss, nn.Module) and isinstance(two.loss, nn.Module):
+        # Class weights of a class that the examples lack.
+        buffers = [fingerprint(dict(problem.loss.named_buffers())) for problem in (one, two)]  # type: ignore[attr-defined]
+        if buffers[0] != buffers[1]:
+            return False
+    try:
+        with ours.measuring(products=False), theirs.measuring(products=False):
+            batch = ours.first_examples(LOSS_EXAMPLES)
+            output, target, inputs = ours.terms.forward(batch)
+            output = map_tensors(output, lambda t: t.detach())
+            (a, b), (c, d) = (o.terms.loss.sums(output, target, inputs, batch.size) for o in (ours, theirs))
+    except (SharpscopeError, RuntimeError):
+        return True  # for example, a loss that differentiates; one that fails is reported by the first analysis
+    if a.requires_grad or c.requires_grad:
+        return True  # it reads the model's parameters, which differ
+    return all(
+        bool(torch.isclose(x.double(), torch.as_tensor(y, device=x.device).double(), rtol=1e-6, atol=0, equal_nan=True))
+        for x, y in ((a, c), (torch.as_tensor(b), torch.as_tensor(d)))
+    )
 
 
 def _describe_data(problem: Problem) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from sharpscope.errors import DataError
 from sharpscope.results import SliceResult
 from sharpscope.results.slice import DIVERGED, PENDING, describe_directions, describe_mode, keeps_centre_statistics
-from sharpscope.results.table import checkpoint_names
+from sharpscope.results.table import checkpoint_names, describe_departures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,7 +117,7 @@ def caption(
         also: sentences of the figure's own.
     """
     shown = list(results[0].splits if splits is None else splits)
-    sentences = [f"{_shared(_examples(r, shown) for r in results)}; {_shared(describe_mode(r) for r in results)}"]
+    sentences = [f"{_shared(_examples(r, shown) for r in results)}; {_shared(_how(r) for r in results)}"]
     sentences.append(f"{_shared(_directions(r) for r in results)}; {_shared(_range(r) for r in results)}")
     sentences.append(
         "; ".join([*([scale] if scale else []), "not clipped" if clip is None else f"clipped at {clip:g}"])
@@ -155,6 +155,11 @@ def diverged(result: SliceResult, split: int, line: int = 0) -> Any:
 def _shared(values: Any) -> str:
     """The one value, or all of them in order."""
     return " | ".join(dict.fromkeys(values))
+
+
+def _how(result: SliceResult) -> str:
+    """Mode and statistics, and what else of the loss is not the default."""
+    return ", ".join([describe_mode(result), *describe_departures(result.provenance)])
 
 
 def _text_or_unknown(value: Any) -> str:
@@ -231,6 +236,8 @@ def require_comparable(results: Sequence[SliceResult], *, grid: bool) -> None:
         "subset of the data": [r.provenance.get("examples_seed") for r in results],
         "splits": [r.splits for r in results],
         "loss": [r.provenance.get("loss_function") for r in results],
+        "weight decay": [r.provenance.get("weight_decay") or 0.0 for r in results],
+        "choice of parameters": [r.provenance.get("params", "*") for r in results],
         "mode": [r.provenance.get("mode") for r in results],
         "BatchNorm statistics": [(r.provenance.get("batchnorm"), r.provenance.get("statistics")) for r in results],
         "other data": [r.provenance.get("also") for r in results],

@@ -149,7 +149,7 @@ def _compressed(script: str | None) -> str:
 TERMS = {
     "Hessian": "the matrix of second derivatives of the mean loss by the weights; its eigenvalues are the curvatures "
     "of the loss along its eigenvectors",
-    "lambda_k": "the k-th largest algebraic eigenvalue of the Hessian, with multiplicity; without weight decay",
+    "lambda_k": "the k-th largest algebraic eigenvalue of the Hessian, with multiplicity",
     "spectral density": "the share of eigenvalues near each value, (1/n) sum_i delta(t - lambda_i), smoothed by a "
     "Gaussian of the width stated",
     "random line, random plane": "weights w + t d with normal random d, each filter of d scaled to the size of its "

@@ -8,6 +8,7 @@ from typing import Any
 from sharpscope.report.drawing import escape, table, tag
 from sharpscope.results.base import Cost, total_cost
 from sharpscope.results.comparison import ANALYSES, Comparison, Subject
+from sharpscope.results.table import describe_departures
 from sharpscope.version import __version__
 
 UNIT = (
@@ -62,10 +63,18 @@ def facts(comparison: Comparison) -> dict[str, str]:
         "Parameters": _common_value(known, "num_params", "{:,}"),
         "Data": _common_value(known, "data"),
         "Loss": _common_value(known, "loss_function"),
+        "Measured": _departures(known),
         "Precision": _common_value(known, "dtype"),
         "Level": comparison.level,
     }
     return {term: description for term, description in found.items() if description}
+
+
+def _departures(known: list[dict[str, Any]]) -> str:
+    """What of the loss is not the default, and whether weight decay is in it."""
+    found = dict.fromkeys(part for k in known for part in describe_departures(k))
+    plain = [] if any(k.get("weight_decay") for k in known) else ["without weight decay"]
+    return ", ".join([*found, *plain])
 
 
 def _common_value(known: list[dict[str, Any]], name: str, shape: str = "{}") -> str:

@@ -104,10 +104,25 @@ def describe_examples(provenance: Mapping[str, Any]) -> str:
     return where
 
 
+def describe_departures(provenance: Mapping[str, Any]) -> list[str]:
+    """What of the loss measured is not the default: weight decay, a choice of parameters, BatchNorm of the batch."""
+    decay, params = typed_value(provenance, "weight_decay", int | float), provenance.get("params", "*")
+    patterns = [params] if isinstance(params, str) else list(params) if isinstance(params, list | tuple) else ["*"]
+    departures = [f"with weight decay {decay:g}"] if decay else []
+    departures += [f"parameters matching {', '.join(map(str, patterns))}"] if patterns != ["*"] else []
+    return departures + ["BatchNorm by batch statistics"] * (provenance.get("batchnorm") == "batch statistics")
+
+
 def describe_origin(provenance: Mapping[str, Any]) -> str:
-    """One sentence: which examples, how many parameters, which mode and precision, how the weights came about."""
+    """One sentence: which examples, parameters, mode, weight decay and precision, how the weights came about."""
     where = describe_examples(provenance)
-    how = f"{provenance.get('num_params', '?')} parameters, {provenance.get('mode', '?')} mode"
+    how = ", ".join(
+        [
+            f"{provenance.get('num_params', '?')} parameters",
+            f"{provenance.get('mode', '?')} mode",
+            *describe_departures(provenance),
+        ]
+    )
     return f"{where}, {how}, {provenance.get('dtype', '?')}{_training_suffix(provenance)}."
 
 

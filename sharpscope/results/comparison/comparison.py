@@ -14,7 +14,7 @@ from sharpscope.results.comparison.rows import Row, comparison_rows, reference_a
 from sharpscope.results.comparison.subject import Interpolation, Subject, group_subjects, pair_runs
 from sharpscope.results.serialization import jsonable, parse_value
 from sharpscope.results.slice import SliceResult
-from sharpscope.results.table import Table, typed_value
+from sharpscope.results.table import Table, describe_departures, typed_value
 
 # What the record of every subject has, whatever was measured.
 _SUBJECT_KEYS = ("name", "group", "pair", "performance", "provenance")
@@ -108,6 +108,9 @@ class Comparison(Result):
                 labels_by_data.setdefault(data, []).append(row.label)
         notes = [f"{_join_labels(labels)}: {definition}." for definition, labels in labels_by_definition.items()]
         notes += [f"On {data}: {_join_labels(labels)}." for data, labels in labels_by_data.items() if data]
+        results = [result for subject in self.subjects for result in subject.results.values()]
+        if departures := dict.fromkeys(part for result in results for part in describe_departures(result.provenance)):
+            notes.append(f"Measured {', '.join(departures)}.")
         for subject in self.subjects:
             left_out = typed_value(subject.provenance, "left_out", Mapping) or {}
             notes += [f"{subject.name}: no {what}. {why}" for what, why in left_out.items()]
