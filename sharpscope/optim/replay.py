@@ -6,8 +6,11 @@ noise to the difference, and BatchNorm's running statistics would be updated twi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -41,6 +44,62 @@ class ReplayedClosure:
         no_sync = self._ddp.no_sync() if local and self._ddp is not None else nullcontext()
         with frozen_buffers() if is_repeat else nullcontext(), no_sync, torch.enable_grad():
             return self._closure(*self._tensors)
+
+
+class EmptyGradients:
+    """Context in which the gradients of a pass start from empty, whether or not the caller zeroes them.
+
+    When the first gradient arrives, each ``.grad`` that was not zeroed inside the context (it is the same tensor, in
+    the same version) is set to None and kept in ``found``. A parameter that gets no gradient is then left without one.
+
+    Args:
+        params: parameters that get gradients.
+        first: ``first`` after an earlier pass, so that one hook suffices; None sets a hook on every parameter.
+
+    Attributes:
+        found: gradients that were not zeroed, by parameter.
+        first: parameter whose gradient arrived first; None if that is unknown, or if anything was not zeroed.
+    """
+
+    def __init__(self, params: Iterable[Tensor], first: Tensor | None = None) -> None:
+        self.found: dict[Tensor, Tensor] = {}
+        self.first = first
+        self._before = [(p, p.grad, p.grad._version) for p in params if p.requires_grad and p.grad is not None]
+        watched = [p for p, _, _ in self._before]
+        if first is not None and any(p is first for p in watched):
+            watched = [first]
+        # Each device has its own backward thread: none may accumulate before all of .grad is set aside.
+        self._lock = threading.Lock()
+        self._handles = [p.register_hook(partial(self._set_aside, p)) for p in watched]  # type: ignore[no-untyped-call]
+
+    def _set_aside(self, first: Tensor | None, _: Tensor | None = None) -> None:
+        with self._lock:
+            if not self._before:
+                return
+            for p, grad, version in self._before:
+                if p.grad is grad and grad._version == version:
+                    # DistributedDataParallel may write the next gradients into the memory of a view.
+                    self.found[p] = grad.clone() if grad._is_view() else grad
+                    p.grad = None
+            self._before.clear()
+            self.first = None if self.found else first
+
+    def close(self) -> None:
+        """Remove the hooks. What no gradient has replaced stays in ``.grad``."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._before.clear()
+
+    def __enter__(self) -> EmptyGradients:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._set_aside(None)  # no gradient arrived: what .grad holds is not of this pass
+        self.close()
 
 
 def random_state(devices: Iterable[torch.device]) -> Callable[[], None]:

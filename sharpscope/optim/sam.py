@@ -14,14 +14,17 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from sharpscope.errors import ArgumentError, require_count
 from sharpscope.optim.ascent import AscentSteps, GradientSum, check_rho, dense_gradients, split_batch
-from sharpscope.optim.replay import ReplayedClosure
-from sharpscope.weights.norm_ball import Ball, norm_on_device, settled_norm
+from sharpscope.optim.replay import EmptyGradients, ReplayedClosure
+from sharpscope.weights.norm_ball import Ball, norm_of, norm_on_device, settled_norm
 from sharpscope.weights.perturbation import cosine
 
 Loss = TypeVar("Loss")
 
 # Float32 rounding gives a cosine above 0.999999; bfloat16 weights of a trained network gave 0.56.
 _MIN_COSINE = 0.9
+
+# Two gradients of one batch at one w differ by rounding: under bfloat16 autocast by up to 0.4 %.
+_SAME_GRADIENT = 0.01
 
 # stacklevel of a warning that points to the caller of step(), by where the gradient was taken: our frames, and torch's
 # two wrappers of step() or one of first_step() and second_step().
@@ -108,6 +111,9 @@ class SAM(Optimizer):
     _supports_two_calls: bool = True
     # Gradient at w, stored for ``_combine`` between first_step and second_step.
     _at_w: GradientSum | None = None
+    # Hooks between first_step and second_step, and the parameter whose gradient arrives first in a pass.
+    _second_pass: EmptyGradients | None = None
+    _first_gradient: Tensor | None = None
     _rounding_reported: bool = False
 
     def __init__(
@@ -215,7 +221,9 @@ class SAM(Optimizer):
         Args:
             closure: zeroes the gradients, computes the loss, calls backward and returns the loss. Both calls must use
                 the same examples, so load them outside. To accumulate over micro-batches, call backward for each of
-                them inside; the perturbation is then that of the whole batch.
+                them inside; the perturbation is then that of the whole batch. A closure that does not zero the
+                gradients may find none in ``.grad``, or those of its own examples from a backward before the step;
+                each pass starts from empty gradients.
             batch: tensors passed to the closure, as ``closure(inputs, targets)``. With ``m``, each call gets ``m`` rows
                 and must return their mean loss.
             scaler: a ``torch.amp.GradScaler``; the closure calls ``scaler.scale(loss).backward()``. Call only
@@ -225,8 +233,8 @@ class SAM(Optimizer):
 
         Cost: 1 + ascent_steps gradients.
 
-        Raises: ArgumentError without a closure, for m without the batch, for sparse gradients, or between
-            ``first_step`` and ``second_step``.
+        Raises: ArgumentError without a closure, for m without the batch, for sparse gradients, for gradients of other
+            examples that the closure does not zero, or between ``first_step`` and ``second_step``.
         """
         if closure is None:
             raise ArgumentError(
@@ -245,9 +253,12 @@ class SAM(Optimizer):
         at_w = GradientSum(self._params()) if self._uses_gradient_at_w and perturbs else None
         at_e = None if single_chunk else GradientSum(self._params())
         losses: list[Any] = []
-        for tensors, share in chunks:
+        for i, (tensors, share) in enumerate(chunks):
             replayed = ReplayedClosure(closure, tensors, self._ddp, self._devices())
-            losses.append(self._gradient(replayed, share, local=perturbs or not single_chunk))
+            loss, found = self._gradient(replayed, share, local=perturbs or not single_chunk)
+            losses.append(loss)
+            if i == 0:
+                self._refuse_other_gradients(found, comparable=single_chunk and self._ddp is None)
             if len(chunks) > 1 and not isinstance(losses[-1], Tensor | float | int):
                 raise ArgumentError(
                     f"With m={self.m} the closure must return the mean loss of its chunk, got "
@@ -277,6 +288,8 @@ class SAM(Optimizer):
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """Move the weights to ``w + e`` with the gradients in ``.grad``; ``second_step`` completes the step.
+
+        The gradients of the second pass replace those of the first, also without ``zero_grad``.
 
         Unlike ``step(closure)``, dropout draws new masks in the second pass, and BatchNorm is updated twice unless the
         second pass runs in ``frozen_buffers()``. Step hooks of SAM do not run.
@@ -308,6 +321,7 @@ class SAM(Optimizer):
             self._skip(reason, "w")
         if zero_grad:
             self.zero_grad()
+        self._second_pass = EmptyGradients(self._params())
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
@@ -320,6 +334,9 @@ class SAM(Optimizer):
         """
         if not self._ascent.is_perturbed:
             raise ArgumentError("second_step() must follow first_step(), got none. Call first_step() before it.")
+        if self._second_pass is not None:
+            self._second_pass.close()
+            self._second_pass = None
         if self._ascent.restore():
             self._descend(self._at_w)
         self._at_w = None
@@ -356,9 +373,39 @@ class SAM(Optimizer):
 
     # Forward and backward passes, and the base step.
 
-    def _gradient(self, replayed: ReplayedClosure, share: float, local: bool) -> Any:
+    def _gradient(self, replayed: ReplayedClosure, share: float, local: bool) -> tuple[Any, dict[Tensor, Tensor]]:
+        """What the closure returns, and the gradients before the pass, where the closure did not zero them."""
         self.num_gradients += share
-        return replayed(local)
+        with EmptyGradients(self._params(), self._first_gradient) as gradients:
+            loss = replayed(local)
+        self._first_gradient = gradients.first
+        return loss, gradients.found
+
+    def _refuse_other_gradients(self, found: dict[Tensor, Tensor], comparable: bool) -> None:
+        """Raise unless the gradients ``found`` before the step are zero, or those of pass 1, now in ``.grad``.
+
+        ``comparable``: whether ``.grad`` is the gradient of the whole batch.
+        """
+        dense_gradients(list(found))
+        if not found or norm_of(list(found.values())) == 0.0:
+            return
+        if comparable:
+            now = {p: p.grad for p in self._params() if p.grad is not None}
+            norm = norm_of(list(now.values()))
+            zero = torch.zeros(())
+            difference = norm_of([now.get(p, zero) - found.get(p, zero).to(p) for p in {**now, **found}])
+            # Without a finite gradient the step is skipped, which warns.
+            if not 0.0 < norm < math.inf or difference <= _SAME_GRADIENT * norm:
+                return
+        for p in self._params():
+            if p.requires_grad:
+                p.grad = found.get(p)
+        raise ArgumentError(
+            "SAM.step needs gradients of the closure's examples alone, but .grad holds others that the closure does "
+            "not zero, and SAM cannot take those at w + e. Call optimizer.zero_grad() in the closure. To accumulate "
+            "micro-batches, call backward for all of them in the closure; in a trainer, set its gradient accumulation "
+            "to 1 and use larger batches."
+        )
 
     def _gradient_at_perturbed(
         self, replayed: ReplayedClosure, share: float, single_chunk: bool, inverse_scale: float

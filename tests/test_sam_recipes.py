@@ -1,0 +1,278 @@
+"""The SAM family takes the same step under every recipe of training loops, or refuses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sharpscope.errors import ArgumentError
+from sharpscope.optim import ASAM, GSAM, SAM, FriendlySAM, LookSAM
+
+RHO, LR = 0.3, 0.5
+FAMILY: dict[str, type[SAM]] = {"sam": SAM, "asam": ASAM, "gsam": GSAM, "looksam": LookSAM, "friendlysam": FriendlySAM}
+TWO_CALLS = [name for name in FAMILY if name != "looksam"]
+
+
+def batches(steps: int, n: int = 8) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    draw = [torch.randn(n, 5, generator=generator, dtype=torch.float64) for _ in range(steps)]
+    return [(x, torch.where(torch.rand(n, generator=generator) < 0.5, 1.0, -1.0).double()) for x in draw]
+
+
+def start() -> Tensor:
+    return torch.linspace(-1, 1, 5, dtype=torch.float64)
+
+
+def loss_of(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.softplus(-y * (x @ w)).mean()
+
+
+def gradient(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The gradient of ``loss_of``, by hand."""
+    return -(y * torch.sigmoid(-y * (x @ w))) @ x / len(y)
+
+
+def direction(name: str, w: Tensor, x: Tensor, y: Tensor, memory: dict[str, Any]) -> Tensor:
+    """What each optimizer hands to SGD, by its paper's equations and its default settings (k = 5 for LookSAM)."""
+    g = gradient(w, x, y)
+    if name == "looksam":
+        t = memory["t"] = memory.get("t", -1) + 1
+        if t % 5:
+            return g + 0.7 * g.norm() * memory["v"] / memory["v"].norm()
+    e = RHO * g / g.norm()
+    if name == "asam":
+        scale = w.abs() + 0.01
+        e = RHO * scale**2 * g / (scale * g).norm()
+    if name == "friendlysam":
+        d = g - memory["mean"] if "mean" in memory else g
+        memory["mean"] = 0.9 * memory["mean"] + 0.1 * g if "mean" in memory else g
+        e = RHO * d / d.norm()
+    g_e = gradient(w + e, x, y)
+    if name == "gsam":
+        return g_e - 0.4 * (g - (g @ g_e) / (g_e @ g_e) * g_e)
+    if name == "looksam":
+        memory["v"] = g_e - (g_e @ g) / (g @ g) * g
+    return g_e
+
+
+def straight(name: str, data: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The weights after a step of SGD on each batch."""
+    w, memory = start(), {}
+    for x, y in data:
+        w = w - LR * direction(name, w, x, y, memory)
+    return w
+
+
+def optimizer_of(name: str, w: Tensor, **options: Any) -> SAM:
+    return FAMILY[name]([w], torch.optim.SGD, rho=RHO, lr=LR, **options)
+
+
+Recipe = Callable[[SAM, Tensor, Tensor, Tensor], object]
+
+
+def backward_only(w: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    def closure(x: Tensor, y: Tensor) -> Tensor:
+        loss = loss_of(w, x, y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def backward_outside(optimizer: SAM, w: Tensor, x: Tensor, y: Tensor) -> None:
+    loss_of(w, x, y).backward()
+    optimizer.step(backward_only(w), x, y)
+    optimizer.zero_grad()
+
+
+def zeroed_afterwards(optimizer: SAM, w: Tensor, x: Tensor, y: Tensor) -> None:
+    optimizer.step(backward_only(w), x, y)
+    optimizer.zero_grad(set_to_none=False)
+
+
+def zeroed_before(optimizer: SAM, w: Tensor, x: Tensor, y: Tensor) -> None:
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step(backward_only(w), x, y)
+
+
+def zeroed_in_place(optimizer: SAM, w: Tensor, x: Tensor, y: Tensor) -> None:
+    def closure(x: Tensor, y: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=False)
+        return backward_only(w)(x, y)
+
+    optimizer.step(closure, x, y)
+
+
+def accumulated_inside(optimizer: SAM, w: Tensor, x: Tensor, y: Tensor) -> None:
+    def closure(x: Tensor, y: Tensor) -> None:
+        for rows in (slice(0, 2), slice(2, None)):
+            (loss_of(w, x[rows], y[rows]) * len(y[rows]) / len(y)).backward()
+
+    optimizer.step(closure, x, y)
+    optimizer.zero_grad()
+
+
+def scaled_outside(optimizer: SAM, w: Tensor, x: Tensor, y: Tensor) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+
+    def closure(x: Tensor, y: Tensor) -> None:
+        scaler.scale(loss_of(w, x, y)).backward()
+
+    closure(x, y)
+    optimizer.step(closure, x, y, scaler=scaler)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+RECIPES: list[Recipe] = [
+    backward_outside,
+    zeroed_afterwards,
+    zeroed_before,
+    zeroed_in_place,
+    accumulated_inside,
+    scaled_outside,
+]
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_both_passes_start_from_empty_gradients(name: str, recipe: Recipe) -> None:
+    """Wherever gradients are zeroed, each step's direction is that of its two gradients alone."""
+    data, w = batches(6), nn.Parameter(start())
+    optimizer = optimizer_of(name, w)
+    for x, y in data:
+        recipe(optimizer, w, x, y)
+    torch.testing.assert_close(w.detach(), straight(name, data), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_passes_over_chunks_start_from_empty_gradients(name: str) -> None:
+    """With m, a closure that zeroes nothing and one that zeroes give the same bits."""
+    ends = []
+    for zeroes in (True, False):
+        w = nn.Parameter(start())
+        optimizer = optimizer_of(name, w, m=3)
+
+        def closure(x: Tensor, y: Tensor, w: Tensor = w, zeroes: bool = zeroes, optimizer: SAM = optimizer) -> Tensor:
+            if zeroes:
+                optimizer.zero_grad()
+            return backward_only(w)(x, y)
+
+        for x, y in batches(3):
+            optimizer.zero_grad()
+            optimizer.step(closure, x, y)
+        ends.append(w.detach())
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("name", TWO_CALLS)
+def test_two_calls_do_not_add_the_first_gradient_to_the_second(name: str) -> None:
+    """first_step() without zero_grad=True takes the same step, also when the second pass is accumulated."""
+    data, w = batches(4), nn.Parameter(start())
+    optimizer = optimizer_of(name, w)
+    for x, y in data:
+        loss_of(w, x, y).backward()
+        optimizer.first_step()
+        for rows in (slice(0, 4), slice(4, 8)):
+            (loss_of(w, x[rows], y[rows]) / 2).backward()
+        optimizer.second_step(zero_grad=True)
+    torch.testing.assert_close(w.detach(), straight(name, data), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("m", [None, 4])
+def test_accumulated_gradients_of_other_examples_are_refused(name: str, m: int | None) -> None:
+    """A gradient of an earlier batch in .grad is refused with a remedy; weights and .grad stay as they were."""
+    (first, second), w = batches(2), nn.Parameter(start())
+    optimizer = optimizer_of(name, w, m=m)
+    loss_of(w, *first).backward()
+    with pytest.raises(ArgumentError, match=r"optimizer.zero_grad\(\) in the closure.*in a trainer"):
+        optimizer.step(backward_only(w), *second)
+    assert torch.equal(w.detach(), start())
+    torch.testing.assert_close(w.grad, gradient(start(), *first))
+
+
+def test_a_gradient_under_another_dropout_mask_is_refused() -> None:
+    """A backward outside draws masks that the closure does not: the error names zero_grad(), which helps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), nn.Dropout(0.5), nn.Linear(16, 1))
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=LR)
+    x = batches(1)[0][0].float()
+
+    def closure() -> None:
+        model(x).pow(2).mean().backward()
+
+    closure()
+    with pytest.raises(ArgumentError, match="zero_grad"):
+        optimizer.step(closure)
+
+    def zeroing() -> None:
+        optimizer.zero_grad()
+        closure()
+
+    optimizer.step(zeroing)
+    assert optimizer.skipped_steps == 0
+
+
+def test_a_stale_gradient_is_not_that_of_a_closure_without_backward() -> None:
+    """A closure that never calls backward skips the step, whatever .grad held before."""
+    w = nn.Parameter(start())
+    optimizer = SAM([w], torch.optim.SGD, lr=LR)
+    x, y = batches(1)[0]
+    loss_of(w, x, y).backward()
+    with pytest.warns(RuntimeWarning, match="Does the closure call backward"):
+        optimizer.step(lambda: loss_of(w, x, y))
+    assert torch.equal(w.detach(), start())
+
+
+def test_a_parameter_without_second_gradient_keeps_none_of_the_first() -> None:
+    """A parameter that only the first pass uses is not moved, although the closure zeroes nothing."""
+    w, head, calls = nn.Parameter(start()), nn.Parameter(torch.ones(1)), 0
+    optimizer = SAM([w, head], torch.optim.SGD, lr=LR)
+    x, y = batches(1)[0]
+
+    def closure() -> None:
+        nonlocal calls
+        calls += 1
+        (loss_of(w, x, y) + (head.sum() if calls == 1 else 0.0)).backward()
+
+    optimizer.step(closure)
+    assert head.item() == 1.0
+    assert not torch.equal(w.detach(), start())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_lightnings_accumulation_is_refused(accumulate: int) -> None:
+    """accumulate_grad_batches=1 trains as written by hand; 2 is refused with that remedy."""
+    lightning = pytest.importorskip("lightning.pytorch")
+    data = batches(4)
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(start())
+
+        def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+            return loss_of(self.w, *batch)
+
+        def configure_optimizers(self) -> SAM:
+            return optimizer_of("sam", self.w)
+
+    module = Module()
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"),
+        False,
+    )
+    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", accumulate_grad_batches=accumulate, **quiet)
+    loader = torch.utils.data.DataLoader(data, batch_size=None)  # type: ignore[arg-type]
+    if accumulate == 2:
+        with pytest.raises(ArgumentError, match="gradient accumulation to 1"):
+            trainer.fit(module, loader)
+        return
+    trainer.fit(module, loader)
+    torch.testing.assert_close(module.w.detach(), straight("sam", data))
