@@ -29,7 +29,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="sam, asam, gsam, looksam, friendlysam (each around SGD) or any torch optimizer (default sgd)",
     )
     parser.add_argument(
-        "--rho", type=float, help="SAM's radius; puts SAM around any --optimizer (default 0.05, for asam 0.5)"
+        "--rho",
+        type=float,
+        help="SAM's radius; puts SAM around any --optimizer but adadelta (default 0.05, for asam 0.5)",
     )
     parser.add_argument("--variant", default="sam", help="with --rho: which of SAM's relatives (default sam)")
     parser.add_argument(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sharpscope.cli import main
 from sharpscope.errors import ArgumentError
 from sharpscope.optim import ASAM, GSAM, SAM, FriendlySAM, LookSAM
 
@@ -276,3 +278,48 @@ def test_lightnings_accumulation_is_refused(accumulate: int) -> None:
         return
     trainer.fit(module, loader)
     torch.testing.assert_close(module.w.detach(), straight("sam", data))
+
+
+# Options that share a name with the base optimizer
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_base_with_a_radius_of_its_own_is_refused(name: str) -> None:
+    """Adadelta's decay is called rho: the groups that both share cannot hold it and SAM's radius."""
+    with pytest.raises(ArgumentError, match="Adadelta has a rho of its own"):
+        FAMILY[name]([nn.Parameter(start())], torch.optim.Adadelta)
+
+
+def test_train_refuses_sam_around_adadelta(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """sharpscope train --optimizer adadelta --rho 0.05 ends in one sentence, and writes nothing."""
+    out = tmp_path / "net.pt"
+    assert main(["train", "--model", "mlp", "--optimizer", "adadelta", "--rho", "0.05", "--out", str(out)]) == 1
+    assert "rho of its own" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["gsam", "looksam"])
+@pytest.mark.parametrize("way", ["base_options", "group"])
+def test_alpha_of_rmsprop_and_of_the_variant_are_both_set(name: str, way: str) -> None:
+    """With alpha = 0.4 or 0.7 of the variant, RMSprop's alpha = 0.8 is its smoothing constant."""
+    data, w, square, memory = batches(4), start(), torch.zeros(5, dtype=torch.float64), {}
+    for x, y in data:
+        d = direction(name, w, x, y, memory)
+        square = 0.8 * square + 0.2 * d**2
+        w = w - 0.01 * d / (square.sqrt() + 1e-8)
+    p = nn.Parameter(start())
+    group = {"params": [p], **({"alpha": 0.8} if way == "group" else {})}
+    given: dict[str, Any] = {"base_options": {"alpha": 0.8}} if way == "base_options" else {}
+    optimizer = FAMILY[name]([group], torch.optim.RMSprop, rho=RHO, lr=0.01, **given)
+    for x, y in data:
+        backward_outside(optimizer, p, x, y)
+    torch.testing.assert_close(p.detach(), w, rtol=1e-9, atol=1e-12)
+
+
+def test_alpha_of_asgd_reaches_asgd() -> None:
+    """base_options reaches any base, and an option that is given twice is refused."""
+    w = nn.Parameter(start())
+    optimizer = GSAM([w], torch.optim.ASGD, alpha=0.3, base_options={"alpha": 0.6})
+    assert (optimizer.alpha, optimizer.param_groups[0]["alpha"]) == (0.3, 0.6)
+    with pytest.raises(ArgumentError, match="lr must be given once"):
+        SAM([w], torch.optim.SGD, lr=0.1, base_options={"lr": 0.2})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -59,7 +59,9 @@ class SAM(Optimizer):
         ddp: the ``DistributedDataParallel`` model, so that each process perturbs with its own gradient; m is then at
             most the batch of one process. Without it, DDP averages the first gradient too, and all processes use
             the same perturbation.
-        base_options: passed to ``base_optimizer``: ``lr``, ``momentum``, ``weight_decay``, ...
+        base_options: options of ``base_optimizer`` that share a name with an argument here, such as the ``alpha`` of
+            RMSprop and ASGD under GSAM and LookSAM: ``GSAM(..., RMSprop, alpha=0.4, base_options={"alpha": 0.9})``.
+        options: passed to ``base_optimizer``: ``lr``, ``momentum``, ``weight_decay``, ...
 
     Attributes:
         skipped_steps: number of skipped steps.
@@ -69,7 +71,8 @@ class SAM(Optimizer):
 
     Cost: 1 + ascent_steps gradients per step, and a copy of the weights; with several chunks also a sum of gradients.
 
-    Raises: ArgumentError for an argument outside its domain, complex parameters, or sparse gradients.
+    Raises: ArgumentError for an argument outside its domain, complex parameters, sparse gradients, or a base optimizer
+        with a ``rho`` of its own, such as Adadelta.
 
     Source: Foret et al. 2021, Algorithm 1 and Eq. 2. The released code differs: it has the L2 penalty in the loss of
         both passes; here the base optimizer applies weight decay at ``w``, as in Eq. 1. The paper does not define the
@@ -129,7 +132,8 @@ class SAM(Optimizer):
         normalize: bool = True,
         m: int | None = None,
         ddp: Any = None,
-        **base_options: Any,
+        base_options: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         _check_base(base_optimizer)
         check_rho(rho)
@@ -141,7 +145,15 @@ class SAM(Optimizer):
         if ddp is not None and not hasattr(ddp, "no_sync"):
             raise ArgumentError(f"ddp must be the DistributedDataParallel model, got {type(ddp).__name__}.")
         make_base: Callable[..., Optimizer] = base_optimizer
-        base = make_base(params, **base_options)
+        twice = sorted(set(options) & set(base_options or {}))
+        if twice:
+            raise ArgumentError(f"{twice[0]} must be given once, got it as an argument and in base_options. Drop one.")
+        base = make_base(params, **options, **(base_options or {}))
+        if "rho" in base.defaults:
+            raise ArgumentError(
+                f"{base_optimizer.__name__} has a rho of its own (default {base.defaults['rho']!r}), and the groups "
+                "that it shares with SAM can hold only one. Use another base optimizer, or this one without SAM."
+            )
         base.defaults["rho"] = rho
         super().__init__(base.param_groups, base.defaults)
         self.base_optimizer = base

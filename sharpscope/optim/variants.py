@@ -56,7 +56,7 @@ class GSAM(SAM):
     surrogate gap ``L(w + e) - L(w)``. In the paper, rho follows the learning rate: update each group's ``rho`` with
     its ``lr``.
 
-    Args: as SAM, and ``alpha`` >= 0.
+    Args: as SAM, and ``alpha`` >= 0; ``base_options={"alpha": ...}`` is that of RMSprop or ASGD.
     Cost: 2 gradients per step, and one more copy of the gradient.
 
     Source: Zhuang et al. 2022, Algorithm 1.
@@ -98,7 +98,7 @@ class LookSAM(SAM):
     ``g_v = g_e - <g_e, g> / ||g||^2 g`` is the component of ``g_e = grad L(w + e)`` orthogonal to ``g = grad L(w)``; it
     changes slowly and is reused from the last step that computed both. Needs ``step(closure)``.
 
-    Args: as SAM, and ``k`` >= 1 and ``alpha`` >= 0.
+    Args: as SAM, and ``k`` >= 1 and ``alpha`` >= 0; ``base_options={"alpha": ...}`` is that of RMSprop or ASGD.
     Cost: ``1 + 1/k`` gradients per step, and one more copy of the gradient.
 
     Source: Liu et al. 2022, Algorithm 1.
