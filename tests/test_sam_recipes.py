@@ -323,3 +323,112 @@ def test_alpha_of_asgd_reaches_asgd() -> None:
     assert (optimizer.alpha, optimizer.param_groups[0]["alpha"]) == (0.3, 0.6)
     with pytest.raises(ArgumentError, match="lr must be given once"):
         SAM([w], torch.optim.SGD, lr=0.1, base_options={"lr": 0.2})
+
+
+# Buffers
+
+
+class Scale(nn.Module):
+    """Divides by a running scale that the same forward pass has updated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(5, 1)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x)
+        self.scale.mul_(0.5).add_(h.detach().abs().mean(), alpha=0.5)
+        out: Tensor = h / self.scale
+        return out
+
+
+class Recurrent(nn.Module):
+    """Goes on from the state of the last batch, kept as a buffer, an attribute, a tuple or a list."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.cell, self.head, self.kind = nn.RNNCell(5, 4), nn.Linear(4, 1), kind
+        if kind == "buffer":
+            self.register_buffer("state", None)
+        else:
+            self.state: Any = [torch.zeros(8, 4)] if kind == "list" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.cell(x, self.state[0] if isinstance(self.state, tuple | list) else self.state)
+        if self.kind == "list":
+            self.state[0] = h.detach()
+        else:
+            self.state = (h.detach(),) if self.kind == "tuple" else h.detach()
+        out: Tensor = self.head(h)
+        return out
+
+
+def spectral() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 1))
+
+
+def normalised() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+
+
+STATEFUL: dict[str, Callable[[], nn.Module]] = {
+    "running scale": Scale,
+    "spectral norm": spectral,
+    "BatchNorm": normalised,
+    "RNN, buffer": lambda: Recurrent("buffer"),
+    "RNN, attribute": lambda: Recurrent("attribute"),
+    "RNN, tuple": lambda: Recurrent("tuple"),
+    "RNN, list": lambda: Recurrent("list"),
+}
+
+
+def stateful(model: str) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return STATEFUL[model]()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("model", STATEFUL)
+def test_rho_zero_is_the_base_on_models_with_state(name: str, model: str) -> None:
+    """With rho = 0, seven steps give the weights and buffers of the base, bit for bit."""
+    ours, theirs = stateful(model), stateful(model)
+    sam = FAMILY[name](ours.parameters(), torch.optim.SGD, rho=0.0, lr=0.1, momentum=0.9)
+    base = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
+    for net, optimizer in ((ours, sam), (theirs, base)):
+        for x, y in batches(7):
+
+            def closure(net: nn.Module = net, optimizer: Any = optimizer, x: Tensor = x, y: Tensor = y) -> Tensor:
+                optimizer.zero_grad()
+                loss = (net(x.float())[:, 0] - y.float()).pow(2).mean()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+    for left, right in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+        assert left[0] == right[0]
+        assert torch.equal(left[1], right[1]), left[0]
+
+
+def test_pass_two_sees_the_running_scale_of_pass_one() -> None:
+    """A step on a running scale equals two gradients written by hand from one scale, which then moves once."""
+    model, (x, y) = Scale().double(), batches(1)[0]
+    a, b = model.body.weight.detach()[0].clone(), model.body.bias.detach()[0].clone()
+    w = torch.cat([a, b[None]])
+    rows = torch.cat([x, torch.ones(len(x), 1).double()], 1)
+
+    def by_hand(w: Tensor) -> tuple[Tensor, Tensor]:
+        h = rows @ w
+        scale = 0.5 + 0.5 * h.abs().mean()
+        return 2 * ((h / scale - y) / scale) @ rows / len(y), scale
+
+    g, scale = by_hand(w)
+    expected = w - LR * by_hand(w + RHO * g / g.norm())[0]
+
+    def closure() -> None:
+        (model(x)[:, 0] - y).pow(2).mean().backward()
+
+    SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR).step(closure)
+    torch.testing.assert_close(torch.cat([model.body.weight.detach()[0], model.body.bias.detach()]), expected)
+    torch.testing.assert_close(model.scale, scale)

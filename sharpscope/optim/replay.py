@@ -16,34 +16,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 
 
 class ReplayedClosure:
-    """Calls a closure on a chunk; later calls repeat the random draws of the first and do not update buffers.
+    """Calls a closure on a chunk; later calls repeat the random draws of the first, and see the buffers that it saw.
+
+    After each call the buffers are those after the first.
 
     Args:
         closure: called as ``closure(*tensors)``.
         ddp: DistributedDataParallel model, to skip its gradient averaging with ``no_sync``; or None.
         devices: devices of the default generators that the closure may use.
+        repeats: False if there is one call alone, so that nothing need be copied.
     """
 
     def __init__(
-        self, closure: Callable[..., Any], tensors: Sequence[Tensor], ddp: Any, devices: Iterable[torch.device]
+        self,
+        closure: Callable[..., Any],
+        tensors: Sequence[Tensor],
+        ddp: Any,
+        devices: Iterable[torch.device],
+        repeats: bool,
     ) -> None:
         self._closure, self._tensors, self._ddp, self._devices = closure, tensors, ddp, devices
+        self._repeats = repeats
         self._replay: Callable[[], None] | None = None
+        self._before = ModuleState()
 
     def __call__(self, local: bool) -> Any:
         """Return what the closure returns; ``local`` does not average the gradients over processes."""
-        is_repeat = self._replay is not None
-        if self._replay is None:
-            self._replay = random_state(self._devices)
-        else:
-            self._replay()
         # DDP requires no_sync around the forward pass too.
         no_sync = self._ddp.no_sync() if local and self._ddp is not None else nullcontext()
-        with frozen_buffers() if is_repeat else nullcontext(), no_sync, torch.enable_grad():
-            return self._closure(*self._tensors)
+        if self._replay is None:
+            self._replay = random_state(self._devices)
+            with self._before.recorded() if self._repeats else nullcontext(), no_sync, torch.enable_grad():
+                return self._closure(*self._tensors)
+        self._replay()
+        after = ModuleState()
+        for module in self._before.modules:
+            after.save(module)
+        try:
+            self._before.restore()
+            with after.recorded(), no_sync, torch.enable_grad():
+                return self._closure(*self._tensors)
+        finally:
+            after.restore()
 
 
 class EmptyGradients:
@@ -130,16 +148,20 @@ def random_state(devices: Iterable[torch.device]) -> Callable[[], None]:
 def frozen_buffers() -> Iterator[None]:
     """Restore the buffers of every module in training mode on exit: ``running_mean``, ``num_batches_tracked``, ...
 
+    Attributes that are tensors without gradient, such as the state of an RNN, are restored too.
+
     The modules work as usual inside the ``with``: BatchNorm normalises by the statistics of the batch. Changes of
     their buffers are undone on exit, also on an error. Needs no reference to the model: a global hook registers each
     module that is called inside, and its children (which a compiled or scripted module calls without hooks).
-    Cost: one copy of the buffers, no gradients.
+    Cost: one copy of the buffers and of those attributes, no gradients.
 
     Compiled models: ``torch.compile(model)`` warns about the global hook, which is harmless;
     ``model.compile()`` gets one graph break, so ``fullgraph=True`` raises there.
 
-    ``SAM.step(closure)`` does this for its second pass. In the two-call form, wrap the second forward *and*
-    its backward, since autograd may hold on to a buffer until then::
+    ``SAM.step(closure)`` also lets its second pass see the buffers that the first saw. In the two-call form the second
+    pass sees them as the first left them: use ``step(closure)`` if the forward pass reads them in training mode.
+    In the two-call form, wrap the second forward *and* its backward, since autograd may hold on to a buffer until
+    then::
 
         optimizer.first_step(zero_grad=True)
         with frozen_buffers():
@@ -154,41 +176,106 @@ def frozen_buffers() -> Iterator[None]:
     >>> norm.running_mean
     tensor([0.])
     """
-    seen: set[nn.Module] = set()
-    slots: list[tuple[nn.Module, str, Tensor | None]] = []
-    # Keyed by identity: two modules may share one buffer, and its first copy is the one to restore.
-    copies: dict[int, tuple[Tensor, Tensor]] = {}
+    state = ModuleState()
+    try:
+        with state.recorded():
+            yield
+    finally:
+        state.restore()
 
-    def save(module: nn.Module) -> None:
-        if module in seen:
+
+# Attributes of every module, which hold its parameters, children and hooks.
+_OWN = frozenset(vars(nn.Module()))
+
+
+class ModuleState:
+    """Copies of the buffers of modules in training mode, and of attributes that are tensors without gradient.
+
+    Those may be in tuples and lists, as the state of an LSTM. Tensors that require gradients are not state: a second
+    backward through them fails.
+    """
+
+    def __init__(self) -> None:
+        self.modules: dict[nn.Module, None] = {}
+        self._buffers: list[tuple[nn.Module, str, Tensor | None]] = []
+        self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._lists: list[tuple[list[Any], list[Any]]] = []
+        # Keyed by identity: two modules may share one buffer, and its first copy is the one to restore.
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def save(self, module: nn.Module) -> None:
+        """Copy the state of ``module`` and its children, except of modules that are saved already."""
+        if module in self.modules:
             return
         for child in module.modules():
-            if child.training and child not in seen:
-                seen.add(child)
+            if child.training and child not in self.modules:
+                self.modules[child] = None
                 for name, buffer in child._buffers.items():
-                    slots.append((child, name, buffer))
-                    if buffer is not None and id(buffer) not in copies:
-                        copies[id(buffer)] = (buffer, buffer.detach().clone())
+                    self._buffers.append((child, name, buffer))
+                    self._copy(buffer)
+                # Without values that require gradients, which would keep the activations of the last step.
+                values = {k: v for k, v in vars(child).items() if k not in _OWN and not _requires_grad(v)}
+                self._attributes.append((child, values))
+                for value in values.values():
+                    self._copy(value)
 
-    save_eagerly = torch.compiler.disable(save)  # type: ignore[no-untyped-call]
+    def _copy(self, value: Any) -> None:
+        if isinstance(value, Tensor):
+            # Nobody can write into a tensor that overlaps itself, such as an expanded one.
+            writable = not is_lazy(value) and torch._debug_has_internal_overlap(value) != 1
+            if id(value) not in self._copies and writable:
+                self._copies[id(value)] = (value, value.detach().clone())
+        elif _is_state(value):
+            if isinstance(value, list):
+                self._lists.append((value, list(value)))
+            for entry in value:
+                self._copy(entry)
 
-    def on_call(module: nn.Module, args: object) -> None:
-        # torch.compile(model) runs this hook before its compiled region; model.compile() starts compiling before
-        # any hook. One graph break at that module suffices, since save visits its children too.
-        if not torch.compiler.is_compiling():
-            save(module)
-        elif module._compiled_call_impl is not None:
-            save_eagerly(module)
-
-    handle = register_module_forward_pre_hook(on_call)
-    try:
-        yield
-    finally:
-        handle.remove()
-        with torch.no_grad():
-            for buffer, copy in copies.values():
-                buffer.copy_(copy)
-        for module, name, original in slots:
-            # A module may have replaced the buffer by a new tensor instead of writing into it.
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the copies back."""
+        for tensor, copy in self._copies.values():
+            tensor.copy_(copy)
+        for values, entries in self._lists:
+            values[:] = entries
+        # A module may have replaced a tensor by a new one instead of writing into it.
+        for module, name, original in self._buffers:
             if module._buffers[name] is not original:
                 module._buffers[name] = original
+        for module, values_before in self._attributes:
+            attributes = vars(module)
+            for name, before in values_before.items():
+                if attributes.get(name) is not before and (_is_state(before) or _is_state(attributes.get(name))):
+                    attributes[name] = before
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Save each module that is called inside, before its first call."""
+        save_eagerly = torch.compiler.disable(self.save)  # type: ignore[no-untyped-call]
+
+        def on_call(module: nn.Module, args: object) -> None:
+            # torch.compile(model) runs this hook before its compiled region; model.compile() starts compiling before
+            # any hook. One graph break at that module suffices, since save visits its children too.
+            if not torch.compiler.is_compiling():
+                self.save(module)
+            elif module._compiled_call_impl is not None:
+                save_eagerly(module)
+
+        handle = register_module_forward_pre_hook(on_call)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _requires_grad(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return any(map(_requires_grad, value[:1]))
+    return isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and value.requires_grad)
+
+
+def _is_state(value: Any) -> bool:
+    """Whether ``value`` is a tensor without gradient, or a tuple or list whose first entry is one."""
+    if isinstance(value, tuple | list):
+        return bool(value) and _is_state(value[0])
+    return isinstance(value, Tensor) and not _requires_grad(value)

@@ -226,9 +226,11 @@ class SAM(Optimizer):
         """Call ``closure`` at ``w`` and at ``w + e``, then step the base optimizer.
 
         Both passes draw the same dropout masks: torch's default generators are replayed. Draw from NumPy, ``random`` or
-        other generators before the closure. Buffers such as BatchNorm's statistics are updated once. The weights are
-        restored from a copy, even if ``closure`` raises. To clip the gradient at ``w + e``, use
-        ``base_optimizer.register_step_pre_hook``.
+        other generators before the closure. Both passes see the same buffers, such as BatchNorm's statistics or the
+        state of an RNN, which are updated once: those of modules in training mode that the closure calls, and their
+        attributes that are tensors (or tuples or lists of them) without gradient. State that the closure keeps itself
+        is not covered. The weights are restored from a copy, even if ``closure`` raises. To clip the gradient at
+        ``w + e``, use ``base_optimizer.register_step_pre_hook``.
 
         Args:
             closure: zeroes the gradients, computes the loss, calls backward and returns the loss. Both calls must use
@@ -266,7 +268,7 @@ class SAM(Optimizer):
         at_e = None if single_chunk else GradientSum(self._params())
         losses: list[Any] = []
         for i, (tensors, share) in enumerate(chunks):
-            replayed = ReplayedClosure(closure, tensors, self._ddp, self._devices())
+            replayed = ReplayedClosure(closure, tensors, self._ddp, self._devices(), perturbs)
             loss, found = self._gradient(replayed, share, local=perturbs or not single_chunk)
             losses.append(loss)
             if i == 0:

@@ -86,7 +86,8 @@ class GSAM(SAM):
         assert at_w is not None
         params = [p for p in self._params() if p.grad is not None and p in at_w.sums]
         new, old = [widened(p.grad) for p in params if p.grad is not None], [at_w.sums[p] for p in params]
-        coefficient = inner_of(old, new) / max(norm_of(new) ** 2, torch.finfo(torch.float64).tiny)
+        # By the same sum as the numerator: for equal gradients it is exactly 1.
+        coefficient = inner_of(old, new) / max(inner_of(new, new), torch.finfo(torch.float64).tiny)
         for p, g, e in zip(params, old, new, strict=True):
             assert p.grad is not None
             p.grad.sub_((g - coefficient * e).to(p.grad.dtype), alpha=self.alpha)
@@ -143,7 +144,7 @@ class LookSAM(SAM):
         now = [widened(p.grad) for p in params if p.grad is not None]
         if at_w is not None:
             old = [at_w.sums.get(p, torch.zeros_like(e)) for p, e in zip(params, now, strict=True)]
-            coefficient = inner_of(now, old) / max(norm_of(old) ** 2, torch.finfo(torch.float64).tiny)
+            coefficient = inner_of(now, old) / max(inner_of(old, old), torch.finfo(torch.float64).tiny)
             self._memory = {p: {"g_v": e - coefficient * g} for p, e, g in zip(params, now, old, strict=True)}
             return
         orthogonal = [
