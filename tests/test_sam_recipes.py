@@ -432,3 +432,78 @@ def test_pass_two_sees_the_running_scale_of_pass_one() -> None:
     SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR).step(closure)
     torch.testing.assert_close(torch.cat([model.body.weight.detach()[0], model.body.bias.detach()]), expected)
     torch.testing.assert_close(model.scale, scale)
+
+
+# Calls and what closures return
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("closed", [False, True])
+def test_step_of_a_grad_scaler_names_the_call_that_works(name: str, closed: bool) -> None:
+    """scaler.step(optimizer), with a closure or without, is refused with the call to make; that call trains."""
+    w, (x, y) = nn.Parameter(start()), batches(1)[0]
+    optimizer, scaler = optimizer_of(name, w), torch.amp.GradScaler("cpu", init_scale=64.0)
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        scaler.scale(loss_of(w, x, y)).backward()
+
+    closure()
+    with pytest.raises(ArgumentError, match=r"optimizer\.step\(closure, scaler=scaler\)"):
+        scaler.step(optimizer, *([closure] if closed else []))
+    assert torch.equal(w.detach(), start())
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    optimizer.step(closure, scaler=scaler)
+    scaler.update()
+    torch.testing.assert_close(w.detach(), straight(name, [(x, y)]))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "two_calls"),
+    [
+        *((name, {}, name != "looksam") for name in FAMILY),
+        ("sam", {"m": 2}, False),
+        ("gsam", {"ascent_steps": 2}, False),
+    ],
+)
+def test_step_without_closure_names_two_calls_only_where_they_work(
+    name: str, options: dict[str, Any], two_calls: bool
+) -> None:
+    """step() without a closure names first_step() exactly where first_step() runs."""
+    w = nn.Parameter(start())
+    optimizer = optimizer_of(name, w, **options)
+    with pytest.raises(ArgumentError, match=r"step\(closure\).*scaler=scaler") as error:
+        optimizer.step()
+    assert ("first_step()" in str(error.value)) == two_calls
+    w.grad = torch.ones_like(w)
+    if not two_calls:
+        with pytest.raises(ArgumentError):
+            optimizer.first_step()
+        return
+    optimizer.first_step()
+    with pytest.raises(ArgumentError, match=r"Call second_step\(\) first"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("kind", [tuple, list])
+@pytest.mark.parametrize("m", [None, 3, 8])
+def test_closure_may_return_the_loss_and_more(name: str, kind: Any, m: int | None) -> None:
+    """(loss, outputs) gives the steps of loss alone; with m the loss is the mean, the outputs a list over chunks."""
+    ends, (x, y) = [], batches(1)[0]
+    for more in (False, True):
+        w = nn.Parameter(start())
+        optimizer = optimizer_of(name, w, m=m)
+
+        def closure(x: Tensor, y: Tensor, w: Tensor = w, more: bool = more, optimizer: SAM = optimizer) -> Any:
+            optimizer.zero_grad()
+            loss = loss_of(w, x, y)
+            loss.backward()
+            return kind((loss.detach(), (x @ w).detach())) if more else loss.detach()
+
+        returned = optimizer.step(closure, x, y)
+        ends.append(w.detach())
+    loss, outputs = returned
+    torch.testing.assert_close(loss, loss_of(start(), x, y))
+    torch.testing.assert_close(outputs if m is None else torch.cat(outputs), x @ start())
+    assert torch.equal(*ends)

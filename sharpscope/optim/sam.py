@@ -112,6 +112,8 @@ class SAM(Optimizer):
     _uses_gradient_at_w: bool = False
     # Whether every step takes two gradients, so that first_step and second_step can be called.
     _supports_two_calls: bool = True
+    # GradScaler.step then calls step() whatever it found in .grad, with grad_scale set: step() names the right call.
+    _step_supports_amp_scaling: bool = True
     # Gradient at w, stored for ``_combine`` between first_step and second_step.
     _at_w: GradientSum | None = None
     # Hooks between first_step and second_step, and the parameter whose gradient arrives first in a pass.
@@ -243,19 +245,31 @@ class SAM(Optimizer):
             scaler: a ``torch.amp.GradScaler``; the closure calls ``scaler.scale(loss).backward()``. Call only
                 ``scaler.update()`` afterwards.
 
-        Returns: the loss that the closure returned at ``w``; with several chunks, the mean over all examples.
+        Returns: what the closure returned at ``w``: the loss, or a tuple that begins with it. With ``m``, the mean loss
+            over all examples; every further entry of a tuple becomes a list with an entry for each chunk.
 
         Cost: 1 + ascent_steps gradients.
 
-        Raises: ArgumentError without a closure, for m without the batch, for sparse gradients, for gradients of other
-            examples that the closure does not zero, or between ``first_step`` and ``second_step``.
+        Raises: ArgumentError without a closure, if called by ``scaler.step(optimizer)``, for m without the batch, for
+            sparse gradients, for gradients of other examples that the closure does not zero, or between ``first_step``
+            and ``second_step``.
         """
-        if closure is None:
-            raise ArgumentError(
-                "SAM.step needs a closure, since it takes two gradients: pass step(closure) with a function that "
-                "zeroes the gradients, calls backward and returns the loss, or call first_step() and second_step()."
-            )
         self._refuse_while_perturbed("step()")
+        if hasattr(self, "grad_scale"):
+            # Set by GradScaler.step, which does not remove it after an error.
+            vars(self).pop("grad_scale")
+            vars(self).pop("found_inf", None)
+            raise ArgumentError(
+                "SAM.step unscales the gradients of both passes itself, but was called by scaler.step(optimizer). Call "
+                "optimizer.step(closure, scaler=scaler) instead, then scaler.update()."
+            )
+        if closure is None:
+            two_calls = ", or call first_step() and second_step()" if self._has_two_calls() else ""
+            raise ArgumentError(
+                f"{type(self).__name__}.step needs a closure, since it takes two gradients: pass step(closure) with a "
+                f"function that zeroes the gradients, calls backward and returns the loss{two_calls}. With a "
+                "torch.amp.GradScaler, call step(closure, scaler=scaler) instead of scaler.step(optimizer)."
+            )
         self._start_step()
         chunks = split_batch(batch, self.m)
         self.effective_m = self._examples(batch)
@@ -266,25 +280,22 @@ class SAM(Optimizer):
         # Sums are needed only for several chunks, or for a variant that combines both gradients.
         at_w = GradientSum(self._params()) if self._uses_gradient_at_w and perturbs else None
         at_e = None if single_chunk else GradientSum(self._params())
-        losses: list[Any] = []
+        outputs: list[Any] = []
         for i, (tensors, share) in enumerate(chunks):
             replayed = ReplayedClosure(closure, tensors, self._ddp, self._devices(), perturbs)
             loss, found = self._gradient(replayed, share, local=perturbs or not single_chunk)
-            losses.append(loss)
+            outputs.append(loss)
             if i == 0:
                 self._refuse_other_gradients(found, comparable=single_chunk and self._ddp is None)
-            if len(chunks) > 1 and not isinstance(losses[-1], Tensor | float | int):
-                raise ArgumentError(
-                    f"With m={self.m} the closure must return the mean loss of its chunk, got "
-                    f"{type(losses[-1]).__name__}."
-                )
+            if self.m is not None:
+                self._require_loss(loss, several=len(chunks) > 1)
             if at_w is not None:
                 at_w.add(share * inverse_scale)
             if perturbs:
                 reason = self._gradient_at_perturbed(replayed, share, single_chunk, inverse_scale)
                 if reason is not None:
                     self._skip(reason, "w", scaler)
-                    return losses[0]  # type: ignore[no-any-return]
+                    return self._output(outputs, [1.0])  # type: ignore[no-any-return]
             if at_e is not None:
                 at_e.add(share)
         if self._ddp is not None:
@@ -294,10 +305,7 @@ class SAM(Optimizer):
         if at_e is not None:
             at_e.write_to_grad()
         self._descend(at_w, scaler, perturbed=perturbs and single_chunk)
-        if len(chunks) == 1:
-            return losses[0]  # type: ignore[no-any-return]
-        mean: Any = sum(loss * share for loss, (_, share) in zip(losses, chunks, strict=True))
-        return mean  # type: ignore[no-any-return]
+        return self._output(outputs, [share for _, share in chunks])  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -316,7 +324,7 @@ class SAM(Optimizer):
         """
         self._refuse_while_perturbed("first_step()")
         self._start_step()
-        if self.m is not None or self._ascent.steps > 1 or not self._supports_two_calls:
+        if not self._has_two_calls():
             raise ArgumentError(
                 "first_step() and second_step() are for two gradients in every step, not for m, several ascent_steps "
                 "or LookSAM: call step(closure, *batch)."
@@ -394,6 +402,26 @@ class SAM(Optimizer):
             loss = replayed(local)
         self._first_gradient = gradients.first
         return loss, gradients.found
+
+    def _has_two_calls(self) -> bool:
+        return self.m is None and self._ascent.steps == 1 and self._supports_two_calls
+
+    def _require_loss(self, output: Any, several: bool) -> None:
+        loss = output[0] if isinstance(output, tuple | list) and output else output
+        if several and not isinstance(loss, Tensor | float | int):
+            what = f"{type(output).__name__} whose first entry is {type(loss).__name__}"
+            raise ArgumentError(
+                f"With m={self.m} the closure must return the mean loss of its chunk, or a tuple that begins with it, "
+                f"got {type(output).__name__ if loss is output else what}."
+            )
+
+    def _output(self, outputs: list[Any], shares: list[float]) -> Any:
+        """What ``step`` returns, from what the closure returned at w for each chunk."""
+        first = outputs[0]
+        if self.m is not None and isinstance(first, tuple | list) and first:
+            loss, *others = zip(*outputs, strict=True)
+            return (self._output(list(loss), shares), *map(list, others))
+        return first if len(outputs) == 1 else sum(loss * share for loss, share in zip(outputs, shares, strict=True))
 
     def _refuse_other_gradients(self, found: dict[Tensor, Tensor], comparable: bool) -> None:
         """Raise unless the gradients ``found`` before the step are zero, or those of pass 1, now in ``.grad``.
