@@ -747,3 +747,28 @@ def test_sparse_gradient_is_refused_with_the_weights_in_place(when: int) -> None
         optimizer.step(closure)
     assert same_bits(before, weights_of(table))
     optimizer.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:Using .torch.compile:UserWarning")
+def test_a_compiled_model_is_compiled_once() -> None:
+    """Five steps around a compiled model with BatchNorm compile it once: the hooks of all steps are the same."""
+    compiled: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    call = torch.compile(model, backend=backend)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
+    x, y = torch.randn(16, 4), torch.arange(16) % 3
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(call(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(5):
+        optimizer.step(closure)
+    assert len(compiled) == 1

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.parameter import is_lazy
 
 
@@ -251,21 +251,40 @@ class ModuleState:
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Save each module that is called inside, before its first call."""
-        save_eagerly = torch.compiler.disable(self.save)  # type: ignore[no-untyped-call]
-
-        def on_call(module: nn.Module, args: object) -> None:
-            # torch.compile(model) runs this hook before its compiled region; model.compile() starts compiling before
-            # any hook. One graph break at that module suffices, since save visits its children too.
-            if not torch.compiler.is_compiling():
-                self.save(module)
-            elif module._compiled_call_impl is not None:
-                save_eagerly(module)
-
-        handle = register_module_forward_pre_hook(on_call)
+        global _save_eagerly
+        if _save_eagerly is _save:
+            _save_eagerly = torch.compiler.disable(_save)  # type: ignore[no-untyped-call]
+        _recording.append(self)
+        _global_forward_pre_hooks[_HOOK] = _on_call
         try:
             yield
         finally:
-            handle.remove()
+            _recording.remove(self)
+            if not _recording:
+                del _global_forward_pre_hooks[_HOOK]
+
+
+# torch.compile guards on the keys of the hooks: a new one in every step would compile the model again.
+_HOOK = -1
+_recording: list[ModuleState] = []
+
+
+def _save(module: nn.Module) -> None:
+    for state in _recording:
+        state.save(module)
+
+
+# ``_save``, not to be compiled; made by the first step, not on import, since it loads torch's compiler.
+_save_eagerly: Callable[[nn.Module], None] = _save
+
+
+def _on_call(module: nn.Module, args: object) -> None:
+    # torch.compile(model) runs this hook before its compiled region; model.compile() starts compiling before any hook.
+    # One graph break at that module suffices, since save visits its children too.
+    if not torch.compiler.is_compiling():
+        _save(module)
+    elif module._compiled_call_impl is not None:
+        _save_eagerly(module)
 
 
 def _requires_grad(value: Any) -> bool:
