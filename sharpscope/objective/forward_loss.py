@@ -93,7 +93,10 @@ class ForwardLoss:
             with float64_mode(self.dtype):
                 output = self.model(*args, **kwargs)
         except Exception as error:
-            _require_translatable(error)
+            if worker_died(error):
+                raise dead_worker(error) from error
+            if _is_for_others(error):
+                raise
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor))
             raise ProblemError(
                 f"The model cannot take the data, here inputs of shape {shapes}: {cause_of(error)}. "
@@ -113,7 +116,10 @@ class ForwardLoss:
             with float64_mode(self.dtype):
                 value, weight = self.loss.sums(output, target, batch, micro_batch.size)
         except Exception as error:
-            _require_translatable(error)
+            if worker_died(error):
+                raise dead_worker(error) from error
+            if _is_for_others(error):
+                raise
             raise ProblemError(
                 f"The loss must return a number for each batch, but raised {cause_of(error)}. It is called as "
                 f"loss(output, target), here with {described(output)} and {described(target)}."
@@ -172,13 +178,13 @@ _OF_AUTOGRAD = (
 )
 
 
-def _require_translatable(error: Exception) -> None:
-    """Raise ``error`` again where model or loss are not its cause, or where others translate it."""
-    if worker_died(error):
-        raise dead_worker(error) from error
+def _is_for_others(error: Exception) -> bool:
+    """Whether model or loss are not the cause of ``error``, or others translate it.
+
+    A function that raised it again would stay in its traceback and keep the graph alive.
+    """
     of_autograd = isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OF_AUTOGRAD)
-    if isinstance(error, SharpscopeError) or out_of_memory(error) or of_autograd:
-        raise error
+    return isinstance(error, SharpscopeError) or out_of_memory(error) or of_autograd
 
 
 def _if_examples(data: Any) -> str:
