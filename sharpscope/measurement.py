@@ -21,6 +21,7 @@ from sharpscope.problem import Problem
 from sharpscope.results import Cost
 from sharpscope.resume import Journal, journaled_hvp, key_of
 from sharpscope.version import __version__
+from sharpscope.weights.norm_ball import norm_of
 
 
 class Measurement:
@@ -128,7 +129,7 @@ class Measurement:
         assert objective.gradient is not None
         return {
             "loss": objective.loss,
-            "gradient_norm": float(torch.linalg.vector_norm(objective.gradient.cpu().double())),
+            "gradient_norm": norm_of([objective.gradient]),
             "cost": Cost(objective.passes, objective.hvps, objective.gradients, objective.seconds),
         }
 

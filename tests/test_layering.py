@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "operators": {"objective", "precision", "weights"},
     "resume": {"atomic_io", "objective", "weights"},
     "sampling": {"objective", "results"},
-    "measurement": {"objective", "operators", "problem", "results", "resume"},
+    "measurement": {"objective", "operators", "problem", "results", "resume", "weights"},
     "spectrum": {
         *("linalg", "measurement", "objective", "operators", "precision", "problem", "results", "resume", "sampling"),
         "weights",

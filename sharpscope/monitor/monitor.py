@@ -28,6 +28,7 @@ from sharpscope.objective.micro_batches import MicroBatch, as_batches, map_tenso
 from sharpscope.problem import Problem, require_problem
 from sharpscope.results import MonitorRecord, MonitorResult
 from sharpscope.sampling.subsample import underlying_dataset
+from sharpscope.weights.norm_ball import norm_of
 from sharpscope.weights.restore import preserved
 
 # Default number of examples in the sample.
@@ -295,7 +296,7 @@ class SharpnessMonitor:
         )
 
     def _record(self, step: int, point: LossAndGradient, found: LargestEigenvalue, gradients: float) -> MonitorRecord:
-        norm = float(torch.linalg.vector_norm(point.gradient))
+        norm = norm_of([point.gradient])
         return MonitorRecord(
             step=step,
             lambda_max=found.value,

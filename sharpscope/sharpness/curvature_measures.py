@@ -110,7 +110,7 @@ def edge(context: MeasureContext) -> Iterator[Measure]:
     yield _edge_measure(
         float(top.eigenvalues[0]),
         (float(top.lower[0]), float(top.upper[0])),
-        float(torch.linalg.vector_norm(objective.gradient.cpu().double())),
+        norm_of([objective.gradient]),
         context.settings.recipe,
         converged=bool(top.converged[0]),
         gradients=objective.gradients - gradients_before,
