@@ -34,7 +34,7 @@ class Measurement:
         return Result(..., **m.outcome(), provenance=m.provenance(k=k))
 
     What guards a whole pass over the data is put together here: progress, and the journal. What guards the graph of one
-    micro-batch is in ``sharpscope.objective.graph_guards``.
+    micro-batch is in ``sharpscope.objective.cost_and_out_of_memory``.
 
     Args:
         problem: model, loss and data.

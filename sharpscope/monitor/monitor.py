@@ -23,7 +23,7 @@ from sharpscope.measurement import Measurement, provenance, seeded
 from sharpscope.monitor.unwrap import eager_mode, stability_edges, unwrapped, without_wrappers
 from sharpscope.objective import Objective
 from sharpscope.objective.accumulate import MAX_CACHED_BYTES, CachedGraphs, LossAndGradient, mean_loss_and_gradient
-from sharpscope.objective.graph_guards import OOMHalving
+from sharpscope.objective.cost_and_out_of_memory import OOMHalving
 from sharpscope.objective.micro_batches import MicroBatch, as_batches, map_tensors, micro_batches, rows
 from sharpscope.problem import Problem, require_problem
 from sharpscope.results import MonitorRecord, MonitorResult

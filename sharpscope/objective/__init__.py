@@ -2,7 +2,7 @@
 
 Start with ``hessian.py``: H v of one micro-batch in two calls of ``torch.autograd.grad``. ``losses.py`` writes losses
 as sums over their terms, ``forward_loss.py`` runs the forward pass, ``accumulate.py`` sums over micro-batches,
-``graph_guards.py`` wraps a micro-batch's graph, and ``objective.py`` has the public class.
+``cost_and_out_of_memory.py`` wraps a micro-batch's graph, and ``objective.py`` has the public class.
 """
 
 from sharpscope.objective.losses import TokenCrossEntropy

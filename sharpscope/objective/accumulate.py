@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import AuditError, DataError
+from sharpscope.objective.cost_and_out_of_memory import OOMHalving
+from sharpscope.objective.curvature_interface import Graph
 from sharpscope.objective.forward_loss import ForwardLoss
-from sharpscope.objective.graph_guards import OOMHalving
 from sharpscope.objective.micro_batches import MicroBatch, leaves
-from sharpscope.objective.operator_interface import Graph
 from sharpscope.precision import CHUNK, wide
 from sharpscope.weights.parameters import views
 

@@ -168,7 +168,7 @@ class ForwardLoss:
         return leaf.detach().to(self.device, matching_dtype(leaf, self.dtype), copy=True)
 
 
-# Errors of autograd that ``graph_guards`` and ``operators/jacobian.py`` recognise and translate.
+# Errors of autograd that ``cost_and_out_of_memory`` and ``operators/jacobian.py`` recognise and translate.
 _OF_AUTOGRAD = (
     "does not require grad",
     "derivative for",

@@ -4,7 +4,8 @@
     H v = autograd.grad(g, w, grad_outputs=v)        2 gradients for each vector v (Pearlmutter 1994)
 
 The forward pass is in ``forward_loss.py``. ``accumulate.py`` sums over micro-batches, ``Objective`` divides by the
-weight ``sum_i a_i`` of all terms and adds weight decay, and ``graph_guards.py`` translates errors and counts the cost.
+weight ``sum_i a_i`` of all terms and adds weight decay, and ``cost_and_out_of_memory.py`` counts the cost and
+translates errors.
 The call path from the top:
 ``top_eigenvalues -> Measurement.products -> Objective.products -> accumulate -> Objective.graph -> hessian``.
 """
@@ -16,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sharpscope.objective.curvature_interface import Curvature, Graph, Products, zero_graph
 from sharpscope.objective.forward_loss import ForwardLoss
 from sharpscope.objective.micro_batches import MicroBatch
-from sharpscope.objective.operator_interface import Curvature, Graph, Products, zero_graph
 from sharpscope.weights.parameters import views
 
 

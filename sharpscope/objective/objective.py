@@ -22,11 +22,11 @@ from sharpscope.objective.accumulate import (
     mean_loss_and_gradient,
     require_same_loss,
 )
+from sharpscope.objective.cost_and_out_of_memory import CostCounter, OOMHalving, guarded
+from sharpscope.objective.curvature_interface import Curvature, Graph
 from sharpscope.objective.forward_loss import ForwardLoss
-from sharpscope.objective.graph_guards import CostCounter, OOMHalving, guarded
 from sharpscope.objective.hessian import HESSIAN
 from sharpscope.objective.micro_batches import MicroBatch, as_batches, micro_batches, num_examples_hint
-from sharpscope.objective.operator_interface import Curvature, Graph
 from sharpscope.precision import full_float32
 from sharpscope.problem import Problem
 from sharpscope.progress import Progress

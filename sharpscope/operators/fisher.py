@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ProblemError
+from sharpscope.objective.curvature_interface import Curvature, Graph
 from sharpscope.objective.forward_loss import ForwardLoss
 from sharpscope.objective.micro_batches import MicroBatch
-from sharpscope.objective.operator_interface import Curvature, Graph
 from sharpscope.operators.jacobian import COST, OutputMatrix, Split, graph_through_output, tangent
 
 NAME, EMPIRICAL = "fisher", "empirical-fisher"

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ProblemError
+from sharpscope.objective.curvature_interface import Graph, zero_graph
 from sharpscope.objective.forward_loss import ForwardLoss
 from sharpscope.objective.losses import find_logits, output_tensor
 from sharpscope.objective.micro_batches import MicroBatch
-from sharpscope.objective.operator_interface import Graph, zero_graph
 from sharpscope.weights.parameters import views
 
 # Cost of a product on the kept graph in gradients, from counting matrix products: a gradient takes three for each layer

@@ -11,8 +11,8 @@ import numpy as np
 
 from sharpscope.errors import DataError
 from sharpscope.results.base import Cost
-from sharpscope.results.checkpoint_result import RowResult
 from sharpscope.results.serialization import Array, Shape
+from sharpscope.results.side_by_side_table import RowResult
 from sharpscope.results.statistics import Estimate, student
 from sharpscope.results.table import origin_notes
 

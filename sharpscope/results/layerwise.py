@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from sharpscope.errors import DataError
 from sharpscope.formatting import with_mark
 from sharpscope.results.base import Cost
-from sharpscope.results.checkpoint_result import CheckpointResult
 from sharpscope.results.serialization import Array, Shape, annotations_of, as_json, metadata_of, parse_value
+from sharpscope.results.side_by_side_table import CheckpointResult
 from sharpscope.results.statistics import Estimate
 from sharpscope.results.table import Table, describe_origin, stacked
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar
 from sharpscope.errors import DataError, nearest
 from sharpscope.formatting import with_mark
 from sharpscope.results.base import Cost
-from sharpscope.results.checkpoint_result import CheckpointResult
 from sharpscope.results.serialization import MaybeNaN, Shape
+from sharpscope.results.side_by_side_table import CheckpointResult
 from sharpscope.results.table import Table, origin_notes, stacked, typed_value
 
 DEFINITIONS = {

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
 from sharpscope.results.base import Cost
-from sharpscope.results.checkpoint_result import CheckpointResult
 from sharpscope.results.serialization import (
     IN_NPZ,
     Array,
@@ -29,6 +28,7 @@ from sharpscope.results.serialization import (
     without_header,
     write_json,
 )
+from sharpscope.results.side_by_side_table import CheckpointResult
 from sharpscope.results.table import Table, origin_notes, typed_value
 
 PENDING, DONE, DIVERGED = 0, 1, 2

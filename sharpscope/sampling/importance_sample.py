@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sharpscope.objective import Objective, Progress
 from sharpscope.objective.accumulate import MAX_CACHED_BYTES, CachedGraphs
+from sharpscope.objective.cost_and_out_of_memory import OOMHalving
 from sharpscope.objective.forward_loss import ForwardLoss
-from sharpscope.objective.graph_guards import OOMHalving
 from sharpscope.objective.losses import output_tensor
 from sharpscope.objective.micro_batches import MicroBatch, micro_batches, rows
 

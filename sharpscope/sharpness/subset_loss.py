@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError, DataError
 from sharpscope.objective import Objective
-from sharpscope.objective.graph_guards import FORWARD, OOMHalving
+from sharpscope.objective.cost_and_out_of_memory import FORWARD, OOMHalving
 from sharpscope.objective.micro_batches import MicroBatch, map_tensors, micro_batches, rows
 from sharpscope.precision import wide
 

@@ -15,7 +15,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from sharpscope.errors import ArgumentError, DataError, out_of_memory
 from sharpscope.objective import Objective, Progress
-from sharpscope.objective.graph_guards import FORWARD
+from sharpscope.objective.cost_and_out_of_memory import FORWARD
 from sharpscope.objective.micro_batches import MicroBatch, map_tensors, matches, tensors
 from sharpscope.precision import wide
 from sharpscope.results import Measure

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError, ProblemError
 from sharpscope.objective import Objective
-from sharpscope.objective.graph_guards import FORWARD
+from sharpscope.objective.cost_and_out_of_memory import FORWARD
 from sharpscope.problem import Problem
 from sharpscope.results import Mark
 from sharpscope.slices.directions import Direction, coordinates, gram_schmidt, sign_normalised

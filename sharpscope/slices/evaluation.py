@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sharpscope.errors import ArgumentError, AuditError, ProblemError, out_of_memory
 from sharpscope.objective import Objective
-from sharpscope.objective.graph_guards import FORWARD, OOMHalving
+from sharpscope.objective.cost_and_out_of_memory import FORWARD, OOMHalving
 from sharpscope.objective.micro_batches import MicroBatch, map_tensors, micro_batches, tensors
 from sharpscope.precision import wide
 from sharpscope.slices.directions import Direction

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ProblemError, first_line, out_of_memory
+from sharpscope.objective.curvature_interface import Graph
 from sharpscope.objective.micro_batches import MicroBatch
-from sharpscope.objective.operator_interface import Graph
 
 T = TypeVar("T")
 
