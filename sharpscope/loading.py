@@ -196,7 +196,9 @@ def _data(checkpoint: Checkpoint, data: Any, root: str | os.PathLike[str] | None
             f"Pass --model and --data, or run sharpscope init {checkpoint.path} to write a template of a problem file."
         )
     noise = spec.get("label_noise", 0.0)
-    loaded = load_data(spec["name"], split, root=root, label_noise=noise, noise_seed=spec.get("noise_seed", 0))
+    version = spec.get("noise_version", 1)  # files of 0.1.0 have none
+    seed = spec.get("noise_seed", 0)
+    loaded = load_data(spec["name"], split, root=root, label_noise=noise, noise_seed=seed, noise_version=version)
     return loaded, noise if split == "train" else 0.0
 
 

@@ -18,6 +18,7 @@ from sharpscope.objective import Objective, Progress
 from sharpscope.objective.audit import audit
 from sharpscope.operators import curvature
 from sharpscope.problem import Problem
+from sharpscope.random_streams import stream, stream_from
 from sharpscope.results import Cost
 from sharpscope.resume import Journal, journaled_hvp, key_of
 from sharpscope.version import __version__
@@ -27,7 +28,7 @@ from sharpscope.weights.norm_ball import norm_of
 class Measurement:
     """One analysis of a problem, from its arguments to the fields that every result shares.
 
-        m = Measurement(problem, generator, progress, operator=operator, dtype=dtype, device=device)
+        m = Measurement(problem, generator, progress, "trace", operator=operator, dtype=dtype, device=device)
         ...                           # check arguments that depend on m.num_params
         with m:                       # measuring mode; the audit; the journal; the micro-batch
             images = m.products(rows)
@@ -40,6 +41,7 @@ class Measurement:
         problem: model, loss and data.
         generator: source of all random numbers; by default one seeded with 0.
         progress: called as ``progress(stage, done, total)`` in examples.
+        purpose: names the stream of random numbers.
         operator: the name of the curvature matrix.
         dtype, device, micro_batch: as for ``Objective``.
         audited: run the audit on entering.
@@ -49,7 +51,7 @@ class Measurement:
 
     Attributes:
         objective: loss, gradient and products.
-        generator: the one given, or the default.
+        generator: the stream of this purpose, from the generator given or the default.
         seed: that repeats the measurement; None where the generator was drawn from before.
         journal: of finished steps; stores nothing without a folder.
         status: appended to each stage that is reported.
@@ -60,6 +62,7 @@ class Measurement:
         problem: Problem,
         generator: torch.Generator | None = None,
         progress: Progress | None = None,
+        purpose: str = "measurement",
         *,
         operator: str = "hessian",
         dtype: torch.dtype | None = None,
@@ -71,7 +74,7 @@ class Measurement:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.problem = problem
-        self.generator, self.seed = seeded(generator)
+        self.generator, self.seed = seeded(generator, purpose)
         self.objective = Objective(
             problem,
             dtype=dtype,
@@ -100,7 +103,7 @@ class Measurement:
             stack.enter_context(self.objective.measuring(products=self._products))
             if self._audited:
                 # A generator of its own, so that the analysis draws the same numbers with and without it.
-                audit(self.objective, torch.Generator().manual_seed(self.generator.initial_seed()))
+                audit(self.objective, stream(self.generator.initial_seed(), "audit"))
             if self._folder is not None:
                 self._pass = journaled_hvp(self.objective, self.journal, self.report)
             elif self._products:
@@ -144,13 +147,16 @@ class Measurement:
         return provenance(self.problem, self.objective, self.seed, **settings)
 
 
-def seeded(generator: torch.Generator | None) -> tuple[torch.Generator, int | None]:
-    """``generator``, or one seeded with 0, and the seed that repeats the run; None where it has been drawn from."""
+def seeded(generator: torch.Generator | None, purpose: str) -> tuple[torch.Generator, int | None]:
+    """The stream of a purpose from ``generator``, and the seed that repeats the run; None where it has been drawn from.
+
+    Without ``generator`` the seed is 0.
+    """
     source = generator if generator is not None else torch.Generator().manual_seed(0)
     seed = source.initial_seed()
     # A generator that has been drawn from does not start where its seed says, so the seed would not repeat the run.
     fresh = torch.equal(source.get_state(), torch.Generator().manual_seed(seed).get_state())
-    return source, seed if fresh else None
+    return stream_from(source, purpose), seed if fresh else None
 
 
 def provenance(problem: Problem, objective: Objective, seed: int | None, **settings: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from sharpscope.errors import ArgumentError, OutputError, SharpscopeError
 from sharpscope.objective import Objective, Progress
 from sharpscope.objective.accumulate import LossAndGradient
 from sharpscope.objective.micro_batches import as_batches, walk
+from sharpscope.random_streams import stream
 from sharpscope.version import __version__
 from sharpscope.weights.restore import preserved
 
@@ -71,7 +72,7 @@ def probe(objective: Objective) -> list[Tensor]:
         micro_batch=objective.micro_batch,
         curvature=objective.curvature,
     )
-    vector = torch.randn(1, own.num_params, generator=torch.Generator().manual_seed(0)).to(own.device, own.dtype)
+    vector = torch.randn(1, own.num_params, generator=stream(0, "probe")).to(own.device, own.dtype)
 
     def derivatives(block: Tensor) -> list[Tensor]:
         sums = own.accumulate([own.first_examples(EXAMPLES)], block)

@@ -8,7 +8,6 @@ import inspect
 import json
 import math
 import os
-import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +24,9 @@ from sharpscope.monitor import EXAMPLES, SharpnessMonitor
 from sharpscope.optim import ASAM, GSAM, SAM, FriendlySAM, LookSAM
 from sharpscope.precision import available_device
 from sharpscope.problem import Problem
+from sharpscope.random_streams import derived_seed, stream
 from sharpscope.results import MonitorResult
-from sharpscope.zoo import DATASETS, MODELS, DataSet, load_data, make_model, model_arguments
+from sharpscope.zoo import DATASETS, MODELS, NOISE_VERSION, DataSet, load_data, make_model, model_arguments
 
 SCHEDULES = ("cosine", "constant")
 
@@ -324,7 +324,8 @@ def train(
     earlier = earlier_run(recipe, target, other_outputs, resume=resume, overwrite=overwrite)
     if earlier is not None and earlier.training is None:
         return earlier
-    run = _start(recipe, data_root, available_device(device))
+    noise_version = NOISE_VERSION if earlier is None else earlier.data.get("noise_version", 1)
+    run = _start(recipe, data_root, available_device(device), noise_version)
     done = 0
     with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
         if earlier is not None and earlier.training is not None and earlier.epoch is not None:
@@ -380,6 +381,7 @@ class _Run:
     train_set: DataSet
     test_set: DataSet
     device: torch.device
+    noise: dict[str, Any]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -389,10 +391,13 @@ class _Run:
         return learning_rate(self.recipe, step, self.steps_per_epoch * self.recipe.epochs)
 
 
-def _start(recipe: Recipe, data_root: str | os.PathLike[str] | None, device: torch.device) -> _Run:
-    load = functools.partial(
-        load_data, recipe.data, root=data_root, label_noise=recipe.label_noise, noise_seed=recipe.noise_seed
-    )
+def _start(recipe: Recipe, data_root: str | os.PathLike[str] | None, device: torch.device, noise_version: int) -> _Run:
+    noise: dict[str, Any] = {
+        "label_noise": recipe.label_noise,
+        "noise_seed": recipe.noise_seed,
+        "noise_version": noise_version,
+    }
+    load = functools.partial(load_data, recipe.data, root=data_root, **noise)
     train_set, test_set = (
         dataclasses.replace(data, inputs=data.inputs.to(device), targets=data.targets.to(device))
         for data in map(load, ("train", "test"))
@@ -406,7 +411,7 @@ def _start(recipe: Recipe, data_root: str | os.PathLike[str] | None, device: tor
             f"say {args['shape']} and {args['classes']}. Leave both out."
         )
     model = make_model(recipe.model, seed=recipe.seed, **args).to(device)
-    return _Run(recipe, model, args, make_optimizer(recipe, model), train_set, test_set, device)
+    return _Run(recipe, model, args, make_optimizer(recipe, model), train_set, test_set, device, noise)
 
 
 def _monitor(run: _Run, target: Path, every: int, examples: int, epoch: int) -> SharpnessMonitor:
@@ -426,8 +431,8 @@ def _monitor(run: _Run, target: Path, every: int, examples: int, epoch: int) -> 
 
 def _train_epoch(run: _Run, epoch: int, progress: Progress | None, monitor: SharpnessMonitor | None) -> None:
     recipe, model, optimizer = run.recipe, run.model, run.optimizer
-    _reseed(run.device, _derived_seed("dropout", recipe.seed, epoch))
-    generator = torch.Generator().manual_seed(_derived_seed("order", recipe.seed, epoch))
+    _reseed(run.device, derived_seed(recipe.seed, "dropout", epoch))
+    generator = stream(recipe.seed, "order", epoch)
     order = torch.randperm(len(run.train_set), generator=generator).to(run.device)
     # SAM and LBFGS need a closure. For the others the gradient is taken before step(), whose hook may shrink w.
     needs_closure = _needs_closure(optimizer)
@@ -503,7 +508,7 @@ def _write(
         state_dict=run.model.state_dict(),
         model=run.recipe.model,
         model_args=run.model_args,
-        data={"name": run.recipe.data, "label_noise": run.recipe.label_noise, "noise_seed": run.recipe.noise_seed},
+        data={"name": run.recipe.data, **run.noise},
         recipe=recipe,
         epoch=epoch,
         metrics=_metrics(run, epoch) if metrics is None else metrics,
@@ -517,8 +522,3 @@ def _reseed(device: torch.device, seed: int) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
-
-
-def _derived_seed(purpose: str, seed: int, epoch: int) -> int:
-    """Independent seed for each purpose and epoch; ``random.Random`` hashes a string seed with SHA-512."""
-    return random.Random(f"{purpose} {seed} {epoch}").getrandbits(63)

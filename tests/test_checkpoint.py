@@ -22,7 +22,7 @@ ARGS = model_arguments("mlp", hidden=(5,))
 DESCRIPTION: dict[str, Any] = {
     "model": "mlp",
     "model_args": ARGS,
-    "data": {"name": "digits", "label_noise": 0.25, "noise_seed": 7},
+    "data": {"name": "digits", "label_noise": 0.25, "noise_seed": 7, "noise_version": 2},
     "recipe": {"lr": 0.05, "rho": None, "p": float("inf")},
     "epoch": 3,
     "metrics": {"train_loss": 0.5},

@@ -56,17 +56,20 @@ def test_loss_and_gradient_norm_are_those_of_the_sample() -> None:
 
 
 def test_a_warm_start_takes_fewer_products() -> None:
-    """Where the weights move little, each later measurement takes fewer products than the first, to the same tol."""
-    model = net()
-    monitor = SharpnessMonitor(problem(model), every=5, examples=None, tol=0.01)
-    optimizer = sgd(model, lr=0.01)
-    monitor.measure()
-    for _ in train(model, optimizer, 40):
-        monitor.step()
-    first, *later = monitor.result().records
-    assert all(record.converged for record in (first, *later))
-    assert max(record.products for record in later) < first.products
-    assert np.mean([record.products for record in later]) <= 0.7 * first.products
+    """Where the weights move little, a later measurement takes 0.7 of the first's products, to the same tol."""
+    ratios = []
+    for seed in range(8):
+        model = net()
+        monitor = SharpnessMonitor(problem(model), every=5, examples=None, tol=0.01, seed=seed)
+        optimizer = sgd(model, lr=0.01)
+        monitor.measure()
+        for _ in train(model, optimizer, 20):
+            monitor.step()
+        first, *later = monitor.result().records
+        assert all(record.converged for record in (first, *later))
+        assert max(record.products for record in later) <= first.products
+        ratios += [record.products / first.products for record in later]
+    assert np.mean(ratios) <= 0.7
 
 
 def test_cost_is_what_was_done() -> None:

@@ -24,6 +24,7 @@ from sharpscope.objective.audit import audit
 from sharpscope.objective.micro_batches import MicroBatch, micro_batches
 from sharpscope.operators import NAMES, curvature
 from sharpscope.operators.fisher import uniform
+from sharpscope.random_streams import stream_from
 
 X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.randint(0, 3, (24,), generator=torch.Generator().manual_seed(1))
@@ -207,7 +208,7 @@ def test_fisher_is_that_of_drawn_targets(name: str) -> None:
     assert likelihood is not None
     w, output = flat(make())
     z = output(w).detach()
-    seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(0)))
+    seed = stream_from(None, "fisher").initial_seed()
     shape = z.shape if likelihood.dim is None else z[:, :1].shape
     drawn = likelihood.draw(z, uniform(seed, next(micro_batches([(X, target)], None)), shape))
     plain: dict[str, Callable[[Tensor], Tensor]] = {

@@ -33,7 +33,7 @@ def entries(folder: Path) -> int:
 def test_killed_three_times_the_command_ends_with_the_same_values(tmp_path: Path) -> None:
     """kill -9 at three random moments: the same eigenvalues bit for bit, and the state is gone when all is done."""
     checkpoint, plain, killed = tmp_path / "a.pt", tmp_path / "plain.json", tmp_path / "killed.json"
-    train(Recipe(model="cnn", model_args={"channels": (2, 4), "hidden": 8}, epochs=2), checkpoint)
+    train(Recipe(model="cnn", model_args={"channels": (3, 4), "hidden": 8}, epochs=2), checkpoint)
     state = killed.with_name("killed.json.partial")
     measured = ["eigen", str(checkpoint), "--examples", "300", "--tol", "1e-5", "--out"]
     processes.finished(*measured, str(plain))

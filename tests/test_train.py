@@ -109,7 +109,7 @@ def test_a_finished_file_describes_itself(tmp_path: Path) -> None:
     assert checkpoint.training is None
     assert (checkpoint.model, checkpoint.epoch) == ("mlp", 3)
     assert checkpoint.model_args == {"shape": (1, 8, 8), "classes": 10, "hidden": (8,)}
-    assert checkpoint.data == {"name": "digits", "label_noise": 0.4, "noise_seed": 2}
+    assert checkpoint.data == {"name": "digits", "label_noise": 0.4, "noise_seed": 2, "noise_version": 2}
     assert Recipe(**checkpoint.recipe) == recipe
     model = make_model("mlp", **checkpoint.model_args)
     model.load_state_dict(checkpoint.state_dict)

@@ -40,7 +40,7 @@ def write_checkpoint(
         model: name of a bundled model, or "package.module:function" of a factory, which ``load`` imports only with
             ``trust``.
         model_args: keyword arguments of the factory.
-        data: the entries ``name`` and optionally ``label_noise`` and ``noise_seed``.
+        data: the entries ``name`` and optionally ``label_noise``, ``noise_seed`` and ``noise_version``.
         loss: a key of ``sharpscope.loading.LOSSES``.
         recipe: settings of the training.
         epoch: finished epochs.

@@ -17,6 +17,7 @@ from sharpscope.linalg.ritz import rayleigh_ritz
 from sharpscope.linalg.top_eigenpairs import top_eigenpairs_rows
 from sharpscope.linalg.trace_and_frobenius import trace_and_frobenius_rows
 from sharpscope.linalg.vectors import Matmat, norms, rounding_error
+from sharpscope.random_streams import stream_from
 
 # Maps ``{l: V_l}`` to ``{l: H_ll V_l}`` for the blocks l that still need products.
 Products = Callable[[Mapping[int, Tensor]], Mapping[int, Tensor]]
@@ -75,9 +76,7 @@ def diagonal_blocks(
     shared = _SharedProducts(products)
     programs: list[Callable[[Matmat], DiagonalBlock]] = []
     for block, like in enumerate(likes):
-        first, second = (
-            torch.Generator().manual_seed(int(seed)) for seed in torch.randint(2**62, (2,), generator=generator)
-        )
+        first, second = stream_from(generator, "start"), stream_from(generator, "probes")
         if like.shape[1] <= 2 * probes:
             programs.append(_dense_program(like, tol, probes, shared))
         else:

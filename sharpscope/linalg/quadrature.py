@@ -20,6 +20,7 @@ from sharpscope.linalg.vectors import (
     require_orthonormal,
     require_small_asymmetry,
 )
+from sharpscope.random_streams import stream_from
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def lanczos_quadrature_rows(
     """
     n = like.shape[1]
     require_probes(n, probes, steps)
-    source = generator if generator is not None else torch.Generator().manual_seed(0)
+    source = stream_from(generator, "probes")
     values, vectors = known_pairs(known, like)
     operator = deflated(rows, vectors)
     start = block = images = random_unit_rows(probes, like, vectors, source)

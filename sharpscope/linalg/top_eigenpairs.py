@@ -16,8 +16,9 @@ from sharpscope.linalg.block_lanczos import lanczos
 from sharpscope.linalg.guided_by_cheap_operator import guided
 from sharpscope.linalg.missed_eigenvalues import STEPS, Certificate, MissedEigenvalueBound, certificate
 from sharpscope.linalg.power_iteration import power_iteration
-from sharpscope.linalg.ritz import RitzPairs, SolverProgress, rayleigh_ritz, ritz_bounds, within_tolerance
+from sharpscope.linalg.ritz import ZERO, RitzPairs, SolverProgress, rayleigh_ritz, ritz_bounds, within_tolerance
 from sharpscope.linalg.vectors import Matmat, as_row_operator, combine, inner, require_dtype, rounding_error
+from sharpscope.random_streams import stream_from
 
 METHODS: dict[str, Callable[..., RitzPairs]] = {"guided": guided, "lanczos": lanczos, "power": power_iteration}
 TWO_ENDED = ("both", "magnitude")
@@ -175,7 +176,7 @@ def top_eigenpairs_rows(
     name = _solver(method, which, bool(guides), like.shape[1], k)
     if initial is not None and name == "power":
         raise ArgumentError("initial is for 'guided' and 'lanczos', got method='power'. Leave one of them out.")
-    source = generator if generator is not None else torch.Generator().manual_seed(0)
+    source = stream_from(generator, "start")
     if max_basis is None and which in TWO_ENDED:
         max_basis = BLOCKS * (k + 1)
 
@@ -293,8 +294,8 @@ def both_ends(
     rivals = [float(end.values[i] + end.bounds[i]) for end, i in ((top, first), (bottom, last)) if i < k]
     pairs = merged(first_pairs(top, first), first_pairs(bottom, last), tol)
     size = pairs.values.abs()
-    # Two rounding errors, the pair's and its rival's: an eigenvalue that is zero to rounding displaces no other zero.
-    displaced = size * (1 + tol) + 2 * rounding_error(pairs.scale, pairs.vectors.dtype) < max(rivals)
+    # An eigenvalue that is zero to rounding displaces no other zero.
+    displaced = size * (1 + tol) + ZERO * rounding_error(pairs.scale, pairs.vectors.dtype) < max(rivals)
     order = torch.argsort(size, descending=True, stable=True)
     return _reordered(replace(pairs, converged=pairs.converged & ~displaced), order)
 

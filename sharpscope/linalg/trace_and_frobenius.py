@@ -20,6 +20,7 @@ from sharpscope.linalg.vectors import (
     require_dtype,
     rounding_error,
 )
+from sharpscope.random_streams import stream_from
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def trace_and_frobenius_rows(
     Args: as ``lanczos_quadrature_rows``.
     """
     require_probes(like.shape[1], probes)
-    source = generator if generator is not None else torch.Generator().manual_seed(0)
+    source = stream_from(generator, "probes")
     start = random_unit_rows(probes, like, like, source)
     return trace_from_images(rows, start, rows(start), generator=source)
 

@@ -138,7 +138,7 @@ class SharpnessMonitor:
         self.optimizer, self.every, self._tol, self._max_products = unwrapped(optimizer), every, tol, max_products
         self._log = log_function(log)
         self._options: dict[str, Any] = {"dtype": dtype, "device": device, "micro_batch": SIZE}
-        self._generator, self._seed = seeded(seed)
+        self._generator, self._seed = seeded(seed, "monitor")
         self._sample: Sample = draw_sample(problem.data, examples, self._generator)
         self._problem = replace(problem, data=self._sample.batches)  # so that the data can be freed
         self._known: Tensor | None = None

@@ -10,6 +10,7 @@ from sharpscope.objective.hessian import HESSIAN
 from sharpscope.operators.finite_difference import FINITE_DIFFERENCE
 from sharpscope.operators.fisher import EMPIRICAL_FISHER, fisher
 from sharpscope.operators.gauss_newton import GAUSS_NEWTON
+from sharpscope.random_streams import stream_from
 
 __all__ = ["NAMES", "curvature"]
 
@@ -31,8 +32,7 @@ def curvature(name: str, generator: torch.Generator | None = None) -> Curvature:
     Raises: ArgumentError for an unknown name.
     """
     if name == "fisher":
-        source = generator if generator is not None else torch.Generator().manual_seed(0)
-        return fisher(int(torch.randint(2**62, (), generator=source)))
+        return fisher(stream_from(generator, "fisher").initial_seed())
     if name not in BY_NAME:
         raise ArgumentError(nearest("operator", name, NAMES))
     return BY_NAME[name]

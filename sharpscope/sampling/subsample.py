@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Sequ
 
 from sharpscope.errors import ArgumentError
 from sharpscope.objective.micro_batches import batch_size, leaves, rows, walk
+from sharpscope.random_streams import stream
 
 
 def count_examples(data: Any) -> int | None:
@@ -62,7 +63,7 @@ def random_subset(data: Any, examples: int, seed: int) -> Any:
         raise ArgumentError(f"examples must be from 1 to the {total} of the data, got {examples}.")
     if not 0 <= seed < 1 << 63:
         raise ArgumentError(f"seed must be an integer from 0 to 2^63 - 1, got {seed}.")
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:examples]
+    chosen = torch.randperm(total, generator=stream(seed, "examples"))[:examples]
     if _is_batch(data):
         return rows(data, chosen)
     if isinstance(data, DataLoader):

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sharpscope.linalg import Eigenpairs
 from sharpscope.linalg.top_eigenpairs import top_eigenpairs_rows
 from sharpscope.objective import Objective, Progress
+from sharpscope.random_streams import stream
 from sharpscope.results import Measure
 from sharpscope.results.statistics import Estimate, student
 from sharpscope.sharpness.maximize import Ascent
@@ -52,8 +52,7 @@ class MeasureContext:
 
     def generator(self, name: str) -> torch.Generator:
         """Return a generator for the measure ``name`` that does not depend on which other measures are computed."""
-        words = np.random.SeedSequence([self._seed, *name.encode()]).generate_state(2, np.uint64)
-        return torch.Generator().manual_seed(int(words[0]) >> 1)
+        return stream(self._seed, name)
 
     def stage_progress(self, stage: str) -> Progress | None:
         """Return ``progress`` with ``stage`` put before every label."""

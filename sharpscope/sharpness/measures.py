@@ -133,7 +133,9 @@ def measure_sharpness(
     for name, count in (("draws", draws), ("probes", probes)):
         if count < 2:
             raise ArgumentError(f"{name} must be at least 2, for a standard error, got {count!r}.")
-    measurement = Measurement(problem, generator, progress, dtype=dtype, device=device, micro_batch=micro_batch)
+    measurement = Measurement(
+        problem, generator, progress, "sharpness", dtype=dtype, device=device, micro_batch=micro_batch
+    )
     objective = measurement.objective
     settings = Settings(
         m=M if m is None else tuple(m),

@@ -18,6 +18,7 @@ from sharpscope.objective import Objective, Progress
 from sharpscope.objective.cost_and_out_of_memory import FORWARD
 from sharpscope.objective.micro_batches import MicroBatch, map_tensors, matches, tensors
 from sharpscope.precision import wide
+from sharpscope.random_streams import stream
 from sharpscope.results import Measure
 from sharpscope.results.statistics import Estimate
 from sharpscope.sharpness.maximize import Ascent, maximum_loss
@@ -159,7 +160,7 @@ def maximum_rises(
     Raises: ArgumentError, DataError, see ``disjoint_subsets``.
     """
     seed = int(torch.randint(2**62, (), generator=generator))
-    restarts = {rho: torch.Generator().manual_seed(seed) for rho in radii}
+    restarts = {rho: stream(seed, "restarts") for rho in radii}
     rises: list[list[float]] = [[] for _ in radii]
     first_order: list[list[float]] = [[] for _ in radii]
     done = examples = 0
@@ -349,7 +350,8 @@ def is_faster(
 ) -> bool:
     """Whether vmap gives the same rises as ``sequential`` on a first group of subsets, in less time a subset.
 
-    ``sequential(batch)`` returns the base loss and the maximum loss for each radius. Cost: two groups, two subsets.
+    ``sequential(batch)`` returns the base loss and the maximum loss for each radius. Two subsets are compared, if
+    possible ones with loss terms; losses that are not finite must be the same. Cost: two groups, two subsets.
     """
     if not _same_structure(batches):
         return False
@@ -361,13 +363,17 @@ def is_faster(
     except Exception:  # operations without a vmap rule raise errors of many types
         return False
     seconds = []
-    for i in range(min(2, len(batches))):
+    for i in sorted(range(len(batches)), key=lambda i: bool(base[i].isnan()))[:2]:
         started = time.perf_counter()
         expected_base, expected = sequential(batches[i])
         seconds.append(time.perf_counter() - started)
         base_i, eps = float(base[i]), torch.finfo(base.dtype).eps
         for maximum, wanted in zip(maxima[i].tolist(), expected, strict=True):
             rise = wanted - expected_base
+            if not math.isfinite(rise):
+                if not np.array_equal([maximum, base_i], [wanted, expected_base], equal_nan=True):
+                    return False
+                continue
             if not abs((maximum - base_i) - rise) <= RISE_TOL * abs(rise) + ROUNDING_TOL * eps * abs(expected_base):
                 return False
     return group < min(seconds)

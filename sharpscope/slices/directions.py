@@ -252,7 +252,7 @@ def random_directions(
         raise ArgumentError(f"one_dimensional must be one of {', '.join(ONE_DIMENSIONAL)}, got {one_dimensional!r}.")
     if count < 1:
         raise ArgumentError(f"The number of directions must be at least 1, got {count}.")
-    source, seed = seeded(generator)
+    source, seed = seeded(generator, "directions")
     weights = [w.detach().cpu().double() for w in parameters.select(problem.model, problem.params).values()]
     n = sum(w.numel() for w in weights)
     # One direction after the other, so that the first does not depend on the count.

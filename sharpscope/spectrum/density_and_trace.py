@@ -52,7 +52,14 @@ def trace(
     (28.0, 28.0)
     """
     m = Measurement(
-        problem, generator, progress, operator=operator, dtype=dtype, device=device, micro_batch=micro_batch
+        problem,
+        generator,
+        progress,
+        "trace",
+        operator=operator,
+        dtype=dtype,
+        device=device,
+        micro_batch=micro_batch,
     )
     require_probes(m.num_params, probes)
     m.status = " of 2"
@@ -137,7 +144,14 @@ def spectral_density(
     (28.0, 9.333)
     """
     m = Measurement(
-        problem, generator, progress, operator=operator, dtype=dtype, device=device, micro_batch=micro_batch
+        problem,
+        generator,
+        progress,
+        "density",
+        operator=operator,
+        dtype=dtype,
+        device=device,
+        micro_batch=micro_batch,
     )
     n, like = m.num_params, m.objective.empty_block()
     require_probes(n, probes, steps)

@@ -119,7 +119,16 @@ def top_eigenvalues(
     """
     settings = {"k": k, "tol": tol, "method": method, "which": which, "certify": certify, "max_basis": max_basis}
     computation: dict[str, Any] = {"dtype": dtype, "device": device, "micro_batch": micro_batch}
-    m = Measurement(problem, generator, progress, operator=operator, journal=journal, settings=settings, **computation)
+    m = Measurement(
+        problem,
+        generator,
+        progress,
+        "eigenvalues",
+        operator=operator,
+        journal=journal,
+        settings=settings,
+        **computation,
+    )
     require_arguments(m.num_params, k, tol, method, max_passes, which)
     _require_certify(certify, which, method)
     like = _solver_vectors(m, basis_device)

@@ -72,7 +72,14 @@ def block_spectra(
     array([9.33, 2.  ])
     """
     m = Measurement(
-        problem, generator, progress, operator=operator, dtype=dtype, device=device, micro_batch=micro_batch
+        problem,
+        generator,
+        progress,
+        "blocks",
+        operator=operator,
+        dtype=dtype,
+        device=device,
+        micro_batch=micro_batch,
     )
     objective, matrix = m.objective, m.objective.curvature
     blocks = parameter_blocks(select(problem.model, problem.params), by)

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from sharpscope.errors import ArgumentError, nearest
-from sharpscope.zoo.data import DataSet, digits, fashion_mnist, with_label_noise
+from sharpscope.random_streams import derived_seed
+from sharpscope.zoo.data import NOISE_VERSION, DataSet, digits, fashion_mnist, with_label_noise
 from sharpscope.zoo.networks import cnn, mlp, wide_resnet
 
-__all__ = ["DATASETS", "MODELS", "DataSet", "load_data", "make_model", "model_arguments"]
+__all__ = ["DATASETS", "MODELS", "NOISE_VERSION", "DataSet", "load_data", "make_model", "model_arguments"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn, "wide_resnet": wide_resnet}
 DATASETS: dict[str, Callable[[str, str | os.PathLike[str] | None], DataSet]] = {
@@ -52,7 +53,7 @@ def make_model(name: str, /, *, seed: int | None = None, **args: Any) -> nn.Modu
     with torch.random.fork_rng(devices=[]):
         if seed is not None:
             # torch.manual_seed would also reseed the accelerators, whose state is not forked here.
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(derived_seed(seed, "weights"))
         return MODELS[name](**full)
 
 
@@ -63,6 +64,7 @@ def load_data(
     root: str | os.PathLike[str] | None = None,
     label_noise: float = 0.0,
     noise_seed: int = 0,
+    noise_version: int = NOISE_VERSION,
 ) -> DataSet:
     """Load one split of the bundled data set ``name``.
 
@@ -72,6 +74,7 @@ def load_data(
         root: folder of a data set that is read from files.
         label_noise: fraction of training labels replaced by another class; test labels are not changed.
         noise_seed: seed of the label noise.
+        noise_version: how the noise is drawn; 1 for the labels of sharpscope 0.1.0.
 
     Raises: ArgumentError for an unknown name or split, or a fraction outside [0, 1]; DataError if the data set is
         missing or damaged.
@@ -80,7 +83,7 @@ def load_data(
     if split not in SPLITS:
         raise ArgumentError(f"split must be 'train' or 'test', got {split!r}.")
     data = loader(split, root)
-    return with_label_noise(data, label_noise, noise_seed) if split == "train" and label_noise else data
+    return with_label_noise(data, label_noise, noise_seed, noise_version) if split == "train" and label_noise else data
 
 
 def _look_up(kind: str, table: Mapping[str, Entry], name: str) -> Entry:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError, DataError
+from sharpscope.random_streams import stream
 
 
 # eq=False, since == on tensors is elementwise.
@@ -37,17 +38,24 @@ class DataSet:
         return tuple(self.inputs.shape[1:])
 
 
-def with_label_noise(data: DataSet, fraction: float, seed: int) -> DataSet:
+# How wrong labels are drawn. Version 1 is that of sharpscope 0.1.0: the examples that torch.randperm of the seed gives
+# first.
+NOISE_VERSION = 2
+
+
+def with_label_noise(data: DataSet, fraction: float, seed: int, version: int = NOISE_VERSION) -> DataSet:
     """Replace exactly ``round(fraction * N)`` labels, each by another class drawn uniformly.
 
-    Deterministic in ``seed`` and ``fraction``. Symmetric noise as in Foret et al. 2021, section 3.3, except that the
-    number is exact and a replaced label always differs from the true one.
+    Deterministic in ``seed``, ``fraction`` and ``version``. Symmetric noise as in Foret et al. 2021, section 3.3,
+    except that the number is exact and a replaced label always differs from the true one.
 
-    Raises: ArgumentError unless ``0 <= fraction <= 1``.
+    Raises: ArgumentError unless ``0 <= fraction <= 1``, and for an unknown version.
     """
     if not 0 <= fraction <= 1:
         raise ArgumentError(f"label_noise must be a fraction from 0 to 1, got {fraction!r}.")
-    generator = torch.Generator().manual_seed(seed)
+    if version not in (1, NOISE_VERSION):
+        raise ArgumentError(f"noise_version must be 1 or {NOISE_VERSION}, got {version!r}. Update sharpscope.")
+    generator = torch.Generator().manual_seed(seed) if version == 1 else stream(seed, "label noise")
     chosen = torch.randperm(len(data), generator=generator)[: round(fraction * len(data))]
     shift = torch.randint(1, data.classes, (len(chosen),), generator=generator)
     targets = data.targets.clone()
