@@ -132,7 +132,8 @@ def sharpness_over_training(
         rates = [(r.provenance["epoch"], (r.provenance.get("metrics") or {}).get("lr")) for r in ordered]
         edges = [(epoch, 2 / rate) for epoch, rate in rates if rate]
         if edges:
-            left.plot(*zip(*edges, strict=True), color=colour, marker="v", fillstyle="none", linestyle="")
+            # Points, for a legend is kept off the line between two points, drawn or not, as off the points.
+            left.scatter(*zip(*edges, strict=True), edgecolors=colour, marker="v", facecolors="none")
         ratios = [(r.provenance["epoch"], r.ratio) for r in ordered if r.ratio.value is not None]
         ks |= {ratio.k for _, ratio in ratios}
         right.errorbar(
