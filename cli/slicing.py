@@ -149,20 +149,22 @@ def directions(
             )
         return eigenvector_directions(result, which)
     if out is None:
-        return _measured(args, kind, problem, which, progress)
+        return _measured(args, kind, problem, which, None, progress)
     objective = Objective(problem, **options.computation(args))
     asked = {"key": key_of(objective), "kind": kind, "which": list(which), "rho": args.rho, "seed": args.seed}
     path = options.state(out) / "directions.npz"
     found: list[Any] | None = read_directions(path, asked)
     if found is None:
-        write_directions(path, _measured(args, kind, problem, which, progress), asked)
+        write_directions(path, _measured(args, kind, problem, which, out, progress), asked)
         # Those of the process that was first, where several shards have begun at once.
         found = read_directions(path, asked)
         assert found is not None
     return found
 
 
-def _measured(args: argparse.Namespace, kind: str, problem: Any, which: Sequence[int], progress: Any) -> list[Any]:
+def _measured(
+    args: argparse.Namespace, kind: str, problem: Any, which: Sequence[int], out: Path | None, progress: Any
+) -> list[Any]:
     import torch
 
     import sharpscope
@@ -177,6 +179,7 @@ def _measured(args: argparse.Namespace, kind: str, problem: Any, which: Sequence
         progress=progress,
         vectors=True,
         **options.computation(args),
+        journal=None if out is None else options.state(out),
     )
     return eigenvector_directions(result, which)
 

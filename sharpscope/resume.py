@@ -329,10 +329,9 @@ COUNTERS = ("passes", "hvps", "example_gradients", "seconds")
 def journaled_hvp(objective: Objective, journal: Journal, progress: Progress) -> Callable[[Tensor], Tensor]:
     """Return ``objective.products`` with finished passes read from ``journal``, with their loss, gradient and cost.
 
-    The micro-batch is chosen first and stored, since the last bits depend on it.
+    The micro-batch is chosen first and stored (``journaled_micro_batch``).
     """
-    chosen = journal.once("micro-batch", lambda: _choose_micro_batch(objective))
-    objective.micro_batch = chosen["size"]
+    journaled_micro_batch(objective, journal)
 
     def products(rows: Tensor) -> Tensor:
         before = journal.replayed
@@ -344,6 +343,12 @@ def journaled_hvp(objective: Objective, journal: Journal, progress: Progress) ->
         return result
 
     return products
+
+
+def journaled_micro_batch(objective: Objective, journal: Journal) -> None:
+    """Choose the micro-batch, or take the stored choice: it is timed, and the last bits of all sums depend on it."""
+    chosen = once_with_cost(objective, journal, "micro-batch", lambda: _choose_micro_batch(objective))
+    objective.micro_batch = chosen["size"]
 
 
 def once_with_cost(

@@ -40,7 +40,8 @@ ALLOWED: dict[str, set[str]] = {
         "weights",
     },
     "sharpness": {
-        *("edge_of_stability", "linalg", "measurement", "objective", "precision", "problem", "results", "weights"),
+        *("edge_of_stability", "linalg", "measurement", "objective", "precision", "problem", "results", "resume"),
+        "weights",
     },
     "slices": {"atomic_io", "measurement", "objective", "precision", "problem", "results", "resume", "weights"},
     "comparing": {

@@ -225,7 +225,15 @@ def trace(problem: Problem, settings: Settings, journal: PathLike, progress: Pro
     """The trace of the Hessian of the training loss, with its error over examples where it is not on all of them."""
     subset, n = sampled(problem, settings.level.density_examples, settings.seed), _num_params(problem)
     probes, population = min(settings.level.trace_probes, n), subset is not problem
-    return trace_of(subset, probes, settings.generator, progress, population=population, **settings.dtype_and_device)
+    return trace_of(
+        subset,
+        probes,
+        settings.generator,
+        progress,
+        population=population,
+        journal=journal,
+        **settings.dtype_and_device,
+    )
 
 
 def density(problem: Problem, settings: Settings, journal: PathLike, progress: Progress) -> DensityResult:
@@ -237,6 +245,7 @@ def density(problem: Problem, settings: Settings, journal: PathLike, progress: P
         settings.level.steps,
         settings.generator,
         progress,
+        journal=journal,
         **settings.dtype_and_device,
     )
 
@@ -247,7 +256,14 @@ def sharpness(problem: Problem, settings: Settings, journal: PathLike, progress:
     count = count_examples(subset.data)
     sizes = [m for m in M_VALUES if count is None or m <= count]
     return measure_sharpness(
-        subset, ("m-sharpness",), settings.generator, progress, m=sizes, rho=settings.rho, **settings.dtype_and_device
+        subset,
+        ("m-sharpness",),
+        settings.generator,
+        progress,
+        m=sizes,
+        rho=settings.rho,
+        journal=journal,
+        **settings.dtype_and_device,
     )
 
 

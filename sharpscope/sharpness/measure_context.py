@@ -16,6 +16,7 @@ from sharpscope.objective import Objective, Progress
 from sharpscope.random_streams import stream
 from sharpscope.results import Measure
 from sharpscope.results.statistics import Estimate, student
+from sharpscope.resume import Journal
 from sharpscope.sharpness.maximize import Ascent
 from sharpscope.weights.norm_ball import Ball
 
@@ -43,10 +44,15 @@ class Settings:
 
 
 class MeasureContext:
-    """The objective, the settings, a random stream for each measure, and eigenpairs that several measures use."""
+    """The objective, the settings, a random stream for each measure, and eigenpairs that several measures use.
 
-    def __init__(self, objective: Objective, settings: Settings, seed: int, progress: Progress | None) -> None:
-        self.objective, self.settings, self.progress = objective, settings, progress
+    What is chosen by timing goes through ``journal``, so that a resumed run repeats the choice.
+    """
+
+    def __init__(
+        self, objective: Objective, settings: Settings, seed: int, progress: Progress | None, journal: Journal
+    ) -> None:
+        self.objective, self.settings, self.progress, self.journal = objective, settings, progress, journal
         self._seed = seed
         self._top: dict[tuple[str | None, float], Eigenpairs] = {}
 

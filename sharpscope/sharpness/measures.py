@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 
@@ -56,6 +57,7 @@ def measure_sharpness(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     micro_batch: int | None = None,
+    journal: str | os.PathLike[str] | None = None,
 ) -> SharpnessResult:
     """Compute sharpness measures of L at w, with their definitions, costs and, if sampled, 95 % intervals.
 
@@ -99,8 +101,10 @@ def measure_sharpness(
         box: Keskar's epsilon.
         lr: learning rate for "edge"; by default that at which the checkpoint was written.
         dtype, device, micro_batch: as for ``top_eigenvalues``.
+        journal: folder for what was chosen by timing (the micro-batch, and whether subsets are evaluated together), so
+            that the same call after a kill gives the same bits. Delete it when the result is safe.
 
-    Raises: ArgumentError, ProblemError, DataError, AuditError.
+    Raises: ArgumentError, ProblemError, DataError, AuditError; OutputError if the journal cannot be written.
     Sources: see ``Measure.definition``.
 
     >>> import sharpscope
@@ -133,10 +137,6 @@ def measure_sharpness(
     for name, count in (("draws", draws), ("probes", probes)):
         if count < 2:
             raise ArgumentError(f"{name} must be at least 2, for a standard error, got {count!r}.")
-    measurement = Measurement(
-        problem, generator, progress, "sharpness", dtype=dtype, device=device, micro_batch=micro_batch
-    )
-    objective = measurement.objective
     settings = Settings(
         m=M if m is None else tuple(m),
         rho=tuple(float(r) for r in rho),
@@ -149,9 +149,21 @@ def measure_sharpness(
         box=box,
         recipe=training_recipe(problem.provenance, lr),
     )
+    measurement = Measurement(
+        problem,
+        generator,
+        progress,
+        "sharpness",
+        dtype=dtype,
+        device=device,
+        micro_batch=micro_batch,
+        journal=journal,
+        settings={"measures": chosen, **asdict(replace(settings, recipe={}))},
+    )
+    objective = measurement.objective
     seed = int(torch.randint(2**62, (), generator=measurement.generator))
-    context = MeasureContext(objective, settings, seed, progress)
     with measurement:
+        context = MeasureContext(objective, settings, seed, progress, measurement.journal)
         objective.loss_and_gradient(progress)
         if m is None and objective.num_examples is not None:
             context.settings = replace(settings, m=tuple(size for size in M if size <= objective.num_examples))

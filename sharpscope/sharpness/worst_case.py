@@ -21,6 +21,7 @@ from sharpscope.precision import wide
 from sharpscope.random_streams import stream
 from sharpscope.results import Measure
 from sharpscope.results.statistics import Estimate
+from sharpscope.resume import Journal, once_with_cost
 from sharpscope.sharpness.maximize import Ascent, maximum_loss
 from sharpscope.sharpness.measure_context import MeasureContext, MeasureSpec, ball_settings, with_interval
 from sharpscope.sharpness.subset_loss import SubsetLoss, disjoint_subsets, examples_per_graph, is_single_batch
@@ -39,7 +40,7 @@ def m_sharpness(context: MeasureContext) -> Iterator[Measure]:
         gradients_before = objective.gradients
         # The same stream for every m, hence the same order of the examples.
         generator = context.generator("m-sharpness")
-        found = maximum_rises(objective, m, s.ball, s.rho, s.ascent, generator, context.progress)
+        found = maximum_rises(objective, m, s.ball, s.rho, s.ascent, generator, context.progress, context.journal)
         each = (objective.gradients - gradients_before) / len(s.rho)
         for rho, subsets in zip(s.rho, found, strict=True):
             rises = np.array(subsets.rises)
@@ -149,11 +150,12 @@ def maximum_rises(
     ascent: Ascent,
     generator: torch.Generator,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> list[SubsetRises]:
     """``max L_b(w + e) - L_b(w)`` for each of ``radii``, on disjoint subsets b of m examples or, for None, on all.
 
     The gradient at w is shared by all radii. Subsets without loss terms are skipped. Small subsets are evaluated
-    together by vmap if on the first group this is faster and gives the same rises.
+    together by vmap if on the first group this is faster and gives the same rises; ``journal`` stores this choice.
 
     Cost: 1 gradient, and for each radius the cost of ``maximum_loss``.
 
@@ -179,6 +181,12 @@ def maximum_rises(
             base, _, maxima = sequential(SubsetLoss(objective, lambda: [batch], batch.size))
             return base, maxima
 
+        def chosen_by_timing(vectorised: VmapRises, batches: list[MicroBatch]) -> bool:
+            def timed() -> dict[str, bool]:
+                return {"faster": is_faster(vectorised, sequential_batch, batches)}
+
+            return bool(once_with_cost(objective, journal or Journal(None), "side by side", timed)["faster"])
+
         vectorised, group_size = None, 1
         if m is not None and m <= min(MAX_VMAP_EXAMPLES, examples_per_graph(objective)) and not ascent.adaptive:
             vectorised = VmapRises(objective, ball, radii, ascent.steps, max(1, examples_per_graph(objective) // m))
@@ -191,7 +199,7 @@ def maximum_rises(
                 if len(batches) == len(group):
                     if first_batch is None:
                         first_batch = batches[0]
-                        if not is_faster(vectorised, sequential_batch, batches):
+                        if not chosen_by_timing(vectorised, batches):
                             vectorised = None
                     if vectorised is not None:
                         in_one_sweep = vectorised.unless_out_of_memory(batches)

@@ -19,6 +19,7 @@ from sharpscope.atomic_io import atomic
 from sharpscope.errors import ArgumentError
 from sharpscope.measurement import seeded
 from sharpscope.objective import Objective
+from sharpscope.objective.autotune_micro_batch import DEFAULT
 from sharpscope.problem import Problem
 from sharpscope.results import EigenResult
 from sharpscope.results.serialization import UNREADABLE, jsonable
@@ -383,6 +384,8 @@ def gradient_directions(
     if not 0 < rho < math.inf:
         raise ArgumentError(f"rho must be a positive number, got {rho}.")
     objective = Objective(problem, dtype=dtype, device=device, micro_batch=micro_batch)
+    if objective.micro_batch is None:
+        objective.micro_batch = DEFAULT  # not timed: equal calls give equal bits, and two gradients are soon done
     _, at_w = objective.loss_and_gradient()
     weights, ball = objective.terms.params, Ball()
     size = float(torch.linalg.vector_norm(at_w))
@@ -392,7 +395,9 @@ def gradient_directions(
     with Perturbation(weights) as moved:
         moved.move_to(e, rho * scale)
         # A new objective, since this one checks that the loss at its weights does not change.
-        _, at_e = Objective(objective.terms.problem_with(problem.data), micro_batch=micro_batch).loss_and_gradient()
+        _, at_e = Objective(
+            objective.terms.problem_with(problem.data), micro_batch=objective.micro_batch
+        ).loss_and_gradient()
     units = [v.cpu().double() / torch.linalg.vector_norm(v.cpu().double()) for v in (at_w, at_e)]
     settings = {"rho": rho, "cosine": float(units[0] @ units[1])}
     return [

@@ -16,7 +16,7 @@ from sharpscope.measurement import Measurement
 from sharpscope.objective import Objective, Progress
 from sharpscope.problem import Problem
 from sharpscope.results import Cost, SliceResult
-from sharpscope.resume import Journal, PointLog, key_of
+from sharpscope.resume import Journal, PointLog, journaled_hvp, key_of
 from sharpscope.slices.checkpoint_directions import measure_marks
 from sharpscope.slices.directions import Direction, cosine, random_directions
 from sharpscope.slices.evaluation import PointEvaluator, default_micro_batch
@@ -243,7 +243,7 @@ def _measure(
         name = "points" if s.shard is None else f"shard-{s.shard[0]}-of-{s.shard[1]}"
         log = PointLog(s.journal, key, 1 + len(axes), 2 * len(objectives), name)
         stack.callback(log.close)
-        slopes, curvatures = slopes_and_curvatures(objective, lines, s.curvature, Journal(s.journal, key))
+        slopes, curvatures = slopes_and_curvatures(objective, lines, s.curvature, Journal(s.journal, key), m.report)
         stack.enter_context(m)  # the first of the objectives
         _, *others = objectives.items()
         for _, other in others:
@@ -326,27 +326,27 @@ def _cost(first: Objective, objectives: Collection[Objective]) -> Cost:
 
 
 def slopes_and_curvatures(
-    objective: Objective, lines: Sequence[Sequence[Direction]], wanted: bool | None, journal: Journal
+    objective: Objective,
+    lines: Sequence[Sequence[Direction]],
+    wanted: bool | None,
+    journal: Journal,
+    progress: Progress,
 ) -> tuple[Array, Array]:
     """``g'd`` (lines, q) and ``d'Hd`` (lines, q, q) for the q directions of each line or plane, in float64.
 
     NaN unless ``wanted``; None means if a direction is an eigenvector.
 
-    Cost: 1 + 2 gradients per direction, in one pass; none if they are in ``journal``.
+    Cost: 1 + 2 gradients per direction, in one pass; one that is in ``journal`` is not repeated.
     """
     q = len(lines[0])
     if wanted is None:
         wanted = any(d.settings.get("kind") == "eigenvector" for line in lines for d in line)
     if not wanted:
         return np.full((len(lines), q), np.nan), np.full((len(lines), q, q), np.nan)
-    entry = journal.once("curvature", lambda: _measure_slopes(objective, lines))
-    return entry["slopes"].numpy(), entry["curvatures"].numpy()
-
-
-def _measure_slopes(objective: Objective, lines: Sequence[Sequence[Direction]]) -> dict[str, torch.Tensor]:
     d = torch.stack([torch.stack([direction.vector for direction in line]) for line in lines])
     rows = d.flatten(0, 1).to(objective.device, objective.dtype)
-    images = objective.products(rows).cpu().double().reshape(d.shape)
+    with objective.measuring():
+        images = journaled_hvp(objective, journal, progress)(rows).cpu().double().reshape(d.shape)
     assert objective.gradient is not None
     h = d @ images.transpose(1, 2)
-    return {"slopes": d @ objective.gradient.cpu().double(), "curvatures": (h + h.transpose(1, 2)) / 2}
+    return (d @ objective.gradient.cpu().double()).numpy(), ((h + h.transpose(1, 2)) / 2).numpy()

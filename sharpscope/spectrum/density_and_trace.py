@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ def trace(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     micro_batch: int | str | None = None,
+    journal: str | os.PathLike[str] | None = None,
 ) -> TraceResult:
     """``tr H`` and ``||H||_F`` of the Hessian of L(w), each with its standard error, by XTrace.
 
@@ -51,15 +54,10 @@ def trace(
     >>> round(result.trace.value, 3), round(result.frobenius.value, 3)
     (28.0, 28.0)
     """
+    computation: dict[str, Any] = {"dtype": dtype, "device": device, "micro_batch": micro_batch}
+    settings = {"probes": probes, "population": population}
     m = Measurement(
-        problem,
-        generator,
-        progress,
-        "trace",
-        operator=operator,
-        dtype=dtype,
-        device=device,
-        micro_batch=micro_batch,
+        problem, generator, progress, "trace", operator=operator, journal=journal, settings=settings, **computation
     )
     require_probes(m.num_params, probes)
     m.status = " of 2"
@@ -108,6 +106,7 @@ def spectral_density(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     micro_batch: int | str | None = None,
+    journal: str | os.PathLike[str] | None = None,
 ) -> DensityResult:
     """``phi(t) = (1/n) sum_i delta(t - lambda_i)`` of the Hessian of L(w), by stochastic Lanczos quadrature.
 
@@ -127,6 +126,8 @@ def spectral_density(
         dtype: torch.float32 or torch.float64; by default the parameters' own, at least float32.
         device: where to compute; by default where the parameters are.
         micro_batch: examples a graph; "loader" keeps the loader's batches; by default chosen by measuring.
+        journal: folder for finished passes; the same call after a kill resumes from them, to the same bits. Delete it
+            when the result is safe.
 
     Cost: ``(1 + 2 probes) (steps + 1)`` gradients in ``steps + 1`` passes; memory, ``probes * steps`` vectors.
 
@@ -143,15 +144,10 @@ def spectral_density(
     >>> round(float(density.nodes.max()), 3), round(density.mean.value, 3)
     (28.0, 9.333)
     """
+    computation: dict[str, Any] = {"dtype": dtype, "device": device, "micro_batch": micro_batch}
+    settings = {"probes": probes, "steps": steps}
     m = Measurement(
-        problem,
-        generator,
-        progress,
-        "density",
-        operator=operator,
-        dtype=dtype,
-        device=device,
-        micro_batch=micro_batch,
+        problem, generator, progress, "density", operator=operator, journal=journal, settings=settings, **computation
     )
     n, like = m.num_params, m.objective.empty_block()
     require_probes(n, probes, steps)
