@@ -98,6 +98,76 @@ def test_intervals_hold_the_truth_as_often_as_they_say(paired: bool, ratio: bool
     assert held / 1000 < 0.95 + reach + (0 if paired else 0.02)  # Welch's is wider, freedom being rounded down
 
 
+@pytest.mark.parametrize("kind", ["shared", "independent", "bound"])
+@pytest.mark.parametrize("runs", [2, 3])
+@pytest.mark.parametrize("paired", [True, False])
+def test_intervals_of_few_runs_count_the_error_of_each_run(kind: str, runs: int, paired: bool) -> None:
+    """Sampling errors of any correlation within a group, and numerical bounds all on one side: 95 % hold the truth."""
+    draw, held, held_means, trials, truth = np.random.default_rng(2), 0, 0, 400, 3.0
+    for _ in range(trials):
+        groups = {}
+        for name, centre, side in (("a", 10.0, -1), ("b", 10.0 + truth, 1)):
+            error = {
+                "shared": np.full(runs, draw.normal()),
+                "independent": draw.normal(size=runs),
+                "bound": np.full(runs, 1.96 * side),
+            }[kind]
+            groups[name] = centre + draw.normal(scale=0.5, size=runs) + error - 100  # not positive: differences
+        subjects = [
+            checkpoint(f"{name} {i}", top, 1.96, sampled=kind != "bound", group=name, pair=str(i) if paired else None)
+            for name, tops in groups.items()
+            for i, top in enumerate(tops)
+        ]
+        row = next(row for row in Comparison(subjects=tuple(subjects)).rows if row.label == "lambda_max")
+        found, mean = row.differences["b"], row.spreads["a"]
+        held += found.lower <= truth <= found.upper  # type: ignore[operator]
+        held_means += mean.lower <= 10.0 - 100 <= mean.upper  # type: ignore[operator]
+        alone = statistics.difference(groups["a"], groups["b"], paired=paired)
+        assert found.lower < alone.lower  # type: ignore[operator]
+        assert found.upper > alone.upper  # type: ignore[operator]
+    reach = 4 * math.sqrt(0.95 * 0.05 / trials)
+    assert min(held, held_means) / trials > 0.95 - reach
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_errors_of_runs_add_in_squares_and_bounds_as_they_are(log: bool) -> None:
+    """By hand: 4 and 6 with 1 and 2 at 95 %, or with bounds of 1 and 2, or one standard error of 0.5 and 1."""
+    sampled = [statistics.Cell(4.0, 3.0, 5.0, statistics.SAMPLED), statistics.Cell(6.0, 4.0, 8.0, statistics.SUBSETS)]
+    probed = [
+        statistics.Cell(4.0, 3.5, 4.5, statistics.PROBED),
+        statistics.Cell(6.0, 5.0, 7.0, statistics.PROBED_SAMPLED),
+    ]
+    bounds = [statistics.Cell(c.value, c.lower, c.upper, statistics.NUMERICAL) for c in sampled]
+    exact = [statistics.Cell(4.0), statistics.Cell(6.0)]
+    to = np.log if log else np.asarray
+    own = (to(4.0) - to(3.0) + to(6.0) - to(4.0)) / 2  # the further end of each
+    scatter = stats.t.ppf(0.975, 1) * (to(6.0) - to(4.0)) / 2
+    for cells, half in (
+        (sampled, math.hypot(scatter, own)),
+        (probed, math.hypot(scatter, own)),
+        (bounds, scatter + own),
+        (exact, scatter),
+    ):
+        found = statistics.spread([4.0, 6.0], log=log, own=statistics.OwnError.of(cells, log=log))
+        middle = to([4.0, 6.0]).mean()
+        assert to([found.lower, found.upper]) == pytest.approx([middle - half, middle + half], rel=1e-9)
+
+
+def test_the_sentence_shows_no_difference_that_the_runs_own_errors_cover() -> None:
+    """Two groups of two runs, far apart in their scatter: shown with exact numbers, not with wide intervals."""
+    said = []
+    for half in (1e-6, 0.9):
+        tops = {"a": (2.0, 2.001), "b": (2.5, 2.501)}
+        subjects = [
+            checkpoint(f"{name} {i}", top, half, sampled=True, group=name)
+            for name, values in tops.items()
+            for i, top in enumerate(values)
+        ]
+        said.append(next(s for s in Comparison(subjects=tuple(subjects)).findings if s.startswith("lambda_max")))
+    assert "no difference is shown" not in said[0]
+    assert said[1].endswith("no difference is shown.")
+
+
 @pytest.mark.parametrize(("right", "examples"), [(0, 10), (3, 10), (10, 10), (9010, 10_000), (1, 1)])
 def test_an_accuracy_has_wilsons_interval(right: int, examples: int) -> None:
     """SciPy's score interval, without a continuity correction; it stays within 0 and 1 and holds the share."""

@@ -542,6 +542,48 @@ def test_unlike_settings_do_not_share_a_row() -> None:
         m_sharpness_curves([one, two])
 
 
+def test_radii_that_agree_in_four_digits_have_rows_and_curves_of_their_own() -> None:
+    """Each rho, sigma, box and eta is a row with its own value, also across results, and a curve with its own name."""
+    radii = (0.05, 0.0500001, 0.05000001)
+    result = measure_sharpness(quadratic(), "m-sharpness, worst-case", m=(4,), rho=radii, ascent=1)
+    rows = {line.split("  ")[0]: line for line in str(result).splitlines()}
+    for name, m in (("m-sharpness", "m=4, "), ("worst-case", "")):
+        for rho in radii:
+            assert f" {result.find(name, rho=rho)!s} " in rows[f"{name}, {m}rho={rho}"]
+    legend = m_sharpness_curves([result], against="m").get_legend_handles_labels()[1]
+    assert [label.split(" = ")[-1] for label in legend] == [str(rho) for rho in radii]
+    for setting, given in (("sigma", {"measures": "average-case", "draws": 2}), ("box", {"measures": "keskar"})):
+        several = [measure_sharpness(quadratic(), **given, **{setting: value}) for value in radii]
+        labels = [line.split("  ")[0] for line in str(sharpscope.side_by_side(several)).splitlines()][1:4]
+        assert labels == [f"{given['measures']}, {setting}={value}" for value in radii]
+    scaled = [measure_sharpness(quadratic(), m=(4,), adaptive=True, eta=value) for value in radii]
+    labels = [line.split("  ")[0] for line in str(sharpscope.side_by_side(scaled)).splitlines()][1:4]
+    assert [label.split("eta ")[-1] for label in labels] == [str(value) for value in radii]
+
+
+def test_the_legend_names_the_settings_of_each_result_where_they_differ() -> None:
+    """Draws, probes and steps of the ascent of every result are below the table; what is alike is there once."""
+    for name, setting, shown in (
+        ("average-case", "draws", "pairs of draws"),
+        ("trace", "probes", "probes"),
+        ("relative-flatness", "probes", "probes"),
+        ("m-sharpness", "ascent", "ascent"),
+    ):
+        several = {
+            f"run {count}": measure_sharpness(
+                quadratic(), name, m=None if name != "m-sharpness" else 4, **{setting: count}
+            )
+            for count in (2, 3)
+        }
+        (note,) = [line for line in str(sharpscope.side_by_side(several)).splitlines() if line.startswith(f"{name}: ")]
+        one, two = note.split("run 2: ")[1].split("run 3: ")
+        assert f"{shown} 2" in one
+        assert f"{shown} 3" in two
+        alike = str(sharpscope.side_by_side({"a": several["run 2"], "b": several["run 2"]}))
+        assert alike.count(f"{shown} 2") == 1
+        assert "settings differ" not in alike
+
+
 def test_edge_is_sgds() -> None:
     """Of another optimizer's checkpoint there is none, and of another SAM's radius no edge of SAM."""
     data = (X, Y)

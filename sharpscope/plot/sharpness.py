@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sharpscope.errors import DataError
 from sharpscope.plot.figure import COLOURS
 from sharpscope.results import EigenResult, Measure, MonitorResult, SharpnessResult
+from sharpscope.results.sharpness import exact_setting
 from sharpscope.results.table import checkpoint_names
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def m_sharpness_curves(
                 linestyle=STYLES[j % len(STYLES)],
                 marker="o",
                 capsize=3,
-                label=f"{name}, {other} = {value:g}",
+                label=f"{name}, {other} = {exact_setting(value)}",
             )
     if all(m.settings[against] > 0 for ms in found for m in ms):
         axes.set_xscale("log", base=2 if against == "m" else 10)

@@ -148,7 +148,9 @@ def _mean(row: Row, group: str, found: Spread | None, notes: Notes) -> str:
     bounds = _interval(found.lower, found.upper)
     facts = {
         "Value": f"{digits(found.value)}, the {kind} of {found.runs} run{'s' * (found.runs > 1)}",
-        "Interval": f"{bounds} (95 % for the mean over runs, Student 1908)" if bounds else none,
+        "Interval": f"{bounds} (95 % for the mean over runs, Student 1908, widened by the runs' own errors)"
+        if bounds
+        else none,
         DEFINED: row.definition,
     }
     return tag(
@@ -173,7 +175,7 @@ def _difference(row: Row, first: str, second: str, d: Difference | None, notes: 
         none, mark = kinds, "not told apart" if d.sure is False else ""
     else:
         alone = min(row.spreads[name].runs for name in (first, second)) < 2
-        of, how = " of means", f"95 %, Student's t, {d.freedom} degrees of freedom"
+        of, how = " of means", f"95 %, Student's t, {d.freedom} degrees of freedom, widened by the runs' own errors"
         none = ONE_RUN if alone else ALIKE
         pairs = f"{d.runs} pairs of one seed each"
         runs = pairs if d.by == PAIRS else f"{d.runs} runs of both groups, not paired (Welch 1947)"

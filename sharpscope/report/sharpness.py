@@ -9,8 +9,8 @@ from sharpscope.report.drawing import PAIR, QUIET, PageFigure, Panel, Style, gro
 from sharpscope.report.spectra import label_rows
 from sharpscope.results.comparison import Comparison, Subject
 from sharpscope.results.comparison.rows import Row
-from sharpscope.results.sharpness import SAM_EDGE, SGD_EDGE, Measure
-from sharpscope.results.statistics import spread
+from sharpscope.results.sharpness import SAM_EDGE, SGD_EDGE, Measure, exact_setting
+from sharpscope.results.statistics import SUBSETS, Cell, OwnError, spread, surely_positive
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ def m_sharpness(comparison: Comparison, styles: dict[str, Style], rows: list[Row
     shown = {s.name for points in balls.values() for s, _ in points}
     several = any(len(runs) > 1 for runs in comparison.groups.values())
     whiskers = (
-        "Thin: runs; thick: their mean (geometric, where all runs are above 0) with its 95 % interval."
+        "Thin: runs; thick: their mean (geometric, where the intervals of all runs are above 0) with its 95 % interval."
         if several
         else "Whiskers: 95 % over the disjoint subsets; a point without them is one subset."
     )
@@ -60,7 +60,7 @@ def _measures_of(subject: Subject, name: str) -> list[Measure]:
 def _ball(name: str, ball: tuple[Any, ...], points: Points, styles: dict[str, Style]) -> Panel:
     rho, p, adaptive, ascent = ball
     grouped = [(s, sorted(ms, key=lambda m: int(m.settings["m"]))) for s, ms in points]
-    what = f"rho = {rho:g}, p = {p}{f', adaptive ({adaptive})' if adaptive else ''}, ascent: {ascent}"
+    what = f"rho = {exact_setting(rho)}, p = {p}{f', adaptive ({adaptive})' if adaptive else ''}, ascent: {ascent}"
     description = "; ".join(f"{s.name}: " + ", ".join(f"{m} at m = {m.settings['m']}" for m in ms) for s, ms in grouped)
     title = f"m-sharpness against m, {what}"
     return panel(name, title, f"m-sharpness: {description}.", lambda axes: _curves(axes, grouped, styles), heading=what)
@@ -98,12 +98,19 @@ def _curves(axes: Axes, points: Points, styles: dict[str, Style]) -> None:
 
 def _mean(axes: Axes, runs: list[list[Measure]], style: Style, offset: float, geometric: bool) -> None:
     """The mean over runs at each m that all of them have."""
-    by_m: dict[int, list[float]] = {}
+    by_m: dict[int, list[Cell]] = {}
     for ms in runs:
         for m in ms:
-            by_m.setdefault(int(m.settings["m"]), []).append(m.value)
-    whole = {m: values for m, values in by_m.items() if len(values) == len(runs) and all(map(math.isfinite, values))}
-    means = [spread(values, log=geometric) for values in whole.values()]
+            by_m.setdefault(int(m.settings["m"]), []).append(Cell(m.value, m.lower, m.upper, SUBSETS))
+    whole = {
+        m: cells
+        for m, cells in by_m.items()
+        if len(cells) == len(runs) and all(math.isfinite(cell.value) for cell in cells)
+    }
+    means = []
+    for cells in whole.values():
+        log = geometric and all(map(surely_positive, cells))
+        means.append(spread([cell.value for cell in cells], log=log, own=OwnError.of(cells, log=log)))
     below = [0.0 if s.lower is None else s.value - s.lower for s in means]
     above = [0.0 if s.upper is None else s.upper - s.value for s in means]
     axes.errorbar(

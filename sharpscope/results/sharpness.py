@@ -81,8 +81,8 @@ class Measure:
 
     @property
     def converged(self) -> bool:
-        """Whether the eigenvalue that it is made of, if any, is known to its tolerance."""
-        return bool(self.settings.get("converged", True))
+        """Whether the eigenvalue that it is made of, if any, is known to its tolerance, and no rounding hides it."""
+        return bool(self.settings.get("converged", True) and self.settings.get("resolved", True))
 
     @property
     def label(self) -> str:
@@ -92,11 +92,11 @@ class Measure:
     def labelled(self, extra: Iterable[str]) -> str:
         """``label``, with these settings said too."""
         shown = LABEL_SETTINGS.get(self.name, ())
-        parts = [f"{key}={format_setting(self.settings[key])}" for key in shown if self.settings.get(key) is not None]
+        parts = [f"{key}={exact_setting(self.settings[key])}" for key in shown if self.settings.get(key) is not None]
         adaptive = self.settings.get("adaptive")
         if adaptive:
             parts.append(f"adaptive ({adaptive})")
-        parts += [f"{key} {format_setting(self.settings[key])}" for key in extra if self.settings.get(key) is not None]
+        parts += [f"{key} {exact_setting(self.settings[key])}" for key in extra if self.settings.get(key) is not None]
         return ", ".join([{"pac-bayes": "pac-bayes 1/sigma^2"}.get(self.name, self.name), *parts])
 
     def __str__(self) -> str:
@@ -162,7 +162,7 @@ class SharpnessResult(CheckpointResult):
             if any(m.prediction for m in r.measures):
                 predicted = [" to ".join(f"{x:.4g}" for x in m.prediction.values()) if m else "" for m in found]
                 columns.append(["predicted", *predicted, "", "", "", ""])
-        return Table(list(zip(*columns, strict=True)), [*cls._named_notes(results, names), *_legend(results)])
+        return Table(list(zip(*columns, strict=True)), [*cls._named_notes(results, names), *_legend(results, names)])
 
     def _notes(self) -> list[str]:
         notes = origin_notes(self.provenance)
@@ -170,6 +170,8 @@ class SharpnessResult(CheckpointResult):
             if m.name in ("edge", "pac-bayes"):
                 settings = [f"{key} {format_setting(value)}" for key, value in m.settings.items() if key != "converged"]
                 notes.append(f"{m.name}: {', '.join(settings)}.")
+        lost = [m for m in self.measures if not m.settings.get("resolved", True)]
+        notes += [_rounding_note(m, str(self.provenance.get("dtype", "?"))) for m in lost]
         left_out = typed_value(self.provenance, "left_out", Mapping) or {}
         notes += [f"{what} was left out. {why}" for what, why in left_out.items()]
         if any(m.settings.get("order") == "as loaded" for m in self.measures):
@@ -180,6 +182,22 @@ class SharpnessResult(CheckpointResult):
 def format_setting(value: Any) -> str:
     """A setting as text."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def exact_setting(value: Any) -> str:
+    """A setting as text that no other value has, for labels."""
+    short = format_setting(value)
+    return repr(value) if isinstance(value, float) and float(short) != value else short
+
+
+def _rounding_note(m: Measure, dtype: str) -> str:
+    """Why a measure is marked, and what helps."""
+    size = next((name for name in ("rho", "sigma", "box") if m.settings.get(name) is not None), "rho")
+    lift = " or compute in float64 (--dtype float64)" if dtype == "float32" else ""
+    what = "of the perturbation is lost in" if m.name == "alignment" else "is"
+    return (
+        f"{m.label} is too small for {dtype}: about {m.settings['rounding']:.1g} {what} rounding. Raise {size}{lift}."
+    )
 
 
 # Settings that are said once below the table, unless results differ in them.
@@ -204,22 +222,28 @@ def _labels(results: Sequence[SharpnessResult]) -> list[list[str]]:
     ]
 
 
-def _legend(results: Sequence[SharpnessResult]) -> list[str]:
-    """The definitions of all measures, each once."""
+def _legend(results: Sequence[SharpnessResult], names: Sequence[str]) -> list[str]:
+    """The definitions of all measures, each once, with their settings: of each result where these differ."""
     measures = [m for r in results for m in r.measures]
-    definitions: dict[str, str] = {}
-    for m in measures:
-        shape = f"; D = {_SCALINGS.get(str(m.settings.get('adaptive')), 'unknown')}" if "D" in m.definition else ""
-        settings = "".join(
-            f"; {key} {format_setting(value)}"
-            for key, value in m.settings.items()
-            if key in ("p", "ascent", "eta", "probes", "pairs of draws", "draws") and value not in (None, 0.0)
-        )
-        rule = f"; predicted: {' to '.join(m.prediction)}" if m.prediction else ""
-        definitions.setdefault(m.name, f"{m.name}: {m.definition}{shape}{settings}{rule}.")
-    legend = list(definitions.values())
-    if not all(m.converged for m in measures):
+    definitions = {m.name: m.definition for m in measures}
+    # By measure and its settings, the results that have them.
+    holders: dict[str, dict[str, list[str]]] = {name: {} for name in definitions}
+    for name, r in zip(names, results, strict=True):
+        for m in r.measures:
+            found = holders[m.name].setdefault(_described_settings(m), [])
+            if name not in found:
+                found.append(name)
+    legend = []
+    for measure, by_settings in holders.items():
+        ((settings, _), *others) = by_settings.items()
+        if others:
+            differing = [f"{', '.join(found)}: {each or 'nothing set'}" for each, found in by_settings.items()]
+            settings = f"settings differ: {'. '.join(differing)}"
+        legend.append(f"{measure}: {definitions[measure]}{'; ' * bool(settings)}{settings}.")
+    if not all(m.settings.get("converged", True) for m in measures):
         legend.append("? has not converged.")
+    if not all(m.settings.get("resolved", True) for m in measures):
+        legend.append("? is lost in rounding.")
     if "average-case" in definitions:
         legend.append(
             "The Hessian does not see the kinks of ReLU and max-pooling, which add a term of the same order to the "
@@ -228,6 +252,18 @@ def _legend(results: Sequence[SharpnessResult]) -> list[str]:
     if any(m.standard_error is not None for m in measures):
         legend.append("± is a 95 % interval over subsets or draws, or a bound from residuals.")
     return legend
+
+
+def _described_settings(m: Measure) -> str:
+    """What a measure's definition leaves open, as text."""
+    scaling = [f"D = {_SCALINGS.get(str(m.settings.get('adaptive')), 'unknown')}"] if "D" in m.definition else []
+    settings = [
+        f"{key} {exact_setting(value)}"
+        for key, value in m.settings.items()
+        if key in ("p", "ascent", "eta", "probes", "pairs of draws", "draws") and value not in (None, 0.0)
+    ]
+    rule = [f"predicted: {' to '.join(m.prediction)}"] if m.prediction else []
+    return "; ".join([*scaling, *settings, *rule])
 
 
 @dataclass(frozen=True)

@@ -157,10 +157,45 @@ class Spread:
         return f"{self.value:.4g}{self.ends}"
 
 
-def spread(values: Sequence[float], *, log: bool = False) -> Spread:
+@dataclass(frozen=True)
+class OwnError:
+    """The error of the mean of a group of runs that comes from the errors of the runs' own numbers.
+
+    Runs are measured on the same examples with the same random vectors, so their errors may all have one sign: they are
+    averaged, not divided by the square root of the number of runs.
+
+    Attributes:
+        bound: mean of the numerical bounds.
+        half: mean of the half-widths of the other intervals, at about 95 %.
+    """
+
+    bound: float = 0.0
+    half: float = 0.0
+
+    @classmethod
+    def of(cls, cells: Sequence[Cell], *, log: bool = False) -> OwnError:
+        """Of one group; ``log``: of the logarithms of numbers with positive intervals. No interval counts as exact."""
+        errors = {True: 0.0, False: 0.0}
+        for cell in cells:
+            if (ends := interval_95(cell)) is not None:
+                value, low, high = (math.log(x) if log else x for x in (cell.value, *ends))
+                errors[cell.interval == NUMERICAL] += max(value - low, high - value, 0.0) / len(cells)
+        return cls(errors[True], errors[False])
+
+
+NO_ERROR = OwnError()
+
+
+def _combined(half: float, *own: OwnError) -> float:
+    """Half-width of an interval over runs, widened: independent errors add in squares, numerical bounds as they are."""
+    return math.hypot(half, *(error.half for error in own)) + sum(error.bound for error in own)
+
+
+def spread(values: Sequence[float], *, log: bool = False, own: OwnError = NO_ERROR) -> Spread:
     """Mean of ``values`` and the 95 % interval of the mean that their scatter supports (Student 1908).
 
-    ``log``: of their logarithms, as for quantities that range over factors; they must be positive.
+    ``log``: of their logarithms, as for quantities that range over factors; they must be positive. ``own`` is the error
+    of the values themselves (of their logarithms with ``log``), and widens the interval.
 
     Raises: DataError without values, or where a logarithm has none.
     """
@@ -169,16 +204,22 @@ def spread(values: Sequence[float], *, log: bool = False) -> Spread:
         raise DataError("A mean needs at least one run, got none.")
     mean, half = float(found.mean()), None
     if _varies(found):
-        half = student(CONFIDENCE, len(found) - 1) * float(found.std(ddof=1)) / math.sqrt(len(found))
+        half = _combined(student(CONFIDENCE, len(found) - 1) * float(found.std(ddof=1)) / math.sqrt(len(found)), own)
     return Spread(*_interval(mean, half, log), len(found))
 
 
 def difference(
-    first: Sequence[float], second: Sequence[float], *, paired: bool = False, ratio: bool = False
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    paired: bool = False,
+    ratio: bool = False,
+    own: tuple[OwnError, OwnError] = (NO_ERROR, NO_ERROR),
 ) -> Difference:
     """``second`` less ``first``, or over it: of pairs by their differences, else by Welch's interval (1947).
 
-    Welch's degrees of freedom are rounded down, which widens the interval.
+    Welch's degrees of freedom are rounded down, which widens the interval. ``own`` is the error of the values of each
+    group themselves (of their logarithms with ``ratio``), and widens it further.
 
     Raises: DataError where pairs have unequal numbers, there are no values, or a ratio has no logarithm.
     """
@@ -195,7 +236,8 @@ def difference(
         error = math.sqrt(sum(variances))
         weights = sum(variance**2 / (len(x) - 1) for variance, x in zip(variances, (a, b), strict=True))
         freedom = max(1, int(sum(variances) ** 2 / weights)) if weights else min(len(a), len(b)) - 1
-    half = student(CONFIDENCE, freedom) * error if freedom and _varies(np.concatenate([a, b])) else None
+    known = freedom and _varies(np.concatenate([a, b]))
+    half = _combined(student(CONFIDENCE, freedom) * error, *own) if known else None
     runs, by = (len(a), PAIRS) if paired else (len(a) + len(b), WELCH)
     return Difference(*_interval(mean, half, ratio), ratio, by, runs, freedom)
 
@@ -227,9 +269,8 @@ def contrast(one: Cell | None, two: Cell | None, factor: bool) -> Difference | N
     """
     if one is None or two is None or not (math.isfinite(one.value) and math.isfinite(two.value)):
         return None
-    first, second, lower, upper = _interval_95(one), _interval_95(two), None, None
-    least = [cell.value if ends is None else ends[0] for cell, ends in ((one, first), (two, second))]
-    ratio = factor and min(least) > 0
+    first, second, lower, upper = interval_95(one), interval_95(two), None, None
+    ratio = factor and surely_positive(one) and surely_positive(two)
     value = two.value / one.value if ratio else two.value - one.value
     if first is not None and second is not None:
         (low, high), (lowest, highest) = first, second
@@ -237,7 +278,13 @@ def contrast(one: Cell | None, two: Cell | None, factor: bool) -> Difference | N
     return Difference(value, lower, upper, ratio, converged=one.converged and two.converged)
 
 
-def _interval_95(cell: Cell) -> tuple[float, float] | None:
+def surely_positive(cell: Cell) -> bool:
+    """Whether a number and its interval are positive, so that its logarithm has an error."""
+    ends = interval_95(cell)
+    return (cell.value if ends is None else min(cell.value, ends[0])) > 0
+
+
+def interval_95(cell: Cell) -> tuple[float, float] | None:
     """Return the interval, widened to about 95 %, or the bound."""
     if cell.lower is None or cell.upper is None:
         return None

@@ -120,7 +120,7 @@ class Comparison(Result):
             counted = ", ".join(f"{group} {len(runs)}" for group, runs in groups.items())
             notes.append(
                 f"Means over runs ({counted}; geometric where groups differ by a factor, x) with 95 % intervals "
-                "(Student's t)."
+                "(Student's t over runs, widened by the error of each run's own number)."
             )
         elif reference_and_others(self.subjects)[1]:
             notes.append(

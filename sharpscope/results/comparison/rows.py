@@ -23,10 +23,12 @@ from sharpscope.results.statistics import (
     SUBSETS,
     Cell,
     Difference,
+    OwnError,
     Spread,
     contrast,
     difference,
     spread,
+    surely_positive,
     wilson,
 )
 from sharpscope.results.table import describe_examples, describe_origin, typed_value
@@ -92,12 +94,12 @@ def reference_and_others(subjects: Sequence[Subject]) -> tuple[str, list[str]]:
 
 
 def _row(subjects: Sequence[Subject], groups: Groups, quantity: _Quantity, cells: tuple[Cell | None, ...]) -> Row:
-    values = {s.name: r.value for s, r in zip(subjects, cells, strict=True) if r is not None}
-    spreads, factor = _spreads(groups, quantity, values)
+    measured = {s.name: r for s, r in zip(subjects, cells, strict=True) if r is not None}
+    spreads, factor = _spreads(groups, quantity, measured)
     if quantity.label == "edge":  # it follows the learning rate at the end, which says nothing of the minimum
         differences: dict[str, Difference] = {}
     elif groups:
-        differences = _differences(groups, values, spreads, factor)
+        differences = _differences(groups, measured, spreads, factor)
     else:
         found = {s.name: contrast(cells[0], r, factor) for s, r in zip(subjects[1:], cells[1:], strict=True)}
         differences = {name: one for name, one in found.items() if one is not None}
@@ -113,22 +115,25 @@ def _row(subjects: Sequence[Subject], groups: Groups, quantity: _Quantity, cells
     )
 
 
-def _spreads(groups: Groups, quantity: _Quantity, values: Mapping[str, float]) -> tuple[dict[str, Spread], bool]:
+def _spreads(groups: Groups, quantity: _Quantity, cells: Mapping[str, Cell]) -> tuple[dict[str, Spread], bool]:
     """The mean of each group all of whose runs have a number, and whether they are compared by ratios."""
     kept = {
-        group: [values[run.name] for run in runs]
+        group: [cells[run.name] for run in runs]
         for group, runs in groups.items()
-        if all(run.name in values and math.isfinite(values[run.name]) for run in runs)
+        if all(run.name in cells and math.isfinite(cells[run.name].value) for run in runs)
     }
-    factor = quantity.factor and all(value > 0 for column in kept.values() for value in column)
-    found = {group: spread(column, log=factor) for group, column in kept.items()}
+    factor = quantity.factor and all(surely_positive(cell) for column in kept.values() for cell in column)
+    found = {
+        group: spread([cell.value for cell in column], log=factor, own=OwnError.of(column, log=factor))
+        for group, column in kept.items()
+    }
     if quantity.is_share:
         found = {group: one.within(0.0, 1.0) for group, one in found.items()}
     return found, factor
 
 
 def _differences(
-    groups: Groups, values: Mapping[str, float], spreads: Mapping[str, Spread], factor: bool
+    groups: Groups, cells: Mapping[str, Cell], spreads: Mapping[str, Spread], factor: bool
 ) -> dict[str, Difference]:
     """Of each later group that has a mean from the first, over pairs where all runs have a partner."""
     first, *others = groups
@@ -137,8 +142,10 @@ def _differences(
         if first in spreads and group in spreads:
             pairs = pair_runs(groups[first], groups[group])
             runs = zip(*pairs, strict=True) if pairs else (groups[name] for name in (first, group))
-            one, two = ([values[run.name] for run in column] for column in runs)
-            found[group] = difference(one, two, paired=bool(pairs), ratio=factor)
+            columns = [[cells[run.name] for run in column] for column in runs]
+            one, two = ([cell.value for cell in column] for column in columns)
+            own = OwnError.of(columns[0], log=factor), OwnError.of(columns[1], log=factor)
+            found[group] = difference(one, two, paired=bool(pairs), ratio=factor, own=own)
     return found
 
 
