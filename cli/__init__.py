@@ -17,6 +17,7 @@ from sharpscope.cli import (
     init,
     inspect,
     invariance,
+    outputs,
     plot,
     sharpness,
     slice,
@@ -73,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.showwarning = _one_line
         try:
-            with terminal.stdout_for_json() if getattr(args, "json", False) else contextlib.nullcontext():
+            with (
+                terminal.stdout_for_json() if getattr(args, "json", False) else contextlib.nullcontext(),
+                outputs.released_at_end(),
+            ):
                 status: int = args.run(args)
             return status
         except SharpscopeError as error:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sharpscope.cli import options, terminal
+from sharpscope.cli import options, outputs, terminal
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     import sharpscope
     from sharpscope.results import BlockResult
 
-    outputs = options.outputs(args)
+    files = outputs.outputs(args)
     options.load_all(args)
     results: list[BlockResult] = []
 
@@ -55,5 +55,5 @@ def run(args: argparse.Namespace) -> int:
             max_passes=args.max_passes,
         )
 
-    terminal.measure_each(args, outputs, results, measure)
+    terminal.measure_each(args, files, results, measure)
     return 0 if all(result.converged.all() for result in results) else 3

@@ -10,7 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sharpscope.cli import comparing, options, terminal
+from sharpscope.cli import comparing, options, outputs, terminal
+
+# The folder of what is finished.
+PARTS = "parts"
 
 DESCRIPTION = """\
 How sharp is each checkpoint, and how do they differ? Measures each alike: loss and accuracy on train and test,
@@ -95,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         raise ArgumentError("A comparison needs checkpoints. Name some, or groups by --sgd and --sam.")
     named = dict(zip(comparing.names(paths), paths, strict=True))
     asked = _asked(args, paths)
-    _require_free(args, paths, folder, asked)
+    _claim(args, paths, folder, asked)
     # Samples are drawn part by part.
     loaders = iter([(name, partial(comparing.loaded, args, path, name)) for name, path in named.items()])
     with terminal.progress_bar("compare") as progress:
@@ -105,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
             level=level,
             seed=args.seed,
             rho=args.rho,
-            folder=folder / "parts",
+            folder=folder / PARTS,
             progress=progress,
             **options.precision(args),
         )
@@ -130,23 +133,24 @@ def _asked(args: argparse.Namespace, paths: list[str]) -> dict[str, Any]:
     return {**given, "groups": groups, "checkpoints": list(map(list, zip(map(str, paths), hashes, strict=True)))}
 
 
-def _require_free(args: argparse.Namespace, paths: list[str], folder: Path, asked: dict[str, Any]) -> None:
-    """Raise OutputError where ``folder`` holds the report of another command, or cannot be written."""
+def _claim(args: argparse.Namespace, paths: list[str], folder: Path, asked: dict[str, Any]) -> None:
+    """Claim the files of ``folder``, unless it holds the report of another command or what that has finished."""
     from sharpscope.errors import OutputError
 
-    report = folder / "compare.json"
-    try:
-        own = json.loads(report.read_text(encoding="utf-8")).get("asked") == asked
-    except (OSError, ValueError, AttributeError):
-        own = False
-    if report.exists() and not own and not args.overwrite:
-        raise OutputError(
-            f"{report} is the report of another command or of other checkpoints. Name another place, or pass "
-            "--overwrite."
-        )
     if folder.is_file():
         raise OutputError(f"--out must be a folder, but {folder} is a file. Name another place.")
-    options.require_apart(paths, report, folder / "index.html")
+    report = folder / "compare.json"
+    read = argparse.Namespace(checkpoints=paths, overwrite=args.overwrite)
+    outputs.claim(
+        read, report, folder / "index.html", state=folder / PARTS, asked=asked, own=lambda: _asked_in(report) == asked
+    )
+
+
+def _asked_in(report: Path) -> Any:
+    try:
+        return json.loads(report.read_text(encoding="utf-8")).get("asked")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _write(folder: Path, comparison: Any) -> None:

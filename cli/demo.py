@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sharpscope.cli import options, terminal
+from sharpscope.cli import options, outputs, terminal
 
 DESCRIPTION = """\
 Trains the bundled cnn on 1,437 real handwritten digits with SGD, with SAM, and (the fairness rule of Foret et al.
@@ -41,31 +41,43 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Train, measure, and write table, figure, JSON and checkpoints."""
-    from sharpscope.atomic_io import atomic, require_writable
+    from sharpscope.atomic_io import atomic
     from sharpscope.training import Recipe
 
     folder = Path(args.out)
-    require_writable(folder / "demo.json")
     sgd = Recipe(model="cnn", data="digits", epochs=args.epochs, seed=args.seed)
     runs = {
         "SGD": ("sgd.pt", sgd),
         f"SAM rho={RHO:g}": ("sam.pt", replace(sgd, rho=RHO)),
         "SGD, 2x epochs": ("sgd-2x.pt", replace(sgd, epochs=2 * args.epochs)),
     }
+    numbers, figure = folder / "demo.json", folder / "demo.png"
+    outputs.claim(args, numbers, figure, own=lambda: _is_of(numbers, [recipe for _, recipe in runs.values()]))
     files = {label: _train(label, recipe, folder / name, args.overwrite) for label, (name, recipe) in runs.items()}
     results = {label: [_measure(label, path, args.seed) for path in paths] for label, paths in files.items()}
 
     flat = [{"run": label, **result.to_dict()} for label, measured in results.items() for result in measured]
-    with atomic(folder / "demo.json") as temporary:
+    with atomic(numbers) as temporary:
         temporary.write_text(json.dumps(flat, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     ends = [_slice(label, paths[-1], results[label][-1]) for label, paths in files.items()]
-    _draw(results, ends, folder / "demo.png")
+    _draw(results, ends, figure)
     terminal.emit(
         f"{_table(results)}\n{_said(results)}\n\n"
-        f"Figure {folder / 'demo.png'}, every number {folder / 'demo.json'}, checkpoints {folder}/*.pt\n"
+        f"Figure {figure}, every number {numbers}, checkpoints {folder}/*.pt\n"
         f"Next: sharpscope eigen {folder / 'sgd.pt'} {folder / 'sam.pt'} --split test"
     )
     return 0 if all(r.converged.all() for measured in results.values() for r in measured) else 3
+
+
+def _is_of(numbers: Path, recipes: list[Any]) -> bool:
+    """Whether every record in ``numbers`` is of one of these runs."""
+    from sharpscope.training import differing_setting
+
+    try:
+        found = [record["recipe"] for record in json.loads(numbers.read_text(encoding="utf-8"))]
+        return all(any(differing_setting(recipe, known) is None for recipe in recipes) for known in found)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def _train(label: str, recipe: Any, out: Path, overwrite: bool) -> list[Path]:

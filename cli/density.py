@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sharpscope.cli import options, terminal
+from sharpscope.cli import options, outputs, terminal
 
 DESCRIPTION = """\
 The density of all eigenvalues of the Hessian of the mean loss over the data at the checkpoint's weights, by stochastic
@@ -53,8 +53,7 @@ def run(args: argparse.Namespace) -> int:
     import sharpscope
     from sharpscope.results import DensityResult
 
-    outputs = options.outputs(args)
-    figure = None if args.figure is None else options.figure(args)
+    files, figure = outputs.outputs(args), outputs.figure(args)
     options.load_all(args)
     eigen = _eigen(args)
     results: list[DensityResult] = []
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         )
 
     try:
-        terminal.measure_each(args, outputs, results, measure)
+        terminal.measure_each(args, files, results, measure)
     finally:
         if figure is not None and results:
             _draw(results, eigen, figure)

@@ -6,14 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sharpscope.cli import blocks, options, terminal
+from sharpscope.cli import blocks, options, outputs, terminal
 
 DESCRIPTION = """\
 lambda_1 >= ... >= lambda_k, the largest eigenvalues of the Hessian of the mean loss over the data at the checkpoint's
 weights, with multiplicity, and lambda_max/lambda_k. Each comes with an interval (value ± half-width); "?" marks what
 has not converged to --tol. "gradients" counts everything done in units of one gradient over the whole data set.
 With --out, a run that is killed goes on where it was when the same command is given again, and one that has not
-converged when it is given again with more --max-passes; till then its passes stay in OUT.partial (not --per-layer).
+converged when it is given again with more --max-passes; till then its passes stay in OUT.partial (not --per-layer),
+and other commands need --overwrite.
 """
 
 
@@ -86,11 +87,10 @@ def run(args: argparse.Namespace) -> int:
     if args.probes is not None:
         raise sharpscope.ArgumentError("--probes goes with --per-layer. Leave it out, or pass --per-layer.")
     from sharpscope.results import EigenResult
-    from sharpscope.resume import discard
 
     if args.vectors and args.out is None:
         raise sharpscope.ArgumentError("--vectors must come with --out, which says where to. Pass --out PATH.")
-    outputs = options.outputs(args, arrays=args.vectors)
+    files = outputs.outputs(args, arrays=args.vectors, resumes=True)
     options.load_all(args)
     results: list[EigenResult] = []
 
@@ -111,15 +111,15 @@ def run(args: argparse.Namespace) -> int:
             max_basis=args.max_basis,
             max_passes=args.max_passes,
             vectors=args.vectors,
-            journal=None if out is None else options.state(out),
+            journal=None if out is None else outputs.state(out),
         )
 
-    terminal.measure_each(args, outputs, results, measure, vectors=args.vectors)
+    terminal.measure_each(args, files, results, measure, vectors=args.vectors)
     done = all(result.converged.all() and result.certified for result in results)
     # Not before all are safe, and sure: given again, the command must find those that are done, and may go on.
-    for out in outputs:
+    for out in files:
         if done and out is not None:
-            discard(options.state(out))
+            outputs.finished(out)
     return 0 if done else 3
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sharpscope.cli import options, terminal
+from sharpscope.cli import outputs, terminal
 
 DESCRIPTION = """\
 Write a problem file for a checkpoint that was not made by `sharpscope train`: a state dict, alone or in nested dicts, a
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if out.suffix != ".py":
         raise OutputError(f"A problem is a Python file, got {out}. Name it .py.")
     info = templates.inspect_checkpoint(args.checkpoints[0], args.weights)
-    options.require_new(args, out)
+    outputs.claim(args, out)
     text = templates.problem_text(info, out)
     with atomic(out) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sharpscope.cli import options, terminal
+from sharpscope.cli import options, outputs, terminal
 
 DESCRIPTION = """\
 ReLU passes a positive factor on, so a network whose layer is multiplied by FACTOR and whose next layer is divided by it
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     import sharpscope
     from sharpscope.results import InvarianceResult
 
-    outputs = options.outputs(args)
+    files = outputs.outputs(args)
     options.load_all(args)
     results: list[InvarianceResult] = []
 
@@ -61,5 +61,5 @@ def run(args: argparse.Namespace) -> int:
             device=options.device(args.device),
         )
 
-    terminal.measure_each(args, outputs, results, measure)
+    terminal.measure_each(args, files, results, measure)
     return 0 if all(result.converged for result in results) else 3

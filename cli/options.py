@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "float64")
-FIGURES = (".png", ".pdf", ".svg")
 
 
 def add_model_and_data(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +93,7 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="PATH", help="write the result as JSON to this file; a folder for several CKPT"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace results that exist already")
+    parser.add_argument("--overwrite", action="store_true", help="replace results, and saved passes of another command")
     parser.add_argument(
         "--json", action="store_true", help="print JSON in place of the table (an array for several CKPT)"
     )
@@ -216,87 +212,3 @@ def import_from_here(args: argparse.Namespace) -> None:
     """Let code be imported from the working directory, where the user's own is named."""
     if ":" in f"{args.model or ''}{args.problem or ''}" or args.trust or args.trust_pickle:
         sys.path.insert(0, os.getcwd())  # a console script, unlike python -m, does not look where the user stands
-
-
-def outputs(
-    args: argparse.Namespace, *, arrays: bool = False, own: Callable[[Path, str], bool] | None = None
-) -> list[Path | None]:
-    """The JSON file of each checkpoint, made sure to be writable and new; with ``arrays`` the .npz beside it too.
-
-    ``own(output, checkpoint)``: whether what is there is of this very run; by default that of one with passes left.
-    """
-    from sharpscope.errors import OutputError
-    from sharpscope.results.serialization import arrays_path
-
-    if args.out is None:
-        return [None] * len(args.checkpoints)
-    out = Path(args.out)
-    if len(args.checkpoints) == 1:
-        files = [out / f"{Path(args.checkpoints[0]).stem}.json" if out.is_dir() else out]
-    else:
-        names = [Path(path).stem for path in args.checkpoints]
-        if len(set(names)) < len(names):
-            names = [f"{i}-{name}" for i, name in enumerate(names, start=1)]
-        if out.is_file() or out.suffix == ".json":
-            raise OutputError(f"With several checkpoints --out must be a folder, but {out} is the name of a file.")
-        files = [out / f"{name}.json" for name in names]
-    for path, out in zip(args.checkpoints, files, strict=True):
-        if out.suffix == ".npz":
-            raise OutputError(f"The result is JSON, and its vectors go beside it as .npz, got {out}. Name it .json.")
-        # What an unfinished run has written already is its own.
-        mine = own(out, path) if own is not None else any(state(out).glob("[0-9]*.entry")) and _measured(out, path)
-        require_new(args, out, *([arrays_path(out)] if arrays else []), own=mine)
-    return list(files)
-
-
-def _measured(out: Path, path: str) -> bool:
-    """Whether the result in ``out``, if there is one yet, is of the very bytes of the checkpoint at ``path``."""
-    from sharpscope.checkpoint import digest_of
-    from sharpscope.errors import CheckpointError
-
-    if not out.exists():
-        return True
-    try:
-        return bool(json.loads(out.read_text(encoding="utf-8")).get("sha256") == digest_of(path))
-    except (OSError, ValueError, AttributeError, CheckpointError):
-        return False
-
-
-def state(out: Path) -> Path:
-    """The folder of the passes of an unfinished run that writes ``out``."""
-    return out.with_name(f"{out.name}.partial")
-
-
-def figure(args: argparse.Namespace) -> Path:
-    """Where ``--figure`` goes, made sure to be writable and new."""
-    from sharpscope.errors import OutputError
-
-    path = Path(args.figure)
-    if path.suffix not in FIGURES:
-        raise OutputError(f"The figure must be one of {', '.join(FIGURES)}, got {path}. Name it so.")
-    require_new(args, path)
-    return path
-
-
-def require_new(args: argparse.Namespace, *files: Path, own: bool = False) -> None:
-    """Raise OutputError where a file that is to be written is a checkpoint, cannot be written, or exists already.
-
-    ``own``: it may exist.
-    """
-    from sharpscope.errors import OutputError
-
-    for file in files:
-        require_apart(args.checkpoints, file)
-        if file.exists() and not args.overwrite and not own:
-            raise OutputError(f"{file} exists already. Name another place, or pass --overwrite.")
-
-
-def require_apart(checkpoints: Sequence[str], *files: Path) -> None:
-    """Raise OutputError where a file that is to be written is a checkpoint, or cannot be written."""
-    from sharpscope.atomic_io import require_writable
-    from sharpscope.errors import OutputError
-
-    for file in files:
-        if file.resolve() in {Path(path).resolve() for path in checkpoints}:
-            raise OutputError(f"{file} is one of the files to be read. Name another place for the result.")
-        require_writable(file)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sharpscope.cli import options, terminal
+from sharpscope.cli import outputs, terminal
 
 if TYPE_CHECKING:
     from sharpscope.results import SliceResult
@@ -64,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
     from sharpscope.results.slice_exchange import to_csv, to_vtk
 
     out = Path(args.out)
-    if out.suffix not in (*options.FIGURES, *DATA):
-        raise OutputError(f"FIGURE must be one of {', '.join((*options.FIGURES, *DATA))}, got {out}. Name it so.")
-    options.require_new(args, out)
+    if out.suffix not in (*outputs.FIGURES, *DATA):
+        raise OutputError(f"FIGURE must be one of {', '.join((*outputs.FIGURES, *DATA))}, got {out}. Name it so.")
+    outputs.claim(args, out)
     paths = [path for given in args.checkpoints for path in _files(given)]
     if all(_is_monitor(path) for path in paths):
         return _monitors(args, paths, out)
@@ -125,7 +125,7 @@ def _refuse_unused(args: argparse.Namespace, suffix: str, lines: bool, runs: boo
                 "a training run has"
                 if runs
                 else "curves have"
-                if lines and suffix in options.FIGURES
+                if lines and suffix in outputs.FIGURES
                 else f"a {suffix} file has"
             )
             raise ArgumentError(f"{name} is of something that {what} not. Leave it out.")
@@ -164,8 +164,8 @@ def _monitors(args: argparse.Namespace, paths: Sequence[str], out: Path) -> int:
     from sharpscope.plot import sharpness_over_steps
     from sharpscope.results import MonitorResult
 
-    if out.suffix not in options.FIGURES:
-        raise OutputError(f"A run's FIGURE must be one of {', '.join(options.FIGURES)}, got {out}. Name it so.")
+    if out.suffix not in outputs.FIGURES:
+        raise OutputError(f"A run's FIGURE must be one of {', '.join(outputs.FIGURES)}, got {out}. Name it so.")
     _refuse_unused(args, out.suffix, lines=True, runs=True)
     names = [Path(path).name for path in paths]
     runs = dict(zip(names if len(set(names)) == len(names) else paths, map(MonitorResult.load, paths), strict=True))

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sharpscope.cli import options, terminal
+from sharpscope.cli import options, outputs, terminal
 
 DESCRIPTION = """\
 How much the loss rises around the checkpoint's weights. By default m-sharpness for several m: the mean over disjoint
@@ -76,8 +76,7 @@ def run(args: argparse.Namespace) -> int:
     import sharpscope
     from sharpscope.results import SharpnessResult
 
-    outputs = options.outputs(args)
-    figure = None if args.figure is None else options.figure(args)
+    files, figure = outputs.outputs(args), outputs.figure(args)
     names = [name.strip() for name in args.measures.split(",")]
     if figure is not None and not {"m-sharpness", "all"} & set(names):
         raise sharpscope.ArgumentError("--figure is of m-sharpness, which --measures leaves out. Add it to them.")
@@ -106,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         )
 
     try:
-        terminal.measure_each(args, outputs, results, measure)
+        terminal.measure_each(args, files, results, measure)
     finally:
         if figure is not None and results:
             from sharpscope.plot import m_sharpness_curves

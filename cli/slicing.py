@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sharpscope.cli import options, terminal
+from sharpscope.cli import options, outputs, terminal
 
 # Seconds between two looks at an unfinished result that are saved.
 PREVIEW = 5.0
@@ -70,14 +69,12 @@ def run(
 ) -> int:
     """Measure one checkpoint after another by ``measure(problem, out, progress, **options)``, and draw them all."""
     from sharpscope import ArgumentError
-    from sharpscope.atomic_io import atomic
     from sharpscope.results import SliceResult
-    from sharpscope.resume import discard
 
     if args.shard is not None and args.out is None:
         raise ArgumentError("--shard needs --out, where the processes meet. Pass the same --out to each.")
-    outputs = options.outputs(args, arrays=True, own=lambda out, path: _asked_before(args, out))
-    figure = None if args.figure is None else options.figure(args)
+    files = outputs.outputs(args, arrays=True, resumes=True, shared=args.shard is not None)
+    figure = outputs.figure(args)
     options.load_all(args)
     results: list[SliceResult] = []
 
@@ -87,7 +84,7 @@ def run(
 
         def preview(unfinished: Callable[[], SliceResult]) -> None:
             if out is not None and args.shard is None and time.monotonic() > saved[0] + PREVIEW:
-                unfinished().save(options.state(out) / "preview.json")
+                unfinished().save(outputs.state(out) / "preview.json")
                 saved[0] = time.monotonic()
 
         result: SliceResult = measure(
@@ -100,28 +97,21 @@ def run(
             refine=args.refine,
             curvature=True if args.quadratic else None,
             **options.computation(args),
-            journal=None if out is None else options.state(out),
+            journal=None if out is None else outputs.state(out),
             shard=args.shard,
             preview=preview,
         )
         return result
 
     def after(result: SliceResult, out: Path) -> None:
-        if len(results) < len(outputs):
-            # Given again before the last is done, the command must find those that are, and know them for its own.
-            with atomic(options.state(out) / "asked.json") as temporary:
-                temporary.write_text(_asked(args), encoding="utf-8")
-            return
-        for each in outputs:
-            if each is None or not each.exists():
-                continue  # whose other shards are still at work
-            for name in ("asked.json", "directions.npz", "preview.json", "preview.npz"):
-                (options.state(each) / name).unlink(missing_ok=True)
-            discard(options.state(each))
+        # Not before the last is done: given again, the command must find those that are, and know them for its own.
+        for each in files if len(results) == len(files) else ():
+            if each is not None and each.exists():  # of the others, other shards are still at work
+                outputs.finished(each)
 
     try:
         # A shard that ends before the others writes nothing, lest it write over what the last one wrote.
-        terminal.measure_each(args, outputs, results, one, after, lambda result: not result.complete)
+        terminal.measure_each(args, files, results, one, after, lambda result: not result.complete)
     finally:
         if figure is not None and results and all(result.complete for result in results):
             terminal.save_figure(lambda: draw(results), figure)
@@ -152,7 +142,7 @@ def directions(
         return _measured(args, kind, problem, which, None, progress)
     objective = Objective(problem, **options.computation(args))
     asked = {"key": key_of(objective), "kind": kind, "which": list(which), "rho": args.rho, "seed": args.seed}
-    path = options.state(out) / "directions.npz"
+    path = outputs.state(out) / "directions.npz"
     found: list[Any] | None = read_directions(path, asked)
     if found is None:
         write_directions(path, _measured(args, kind, problem, which, out, progress), asked)
@@ -190,21 +180,6 @@ def others(args: argparse.Namespace, paths: Sequence[str]) -> dict[str, Any]:
     if len(set(names)) < len(names):
         names = list(paths)
     return {name: options.load(args, path) for name, path in zip(names, paths, strict=True)}
-
-
-def _asked(args: argparse.Namespace) -> str:
-    """What a run was asked for, as far as it decides its results."""
-    left = ("run", "argv", "overwrite", "figure", "json", "out", "shard")
-    given = {k: v for k, v in vars(args).items() if k not in left}
-    return json.dumps(given, sort_keys=True, default=str)
-
-
-def _asked_before(args: argparse.Namespace, out: Path) -> bool:
-    """Whether ``out`` was written by an unfinished run of the very same command."""
-    try:
-        return (options.state(out) / "asked.json").read_text(encoding="utf-8") == _asked(args)
-    except OSError:
-        return False
 
 
 def places(text: str) -> list[int]:

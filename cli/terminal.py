@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from sharpscope.cli import outputs
 from sharpscope.progress import progress_bar, terminal_bar_options
 
 # The true stdout while ``stdout_for_json`` is at work.
@@ -64,7 +65,7 @@ def emit_json(records: list[dict[str, Any]], wanted: int) -> None:
 
 def measure_each(
     args: argparse.Namespace,
-    outputs: Sequence[Path | None],
+    files: Sequence[Path | None],
     results: list[Any],
     measure: Callable[[str, Path | None, Any], Any],
     after: Callable[[Any, Path], None] = lambda result, out: None,
@@ -77,12 +78,13 @@ def measure_each(
     finished is shown whatever happens to the next. ``saved``: how.
     """
     try:
-        for path, out in zip(args.checkpoints, outputs, strict=True):
+        for path, out in zip(args.checkpoints, files, strict=True):
             with progress_bar(Path(path).name) as progress:
                 result = measure(path, out, progress)
             results.append(result)
             if out is not None and not unless(result):
                 result.save(out, **saved)
+                outputs.saved(out)
                 say_written(out)
                 after(result, out)
     finally:

@@ -14,6 +14,7 @@ import scipy
 import torch
 from torch import Tensor
 
+from sharpscope.atomic_io import locked
 from sharpscope.objective import Objective, Progress
 from sharpscope.objective.audit import audit
 from sharpscope.operators import curvature
@@ -95,11 +96,12 @@ class Measurement:
         return self.objective.num_params
 
     def __enter__(self) -> Measurement:
-        if self._folder is not None:
-            # Before any forward pass: what a model leaves in its buffers must not change the key.
-            key = key_of(self.objective, **self._settings, seed=self.generator.get_state())
-            self.journal = Journal(self._folder, key)
         with ExitStack() as stack:
+            if self._folder is not None:
+                stack.enter_context(locked(self._folder))
+                # Before any forward pass: what a model leaves in its buffers must not change the key.
+                key = key_of(self.objective, **self._settings, seed=self.generator.get_state())
+                self.journal = Journal(self._folder, key)
             stack.enter_context(self.objective.measuring(products=self._products))
             if self._audited:
                 # A generator of its own, so that the analysis draws the same numbers with and without it.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sharpscope.atomic_io import require_writable
+from sharpscope.atomic_io import locked, require_writable
 from sharpscope.checkpoint import Checkpoint, load_weights, read_checkpoint, write_checkpoint
 from sharpscope.errors import ArgumentError, CheckpointError, OutputError, SharpscopeError, nearest, require_count
 from sharpscope.monitor import EXAMPLES, SharpnessMonitor
@@ -26,6 +26,8 @@ from sharpscope.precision import available_device
 from sharpscope.problem import Problem
 from sharpscope.random_streams import derived_seed, stream
 from sharpscope.results import MonitorResult
+from sharpscope.results.serialization import jsonable
+from sharpscope.results.table import typed_value
 from sharpscope.zoo import DATASETS, MODELS, NOISE_VERSION, DataSet, load_data, make_model, model_arguments
 
 SCHEDULES = ("cosine", "constant")
@@ -243,26 +245,30 @@ def earlier_run(
         overwrite: allow existing files, and ignore them.
 
     Raises: OutputError if an output exists and neither ``resume`` nor ``overwrite`` is set; ArgumentError if ``target``
-        has another recipe; CheckpointError if it cannot be resumed.
+        or another output has another recipe; CheckpointError if it cannot be resumed.
     """
     if resume and overwrite:
         raise ArgumentError("A run is either resumed or overwritten. Pass one of --resume and --overwrite.")
     present = [path for path in (target, *other_outputs) if path.exists()]
     if present and not resume and not overwrite:
         raise OutputError(f"{present[0]} exists already. Pass --resume to continue it, or --overwrite.")
-    if overwrite or not target.exists():
+    if overwrite:
         return None
-    earlier = read_checkpoint(target)
-    ours = dataclasses.asdict(recipe)
-    # Settings that an older version did not have: it behaved like their defaults.
-    theirs = {**dataclasses.asdict(Recipe()), **earlier.recipe}
-    for key, value in ours.items():
-        # Compared as JSON, where a tuple equals a list.
-        if _as_json(theirs[key]) != _as_json(value):
+    earlier = None
+    for path in present:
+        if path == monitor_path(target):
+            known = typed_value(MonitorResult.load(path).provenance, "recipe", Mapping) or {}
+        else:
+            checkpoint = read_checkpoint(path)
+            known, earlier = checkpoint.recipe, checkpoint if path == target else earlier
+        key = differing_setting(recipe, known)
+        if key is not None:
             raise ArgumentError(
-                f"Resuming needs an unchanged recipe, but {key} is {value!r} and in {target} "
-                f"{earlier.recipe.get(key, 'missing')!r}. Change it back, or pass --overwrite to start over."
+                f"Resuming needs an unchanged recipe, but {key} is {getattr(recipe, key)!r} and in {path} "
+                f"{known.get(key, 'missing')!r}. Change it back, or pass --overwrite to start over."
             )
+    if earlier is None:
+        return None
     if earlier.training is None and earlier.epoch != recipe.epochs:
         raise CheckpointError(
             f"{target} holds only the weights of one epoch and cannot be resumed. Pass the run's own file."
@@ -270,8 +276,17 @@ def earlier_run(
     return earlier
 
 
+def differing_setting(recipe: Recipe, known: Mapping[str, Any]) -> str | None:
+    """The first setting in which ``known``, a recipe as a file holds it, differs from ``recipe``, or None."""
+    # Settings that an older version did not have: it behaved like their defaults.
+    theirs = {**dataclasses.asdict(Recipe()), **known} if known else {}
+    ours = dataclasses.asdict(recipe)
+    return next((key for key, value in ours.items() if _as_json(theirs.get(key)) != _as_json(value)), None)
+
+
 def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value))
+    """``value`` as a result holds it, where a tuple equals a list and a number that is not finite is null."""
+    return json.loads(json.dumps(jsonable(value)))
 
 
 __all__ = ["Recipe", "evaluate", "monitor_path", "parse_epochs", "snapshot_path", "train"]
@@ -301,7 +316,7 @@ def train(
         recipe: all settings that determine the trained weights.
         out: checkpoint file.
         resume: resume the run in ``out``; start it if the file is missing, return it if it is finished.
-        overwrite: start over even if files of an earlier run exist.
+        overwrite: start over even if files of an earlier run exist; its monitored sharpness is deleted.
         save_epochs: epochs to save to files of their own (see ``snapshot_path``), such as "0,1,50%,last"; 0 is the
             initial weights. A resumed run does not save epochs that are already past.
         data_root: folder of a data set that is read from files.
@@ -314,40 +329,44 @@ def train(
 
     Cost: 1 gradient per step, 2 with SAM, and one evaluation of both splits per epoch.
 
-    Raises: ArgumentError for invalid settings or arguments; OutputError if ``out`` cannot be written or would be
-        overwritten; DataError if the data are missing; SharpscopeError if the loss becomes infinite or NaN.
+    Raises: ArgumentError for invalid settings or arguments; OutputError if ``out`` cannot be written, would be
+        overwritten, or is being written by another process; DataError if the data are missing; SharpscopeError if
+        the loss becomes infinite or NaN.
     """
     target = require_writable(out)
-    snapshots = parse_epochs(save_epochs, recipe.epochs)
-    other_outputs = [] if monitor is None else [monitor_path(target)]
-    other_outputs += [snapshot_path(target, epoch) for epoch in sorted(snapshots)]
-    earlier = earlier_run(recipe, target, other_outputs, resume=resume, overwrite=overwrite)
-    if earlier is not None and earlier.training is None:
-        return earlier
-    noise_version = NOISE_VERSION if earlier is None else earlier.data.get("noise_version", 1)
-    run = _start(recipe, data_root, available_device(device), noise_version)
-    done = 0
-    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
-        if earlier is not None and earlier.training is not None and earlier.epoch is not None:
-            done = earlier.epoch
-            load_weights(run.model, earlier.state_dict)
-            run.optimizer.load_state_dict(earlier.training["optimizer"])
-        sharpness = None if monitor is None else _monitor(run, target, monitor, monitor_examples, done)
-        if done == 0 and 0 in snapshots:
-            _write(run, snapshot_path(target, 0), 0)
-        for epoch in range(done + 1, recipe.epochs + 1):
-            _train_epoch(run, epoch, progress, sharpness)
-            metrics = _metrics(run, epoch)
-            if not math.isfinite(metrics["train_loss"]):
-                raise _diverged(epoch, run.steps_per_epoch)
-            if epoch in snapshots:
-                _write(run, snapshot_path(target, epoch), epoch, metrics)
-            if sharpness is not None:  # before the checkpoint: records without a checkpoint are measured again
-                sharpness.result().save(monitor_path(target))
-            unfinished = epoch < recipe.epochs
-            state = {"optimizer": run.optimizer.state_dict()} if unfinished else None
-            _write(run, target, epoch, metrics, state)
-    return read_checkpoint(target)
+    with locked(target):
+        snapshots = parse_epochs(save_epochs, recipe.epochs)
+        other_outputs = [] if monitor is None else [monitor_path(target)]
+        other_outputs += [snapshot_path(target, epoch) for epoch in sorted(snapshots)]
+        earlier = earlier_run(recipe, target, other_outputs, resume=resume, overwrite=overwrite)
+        if earlier is not None and earlier.training is None:
+            return earlier
+        noise_version = NOISE_VERSION if earlier is None else earlier.data.get("noise_version", 1)
+        run = _start(recipe, data_root, available_device(device), noise_version)
+        done = 0
+        with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+            if earlier is not None and earlier.training is not None and earlier.epoch is not None:
+                done = earlier.epoch
+                load_weights(run.model, earlier.state_dict)
+                run.optimizer.load_state_dict(earlier.training["optimizer"])
+            sharpness = None if monitor is None else _monitor(run, target, monitor, monitor_examples, done)
+            if done == 0 and 0 in snapshots:
+                _write(run, snapshot_path(target, 0), 0)
+            for epoch in range(done + 1, recipe.epochs + 1):
+                _train_epoch(run, epoch, progress, sharpness)
+                metrics = _metrics(run, epoch)
+                if not math.isfinite(metrics["train_loss"]):
+                    raise _diverged(epoch, run.steps_per_epoch)
+                if epoch in snapshots:
+                    _write(run, snapshot_path(target, epoch), epoch, metrics)
+                if sharpness is not None:  # before the checkpoint: records without a checkpoint are measured again
+                    sharpness.result().save(monitor_path(target))
+                elif overwrite:
+                    monitor_path(target).unlink(missing_ok=True)  # of the run that is replaced
+                unfinished = epoch < recipe.epochs
+                state = {"optimizer": run.optimizer.state_dict()} if unfinished else None
+                _write(run, target, epoch, metrics, state)
+        return read_checkpoint(target)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "operators": {"objective", "precision", "weights"},
     "resume": {"atomic_io", "objective", "weights"},
     "sampling": {"objective", "results"},
-    "measurement": {"objective", "operators", "problem", "results", "resume", "weights"},
+    "measurement": {"atomic_io", "objective", "operators", "problem", "results", "resume", "weights"},
     "spectrum": {
         *("linalg", "measurement", "objective", "operators", "precision", "problem", "results", "resume", "sampling"),
         "weights",
@@ -45,8 +45,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "slices": {"atomic_io", "measurement", "objective", "precision", "problem", "results", "resume", "weights"},
     "comparing": {
-        *("measurement", "objective", "problem", "results", "resume", "sampling", "sharpness", "slices", "spectrum"),
-        "weights",
+        *("atomic_io", "measurement", "objective", "problem", "results", "resume", "sampling", "sharpness", "slices"),
+        *("spectrum", "weights"),
     },
     "optim": {"weights"},
     "monitor": {

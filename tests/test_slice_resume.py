@@ -408,7 +408,8 @@ def test_directions_measured_on_other_examples_are_not_taken_over(checkpoints: P
     command = ["slice", "sgd.pt", "--directions", "eigenvectors", "--points", "5", "--examples"]
     assert run(checkpoints, *command, "300", "--out", str(tmp_path / "e.json"), "--shard", "1/2") == 0
     assert (tmp_path / "e.json.partial" / "directions.npz").exists()
-    assert run(checkpoints, *command, "200", "--out", str(tmp_path / "e.json")) == 0
+    assert run(checkpoints, *command, "200", "--out", str(tmp_path / "e.json")) == 1
+    assert run(checkpoints, *command, "200", "--out", str(tmp_path / "e.json"), "--overwrite") == 0
     assert run(checkpoints, *command, "200", "--out", str(tmp_path / "fresh.json")) == 0
     found, fresh = (SliceResult.load(tmp_path / f"{name}.json").directions[0][0] for name in ("e", "fresh"))
     assert found["eigenvalue"] == pytest.approx(fresh["eigenvalue"], rel=1e-3)

@@ -7,12 +7,14 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sharpscope.atomic_io import locked
 from sharpscope.comparing.checkpoints import Checkpoint, Checkpoints, CheckpointSet
 from sharpscope.comparing.steps import (
     STEPS,
@@ -80,7 +82,7 @@ def compare(
         "thorough", on one core.
 
     Raises: ArgumentError for checkpoints that cannot be compared, DataError for other data, or weights or a loss that
-        are not finite; what the analyses raise.
+        are not finite; OutputError where another process has the folder; what the analyses raise.
 
     >>> import sharpscope
     >>> import torch
@@ -97,7 +99,8 @@ def compare(
     if isinstance(test, Problem):
         raise ArgumentError("test must be data, got a Problem. Pass its data.")
     settings = Settings(level=resolve_level(level), test=test, seed=seed, rho=rho, dtype=dtype, device=device)
-    return _ComparisonRun(CheckpointSet(checkpoints), settings, StepCache(folder), progress).comparison()
+    with nullcontext() if folder is None else locked(folder):
+        return _ComparisonRun(CheckpointSet(checkpoints), settings, StepCache(folder), progress).comparison()
 
 
 class _ComparisonRun:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sharpscope.atomic_io import locked
 from sharpscope.errors import ArgumentError
 from sharpscope.measurement import Measurement
 from sharpscope.objective import Objective, Progress
@@ -188,7 +189,7 @@ def loss_surface(
 
     Raises: ArgumentError for an argument outside its domain; ProblemError if model, data and directions do not fit
         together; DataError if the loss is not finite at w; AuditError if it is not a fixed function of the weights;
-        OutputError if the journal cannot be written.
+        OutputError if the journal cannot be written, or another process has it.
 
     >>> import sharpscope
     >>> import torch
@@ -234,6 +235,10 @@ def _measure(
             f"{', '.join(str(len(v)) for v in vectors)}. Create it from the same problem."
         )
     with ExitStack() as stack:
+        if s.journal is not None:
+            stack.enter_context(locked(s.journal, shared=s.shard is not None))
+            if s.shard is not None:
+                stack.enter_context(locked(f"{os.fspath(s.journal)}.shard-{s.shard[0]}-of-{s.shard[1]}"))
         # Before the first forward pass, in which some layers write into their weights.
         perturbation = stack.enter_context(Perturbation(objective.terms.params))
         with objective.measuring(products=False):

@@ -104,7 +104,8 @@ def top_eigenvalues(
     Cost: "guided", at k = 5 and tol 1e-3 typically 2 passes of 11 to 13 gradients, 0.45 for a forward pass
     and 3 to 4 for the subset; "lanczos", 1 + 2 (k + 1) gradients a pass, 5 to 12 passes.
 
-    Raises: ArgumentError, ProblemError, DataError, AuditError; OutputError where the journal cannot be written.
+    Raises: ArgumentError, ProblemError, DataError, AuditError; OutputError where the journal cannot be written, or
+        another process has it.
 
     >>> import sharpscope
     >>> import torch
