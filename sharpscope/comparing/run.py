@@ -43,7 +43,7 @@ from sharpscope.results.serialization import (
 )
 from sharpscope.resume import discard, fingerprint, key_of
 from sharpscope.sharpness.curvature_measures import edge_from_eigenvalues
-from sharpscope.weights.parameters import select
+from sharpscope.slices.checkpoint_directions import unselected_distance
 
 
 def compare(
@@ -228,12 +228,11 @@ class _ComparisonRun:
 
 
 def _connectable(one: Problem, two: Problem) -> bool:
-    """Whether a straight line leads from one network to the other: the same weights, and those that stay are equal."""
-    ours, theirs = (dict(problem.model.named_parameters()) for problem in (one, two))
-    if {name: w.shape for name, w in ours.items()} != {name: w.shape for name, w in theirs.items()}:
+    """Whether a straight line leads from one network to the other, and the weights that stay are equal."""
+    try:
+        return unselected_distance(one, two) == 0
+    except ProblemError:
         return False
-    moving = {id(weight) for weight in select(one.model, one.params).values()}
-    return all(id(w) in moving or torch.equal(w.cpu(), theirs[name].cpu()) for name, w in ours.items())
 
 
 class StepCache:

@@ -15,27 +15,88 @@ from sharpscope.objective.cost_and_out_of_memory import FORWARD
 from sharpscope.problem import Problem
 from sharpscope.results import Mark
 from sharpscope.slices.directions import Direction, coordinates, gram_schmidt, sign_normalised
-from sharpscope.slices.evaluation import Evaluation, running_statistics
+from sharpscope.slices.evaluation import Evaluation, running_norms, running_statistics
 from sharpscope.weights import parameters
 
 
 def weight_difference(problem: Problem, other: Problem) -> Tensor:
     """``w' - w`` (n,) of the selected weights of two networks of the same architecture, in float64 on the CPU.
 
-    Raises: ProblemError if the weights differ in names or shapes.
+    Raises: ProblemError if ``require_same_network`` does.
     """
+    require_same_network(problem, other)
     ours = parameters.select(problem.model, problem.params)
     theirs = dict(other.model.named_parameters(remove_duplicate=False))
-    for name, weight in ours.items():
-        shape = None if name not in theirs else tuple(theirs[name].shape)
-        if shape != tuple(weight.shape):
-            difference = "has no such weight" if shape is None else f"has {shape}"
-            raise ProblemError(
-                f"Both networks must have the same weights, but {name} is {tuple(weight.shape)} in one and the other "
-                f"{difference}. Pass checkpoints of the same architecture."
-            )
     moved = [theirs[name].detach().cpu().double() - weight.detach().cpu().double() for name, weight in ours.items()]
     return torch.cat([m.reshape(-1) for m in moved])
+
+
+# Examples on which a buffer is tried.
+EXAMPLES = 256
+
+
+def require_same_network(problem: Problem, other: Problem) -> None:
+    """Raise ProblemError unless the networks differ in nothing but their weights and BatchNorm's running statistics.
+
+    All parameters must have the same names and shapes, selected or not. Other buffers, such as normalisation constants,
+    may differ only if they do not change the loss of ``problem`` on the first examples: a line moves the weights, so it
+    would leave out a part of the way.
+
+    Cost: two forward passes of EXAMPLES examples if other buffers differ.
+    """
+    ours, theirs = (dict(one.model.named_parameters()) for one in (problem, other))
+    for name in {**ours, **theirs}:
+        _require_same_shape("weights", name, ours.get(name), theirs.get(name))
+    statistics = {
+        f"{module}.{kind}" if module else kind
+        for one in (problem, other)
+        for module in running_norms(one.model)
+        for kind in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    here, there = (dict(one.model.named_buffers()) for one in (problem, other))
+    saved = {*problem.model.state_dict(), *other.model.state_dict()} - statistics
+    for name in sorted(saved & {*here, *there}):
+        _require_same_shape("buffers", name, here.get(name), there.get(name))
+    differ = {
+        name: buffer
+        for name, buffer in here.items()
+        if name not in statistics
+        and name in there
+        and buffer.shape == there[name].shape
+        and not torch.equal(buffer.detach().cpu(), there[name].detach().cpu())
+    }
+    if differ and _change_the_loss(problem, other, differ):
+        raise ProblemError(
+            f"Both networks must have the same buffers, but {next(iter(differ))} differs, which changes the loss; only "
+            "the weights and BatchNorm's running statistics may differ. Build both models with the same constants, or "
+            "measure each network by itself."
+        )
+
+
+def _require_same_shape(what: str, name: str, ours: Tensor | None, theirs: Tensor | None) -> None:
+    one, two = ("has no such entry" if t is None else f"has {tuple(t.shape)}" for t in (ours, theirs))
+    if one != two:
+        raise ProblemError(
+            f"Both networks must have the same {what}, but for {name} one {one} and the other {two}. Pass checkpoints "
+            "of the same architecture."
+        )
+
+
+def _change_the_loss(problem: Problem, other: Problem, buffers: Mapping[str, Tensor]) -> bool:
+    """Whether the other network has another loss with these buffers than with its own."""
+    objective = Objective(replace(problem, model=other.model))
+    model = objective.terms.model
+    with objective.measuring(products=False):  # which restores the buffers
+
+        def sums() -> Sequence[Tensor]:
+            return objective.terms.without_graph(lambda: objective.terms.sums(objective.first_examples(EXAMPLES)))
+
+        own = sums()
+        for name, value in buffers.items():
+            module, _, entry = name.rpartition(".")
+            like = model.get_buffer(name)
+            model.get_submodule(module)._buffers[entry] = value.detach().to(like.device, like.dtype, copy=True)
+        return not all(torch.equal(a, b) for a, b in zip(own, sums(), strict=True))
 
 
 def towards(problem: Problem, other: Problem, name: str = "the other") -> Direction:
@@ -46,7 +107,7 @@ def towards(problem: Problem, other: Problem, name: str = "the other") -> Direct
         other: network at w', of the same architecture.
         name: name of the other network in labels.
 
-    Raises: ProblemError for another architecture; ArgumentError if both have the same weights.
+    Raises: ProblemError for another architecture or other constants; ArgumentError if both have the same weights.
 
     >>> import sharpscope
     >>> import torch
@@ -73,7 +134,8 @@ def plane_through(problem: Problem, others: Mapping[str, Problem]) -> list[Direc
         problem: network at w, the centre; its ``params`` select the weights.
         others: two networks of the same architecture, by name.
 
-    Raises: ProblemError for another architecture; ArgumentError unless there are two others, not collinear with w.
+    Raises: ProblemError for another architecture or other constants; ArgumentError unless there are two others, not
+        collinear with w.
 
     >>> import sharpscope
     >>> import torch
@@ -110,7 +172,7 @@ def trajectory_plane(problem: Problem, steps: Sequence[Problem]) -> list[Directi
         problem: network at w, the centre; its ``params`` select the weights.
         steps: at least two networks at w_t, of the same architecture.
 
-    Raises: ProblemError for another architecture; ArgumentError if the steps are collinear with w.
+    Raises: ProblemError for another architecture or other constants; ArgumentError if the steps are collinear with w.
 
     >>> import sharpscope
     >>> import torch
@@ -201,7 +263,7 @@ def measure_marks(
 
     Cost: a forward pass of each network over each split.
 
-    Raises: ArgumentError if there are several lines; ProblemError for another architecture.
+    Raises: ArgumentError if there are several lines; ProblemError for another architecture or other constants.
     """
     if len(lines) > 1 and (marks or trajectory):
         raise ArgumentError("Networks are shown on one line or plane, got several. Measure one at a time.")
@@ -210,7 +272,7 @@ def measure_marks(
         for name, other in networks.items():
             vector = weight_difference(problem, other)
             place, distance = coordinates(vector, lines[0])
-            unselected = _unselected_distance(problem, other)
+            unselected = unselected_distance(problem, other)
             values = {}
             for split, objective in objectives.items():
                 own = replace(problem, model=other.model, data=objective.problem.data)
@@ -227,13 +289,17 @@ def measure_marks(
     return tuple(found)
 
 
-def _unselected_distance(problem: Problem, other: Problem) -> float:
-    """Distance between the networks in the weights that are not selected, which no line or plane changes."""
+def unselected_distance(problem: Problem, other: Problem) -> float:
+    """Distance between the networks in the weights that are not selected, which no line or plane changes.
+
+    Raises: ProblemError if ``require_same_network`` does.
+    """
+    require_same_network(problem, other)
     chosen = {id(p) for p in parameters.select(problem.model, problem.params).values()}
     theirs = dict(other.model.named_parameters())
     squares = [
         (theirs[name].detach().cpu().double() - p.detach().cpu().double()).square().sum()
         for name, p in problem.model.named_parameters()
-        if id(p) not in chosen and name in theirs and theirs[name].shape == p.shape
+        if id(p) not in chosen
     ]
     return math.sqrt(float(sum(squares)))
