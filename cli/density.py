@@ -83,12 +83,17 @@ def run(args: argparse.Namespace) -> int:
 def _eigen(args: argparse.Namespace) -> dict[str, Any]:
     """The results named by ``--eigen``, by the hash of the checkpoint that they are of."""
     from sharpscope import ArgumentError, EigenResult
+    from sharpscope.measurement import Measurement
+    from sharpscope.results.measured_alike import another_matrix
 
     results: dict[str, Any] = {}
     if not args.eigen:
         return results
-    said = [options.load(args, path).provenance for path in args.checkpoints]
-    wanted = {p["sha256"]: (p["split"], args.examples or p["split_examples"]) for p in said}
+    problems = [options.load(args, path) for path in args.checkpoints]
+    known = {
+        p.provenance["sha256"]: Measurement(p, **options.computation(args)).provenance(operator=args.operator)
+        for p in problems
+    }
     for path in args.eigen:
         result = EigenResult.load(path)
         came = result.provenance
@@ -97,19 +102,15 @@ def _eigen(args: argparse.Namespace) -> dict[str, Any]:
                 f"--eigen takes eigenvalues out with their vectors, or marks them in a --figure, but {path} has no "
                 "vectors. Measure it with --vectors."
             )
-        if came.get("sha256") not in wanted:
+        if came.get("sha256") not in known:
             raise ArgumentError(
                 f"--eigen must be a result for one of these checkpoints, but {path} is of {came.get('checkpoint')}."
             )
-        split, examples = wanted[came["sha256"]]
-        operator = came.get("operator", "hessian")
-        if operator != args.operator:
-            raise ArgumentError(f"--eigen must be of the operator {args.operator}, but {path} is of {operator}.")
-        drawn = None if args.examples is None else args.seed
-        if (came.get("split"), came.get("num_examples"), came.get("examples_seed")) != (split, examples, drawn):
+        differ = another_matrix(result, known[came["sha256"]])
+        if differ is not None:
             raise ArgumentError(
-                f"--eigen must be measured on the same data, {examples} examples of the {split} split, but {path} is "
-                f"on {came.get('num_examples')} of {came.get('split')}. Pass the same --split, --examples and --seed."
+                f"--eigen must be measured on the same data in the same way, but {differ} in {path}. Pass the same "
+                "--operator, --split, --examples, --seed, --params and --weight-decay."
             )
         results[came["sha256"]] = result
     return results

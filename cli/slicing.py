@@ -126,16 +126,18 @@ def directions(
     Measured anew they would differ in their last bits, and no finished point could be used.
     """
     from sharpscope import ArgumentError, EigenResult, Objective
+    from sharpscope.measurement import Measurement
+    from sharpscope.results.measured_alike import another_matrix
     from sharpscope.resume import key_of
     from sharpscope.slices import eigenvector_directions, read_directions, write_directions
 
     if kind == "eigenvectors" and args.eigen is not None:
         result = EigenResult.load(args.eigen)
-        differ = _differing(result.provenance, problem)
+        differ = another_matrix(result, Measurement(problem, **options.computation(args)).provenance())
         if differ is not None:
             raise ArgumentError(
-                f"--eigen must be measured on this checkpoint and these data, but {args.eigen} has {differ}. Pass the "
-                "same checkpoint, --split, --examples, --seed and --params."
+                f"--eigen must be measured on this checkpoint and these data, but {differ} in {args.eigen}. Pass the "
+                "same checkpoint, --split, --examples, --seed, --params and --weight-decay."
             )
         return eigenvector_directions(result, which)
     if out is None:
@@ -206,22 +208,3 @@ def _loaded(args: argparse.Namespace, path: str) -> tuple[Any, dict[str, Any]]:
     if args.examples is not None and args.examples < test.provenance["split_examples"]:
         test = options.load(args, path, split="test")
     return problem, {"test": test.data}
-
-
-# What an eigen result must share with a problem, and what it is called.
-_SAME = {"data": "other data", "split": "another split", "examples_seed": "other examples"}
-
-
-def _differing(came: Any, problem: Any) -> str | None:
-    """What of the weights, data or matrix an eigen result, by its provenance, does not share with ``problem``."""
-    ours = problem.provenance
-    if came.get("sha256") != ours.get("sha256"):
-        return "another checkpoint"
-    for key, what in _SAME.items():
-        if came.get(key) != ours.get(key):
-            return what
-    if isinstance(problem.data, tuple) and came.get("num_examples") != len(problem.data[-1]):
-        return "another number of examples"
-    if came.get("params") != (problem.params if isinstance(problem.params, str) else list(problem.params)):
-        return "other parameters"
-    return None if came.get("operator", "hessian") == "hessian" else "another operator"

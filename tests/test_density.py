@@ -318,7 +318,7 @@ def test_the_figure_shows_the_curve_and_marks_the_outliers() -> None:
     assert low < 1 / (460 * curve.width * np.sqrt(2 * np.pi)) < curve.density.max() < high
     foreign = EigenResult.from_dict({**outliers().to_dict(), "sha256": "1"})
     ours = DensityResult.from_dict({**measured().to_dict(), "sha256": "2"})
-    with pytest.raises(DataError, match="sha256"):
+    with pytest.raises(DataError, match="checkpoint differs"):
         density_curve(ours, foreign)
 
 
@@ -372,7 +372,7 @@ def test_the_command_takes_eigenvalues_for_outliers(
     assert run(*density, "--overwrite") == 0
     assert json.loads(capsys.readouterr().out)["num_known"] == 0
     assert run(*density, "--split", "test", "--overwrite") == 1
-    assert "the same data, 100 examples of the test split" in capsys.readouterr().err
+    assert "the split differs (train against test)" in capsys.readouterr().err
     said = json.loads((tmp_path / "e.json").read_text())
     (tmp_path / "e.json").write_text(json.dumps({**said, "sha256": "0"}))
     assert run(*density, "--overwrite") == 1

@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "optim": {"weights"},
     "monitor": {
         *("edge_of_stability", "importing", "linalg", "measurement", "objective", "optim", "problem", "results"),
-        *("sampling", "weights"),
+        *("resume", "sampling", "weights"),
     },
     "zoo": set(),
     "checkpoint": {"atomic_io", "importing", "problem"},

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from matplotlib.text import Text
@@ -15,7 +16,9 @@ from torch import nn
 
 from conftest import classifier
 from sharpscope import (
+    EigenResult,
     Problem,
+    SharpnessMonitor,
     block_spectra,
     compare,
     loss_slice,
@@ -26,9 +29,11 @@ from sharpscope import (
     trace,
 )
 from sharpscope.cli import main
-from sharpscope.errors import DataError
-from sharpscope.plot import m_sharpness_curves, slice_curves, surface_contour, surfaces_side_by_side
+from sharpscope.errors import ArgumentError, DataError
+from sharpscope.plot import density_curve, m_sharpness_curves, slice_curves, surface_contour, surfaces_side_by_side
 from sharpscope.report import page
+from sharpscope.results import MonitorResult
+from sharpscope.slices import Direction, eigenvector_directions
 
 PROBLEM = """
 import torch
@@ -124,3 +129,97 @@ def test_a_comparison_says_what_is_not_the_default() -> None:
     plain = compare({str(i): classifier(seed=i) for i in range(2)}, level="quick")
     assert "weight decay" not in str(plain.table())
     assert "without weight decay" in page(plain)
+
+
+def on(rows: slice = slice(0, 20), **given: Any) -> Problem:
+    """A classifier of 20 of 40 examples."""
+    inputs, labels = classifier(examples=40).data
+    return replace(classifier(), data=(inputs[rows], labels[rows]), **given)
+
+
+def vectors(problem: Problem, operator: str = "hessian") -> EigenResult:
+    return top_eigenvalues(problem, k=2, operator=operator, vectors=True)
+
+
+def other_weights() -> Problem:
+    problem = on()
+    with torch.no_grad():
+        next(problem.model.parameters()).mul_(1.05)
+    return problem
+
+
+OTHER: dict[str, tuple[Callable[[], EigenResult], str]] = {
+    "examples": (lambda: vectors(on(slice(20, 40))), "loss at the weights differs"),
+    "most examples": (lambda: vectors(on(slice(1, 21))), "loss at the weights differs"),
+    "weights": (lambda: vectors(other_weights()), "loss at the weights differs"),
+    "class weights": (
+        lambda: vectors(on(loss=nn.CrossEntropyLoss(weight=torch.tensor([1.0, 1.0, 3.0])))),
+        "loss at the weights differs",
+    ),
+    "weight decay": (lambda: vectors(on(weight_decay=0.1)), r"weight decay differs \(0\.1 against 0\.0\)"),
+    "operator": (lambda: vectors(on(), "ggn"), r"operator differs \(ggn against hessian\)"),
+    "number of examples": (lambda: vectors(on(slice(0, 21))), r"num_examples differs \(21 against 20\)"),
+    "split": (lambda: vectors(on(provenance={"split": "test"})), r"split differs \(test against train\)"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_eigenpairs_of_another_matrix_are_not_taken_over(name: str) -> None:
+    """`known=`, lines and planes along eigenvectors, and marks on a density refuse those of anything else."""
+    measured, message = OTHER[name]
+    other, own, problem = measured(), vectors(on()), on(provenance={"split": "train"})
+    density = spectral_density(problem, probes=2, known=own)
+    assert density.num_known == 2
+    for use in (
+        lambda known: spectral_density(problem, probes=2, known=known),
+        lambda known: loss_slice(problem, eigenvector_directions(known, [1]), points=3),
+        lambda known: loss_surface(problem, eigenvector_directions(known), points=3),
+        lambda known: density_curve(density, known),
+    ):
+        use(own)
+        with pytest.raises((ArgumentError, DataError), match=message):
+            use(other)
+        plt.close("all")
+
+
+def test_a_vector_of_another_matrix_is_a_direction_like_any_other() -> None:
+    """What the message says works: without the name of an eigenvector it leads anywhere."""
+    other = vectors(on(slice(20, 40)))
+    assert other.eigenvectors is not None
+    free = Direction(torch.from_numpy(other.eigenvectors[:, 0]).double(), "theirs")
+    assert loss_slice(on(), free, points=3).complete
+
+
+def test_the_command_line_takes_no_eigenvectors_of_another_weight_decay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--eigen` of slice, surface and density is of this loss; another weight decay or operator is named."""
+    monkeypatch.chdir(tmp_path)
+    Path("problem.py").write_text(PROBLEM)
+    torch.save(nn.Linear(4, 3).state_dict(), "w.pt")
+    shared = ["w.pt", "--problem", "problem.py"]
+    assert main(["eigen", *shared, "--k", "2", "--vectors", "--out", "e.json"]) == 0
+    for command in (["slice", "--points", "3"], ["surface", "--points", "3"], ["density", "--probes", "2"]):
+        measured = [command[0], *shared, *command[1:], "--eigen", "e.json"]
+        assert main(measured) == 0
+        capsys.readouterr()
+        assert main([*measured, "--weight-decay", "0.5"]) == 1
+        assert "weight decay differs (0.0 against 0.5)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["recipe", "data", "loss", "sample"])
+def test_a_monitor_goes_on_with_records_of_its_own_run_alone(change: str) -> None:
+    """Records of another recipe, data set, loss, or of as many other examples are refused by what differs."""
+    said = {"recipe": {"lr": 0.1, "betas": (0.9, 0.99)}, "data": "digits"}
+    records = SharpnessMonitor(on(provenance=said), every=1, examples=16)
+    records.measure(0)
+    result = MonitorResult.from_dict(json.loads(json.dumps(records.result().to_dict())))
+    SharpnessMonitor(on(provenance=said), every=1, examples=16).resume(result, 1)
+    changed = {
+        "recipe": on(provenance={**said, "recipe": {"lr": 0.2, "betas": (0.9, 0.99)}}),
+        "data": on(provenance={**said, "data": "fashion-mnist"}),
+        "loss": on(provenance=said, loss=nn.NLLLoss()),
+        "sample": on(slice(20, 40), provenance=said),
+    }[change]
+    with pytest.raises(ArgumentError, match=f"but {change if change != 'loss' else 'loss_function'} is"):
+        SharpnessMonitor(changed, every=1, examples=16).resume(result, 1)

@@ -16,6 +16,7 @@ from sharpscope.errors import ArgumentError, DataError, SharpscopeError
 from sharpscope.objective import Objective
 from sharpscope.objective.micro_batches import map_tensors
 from sharpscope.problem import Problem
+from sharpscope.results.measured_alike import differing
 from sharpscope.resume import fingerprint
 
 ProblemOrLoader = Problem | Callable[[], Problem]
@@ -204,20 +205,20 @@ def _require_independent_run(checkpoint: Checkpoint, problem: Problem, seen: dic
     seen[run] = checkpoint.name
 
 
+# Attributes of a Problem.
+ALIKE = ("weight_decay", "params", "mode")
+
 # Examples on which the losses of two checkpoints are compared.
 LOSS_EXAMPLES = 256
 
 
 def _require_measured_alike(first: str, first_problem: Problem, second: str, second_problem: Problem) -> None:
-    for key in ("weight_decay", "params", "mode"):
-        one, two = (getattr(problem, key) for problem in (first_problem, second_problem))
-        if (one if isinstance(one, str | float | int) else list(one)) != (
-            two if isinstance(two, str | float | int) else list(two)
-        ):
-            raise ArgumentError(
-                f"Checkpoints must be measured alike, but {first} has {key} {one!r} and {second} {two!r}. "
-                "Choose one for all."
-            )
+    both = [{key: getattr(problem, key) for key in ALIKE} for problem in (first_problem, second_problem)]
+    for key in differing(both, ALIKE):
+        raise ArgumentError(
+            f"Checkpoints must be measured alike, but {first} has {key} {both[0][key]!r} and {second} "
+            f"{both[1][key]!r}. Choose one for all."
+        )
     losses = [Objective(problem).loss_name for problem in (first_problem, second_problem)]
     if losses[0] != losses[1]:
         raise ArgumentError(

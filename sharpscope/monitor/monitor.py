@@ -27,6 +27,8 @@ from sharpscope.objective.cost_and_out_of_memory import OOMHalving
 from sharpscope.objective.micro_batches import MicroBatch, as_batches, map_tensors, micro_batches, rows
 from sharpscope.problem import Problem, require_problem
 from sharpscope.results import MonitorRecord, MonitorResult
+from sharpscope.results.serialization import as_json
+from sharpscope.resume import fingerprint
 from sharpscope.sampling.subsample import underlying_dataset
 from sharpscope.weights.norm_ball import norm_of
 from sharpscope.weights.restore import preserved
@@ -43,8 +45,11 @@ LOGGED = (
     *("loss", "gradient_norm", "learning_rate"),
 )
 
-# Entries of the provenance that determine the sample and the loss measured on it.
-SAMPLE_KEYS = ("num_examples", "split_examples", "seed", "dtype", "mode", "params", "weight_decay")
+# Entries of the provenance that determine the run, the sample, and the loss measured on it.
+RUN_KEYS = (
+    *("recipe", "data", "split", "label_noise", "num_examples", "split_examples", "sample", "seed"),
+    *("num_params", "params", "loss_function", "weight_decay", "mode", "dtype"),
+)
 
 
 class SharpnessMonitor:
@@ -140,6 +145,9 @@ class SharpnessMonitor:
         self._options: dict[str, Any] = {"dtype": dtype, "device": device, "micro_batch": SIZE}
         self._generator, self._seed = seeded(seed, "monitor")
         self._sample: Sample = draw_sample(problem.data, examples, self._generator)
+        self._fingerprint: str | None = None
+        with contextlib.suppress(ArgumentError):  # batches of other objects than tensors, arrays, numbers and text
+            self._fingerprint = fingerprint(self._sample.batches)
         self._problem = replace(problem, data=self._sample.batches)  # so that the data can be freed
         self._known: Tensor | None = None
         self._max_cached: int | None = None
@@ -191,13 +199,13 @@ class SharpnessMonitor:
     def resume(self, result: MonitorResult, step: int) -> None:
         """Continue an earlier run after ``step`` steps: keep its records up to there; restart from a random vector.
 
-        Raises: ArgumentError if those records are of another sample.
+        Raises: ArgumentError if those records are of another run (recipe), sample or loss.
         """
-        for key in SAMPLE_KEYS if result.records else ():
-            ours, theirs = self._provenance.get(key), result.provenance.get(key)
-            if ours != theirs:
+        for key in RUN_KEYS if result.records else ():
+            ours, theirs = (as_json(known.get(key)) for known in (self._provenance, result.provenance))
+            if ours != theirs and not (key == "sample" and theirs is None):  # of a version that did not store it
                 raise ArgumentError(
-                    f"Resuming the monitor needs the same sample, but {key} is {ours!r} and was {theirs!r}. "
+                    f"Resuming the monitor needs the same run and sample, but {key} is {ours!r} and was {theirs!r}. "
                     "Change it back, or start a new run."
                 )
         self._records = [record for record in result.records if record.step <= step]
@@ -244,6 +252,7 @@ class SharpnessMonitor:
             objective,
             self._seed,
             split_examples=self._sample.drawn_from,
+            sample=self._fingerprint,
             every=self.every,
             tol=self._tol,
             max_products=self._max_products,

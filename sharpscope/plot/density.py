@@ -9,15 +9,10 @@ import numpy as np
 from sharpscope.errors import DataError
 from sharpscope.plot.figure import COLOURS
 from sharpscope.results import Curve, DensityResult, EigenResult
+from sharpscope.results.measured_alike import another_matrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# What two results must share, where both say it, to be of one Hessian.
-SAME = (
-    *("sha256", "data", "split", "num_examples", "examples_seed", "params", "num_params"),
-    *("loss_function", "weight_decay", "mode", "operator"),
-)
 
 
 def density_curve(
@@ -59,9 +54,9 @@ def density_curve(
 
     if axes is None:
         _, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    differ = [] if eigenvalues is None else [key for key in SAME if _differ(key, result, eigenvalues)]
-    if differ:
-        raise DataError(f"Eigenvalues must be those of the density's own Hessian, but the {', '.join(differ)} differ.")
+    differ = None if eigenvalues is None else another_matrix(eigenvalues, result.provenance, result.loss)
+    if differ is not None:
+        raise DataError(f"Eigenvalues must be those of the density's own matrix, but {differ}. Measure both alike.")
     curve = result.curve(width=width)
     single = single_eigenvalue_height(result, curve)
     floor = single / 100
@@ -97,11 +92,6 @@ def with_gaps(curve: Curve) -> tuple[Any, Any, Any, Any]:
         np.insert(y, gaps, np.nan) for y in (curve.grid, curve.density, curve.lower, curve.upper)
     )
     return at, shown, lower, upper
-
-
-def _differ(key: str, result: DensityResult, eigenvalues: EigenResult) -> bool:
-    ours, theirs = result.provenance.get(key), eigenvalues.provenance.get(key)
-    return ours is not None and theirs is not None and ours != theirs
 
 
 def _marks(result: DensityResult, eigenvalues: EigenResult | None) -> tuple[Any, Any, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from sharpscope.errors import DataError
 from sharpscope.results import SliceResult
+from sharpscope.results.measured_alike import DATA, LOSS, describe, differing
 from sharpscope.results.slice import DIVERGED, PENDING, describe_directions, describe_mode, keeps_centre_statistics
 from sharpscope.results.table import checkpoint_names, describe_departures
 
@@ -231,14 +232,10 @@ def require_comparable(results: Sequence[SliceResult], *, grid: bool) -> None:
         raise DataError("A figure needs at least one result, got none.")
     if len({r.dimensions for r in results}) > 1:
         raise DataError("Lines and planes cannot share a figure. Draw them apart.")
+    provenances = [r.provenance for r in results]
+    differ = differing(provenances, (*DATA, *LOSS))
     found: dict[str, list[Any]] = {
-        **{key: [r.provenance.get(key) for r in results] for key in ("data", "split", "num_examples")},
-        "subset of the data": [r.provenance.get("examples_seed") for r in results],
         "splits": [r.splits for r in results],
-        "loss": [r.provenance.get("loss_function") for r in results],
-        "weight decay": [r.provenance.get("weight_decay") or 0.0 for r in results],
-        "choice of parameters": [r.provenance.get("params", "*") for r in results],
-        "mode": [r.provenance.get("mode") for r in results],
         "BatchNorm statistics": [(r.provenance.get("batchnorm"), r.provenance.get("statistics")) for r in results],
         "other data": [r.provenance.get("also") for r in results],
     }
@@ -253,16 +250,9 @@ def require_comparable(results: Sequence[SliceResult], *, grid: bool) -> None:
             "seed": [_settings(r, "seed") for r in results],
             "index of the direction": [_settings(r, "index") for r in results],
         }
-    differ = [name for name, values in found.items() if any(v != values[0] for v in values)]
+    differ |= {name: values for name, values in found.items() if any(v != values[0] for v in values)}
     if differ:
-        first = found[differ[0]]
-        came = (
-            "" if differ[0] == "grid" else f" ({' against '.join(dict.fromkeys(_text_or_unknown(v) for v in first))})"
-        )
-        raise DataError(
-            f"Slices in one figure must be alike, but the {', '.join(differ)} differ{'' if differ[1:] else 's'}{came}. "
-            "Measure them in one call."
-        )
+        raise DataError(f"Slices in one figure must be alike, but {describe(differ)}. Measure them in one call.")
 
 
 def _settings(result: SliceResult, key: str) -> list[Any]:

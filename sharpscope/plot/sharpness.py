@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sharpscope.errors import DataError
 from sharpscope.plot.figure import COLOURS
 from sharpscope.results import EigenResult, Measure, MonitorResult, SharpnessResult
+from sharpscope.results.measured_alike import LOSS, describe, differing
 from sharpscope.results.sharpness import exact_setting
 from sharpscope.results.table import checkpoint_names
 
@@ -47,9 +48,9 @@ def m_sharpness_curves(
     shapes = {tuple(m.settings.get(key) for key in ("p", "adaptive", "eta", "ascent")) for ms in found for m in ms}
     if len(shapes) > 1:
         raise DataError("Curves of m-sharpness must share p, ascent and scaling to be compared. Measure them alike.")
-    for key, default in (("loss_function", None), ("weight_decay", 0.0), ("params", "*"), ("mode", None)):
-        if any(r.provenance.get(key, default) != results[0].provenance.get(key, default) for r in results):
-            raise DataError(f"Curves of m-sharpness must be measured alike, but their {key} differs. Draw them apart.")
+    differ = differing([r.provenance for r in results], LOSS)
+    if differ:
+        raise DataError(f"Curves of m-sharpness must be alike, but {describe(differ)}. Draw them apart.")
     if axes is None:
         _, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     if against is None:

@@ -43,6 +43,8 @@ class Direction:
         statistics: change of each BatchNorm running statistic at t = 1, by the name of the buffer; empty unless d leads
             to another network.
 
+        eigenvalues: the result that d is an eigenvector of; a slice of another matrix is refused.
+
     Raises: ArgumentError for another dtype, shape or device, or a length that is zero or not finite.
 
     >>> import torch
@@ -55,6 +57,7 @@ class Direction:
     label: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    eigenvalues: EigenResult | None = None
 
     def __post_init__(self) -> None:
         if self.vector.dim() != 1 or self.vector.dtype != torch.float64 or self.vector.device.type != "cpu":
@@ -318,10 +321,11 @@ def eigenvector_directions(result: EigenResult, which: Sequence[int] = (1, 2)) -
     """Eigenvectors v_i of the Hessian as orthonormal directions; the curvature along v_i is ``lambda_i``.
 
     They are not normalised by the weights, which would change the curvature. The sign is such that the component of
-    largest magnitude is positive.
+    largest magnitude is positive. A slice of another problem refuses them; ``Direction(vector, label)`` of a vector of
+    ``result.eigenvectors`` goes through any.
 
     Args:
-        result: eigenvalues measured with ``vectors=True``.
+        result: eigenvalues of the problem's Hessian, measured with ``vectors=True``.
         which: indices i, from 1, into ``result.eigenvalues``.
 
     Raises: ArgumentError if ``result`` has no vectors, or for an index out of range.
@@ -344,7 +348,12 @@ def eigenvector_directions(result: EigenResult, which: Sequence[int] = (1, 2)) -
         raise ArgumentError(f"which must be different indices from 1 to {k}, got {list(which)}.")
     vectors = [sign_normalised(torch.from_numpy(result.eigenvectors[:, i - 1].copy()).double()) for i in which]
     return [
-        Direction(v, f"eigenvector {i}", {"kind": "eigenvector", "index": i, "eigenvalue": result.eigenvalues[i - 1]})
+        Direction(
+            v,
+            f"eigenvector {i}",
+            {"kind": "eigenvector", "index": i, "eigenvalue": result.eigenvalues[i - 1]},
+            eigenvalues=result,
+        )
         for i, v in zip(which, gram_schmidt(vectors), strict=True)
     ]
 

@@ -17,6 +17,7 @@ from sharpscope.measurement import Measurement
 from sharpscope.objective import Objective, Progress
 from sharpscope.problem import Problem
 from sharpscope.results import Cost, SliceResult
+from sharpscope.results.measured_alike import another_matrix
 from sharpscope.resume import Journal, PointLog, journaled_hvp, key_of
 from sharpscope.slices.checkpoint_directions import measure_marks
 from sharpscope.slices.directions import Direction, cosine, random_directions
@@ -234,6 +235,7 @@ def _measure(
             f"A direction must have a component for each of the {objective.num_params} parameters, got "
             f"{', '.join(str(len(v)) for v in vectors)}. Create it from the same problem."
         )
+    _require_own_eigenvectors(m, lines)
     with ExitStack() as stack:
         if s.journal is not None:
             stack.enter_context(locked(s.journal, shared=s.shard is not None))
@@ -257,6 +259,8 @@ def _measure(
         evaluator = PointEvaluator(objectives, lines, s.batchnorm, size, perturbation)
         grid = Grid(evaluator, log, len(lines), axes, len(objectives))
         centre = grid.centre()
+        if s.batchnorm != "recalibrate":
+            _require_own_eigenvectors(m, lines, float(centre[0, 0]))
         repeated = grid.num_logged()
 
         def result() -> SliceResult:
@@ -300,6 +304,17 @@ def _measure(
             grid.fill(report)
             left -= now
         return result()
+
+
+def _require_own_eigenvectors(m: Measurement, lines: list[list[Direction]], loss: float | None = None) -> None:
+    """Raise ArgumentError for eigenvectors of another matrix than the Hessian of this loss."""
+    for d in {id(d.eigenvalues): d for line in lines for d in line}.values():
+        differ = None if d.eigenvalues is None else another_matrix(d.eigenvalues, m.provenance(), loss)
+        if differ is not None:
+            raise ArgumentError(
+                f"Eigenvectors must be of the Hessian of this problem, but {differ}. Measure them on it, or pass "
+                "Direction(vector, label), which may be any vector."
+            )
 
 
 def _objectives(objective: Objective, s: _Settings) -> dict[str, Objective]:

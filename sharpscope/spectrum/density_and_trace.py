@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from sharpscope.objective import Progress
 from sharpscope.objective.accumulate import PerBatch
 from sharpscope.problem import Problem
 from sharpscope.results import DensityResult, EigenResult, Estimate, TraceResult
+from sharpscope.results.measured_alike import another_matrix
 from sharpscope.sampling.sampling_error import sampling_units, trace_error
 
 
@@ -121,8 +123,9 @@ def spectral_density(
         generator: source of the probes; by default one seeded with 0.
         progress: called as ``progress(stage, done, total)`` in examples; total is None until the first pass has ended.
         operator: "hessian", or another curvature matrix, as for ``top_eigenvalues``.
-        known: d eigenpairs of the same problem, measured with vectors=True, to be taken out and put back exactly: the
-            rest is then resolved on its own scale, at one more pass of 1 + 2d gradients.
+        known: d eigenpairs of the same problem and operator, measured with vectors=True, to be taken out and put back
+            exactly: the rest is then resolved on its own scale, at one more pass of 1 + 2d gradients. Refused if their
+            provenance, the loss at the weights or the residuals show another matrix.
         dtype: torch.float32 or torch.float64; by default the parameters' own, at least float32.
         device: where to compute; by default where the parameters are.
         micro_batch: examples a graph; "loader" keeps the loader's batches; by default chosen by measuring.
@@ -152,9 +155,11 @@ def spectral_density(
     n, like = m.num_params, m.objective.empty_block()
     require_probes(n, probes, steps)
     _require_vectors(known, n)
+    if known is not None:
+        _require_same_matrix(known, m.provenance(operator=operator))
     m.status = f" of {min(steps, n) + 1 + (known is not None)}"
     with m:
-        pairs = None if known is None else _known_pairs(known, m)
+        pairs = None if known is None else _known_pairs(known, m, operator)
         quadrature = lanczos_quadrature_rows(m.products, like, probes, steps, known=pairs, generator=m.generator)
         sums = trace_from_images(m.products, quadrature.probes, quadrature.images, known=pairs, generator=m.generator)
     num_known = 0 if pairs is None else len(pairs[0])
@@ -170,11 +175,12 @@ def spectral_density(
     )
 
 
-def _known_pairs(known: EigenResult, m: Measurement) -> tuple[Tensor, Tensor]:
+def _known_pairs(known: EigenResult, m: Measurement, operator: str) -> tuple[Tensor, Tensor]:
     """Eigenvalues (d,) and eigenvectors as rows (d, n) of ``known``, checked by a product with each."""
     assert known.eigenvectors is not None
     vectors = torch.from_numpy(np.array(known.eigenvectors.T)).to(m.objective.empty_block())
     images = m.products(vectors)
+    _require_same_matrix(known, m.provenance(operator=operator), m.objective.loss)
     values = inner(vectors, images).diagonal()
     residual, largest = float(norms(residual_vectors(values, vectors, images)).max()), float(values.abs().max())
     if residual > MAX_KNOWN_RESIDUAL * largest:
@@ -183,6 +189,13 @@ def _known_pairs(known: EigenResult, m: Measurement) -> tuple[Tensor, Tensor]:
             f"eigenvalue of {largest:.2g}. Measure them at these weights, on these data."
         )
     return values, vectors
+
+
+def _require_same_matrix(known: EigenResult, provenance: Mapping[str, Any], loss: float | None = None) -> None:
+    """Raise ArgumentError where the eigenpairs are of another matrix, as far as provenance and loss show."""
+    differ = another_matrix(known, provenance, loss)
+    if differ is not None:
+        raise ArgumentError(f"Known eigenpairs must be of this problem, but {differ}. Measure both alike.")
 
 
 def _require_vectors(known: EigenResult | None, n: int) -> None:
