@@ -17,7 +17,7 @@ import torch
 import sharpscope
 from sharpscope.cli import main, options
 from sharpscope.training import Recipe, train
-from sharpscope.zoo import make_model
+from sharpscope.zoo import make_model, networks
 
 KEYS = [
     "analysis",
@@ -350,6 +350,7 @@ def test_demo_leaves_all_it_promises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A short demo writes table, figure, JSON and checkpoints, and a second run measures the same again."""
+    monkeypatch.setattr(networks.cnn, "__defaults__", ((1, 8, 8), 10, (2, 4), 8))  # a narrow cnn
     monkeypatch.setattr(sharpscope, "load", partial(sharpscope.load, examples=60))
     argv = ["demo", "--out", str(tmp_path / "d"), "--epochs", "2"]
     assert run(*argv) == 0
