@@ -31,28 +31,32 @@ def start(target: Callable[..., None], *args: Any) -> BaseProcess:
     return process
 
 
-def command(*argv: str, page: bool = True) -> BaseProcess:
+def command(*argv: str, page: bool = True, quick: Any = None) -> BaseProcess:
     """Start ``sharpscope ARGV`` without output; its ``exitcode`` is the command's, or minus a signal.
 
-    ``page``: False for a ``compare`` without the page's figures, which take most of its time.
+    ``page``: False for a ``compare`` without the page's figures, which take most of its time; ``quick``: what ``--quick``
+    is to measure.
     """
-    return start(_main, argv, page)
+    return start(_main, argv, page, quick)
 
 
-def finished(*argv: str, page: bool = True) -> None:
+def finished(*argv: str, page: bool = True, quick: Any = None) -> None:
     """Run ``sharpscope ARGV`` in a process of its own, to its end."""
-    process = command(*argv, page=page)
+    process = command(*argv, page=page, quick=quick)
     process.join()
     assert process.exitcode == 0, (argv, process.exitcode)
 
 
-def _main(argv: tuple[str, ...], page: bool) -> None:
+def _main(argv: tuple[str, ...], page: bool, quick: Any) -> None:
     from sharpscope import report
     from sharpscope.cli import main
+    from sharpscope.comparing import LEVELS
 
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
     if not page:
         report.page = lambda _: ""  # type: ignore[assignment, misc]
+    if quick is not None:
+        LEVELS["quick"] = quick
     sys.exit(main(list(argv)))

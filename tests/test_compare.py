@@ -32,7 +32,7 @@ QUICK, DEFAULT = LEVELS["quick"], LEVELS["default"]
 TINY = replace(
     QUICK, eigen_examples=200, density_examples=100, sharpness_examples=64, slice_examples=100, line_points=3
 )
-TINY = replace(TINY, surface_points=3, surface_examples=50, between_points=8, probes=2, steps=4)
+TINY = replace(TINY, surface_points=3, surface_examples=50, between_points=8, probes=2, steps=4, trace_probes=4)
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +53,9 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _bare(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page without its figures, which take most of the time, except where a test asks for the ``real_page``."""
-    if "real_page" not in request.fixturenames:
-        monkeypatch.setattr(report, "page", lambda comparison: "<!DOCTYPE html>")
-
-
-@pytest.fixture
-def real_page() -> None:
-    """The page of a comparison as users get it."""
+def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page without its figures, which take most of the time: test_comparing.py has the whole one."""
+    monkeypatch.setattr(report, "page", lambda comparison: "<!DOCTYPE html>")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +87,6 @@ def numbers(found: dict[str, Any]) -> str:
     return re.sub(r'"repeated": \d+|"(passes|gradients|seconds)": [\d.e+-]+', "", text)
 
 
-@pytest.mark.usefixtures("real_page")
 def test_each_number_is_that_of_the_analysis_alone(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,7 +194,7 @@ def test_killed_three_times_a_comparison_ends_in_the_same_numbers(trained: Path,
     killed, whole, parts = tmp_path / "killed", tmp_path / "whole", tmp_path / "killed" / "parts"
     stamps: dict[str, int] = {}
     for wanted in (2, 5, 9):
-        process = processes.command(*command, str(killed), page=False)
+        process = processes.command(*command, str(killed), page=False, quick=TINY)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and len(list(parts.glob("*.json"))) < wanted and process.is_alive():
             time.sleep(0.005)
@@ -212,10 +205,10 @@ def test_killed_three_times_a_comparison_ends_in_the_same_numbers(trained: Path,
         assert len(now) >= wanted
         stamps = now
     assert not (killed / "compare.json").exists()
-    processes.finished(*command, str(killed), page=False)
+    processes.finished(*command, str(killed), page=False, quick=TINY)
     assert stamps.items() <= {path.name: path.stat().st_mtime_ns for path in parts.glob("*.json")}.items()
     assert not list(parts.glob("*.partial"))
-    processes.finished(*command, str(whole), page=False)
+    assert run(*command[1:], whole) == 0
     assert numbers(record(killed)) == numbers(record(whole))
 
 
