@@ -26,8 +26,8 @@ from sharpscope.precision import available_device
 from sharpscope.problem import Problem
 from sharpscope.random_streams import derived_seed, stream
 from sharpscope.results import MonitorResult
+from sharpscope.results.origin import typed_value
 from sharpscope.results.serialization import jsonable
-from sharpscope.results.table import typed_value
 from sharpscope.zoo import DATASETS, MODELS, NOISE_VERSION, DataSet, load_data, make_model, model_arguments
 
 SCHEDULES = ("cosine", "constant")

@@ -22,7 +22,7 @@ from conftest import tiny_mlp
 from sharpscope import Problem
 from sharpscope.cli import main
 from sharpscope.comparing import LEVELS, compare
-from sharpscope.objective import autotune_micro_batch
+from sharpscope.objective import fastest_micro_batch
 from sharpscope.sharpness import worst_case
 from sharpscope.slices import random_directions
 from sharpscope.training import Recipe, train
@@ -46,7 +46,7 @@ def clock(ratio: float) -> Any:
 
 def set_clocks(patch: pytest.MonkeyPatch, ratio: float) -> None:
     """1000 chooses the smallest micro-batch and subsets side by side, 0.001 the largest and one after another."""
-    for module in (autotune_micro_batch, worst_case):
+    for module in (fastest_micro_batch, worst_case):
         patch.setattr(module, "time", clock(ratio))
 
 

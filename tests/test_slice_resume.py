@@ -17,7 +17,7 @@ from conftest import classifier
 from sharpscope import Problem, SliceResult, loss_slice, loss_surface
 from sharpscope.cli import main
 from sharpscope.errors import ArgumentError
-from sharpscope.objective import autotune_micro_batch
+from sharpscope.objective import fastest_micro_batch
 from sharpscope.resume import PointLog, discard
 from sharpscope.slices import Direction, random_directions
 from sharpscope.slices.evaluation import PointEvaluator
@@ -253,7 +253,7 @@ def test_a_clock_that_chose_otherwise_loses_no_point(
     options = ["--quadratic"] if kind == "curvature" else ["--directions", "gradient"]
     command = ["slice", "sgd.pt", *options, "--points", "5", "--out", str(tmp_path / "s.json"), "--shard"]
     for shard, size in (("1/2", 64), ("2/2", 256)):
-        monkeypatch.setattr(autotune_micro_batch, "autotune", lambda *args, size=size: size)
+        monkeypatch.setattr(fastest_micro_batch, "autotune", lambda *args, size=size: size)
         assert run(checkpoints, *command, shard) == 0
     assert SliceResult.load(tmp_path / "s.json").complete
 

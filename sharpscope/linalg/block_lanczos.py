@@ -18,7 +18,7 @@ from sharpscope.linalg.ritz import (
     rayleigh_ritz,
     ritz_bounds,
 )
-from sharpscope.linalg.vectors import (
+from sharpscope.linalg.row_blocks import (
     BREAKDOWN,
     Matmat,
     combine,

@@ -21,7 +21,7 @@ from sharpscope.linalg.ritz import (
     residual_vectors,
     ritz_bounds,
 )
-from sharpscope.linalg.vectors import (
+from sharpscope.linalg.row_blocks import (
     BREAKDOWN,
     Matmat,
     combine,

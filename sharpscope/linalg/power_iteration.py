@@ -13,7 +13,7 @@ from sharpscope.linalg.ritz import (
     rayleigh_ritz,
     residual_vectors,
 )
-from sharpscope.linalg.vectors import (
+from sharpscope.linalg.row_blocks import (
     BREAKDOWN,
     Matmat,
     combine,

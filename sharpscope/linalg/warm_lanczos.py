@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.linalg.ritz import descending
-from sharpscope.linalg.vectors import (
+from sharpscope.linalg.row_blocks import (
     BREAKDOWN,
     Matmat,
     combine,

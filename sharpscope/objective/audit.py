@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpscope.errors import AuditError, DataError, ProblemError
-from sharpscope.objective import Objective, autotune_micro_batch
+from sharpscope.objective import Objective, fastest_micro_batch
 from sharpscope.objective.accumulate import Sums
 from sharpscope.objective.micro_batches import MicroBatch, leaves, map_tensors, micro_batches
 from sharpscope.precision import cast_model
@@ -153,7 +153,7 @@ def _require_no_sum(objective: Objective, first: MicroBatch) -> None:
 
 def _require_same_mean(objective: Objective) -> None:
     """Compare the mean loss over the whole data set in micro-batches of two sizes that share few boundaries."""
-    size = objective.micro_batch if isinstance(objective.micro_batch, int) else autotune_micro_batch.DEFAULT
+    size = objective.micro_batch if isinstance(objective.micro_batch, int) else fastest_micro_batch.DEFAULT
     nothing = objective.empty_block()
     one, two = (
         objective.accumulate(micro_batches(objective.data, cut), nothing) for cut in (size, max(1, 2 * size // 5))

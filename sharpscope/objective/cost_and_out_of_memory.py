@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ProblemError, first_line, out_of_memory
-from sharpscope.objective.curvature_interface import Graph
+from sharpscope.objective.micro_batch_curvature import Graph
 from sharpscope.objective.micro_batches import MicroBatch
 
 T = TypeVar("T")

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sharpscope.objective.curvature_interface import Curvature, Graph, Products, zero_graph
 from sharpscope.objective.forward_loss import ForwardLoss
+from sharpscope.objective.micro_batch_curvature import Curvature, Graph, Products, zero_graph
 from sharpscope.objective.micro_batches import MicroBatch
 from sharpscope.weights.parameters import views
 

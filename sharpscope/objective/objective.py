@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError, DataError
-from sharpscope.objective import autotune_micro_batch
+from sharpscope.objective import fastest_micro_batch
 from sharpscope.objective.accumulate import (
     LossAndGradient,
     PerBatch,
@@ -23,9 +23,9 @@ from sharpscope.objective.accumulate import (
     require_same_loss,
 )
 from sharpscope.objective.cost_and_out_of_memory import CostCounter, OOMHalving, guarded
-from sharpscope.objective.curvature_interface import Curvature, Graph
 from sharpscope.objective.forward_loss import ForwardLoss
 from sharpscope.objective.hessian import HESSIAN
+from sharpscope.objective.micro_batch_curvature import Curvature, Graph
 from sharpscope.objective.micro_batches import MicroBatch, as_batches, micro_batches, num_examples_hint
 from sharpscope.precision import full_float32
 from sharpscope.problem import Problem
@@ -273,24 +273,24 @@ class Objective:
         Cost: 1 gradient of 24 examples.
         """
         if size is None:
-            size = self.micro_batch if isinstance(self.micro_batch, int) else autotune_micro_batch.DEFAULT
+            size = self.micro_batch if isinstance(self.micro_batch, int) else fastest_micro_batch.DEFAULT
         with self.measuring():
-            first = self.fit_to_memory(self.first_examples(autotune_micro_batch.COUNTED_EXAMPLES))
+            first = self.fit_to_memory(self.first_examples(fastest_micro_batch.COUNTED_EXAMPLES))
             ours = [*self.terms.model.parameters(), *self.terms.model.buffers()]
 
             def count(examples: int) -> int:
                 batch = first if examples == first.size else first.slice(0, examples)
-                return autotune_micro_batch.saved_bytes(lambda: self.graph(batch), ours)
+                return fastest_micro_batch.saved_bytes(lambda: self.graph(batch), ours)
 
             if self.keeps_batches or not first.splittable:
                 return count(first.size)
-            return autotune_micro_batch.extrapolate(count, first.size, size)
+            return fastest_micro_batch.extrapolate(count, first.size, size)
 
     def choose_micro_batch(self) -> int | None:
         """The micro-batch size, auto-tuned on the first call; None where the loader's batches are kept."""
         if self.micro_batch is None:
             with self.measuring():
-                self.micro_batch = autotune_micro_batch.autotune(
+                self.micro_batch = fastest_micro_batch.autotune(
                     self._one_product, self.first_examples, self.num_examples, self.graph_bytes
                 )
         return self.micro_batch if isinstance(self.micro_batch, int) else None

@@ -10,8 +10,8 @@ import numpy as np
 from sharpscope.errors import DataError
 from sharpscope.results import SliceResult
 from sharpscope.results.measured_alike import DATA, LOSS, describe, differing
+from sharpscope.results.origin import checkpoint_names, describe_departures
 from sharpscope.results.slice import DIVERGED, PENDING, describe_directions, describe_mode, keeps_centre_statistics
-from sharpscope.results.table import checkpoint_names, describe_departures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

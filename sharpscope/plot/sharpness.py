@@ -9,8 +9,8 @@ from sharpscope.errors import DataError
 from sharpscope.plot.figure import COLOURS
 from sharpscope.results import EigenResult, Measure, MonitorResult, SharpnessResult
 from sharpscope.results.measured_alike import LOSS, describe, differing
+from sharpscope.results.origin import checkpoint_names
 from sharpscope.results.sharpness import exact_setting
-from sharpscope.results.table import checkpoint_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from typing import Any
 from sharpscope.report.drawing import escape, table, tag
 from sharpscope.results.base import Cost, total_cost
 from sharpscope.results.comparison import ANALYSES, Comparison, Subject
-from sharpscope.results.table import describe_departures
+from sharpscope.results.origin import describe_departures
 from sharpscope.version import __version__
 
 UNIT = (

@@ -1,13 +1,12 @@
 """Results: what was measured, how surely, at what cost, and where it came from. NumPy only."""
 
-from sharpscope.results.base import Cost
+from sharpscope.results.base import Cost, side_by_side
 from sharpscope.results.comparison import Comparison
 from sharpscope.results.density_and_trace import Curve, DensityResult, TraceResult
 from sharpscope.results.eigen import EigenResult, Ratio
 from sharpscope.results.layerwise import BlockResult
 from sharpscope.results.monitor import MonitorRecord, MonitorResult
 from sharpscope.results.sharpness import InvarianceResult, Measure, SharpnessResult
-from sharpscope.results.side_by_side_table import side_by_side
 from sharpscope.results.slice import Mark, SliceResult
 from sharpscope.results.slice_exchange import read_loss_landscape, to_csv, to_vtk
 from sharpscope.results.statistics import Estimate

@@ -10,11 +10,10 @@ from typing import Annotated, Any
 import numpy as np
 
 from sharpscope.errors import DataError
-from sharpscope.results.base import Cost
+from sharpscope.results.base import Cost, RowResult
+from sharpscope.results.origin import origin_notes
 from sharpscope.results.serialization import Array, Shape
-from sharpscope.results.side_by_side_table import RowResult
 from sharpscope.results.statistics import Estimate, student
-from sharpscope.results.table import origin_notes
 
 PerNode = Annotated[Array, Shape("K nodes")]
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
 from sharpscope.formatting import with_mark
-from sharpscope.results.base import Cost
+from sharpscope.results.base import Cost, RowResult
+from sharpscope.results.origin import origin_notes
 from sharpscope.results.serialization import (
     IN_NPZ,
     Array,
@@ -24,8 +25,6 @@ from sharpscope.results.serialization import (
     read_arrays,
     write_json,
 )
-from sharpscope.results.side_by_side_table import RowResult
-from sharpscope.results.table import origin_notes
 
 # Above this probability of a miss there is no certificate.
 MAX_MISS_PROBABILITY = 0.01

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
 from sharpscope.formatting import with_mark
-from sharpscope.results.base import Cost
+from sharpscope.results.base import CheckpointResult, Cost
+from sharpscope.results.origin import describe_origin
 from sharpscope.results.serialization import Array, Shape, annotations_of, as_json, metadata_of, parse_value
-from sharpscope.results.side_by_side_table import CheckpointResult
 from sharpscope.results.statistics import Estimate
-from sharpscope.results.table import Table, describe_origin, stacked
+from sharpscope.results.table import Table, stacked
 
 # A field of this shape is a key of each block's object in the JSON, of the same name or this one.
 BLOCKS = Shape("L")

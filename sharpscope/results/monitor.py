@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
 from sharpscope.formatting import with_bound
-from sharpscope.results.base import Cost
+from sharpscope.results.base import CheckpointResult, Cost
+from sharpscope.results.origin import origin_notes, typed_value
 from sharpscope.results.serialization import MaybeNaN
-from sharpscope.results.side_by_side_table import CheckpointResult
-from sharpscope.results.table import Table, origin_notes, stacked, typed_value
+from sharpscope.results.table import Table, stacked
 
 # Rows of the table, evenly spread over the run, the first and the last among them.
 MAX_ROWS = 20

@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar
 
 from sharpscope.errors import DataError, nearest
 from sharpscope.formatting import with_mark
-from sharpscope.results.base import Cost
+from sharpscope.results.base import CheckpointResult, Cost
+from sharpscope.results.origin import origin_notes, typed_value
 from sharpscope.results.serialization import MaybeNaN, Shape
-from sharpscope.results.side_by_side_table import CheckpointResult
-from sharpscope.results.table import Table, origin_notes, stacked, typed_value
+from sharpscope.results.table import Table, stacked
 
 DEFINITIONS = {
     "m-sharpness": "mean over disjoint subsets b of m examples of max L_b(w+e) - L_b(w), ||D^-1 e||_p <= rho, as far "

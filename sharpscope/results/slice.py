@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharpscope.errors import DataError
-from sharpscope.results.base import Cost
+from sharpscope.results.base import CheckpointResult, Cost
+from sharpscope.results.origin import origin_notes, typed_value
 from sharpscope.results.serialization import (
     IN_NPZ,
     Array,
@@ -28,8 +29,7 @@ from sharpscope.results.serialization import (
     without_header,
     write_json,
 )
-from sharpscope.results.side_by_side_table import CheckpointResult
-from sharpscope.results.table import Table, origin_notes, typed_value
+from sharpscope.results.table import Table
 
 PENDING, DONE, DIVERGED = 0, 1, 2
 STATUSES = ("pending", "done", "diverged")

@@ -19,7 +19,7 @@ from sharpscope.atomic_io import atomic
 from sharpscope.errors import ArgumentError
 from sharpscope.measurement import seeded
 from sharpscope.objective import Objective
-from sharpscope.objective.autotune_micro_batch import DEFAULT
+from sharpscope.objective.fastest_micro_batch import DEFAULT
 from sharpscope.problem import Problem
 from sharpscope.results import EigenResult
 from sharpscope.results.serialization import UNREADABLE, jsonable

@@ -14,8 +14,8 @@ from torch import Tensor
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg.quadrature import lanczos_quadrature_rows, require_probes
 from sharpscope.linalg.ritz import residual_vectors
+from sharpscope.linalg.row_blocks import inner, norms
 from sharpscope.linalg.trace_and_frobenius import TraceEstimate, trace_and_frobenius_rows, trace_from_images
-from sharpscope.linalg.vectors import inner, norms
 from sharpscope.measurement import Measurement
 from sharpscope.objective import Progress
 from sharpscope.objective.accumulate import PerBatch

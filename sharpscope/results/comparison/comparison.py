@@ -12,9 +12,10 @@ from sharpscope.results.base import Result
 from sharpscope.results.comparison.findings import findings
 from sharpscope.results.comparison.rows import Row, comparison_rows, reference_and_others
 from sharpscope.results.comparison.subject import Interpolation, Subject, group_subjects, pair_runs
+from sharpscope.results.origin import describe_departures, typed_value
 from sharpscope.results.serialization import jsonable, parse_value
 from sharpscope.results.slice import SliceResult
-from sharpscope.results.table import Table, describe_departures, typed_value
+from sharpscope.results.table import Table
 
 # What the record of every subject has, whatever was measured.
 _SUBJECT_KEYS = ("name", "group", "pair", "performance", "provenance")

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from sharpscope.results.comparison.rows import Row
 from sharpscope.results.comparison.subject import Interpolation, Subject, group_subjects
+from sharpscope.results.origin import typed_value
 from sharpscope.results.statistics import EXACT, INTERVAL_KINDS, NO_INTERVAL, PAIRS, Cell, Difference
-from sharpscope.results.table import typed_value
 
 # Twenty intervals of 95 % leave out what they should hold once in the mean.
 INTERVALS_PER_MISS = 20

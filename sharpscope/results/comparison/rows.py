@@ -10,6 +10,7 @@ from typing import Any
 from sharpscope.results.comparison.subject import Subject, group_subjects, pair_runs
 from sharpscope.results.density_and_trace import TraceResult
 from sharpscope.results.eigen import EigenResult
+from sharpscope.results.origin import describe_examples, describe_origin, typed_value
 from sharpscope.results.serialization import as_json
 from sharpscope.results.sharpness import Measure, SharpnessResult
 from sharpscope.results.statistics import (
@@ -31,7 +32,6 @@ from sharpscope.results.statistics import (
     surely_positive,
     wilson,
 )
-from sharpscope.results.table import describe_examples, describe_origin, typed_value
 
 Groups = Mapping[str, Sequence[Subject]]
 
