@@ -132,6 +132,7 @@ else:
         except OSError:
             pass
         finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked process, such as a loader's worker, may have it open
             os.close(descriptor)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -23,6 +22,8 @@ from sharpscope.cli import main
 from sharpscope.errors import ArgumentError, OutputError
 from sharpscope.results import MonitorResult
 from sharpscope.training import Recipe, monitor_path, snapshot_path, train
+
+fcntl = pytest.importorskip("fcntl")
 
 PROBLEM = """
 import torch
@@ -234,6 +235,24 @@ def _hold(path: str) -> None:
     with locked(path):
         Path("locked").touch()
         time.sleep(600)
+
+
+def test_a_process_that_was_forked_under_a_lock_does_not_keep_it(folder: Path) -> None:
+    """A loader's worker that outlives the block has the lock file open, and blocks nobody."""
+    from sharpscope.atomic_io import locked
+
+    for shared in (False, True):
+        with locked("place", shared=shared):
+            child = os.fork()
+            if not child:
+                time.sleep(600)
+                os._exit(0)
+        try:
+            with locked("place"):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def test_a_process_that_is_killed_blocks_nobody(folder: Path) -> None:
