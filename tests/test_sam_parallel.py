@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import processes
-from sharpscope.optim import GSAM, SAM, LookSAM
+from sharpscope.optim import ASAM, GSAM, SAM, FriendlySAM, LookSAM
 
 RANKS, SIZE, STEPS = 4, 16, 3
 
@@ -22,7 +22,9 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 
 FAMILY: dict[str, Callable[..., SAM]] = {
     "sam": SAM,
+    "asam": ASAM,
     "gsam": GSAM,
+    "friendly": FriendlySAM,
     "looksam": lambda *a, **k: LookSAM(*a, k=2, **k),
     "two ascent steps": lambda *a, **k: SAM(*a, ascent_steps=2, **k),
 }
@@ -88,9 +90,10 @@ def process(rank: int, folder: str) -> None:
         found[case] = (weights, optimizer.effective_m, optimizer.skipped_steps)
 
     for name, make in FAMILY.items():
-        run(f"{name}, m a rank", make, True)
         run(f"{name}, m of all", make, False)
-        if name != "looksam":
+        if name != "friendly":  # whose mean is each rank's own
+            run(f"{name}, m a rank", make, True)
+        if name not in ("looksam", "friendly"):
             run(f"{name}, m = 8", make, True, m=8)
     run("bfloat16", SAM, True, network().bfloat16(), m=8, weight_decay=0.1)
     run("branch", SAM, True, Branch(rank == 0), m=16, weight_decay=0.1)
@@ -118,10 +121,13 @@ def alone(name: str, m: int | None) -> Tensor:
 CASES = [("m a rank", 16, 16), ("m of all", None, 64), ("m = 8", 8, 8)]
 
 
-# LookSAM's steps between looks take the gradient of a whole rank, in whichever pieces.
+# LookSAM's steps between looks take the gradient of a whole rank, in whichever pieces; FriendlySAM's mean is a rank's.
+EXCEPT = ("looksam, m = 8", "friendly, m a rank", "friendly, m = 8")
+
+
 @pytest.mark.parametrize(
     ("name", "case", "m", "said"),
-    [(name, *case) for name in FAMILY for case in CASES if (name, case[0]) != ("looksam", "m = 8")],
+    [(name, *case) for name in FAMILY for case in CASES if f"{name}, {case[0]}" not in EXCEPT],
 )
 def test_ranks_equal_one_device(ranks: list[dict[str, Any]], name: str, case: str, m: int | None, said: int) -> None:
     """4 ranks of 16 are one device with batch 64 and m = 16; without ddp= all 64 share a perturbation."""

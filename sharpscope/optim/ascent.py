@@ -13,6 +13,7 @@ from torch import Tensor
 from sharpscope.errors import ArgumentError
 from sharpscope.weights.norm_ball import Ball, norm_on_device, settled_norm, widened
 from sharpscope.weights.perturbation import Perturbation
+from sharpscope.weights.tensor_lists import multiply
 
 # Maps weights and their gradients to the direction of ascent.
 DirectionOf = Callable[[Sequence[Tensor], list[Tensor]], list[Tensor]]
@@ -57,10 +58,10 @@ class AscentSteps:
         weights = [p for params in chosen for p in params]
         grads = dense_gradients(weights)
         if inverse_scale != 1.0 and grads:
-            grads = list(torch._foreach_mul(grads, inverse_scale))
+            grads = multiply(grads, inverse_scale)
         raw, grads = grads, direction_of(weights, grads)
         scales = self._scales_of(weights)
-        scaled = grads if scales is None else list(torch._foreach_mul(grads, scales))
+        scaled = grads if scales is None else multiply(grads, scales)
         norm = settled_norm(float(norm_on_device(scaled)), scaled)
         if norm == 0.0 and grads is not raw and 0.0 < settled_norm(float(norm_on_device(raw)), raw) < math.inf:
             # The direction is zero although the gradient is not: e = 0.
@@ -76,7 +77,7 @@ class AscentSteps:
         if self.normalize:
             direction, factor = self.ball.steepest(grads, scales, norm)
         else:
-            direction, factor = scaled if scales is None else list(torch._foreach_mul(scaled, scales)), 1.0
+            direction, factor = scaled if scales is None else multiply(scaled, scales), 1.0
         directions = iter(direction)
         for group, params in zip(groups, chosen, strict=True):
             if params:
@@ -88,10 +89,13 @@ class AscentSteps:
 
     def restore(self) -> bool:
         """Copy w back; return whether any weight was perturbed."""
-        perturbation, self._perturbation, self._scales = self._perturbation, None, {}
+        perturbation, self._scales = self._perturbation, {}
         if perturbation is None:
             return False
-        perturbation.restore()
+        try:
+            perturbation.restore()
+        finally:
+            self._perturbation = None
         return bool(perturbation.weights)
 
     def _scales_of(self, weights: Sequence[Tensor]) -> list[Tensor] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.parameter import is_lazy
+
+from sharpscope.weights.tensor_lists import is_distributed, local
 
 
 class ReplayedClosure:
@@ -56,12 +58,17 @@ class ReplayedClosure:
         after = ModuleState()
         for module in self._before.modules:
             after.save(module)
+        self._before.reshard()  # gathered at other weights
         try:
             self._before.restore()
             with after.recorded(), no_sync, torch.enable_grad():
                 return self._closure(*self._tensors)
+        except BaseException:
+            self._before.reshard(failed=True)
+            raise
         finally:
             after.restore()
+            self._before.reshard()
 
 
 class EmptyGradients:
@@ -69,6 +76,9 @@ class EmptyGradients:
 
     When the first gradient arrives, each ``.grad`` that was not zeroed inside the context (it is the same tensor, in
     the same version) is set to None and kept in ``found``. A parameter that gets no gradient is then left without one.
+
+    ``fully_shard`` adds gradients without a hook before it. There zeros stand in for ``.grad``; what was added to them
+    once and to nothing else was not zeroed.
 
     Args:
         params: parameters that get gradients.
@@ -82,31 +92,48 @@ class EmptyGradients:
     def __init__(self, params: Iterable[Tensor], first: Tensor | None = None) -> None:
         self.found: dict[Tensor, Tensor] = {}
         self.first = first
-        self._before = [(p, p.grad, p.grad._version) for p in params if p.requires_grad and p.grad is not None]
-        watched = [p for p, _, _ in self._before]
-        if first is not None and any(p is first for p in watched):
-            watched = [first]
+        self._before: dict[Tensor, tuple[Tensor, Tensor, int]] = {}
+        self._arrived = False
         # Each device has its own backward thread: none may accumulate before all of .grad is set aside.
         self._lock = threading.Lock()
-        self._handles = [p.register_hook(partial(self._set_aside, p)) for p in watched]  # type: ignore[no-untyped-call]
+        self._handles = []
+        for p in params:
+            if p.requires_grad and p.grad is not None:
+                grad = before = p.grad
+                if is_distributed(p):
+                    grad = p.grad = torch.zeros_like(before)
+                    self._handles.append(p.register_post_accumulate_grad_hook(self._after_first))  # type: ignore[no-untyped-call]
+                self._before[p] = before, grad, _version_of(grad)
+        watched = [first] if first is not None and first in self._before else list(self._before)
+        self._handles += [p.register_hook(partial(self._set_aside, p)) for p in watched]  # type: ignore[no-untyped-call]
 
     def _set_aside(self, first: Tensor | None, _: Tensor | None = None) -> None:
         with self._lock:
             if not self._before:
                 return
-            for p, grad, version in self._before:
-                if p.grad is grad and grad._version == version:
+            for p, (before, grad, version) in self._before.items():
+                if p.grad is grad and _version_of(grad) == version:
                     # DistributedDataParallel may write the next gradients into the memory of a view.
-                    self.found[p] = grad.clone() if grad._is_view() else grad
+                    self.found[p] = before.clone() if before._is_view() else before
                     p.grad = None
             self._before.clear()
             self.first = None if self.found else first
 
+    def _after_first(self, p: Tensor) -> None:
+        with self._lock:
+            self._arrived = True
+            before, grad, version = self._before.pop(p, (p, None, 0))
+            if grad is not None and p.grad is grad and _version_of(grad) == version + 1:
+                self.found[p], self.first = before, None
+
     def close(self) -> None:
-        """Remove the hooks. What no gradient has replaced stays in ``.grad``."""
+        """Remove the hooks. If no gradient has arrived, ``.grad`` is what it was."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for p, (before, grad, version) in self._before.items():
+            if p.grad is grad and _version_of(grad) == version:
+                p.grad = None if self._arrived else before
         self._before.clear()
 
     def __enter__(self) -> EmptyGradients:
@@ -118,6 +145,11 @@ class EmptyGradients:
         if kind is None:
             self._set_aside(None)  # no gradient arrived: what .grad holds is not of this pass
         self.close()
+
+
+def _version_of(tensor: Tensor) -> int:
+    """Number of changes in place, of a distributed tensor itself and of its shard, which count their own."""
+    return tensor._version + local(tensor)._version if is_distributed(tensor) else tensor._version
 
 
 def random_state(devices: Iterable[torch.device]) -> Callable[[], None]:
@@ -197,6 +229,7 @@ class ModuleState:
 
     def __init__(self) -> None:
         self.modules: dict[nn.Module, None] = {}
+        self._sharded: dict[Any, None] = {}  # modules of fully_shard
         self._buffers: list[tuple[nn.Module, str, Tensor | None]] = []
         self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
         self._lists: list[tuple[list[Any], list[Any]]] = []
@@ -208,6 +241,8 @@ class ModuleState:
         if module in self.modules:
             return
         for child in module.modules():
+            if hasattr(type(child), "set_reshard_after_backward"):
+                self._sharded[child] = None
             if child.training and child not in self.modules:
                 self.modules[child] = None
                 for name, buffer in child._buffers.items():
@@ -247,6 +282,18 @@ class ModuleState:
             for name, before in values_before.items():
                 if attributes.get(name) is not before and (_is_state(before) or _is_state(attributes.get(name))):
                     attributes[name] = before
+
+    def reshard(self, failed: bool = False) -> None:
+        """Discard the parameters that ``fully_shard`` has gathered, so that the next pass gathers the current ones.
+
+        ``failed``: after an error amid a pass, where newer versions of torch need ``reset_iter_state`` of the root.
+        """
+        for module in self._sharded:
+            if failed and hasattr(module, "reset_iter_state"):
+                with suppress(RuntimeError):  # not the root
+                    module.reset_iter_state()
+            else:
+                module.reshard()
 
     @contextmanager
     def recorded(self) -> Iterator[None]:

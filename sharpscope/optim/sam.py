@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,10 +16,12 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from sharpscope.errors import ArgumentError, require_count
 from sharpscope.optim.ascent import AscentSteps, GradientSum, check_rho, dense_gradients, split_batch
 from sharpscope.optim.replay import EmptyGradients, ReplayedClosure
-from sharpscope.weights.norm_ball import Ball, norm_of, norm_on_device, settled_norm
+from sharpscope.weights.norm_ball import Ball, norm_of, norm_on_device, settled_norm, widened
 from sharpscope.weights.perturbation import cosine
+from sharpscope.weights.tensor_lists import local
 
 Loss = TypeVar("Loss")
+T = TypeVar("T")
 
 # Float32 rounding gives a cosine above 0.999999; bfloat16 weights of a trained network gave 0.56.
 _MIN_COSINE = 0.9
@@ -31,13 +34,45 @@ _SAME_GRADIENT = 0.01
 _CALLER = {"w": 5, "w + e": 6}
 
 
+# What two-step recipes keep in the state of a parameter between their two steps.
+_TWO_STEP_STATE = frozenset(("old_p", "e_w", "old_g"))
+
+# Group entry of the variants with a memory: the number of steps that it covers.
+_STEPS = "sam_steps"
+
+
+class _Progress(Generic[T]):
+    """An attribute that steps change.
+
+    It is kept in one dict, ``_progress``: trainers wrap an optimizer in an object of a subclass that copies or forwards
+    its attributes, and what ``first_step`` of the wrapper sets must reach the optimizer.
+    """
+
+    def __init__(self, start: T) -> None:
+        self._start = start
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: SAM | None, owner: type) -> T:
+        value: T = self._start if optimizer is None else optimizer._progress.get(self._name, self._start)
+        return value
+
+    def __set__(self, optimizer: SAM, value: T) -> None:
+        optimizer._progress[self._name] = value
+
+
 class SAM(Optimizer):
     """``w <- base step at w with grad L(w + e)``, ``e = rho g / ||g||_2`` (p = 2) or ``rho sign(g)`` (p = inf).
 
     ``g = grad L(w)``, and its norm is over all parameter groups. SAM and the base optimizer share ``param_groups``,
     ``state`` and ``defaults``, so schedulers, ``add_param_group`` and ``load_state_dict`` apply to both, and
-    ``state_dict()`` resumes bit for bit. SAM also loads the state dict of the base optimizer alone. A group may set its
-    own ``rho``. With ``maximize=True`` the perturbation descends.
+    ``state_dict()`` resumes bit for bit, also through ``torch.distributed.checkpoint``. SAM also loads the state dict
+    of the base optimizer alone. A group may set its own ``rho``. With ``maximize=True`` the perturbation descends.
+
+    Parameters may be distributed tensors, as after ``torch.distributed.fsdp.fully_shard``: each process moves its
+    shards, and norms are over all of them. All processes must call ``step`` with the same number of chunks. Whatever
+    fails at ``w + e``, the weights are restored bit for bit.
 
     A step whose gradient is zero or not finite at ``w``, or not finite at ``w + e``, is skipped: weights and state do
     not change, ``skipped_steps`` is incremented, and a RuntimeWarning is issued (not with a GradScaler, which causes
@@ -71,8 +106,8 @@ class SAM(Optimizer):
 
     Cost: 1 + ascent_steps gradients per step, and a copy of the weights; with several chunks also a sum of gradients.
 
-    Raises: ArgumentError for an argument outside its domain, complex parameters, sparse gradients, or a base optimizer
-        with a ``rho`` of its own, such as Adadelta.
+    Raises: ArgumentError for an argument outside its domain, complex parameters, those of the older
+        ``FullyShardedDataParallel``, sparse gradients, or a base optimizer with a ``rho`` of its own, such as Adadelta.
 
     Source: Foret et al. 2021, Algorithm 1 and Eq. 2. The released code differs: it has the L2 penalty in the loss of
         both passes; here the base optimizer applies weight decay at ``w``, as in Eq. 1. The paper does not define the
@@ -93,21 +128,14 @@ class SAM(Optimizer):
 
     base_optimizer: Optimizer
     m: int | None
-    skipped_steps: int
-    num_gradients: float
-    effective_m: int | None = None
+    skipped_steps = _Progress(0)
+    num_gradients = _Progress(0.0)
+    effective_m: _Progress[int | None] = _Progress(None)
 
     # Attributes copied and pickled besides those of every optimizer; variants add theirs.
-    _copied_attributes: tuple[str, ...] = (
-        "base_optimizer",
-        "m",
-        "skipped_steps",
-        "num_gradients",
-        "_ascent",
-        "_count",
-        "_memory",
-        "_ddp",
-    )
+    _copied_attributes: tuple[str, ...] = ("base_optimizer", "m", "_ascent", "_ddp")
+    # What a variant remembers of each parameter from step to step: its name in the parameter's state; None: nothing.
+    _memory_name: str | None = None
     # Whether ``_combine`` needs the gradient at w as well as that at w + e.
     _uses_gradient_at_w: bool = False
     # Whether every step takes two gradients, so that first_step and second_step can be called.
@@ -115,11 +143,13 @@ class SAM(Optimizer):
     # GradScaler.step then calls step() whatever it found in .grad, with grad_scale set: step() names the right call.
     _step_supports_amp_scaling: bool = True
     # Gradient at w, stored for ``_combine`` between first_step and second_step.
-    _at_w: GradientSum | None = None
+    _at_w: _Progress[GradientSum | None] = _Progress(None)
     # Hooks between first_step and second_step, and the parameter whose gradient arrives first in a pass.
-    _second_pass: EmptyGradients | None = None
-    _first_gradient: Tensor | None = None
-    _rounding_reported: bool = False
+    _second_pass: _Progress[EmptyGradients | None] = _Progress(None)
+    _first_gradient: _Progress[Tensor | None] = _Progress(None)
+    _rounding_reported = _Progress(False)
+    # Schedulers read this to warn about a missing optimizer step; second_step() counts as a step.
+    _opt_called = _Progress(False)
 
     def __init__(
         self,
@@ -146,6 +176,7 @@ class SAM(Optimizer):
             raise ArgumentError("normalize=False needs p=2, got p=inf, which always steps by rho sign(g).")
         if ddp is not None and not hasattr(ddp, "no_sync"):
             raise ArgumentError(f"ddp must be the DistributedDataParallel model, got {type(ddp).__name__}.")
+        self._progress: dict[str, Any] = {}
         make_base: Callable[..., Optimizer] = base_optimizer
         twice = sorted(set(options) & set(base_options or {}))
         if twice:
@@ -157,24 +188,27 @@ class SAM(Optimizer):
                 "that it shares with SAM can hold only one. Use another base optimizer, or this one without SAM."
             )
         base.defaults["rho"] = rho
+        if self._memory_name is not None:
+            base.defaults[_STEPS] = 0
         super().__init__(base.param_groups, base.defaults)
         self.base_optimizer = base
         self.state = base.state  # some optimizers, such as Adagrad, fill it in their constructor
         self._ascent, self.m, self._ddp = AscentSteps(ball, ascent_steps, normalize), m, ddp
-        self.skipped_steps, self.num_gradients = 0, 0.0
-        # State of the variants: number of steps, and tensors by parameter and name.
-        self._count = 0
-        self._memory: dict[Tensor, dict[str, Tensor]] = {}
         self._link()
+        if self.state:
+            self._initialise_memory()
 
     def _link(self) -> None:
         # By __setstate__ of the base, since some optimizers convert old checkpoints there.
         shared = {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
-        self.base_optimizer.__setstate__(shared)
+        with self._hidden_memory():
+            self.base_optimizer.__setstate__(shared)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("a copy")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._copied_attributes}}
+        counts = {name: value for name, value in self._progress.items() if isinstance(value, int | float)}
+        copied = {name: getattr(self, name) for name in self._copied_attributes}
+        return {**super().__getstate__(), **copied, "_progress": counts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -183,30 +217,70 @@ class SAM(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State of the base optimizer and the shared groups, including ``rho``; the base optimizer can load it too.
 
-        The entry "sam" is the state of a variant, in the order of the parameters.
+        What a variant remembers of a parameter is an entry of the parameter's state, so that
+        ``torch.distributed.checkpoint`` saves and loads it like that of any optimizer.
 
         Raises: ArgumentError if the weights are perturbed.
         """
         self._refuse_while_perturbed("state_dict()")
-        kept = {i: self._memory[p] for i, p in enumerate(self._params()) if p in self._memory}
-        return {**super().state_dict(), "sam": {"count": self._count, "kept": kept}}
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of SAM, or of the base optimizer alone, which does not change ``rho``.
 
-        Raises: ArgumentError if the weights are perturbed.
+        The memory of another variant is left out.
+
+        Raises: ArgumentError if the weights are perturbed, or for a state dict of a SAM that keeps the state of its
+            base optimizer elsewhere.
         """
         self._refuse_while_perturbed("load_state_dict()")
-        radii = [group["rho"] for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        params, radii = self._params(), [group["rho"] for group in self.param_groups]
+        base_state, memory = self._base_state(state_dict)
+        groups, state = self.param_groups, self.state
+        super().load_state_dict({**state_dict, "state": base_state})
+        # In place: a trainer's wrapper and the optimizer inside share these objects.
+        groups[:] = self.param_groups
+        state.clear()
+        state.update(self.state)
+        self.param_groups, self.state = groups, state
+        self._link()
+        steps = max(int(group.get(_STEPS, 0)) for group in self.param_groups) if memory else 0
         for group, rho in zip(self.param_groups, radii, strict=True):
             group.setdefault("rho", rho)
-        own, params = state_dict.get("sam", {}), self._params()
-        self._count = int(own.get("count", 0))
-        self._memory = {
-            params[i]: {name: value.to(params[i].device).clone() for name, value in named.items()}
-            for i, named in own.get("kept", {}).items()
-        }
+            group.pop(_STEPS, None)
+        if self._memory_name is None:
+            return
+        self._set_steps(steps)
+        # After the base's own loading, which casts to the precision of the weights.
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            if i in memory:
+                self.state[p][self._memory_name] = memory[i].to(p.device)
+
+    def _base_state(self, state_dict: dict[str, Any]) -> tuple[dict[Any, Any], dict[Any, Tensor]]:
+        """The state that is for the base optimizer, and the memory of this variant, by the keys of ``state_dict``."""
+        names = {kind._memory_name for kind in _kinds(SAM)} - {None}
+        state, memory, between = {}, {}, 0
+        for key, entries in state_dict["state"].items():
+            if self._memory_name in entries:
+                memory[key] = entries[self._memory_name]
+            of_base = {name: v for name, v in entries.items() if name not in names | _TWO_STEP_STATE}
+            between += not _TWO_STEP_STATE.isdisjoint(entries)
+            if of_base:
+                state[key] = of_base
+        if between and not state:
+            raise ArgumentError(
+                f"The state dict holds none of the state of the base optimizer, only what its SAM needs within a step "
+                f"({', '.join(sorted(_TWO_STEP_STATE))}). Pass the state_dict() of its base_optimizer, or, if there "
+                'is only this one, {**state_dict, "state": {}}, with which momentum and the like start anew.'
+            )
+        adaptive = "adaptive" not in self.defaults and any(g.get("adaptive") for g in state_dict["param_groups"])
+        if adaptive and self._ascent.ball.scaling != "elementwise":
+            raise ArgumentError(
+                "The state dict is of a SAM with adaptive=True, but this one has "
+                f'adaptive={self._ascent.ball.scaling!r}. Build it with adaptive="elementwise".'
+            )
+        return state, memory
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to SAM and to the base optimizer; its options may include ``rho``.
@@ -222,6 +296,14 @@ class SAM(Optimizer):
         if any(p.is_complex() for p in self.param_groups[-1]["params"]):
             self.param_groups.pop()
             raise ArgumentError("SAM needs real parameters, got complex ones. Pass torch.view_as_real(parameter).")
+        if any(getattr(p, "_fsdp_flattened", False) for p in self.param_groups[-1]["params"]):
+            self.param_groups.pop()
+            raise ArgumentError(
+                "SAM needs the norm of the whole gradient, but FullyShardedDataParallel hides which shard a parameter "
+                "is. Shard the model with torch.distributed.fsdp.fully_shard."
+            )
+        if self._memory_name is not None:
+            self.param_groups[-1][_STEPS] = self.param_groups[0][_STEPS]
 
     @torch.no_grad()
     def step(self, closure: Callable[..., Loss] | None = None, *batch: Tensor, scaler: Any = None) -> Loss:
@@ -255,6 +337,10 @@ class SAM(Optimizer):
             and ``second_step``.
         """
         self._refuse_while_perturbed("step()")
+        if closure is None and self._only_initialises():
+            self.base_optimizer.step()
+            self._initialise_memory()
+            return None  # type: ignore[return-value]
         if hasattr(self, "grad_scale"):
             # Set by GradScaler.step, which does not remove it after an error.
             vars(self).pop("grad_scale")
@@ -393,6 +479,63 @@ class SAM(Optimizer):
     def _combine(self, at_w: GradientSum | None) -> None:
         """Replace ``.grad``, the gradient at w + e, by that for the base step; ``at_w`` is the gradient at w."""
 
+    # What a variant remembers. It lies in the state of the base optimizer, which must not take it for its own.
+
+    def _steps(self) -> int:
+        """Number of steps that the memory covers."""
+        return int(self.param_groups[0][_STEPS])
+
+    def _set_steps(self, steps: int) -> None:
+        for group in self.param_groups:
+            group[_STEPS] = steps
+
+    def _memory(self) -> dict[Tensor, Tensor]:
+        """What the variant remembers, by parameter; empty before its first step."""
+        return self._stored_memory() if self._steps() else {}
+
+    def _stored_memory(self) -> dict[Tensor, Tensor]:
+        name = self._memory_name
+        return {} if name is None else {p: kept[name] for p, kept in self.state.items() if name in kept}
+
+    def _set_memory(self, memory: Mapping[Tensor, Tensor], steps: int) -> None:
+        if self._memory_name is None:
+            return
+        for p in self._stored_memory():
+            del self.state[p][self._memory_name]
+        for p, value in memory.items():
+            self.state[p][self._memory_name] = value
+        self._set_steps(steps)
+
+    def _initialise_memory(self) -> None:
+        # With the rest of the state, so that torch.distributed.checkpoint finds every name that it is to load.
+        self._set_memory({p: torch.zeros_like(widened(p)) for p in self._params() if p.requires_grad}, steps=0)
+
+    @contextmanager
+    def _hidden_memory(self) -> Iterator[None]:
+        # Base optimizers initialise the state of a parameter if it is empty, and otherwise expect it to be theirs.
+        memory = self._stored_memory()
+        for p in memory:
+            del self.state[p][self._memory_name]
+            if not self.state[p]:
+                del self.state[p]
+        try:
+            yield
+        finally:
+            for p, value in memory.items():
+                self.state[p][self._memory_name] = value
+
+    def _only_initialises(self) -> bool:
+        """Whether step() is called to initialise the state, as ``torch.distributed.checkpoint`` does.
+
+        It sets the learning rates and the gradients to 0 for that.
+        """
+        grads = [p.grad for p in self._params() if p.requires_grad]
+        return (
+            not self.state
+            and all(float(group.get("lr", 1.0)) == 0.0 for group in self.param_groups)
+            and all(grad is not None and not local(grad).any() for grad in grads)
+        )
+
     # Forward and backward passes, and the base step.
 
     def _gradient(self, replayed: ReplayedClosure, share: float, local: bool) -> tuple[Any, dict[Tensor, Tensor]]:
@@ -434,8 +577,9 @@ class SAM(Optimizer):
         if comparable:
             now = {p: p.grad for p in self._params() if p.grad is not None}
             norm = norm_of(list(now.values()))
-            zero = torch.zeros(())
-            difference = norm_of([now.get(p, zero) - found.get(p, zero).to(p) for p in {**now, **found}])
+            difference = norm_of(
+                [_or_zeros(now.get(p), p) - _or_zeros(found.get(p), p).to(p) for p in {**now, **found}]
+            )
             # Without a finite gradient the step is skipped, which warns.
             if not 0.0 < norm < math.inf or difference <= _SAME_GRADIENT * norm:
                 return
@@ -488,11 +632,11 @@ class SAM(Optimizer):
             self._skip("is zero" if total == 0.0 else "is not finite", "w + e", unscaled=scaler)
             return
         self._combine(at_w)
-        if scaler is None:
-            self.base_optimizer.step()
-        else:
-            scaler.step(self.base_optimizer)
-        # Schedulers read this to warn about a missing optimizer step; second_step() counts as a step.
+        with self._hidden_memory():
+            if scaler is None:
+                self.base_optimizer.step()
+            else:
+                scaler.step(self.base_optimizer)
         self._opt_called = True
 
     def _skip(self, what: str, where: str, scaler: Any = None, unscaled: Any = None) -> None:
@@ -539,6 +683,14 @@ class SAM(Optimizer):
         size = len(batch[0]) if self.m is None else min(self.m, len(batch[0]))
         together = self._ddp is None and torch.distributed.is_available() and torch.distributed.is_initialized()
         return size * torch.distributed.get_world_size() if together else size
+
+
+def _kinds(kind: type[SAM]) -> list[type[SAM]]:
+    return [kind, *(k for child in kind.__subclasses__() for k in _kinds(child))]
+
+
+def _or_zeros(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if tensor is None else tensor
 
 
 def _check_base(base: object) -> None:

@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from sharpscope.errors import ArgumentError, require_count
 from sharpscope.optim.ascent import GradientSum
-from sharpscope.optim.sam import SAM
+from sharpscope.optim.sam import SAM, _Progress
 from sharpscope.weights.norm_ball import inner_of, norm_of, widened
 
 
@@ -118,6 +118,7 @@ class LookSAM(SAM):
     """
 
     _uses_gradient_at_w, _supports_two_calls = True, False
+    _memory_name = "looksam_g_v"
     _copied_attributes = (*SAM._copied_attributes, "k", "alpha")
 
     def __init__(
@@ -135,22 +136,19 @@ class LookSAM(SAM):
         super().__init__(params, base_optimizer, rho, **options)
 
     def _perturbs(self) -> bool:
-        # If the step that should take both gradients was skipped, the next one does.
-        return self._count % self.k == 0 or not self._memory
+        return self._steps() % self.k == 0
 
     def _combine(self, at_w: GradientSum | None) -> None:
-        self._count += 1
         params = [p for p in self._params() if p.grad is not None]
         now = [widened(p.grad) for p in params if p.grad is not None]
+        memory, steps = self._memory(), self._steps() + 1
         if at_w is not None:
             old = [at_w.sums.get(p, torch.zeros_like(e)) for p, e in zip(params, now, strict=True)]
             coefficient = inner_of(now, old) / max(inner_of(old, old), torch.finfo(torch.float64).tiny)
-            self._memory = {p: {"g_v": e - coefficient * g} for p, e, g in zip(params, now, old, strict=True)}
+            self._set_memory({p: e - coefficient * g for p, e, g in zip(params, now, old, strict=True)}, steps)
             return
-        orthogonal = [
-            self._memory[p]["g_v"] if p in self._memory else torch.zeros_like(g)
-            for p, g in zip(params, now, strict=True)
-        ]
+        self._set_steps(steps)
+        orthogonal = [memory.get(p, torch.zeros_like(g)) for p, g in zip(params, now, strict=True)]
         # Computed before .grad is changed, since `now` may share its memory.
         orthogonal_norm, norm = norm_of(orthogonal), norm_of(now)
         if orthogonal_norm > 0:
@@ -164,7 +162,8 @@ class FriendlySAM(SAM):
 
     The running mean m estimates the full gradient; subtracting it leaves the noise of the batch in the perturbation.
     With several chunks, m is updated after each of them. With ``ddp``, each process has its own m, so each must save
-    its own ``state_dict``. A skipped step does not change m.
+    its own ``state_dict``. A skipped step does not change m, nor does any step for a parameter without a gradient at
+    ``w + e``.
 
     Args: as SAM, and ``sigma`` >= 0 and ``lmbda`` in [0, 1].
     Cost: 2 gradients per step, and one more copy of the gradient.
@@ -186,8 +185,9 @@ class FriendlySAM(SAM):
     """
 
     _copied_attributes = (*SAM._copied_attributes, "sigma", "lmbda")
+    _memory_name = "friendlysam_mean"
     # Running mean after this step; becomes the state when the step is taken.
-    _next_mean: dict[Tensor, Tensor] | None = None
+    _next_mean: _Progress[dict[Tensor, Tensor] | None] = _Progress(None)
 
     def __init__(
         self,
@@ -212,9 +212,7 @@ class FriendlySAM(SAM):
     def _ascent_direction(self, weights: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
         if not math.isfinite(norm_of(grads)):
             return grads  # the step is skipped
-        means = (
-            self._next_mean if self._next_mean is not None else {p: kept["mean"] for p, kept in self._memory.items()}
-        )
+        means = self._memory() if self._next_mean is None else self._next_mean
         after, directions = dict(means), []
         for p, g in zip(weights, grads, strict=True):
             now, mean = widened(g), means.get(p)
@@ -225,7 +223,10 @@ class FriendlySAM(SAM):
 
     def _combine(self, at_w: GradientSum | None) -> None:
         if self._next_mean is not None:
-            self._memory = {p: {"mean": mean} for p, mean in self._next_mean.items()}
+            # Where the base takes no step, it has no state either.
+            stepped = {p: mean for p, mean in self._next_mean.items() if p.grad is not None}
+            self._set_memory({**self._memory(), **stepped}, self._steps() + 1)
+            self._next_mean = None
 
 
 def _number(name: str, value: float) -> float:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError
 from sharpscope.precision import LOW_PRECISION, wide
+from sharpscope.weights import tensor_lists
+from sharpscope.weights.tensor_lists import is_distributed, local, multiply, total
 
 SCALINGS = ("elementwise", "filter")
 
@@ -69,25 +71,25 @@ class Ball:
         """
         wide_grads = [widened(g) for g in grads]
         if self.p == math.inf:
-            signs = list(torch._foreach_sign(wide_grads))
-            return (signs if scales is None else list(torch._foreach_mul(signs, list(scales)))), 1.0
-        scaled = wide_grads if scales is None else list(torch._foreach_mul(wide_grads, list(scales)))
+            signs = tensor_lists.sign(wide_grads)
+            return (signs if scales is None else multiply(signs, scales)), 1.0
+        scaled = wide_grads if scales is None else multiply(wide_grads, scales)
         size = norm_of(scaled) if norm is None else norm
         factor = 1.0
         if size < _TINY:
             # A power of two: exact, and 2**126 is a float32.
             factor = 2.0 ** min(126, -math.frexp(size)[1])
-            scaled = list(torch._foreach_mul(scaled, factor))
+            scaled = multiply(scaled, factor)
         if scales is not None:
-            scaled = list(torch._foreach_mul(scaled, list(scales)))
+            scaled = multiply(scaled, scales)
         return scaled, 1.0 / (size * factor)
 
     def dual_norm(self, grads: Sequence[Tensor], scales: Sequence[Tensor] | None) -> float:
         """``max g'e`` over the ball of radius 1: ``||D g||_2`` for p = 2, ``||D g||_1`` for p = inf."""
-        scaled = list(grads) if scales is None else list(torch._foreach_mul([widened(g) for g in grads], list(scales)))
+        scaled = list(grads) if scales is None else multiply([widened(g) for g in grads], scales)
         if self.p == 2:
             return norm_of(scaled)
-        return float(torch.stack([torch.linalg.vector_norm(g, 1, dtype=wide(g.device)) for g in scaled]).sum())
+        return float(total([torch.linalg.vector_norm(local(g), 1, dtype=wide(g.device)) for g in scaled], scaled))
 
     def _scale(self, weight: Tensor) -> Tensor:
         if self.scaling == "filter" and weight.dim() > 1:
@@ -111,9 +113,12 @@ def norm_on_device(tensors: Sequence[Tensor], dtype: torch.dtype | None = torch.
         return torch.zeros(1, dtype=torch.float64)
     if dtype is not None and any(g.device.type == "mps" for g in tensors):
         dtype = torch.float32
-    norms = torch._foreach_norm(list(tensors), 2, dtype)
-    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]))
-    return total.reshape(1)
+    if any(map(is_distributed, tensors)):
+        norms = tensor_lists.norms(tensors, torch.float64)
+        return total([n.square() for n in norms], tensors).sqrt().reshape(1)
+    norms = tensor_lists.norms(tensors, dtype)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]))
+    return norm.reshape(1)
 
 
 def settled_norm(norm: float, tensors: Sequence[Tensor]) -> float:
@@ -123,18 +128,28 @@ def settled_norm(norm: float, tensors: Sequence[Tensor]) -> float:
     """
     if 0.0 < norm < math.inf or not tensors:
         return norm
-    largest = max(float(g.abs().max()) if g.numel() else 0.0 for g in tensors)
-    if not 0.0 < largest < math.inf or any(bool(g.isnan().any()) for g in tensors):
+    largest = float(total([_largest(local(g)) for g in tensors], tensors, largest=True))
+    if not 0.0 < largest < math.inf:
         return norm
     if any(g.device.type == "mps" for g in tensors):
         tensors = [g.cpu() for g in tensors]
     return largest * float(norm_on_device([g.double() / largest for g in tensors]))
 
 
+def _largest(tensor: Tensor) -> Tensor:
+    """Largest absolute value, infinite if there is a NaN; 0 for a tensor without elements."""
+    if not tensor.numel():
+        return torch.zeros((), dtype=wide(tensor.device), device=tensor.device)
+    return tensor.abs().nan_to_num(nan=math.inf, posinf=math.inf).max().to(wide(tensor.device))
+
+
 def inner_of(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """``<a, b>`` over all tensors, in float64 where the device has it."""
-    sums = [(a.to(wide(a.device)) * b.to(a.device, wide(a.device))).sum() for a, b in zip(left, right, strict=True)]
-    return float(torch.stack([s.to(sums[0].device) for s in sums]).sum()) if sums else 0.0
+    sums = [
+        (local(a).to(wide(a.device)) * local(b, like=a).to(a.device, wide(a.device))).sum()
+        for a, b in zip(left, right, strict=True)
+    ]
+    return float(total(sums, left)) if sums else 0.0
 
 
 def norm_of(tensors: Sequence[Tensor]) -> float:

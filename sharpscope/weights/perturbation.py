@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from sharpscope.precision import LOW_PRECISION, wide
+from sharpscope.weights import tensor_lists
 from sharpscope.weights.norm_ball import inner_of, norm_of
+from sharpscope.weights.tensor_lists import local, total
 
 
 class Perturbation:
@@ -34,23 +36,23 @@ class Perturbation:
     @torch.no_grad()
     def add(self, weights: Sequence[Tensor], direction: Sequence[Tensor], scale: float) -> None:
         """Add ``scale * direction`` to the current values of ``weights``, some of ``self.weights``."""
-        low = [w.dtype in LOW_PRECISION for w in weights]
-        exact = [w for w, is_low in zip(weights, low, strict=True) if not is_low]
+        pairs = list(zip(weights, direction, strict=True))
+        exact = [(w, d) for w, d in pairs if w.dtype not in LOW_PRECISION]
         if exact:
-            torch._foreach_add_(exact, [d for d, is_low in zip(direction, low, strict=True) if not is_low], alpha=scale)
-        rounded = [w for w, is_low in zip(weights, low, strict=True) if is_low]
+            tensor_lists.add_([w for w, _ in exact], [d for _, d in exact], scale)
+        rounded = [(w, d) for w, d in pairs if w.dtype in LOW_PRECISION]
         if rounded:
-            before = [w.float() for w in rounded]
-            requested = torch._foreach_mul([d for d, is_low in zip(direction, low, strict=True) if is_low], scale)
-            torch._foreach_copy_(rounded, list(torch._foreach_add(before, requested)))
-            achieved = torch._foreach_sub([w.float() for w in rounded], before)
-            device = rounded[0].device
-            sums = [
-                torch.stack([(a * e).sum(), (a * a).sum(), (e * e).sum()]).to(device)
-                for a, e in zip(achieved, requested, strict=True)
-            ]
-            total = torch.stack(sums).sum(0)
-            self.rounding = total if self.rounding is None else self.rounding + total.to(self.rounding)
+            sums = []
+            for w, d in rounded:
+                shard = local(w)
+                before, requested = shard.float(), local(d, like=w) * scale
+                shard.copy_(before + requested)
+                achieved = shard.float() - before
+                sums.append(
+                    torch.stack([(achieved * requested).sum(), achieved.square().sum(), requested.square().sum()])
+                )
+            lost = total(sums, [w for w, _ in rounded])
+            self.rounding = lost if self.rounding is None else self.rounding + lost.to(self.rounding)
         # An autocast region around several passes would otherwise reuse its cached low-precision copy of w.
         torch.clear_autocast_cache()
 
@@ -59,7 +61,7 @@ class Perturbation:
         """Set the weights to ``w + scale * e``, computed from the copies, so that repeated moves do not drift."""
         self.rounding = None
         if any(w.dtype in LOW_PRECISION for w in self.weights):
-            torch._foreach_copy_(self.weights, self.centre)
+            tensor_lists.copy_(self.weights, self.centre)
             self.add(self.weights, e, scale)
             return
         for w, c, d in zip(self.weights, self.centre, e, strict=True):
@@ -80,9 +82,9 @@ class Perturbation:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put w back, bit for bit."""
+        """Put w back, bit for bit, whatever failed before; needs no other process."""
         if self.weights:
-            torch._foreach_copy_(self.weights, self.centre)
+            tensor_lists.copy_(self.weights, self.centre)
             torch.clear_autocast_cache()
 
     def __enter__(self) -> Perturbation:
