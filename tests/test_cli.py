@@ -443,6 +443,20 @@ def test_sharpness_prints_measures_beside_their_predictions(
     assert "exists already" in capsys.readouterr().err
 
 
+def test_a_radius_too_small_for_float32_is_said_with_what_helps(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit status 3, a mark and a note; with the dtype that the note names, status 0 and neither."""
+    command = ("--measures", "m-sharpness,worst-case", "--examples", "64", "--m", "4", "--rho", "1e-8", "--ascent", "1")
+    assert run("sharpness", trained, *command, "--device", "cpu") == 3
+    said = capsys.readouterr().out
+    for label in ("m-sharpness, m=4, rho=1e-08", "worst-case, rho=1e-08"):
+        assert f"{label} is too small for float32" in said
+    assert "Raise rho or compute in float64 (--dtype float64)" in said
+    assert run("sharpness", trained, *command, "--device", "cpu", "--dtype", "float64") == 0
+    assert "too small" not in capsys.readouterr().out
+
+
 def test_every_measure_runs_on_two_checkpoints(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

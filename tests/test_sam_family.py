@@ -238,6 +238,24 @@ def test_looksam_is_cheaper() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILY)
+def test_a_radius_that_float32_weights_round_away_warns_once(name: str) -> None:
+    """w + e is w: said, also where a schedule lowers rho later; a usual radius and a tiny one in float64 are silent."""
+    for dtype, rho, lost in ((torch.float32, 1e-12, True), (torch.float32, 0.05, False), (torch.float64, 1e-12, False)):
+        model = network(dtype)
+        optimizer = FAMILY[name](model.parameters(), torch.optim.SGD, rho=rho, lr=1e-3)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(model, optimizer, batches(3, dtype=dtype))
+            if not lost and dtype == torch.float32:
+                assert not caught
+                optimizer.param_groups[0]["rho"] = 1e-12
+                train(model, optimizer, batches(6, dtype=dtype))
+        said = [str(w.message) for w in caught]
+        assert len(said) == (dtype == torch.float32), said
+        assert all("Rounding to float32 weights" in one and "Raise rho" in one for one in said)
+
+
+@pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("m", [None, 5])
 def test_zero_learning_rate_leaves_every_weight_bitwise(name: str, dtype: torch.dtype, m: int | None) -> None:

@@ -758,6 +758,55 @@ def test_batches_of_other_lengths_go_one_after_another() -> None:
     assert found.value == pytest.approx(np.mean([part.value for part in parts]), rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "tiny", "enough"),
+    [
+        ("m-sharpness", {"m": (4,)}, {"rho": 1e-7}, {"rho": 0.05}),
+        ("m-sharpness", {"m": (4,), "p": INF, "ascent": 3}, {"rho": 1e-9}, {"rho": 0.01}),
+        ("m-sharpness", {"m": (4,), "adaptive": "filter"}, {"rho": 1e-8}, {"rho": 0.05}),
+        ("m-sharpness", {"m": (N,)}, {"rho": 1e-7}, {"rho": 0.05}),
+        ("worst-case", {}, {"rho": 1e-7}, {"rho": 0.05}),
+        ("worst-case", {"adaptive": "elementwise", "ascent": 1}, {"rho": 1e-8}, {"rho": 0.05}),
+        ("average-case", {"draws": 2}, {"sigma": 1e-5}, {"sigma": 0.1}),
+        ("keskar", {}, {"box": 1e-9}, {"box": 1e-2}),
+        ("alignment", {}, {"rho": 1e-8}, {"rho": 0.05}),
+    ],
+)
+def test_what_float32_cannot_resolve_is_said(
+    name: str, given: dict[str, Any], tiny: dict[str, float], enough: dict[str, float]
+) -> None:
+    """Too small a radius is marked with its rounding and a remedy, whose number then is float64's; others are not."""
+    exact = classifier(0, nn.Tanh)
+    rough = Problem(model=copy.deepcopy(exact.model).float(), loss=exact.loss, data=(X.float(), exact.data[1]))
+    for extent, resolved in ((tiny, False), (enough, True)):
+        found = measure_sharpness(rough, name, **given, **extent)
+        one, true = found.measures[-1], measure_sharpness(exact, name, **given, **extent).measures[-1]
+        assert found.converged == one.converged == resolved
+        assert true.converged
+        assert ("too small for float32" in str(found)) != resolved
+        if resolved:
+            assert one.value == pytest.approx(true.value, rel=0.1)
+        else:
+            assert f"Raise {next(iter(extent))} or compute in float64 (--dtype float64)" in str(found)
+            lifted = measure_sharpness(rough, name, **given, **extent, dtype=torch.float64).measures[-1]
+            assert lifted.converged
+            assert lifted.value == pytest.approx(true.value, rel=1e-3)  # of weights rounded to float32
+            if name != "alignment":
+                assert abs(one.value - true.value) <= (200 if name == "keskar" else 2) * one.settings["rounding"]
+        if one.lower is not None and one.upper is not None:
+            assert one.lower <= true.value <= one.upper or resolved
+
+
+def test_a_vanishing_gradient_is_no_rounding() -> None:
+    """At a minimum one step along a zero gradient rises by exactly nothing, and so does a radius of 0."""
+    model = nn.Linear(4, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    problem = Problem(model=model, loss=nn.MSELoss(), data=(X.float(), torch.zeros(N, 1)))
+    found = measure_sharpness(problem, "m-sharpness, worst-case", m=4, rho=(0.0, 1e-7, 0.1), ascent=1)
+    assert found.converged
+    assert {m.value for m in found.measures} == {0.0}
+
+
 def test_interval_of_tiny_perturbations_holds_the_truth_in_float32() -> None:
     """The rounding of the loss at w, which all draws share, is in the interval."""
     single = classifier(0, nn.Tanh)

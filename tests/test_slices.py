@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import sharpscope
 from comparisons import DIVERGED, DONE, PENDING
+from conftest import classifier
 from sharpscope import Problem, SliceResult, loss_slice, loss_surface
 from sharpscope.errors import ArgumentError, AuditError, DataError, ProblemError
 from sharpscope.slices import (
@@ -912,3 +913,21 @@ def test_an_unfinished_surface_shows_a_coarser_grid() -> None:
         np.testing.assert_array_equal(part.loss[0, 0], whole.loss[0, 0][np.ix_(rows, columns)])
     assert {(3, 3), (5, 5)} <= sizes
     assert len(seen) == 81
+
+
+def test_a_range_or_radius_that_float32_rounds_away_is_refused() -> None:
+    """Of lines, planes and SAM's gradient: points at which w + c d rounds to w are no points; in float64 they are."""
+    given = classifier()
+    line = random_directions(given, 1)
+    for measure in (
+        lambda **kw: loss_slice(given, line, 3, (-1e-9, 1e-9), **kw),
+        lambda **kw: loss_surface(given, random_directions(given, 2), 3, ((-1, 1), (-1e-9, 1e-9)), **kw),
+        lambda **kw: loss_slice(given, line, coordinates=[0.0, 1e-9], **kw),
+        lambda **kw: gradient_directions(given, 1e-9, **kw),
+    ):
+        with pytest.raises(ArgumentError, match=r"by more than float32 rounds.*--dtype float64"):
+            measure()
+        measure(dtype=torch.float64)
+    lifted = loss_slice(given, line, 3, (-1e-6, 1e-6), dtype=torch.float64, curvature=True)
+    rise = (lifted.loss[0, 0, -1] - lifted.loss[0, 0, 0]) / 2e-6  # the slope, by central differences
+    assert rise == pytest.approx(float(lifted.slopes[0, 0]), rel=1e-4)

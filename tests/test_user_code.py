@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from dense import dense_hessian
-from sharpscope import Problem, measure_sharpness, spectral_density, top_eigenvalues
+from sharpscope import Problem, loss_slice, loss_surface, measure_sharpness, spectral_density, top_eigenvalues
 from sharpscope.cli import main
+from sharpscope.comparing import LEVELS, compare
 from sharpscope.errors import DataError, ProblemError
+from sharpscope.slices import random_directions
 
 CHATTY = """
 import os
@@ -275,6 +277,20 @@ def test_a_loss_out_of_range_is_refused(
     """A loss is refused, with what to do, where squares of its derivatives leave the range of numbers."""
     with pytest.raises(DataError, match=said):
         analysis(scaled(factor), dtype=dtype)
+
+
+def test_a_loss_that_underflows_is_refused_where_only_its_values_are_taken() -> None:
+    """Slices, surfaces and comparisons in float32 do not show 0 for 1e-200; a loss that is 0 is 0."""
+    line, level = random_directions(scaled(1.0), 1), LEVELS["quick"]
+    for measure in (
+        lambda given: loss_slice(given, line, 3),
+        lambda given: loss_surface(given, random_directions(given, 2), 3),
+        lambda given: compare({"a": given}, level=level),
+    ):
+        with pytest.raises(DataError, match=r"torch.float32 can hold, but .*e-(199|200) becomes 0. Multiply"):
+            measure(scaled(1e-200))
+    assert (loss_slice(scaled(0.0), line, 3).loss == 0).all()
+    assert (loss_slice(scaled(1e-200, torch.float64), line, 3, dtype=torch.float64).loss > 0).all()
 
 
 @pytest.mark.parametrize("factor", [1e-140, 1e-30, 1e30, 1e140])

@@ -184,6 +184,26 @@ def float64_copy(objective: Objective) -> Objective | None:
     return Objective(problem, dtype=torch.float64, micro_batch=objective.micro_batch, curvature=objective.curvature)
 
 
+def require_representable_loss(objective: Objective, batch: MicroBatch) -> None:
+    """Raise DataError where the loss of ``batch``, which is 0 at these weights, is a smaller number in float64.
+
+    Cost: a forward pass on a copy of the model, not counted.
+    """
+    copy = float64_copy(objective) if objective.dtype != torch.float64 else None
+    if copy is None:
+        return
+    try:
+        with copy.measuring(products=False):
+            loss = float(copy.terms.without_graph(lambda: copy.terms.sums(batch))[0])
+    except (ProblemError, RuntimeError, TypeError):  # for example, the model keeps float32 tensors in attributes
+        return
+    if 0 < abs(loss) < torch.finfo(objective.dtype).tiny:
+        raise DataError(
+            f"The loss must be a number that {objective.dtype} can hold, but {loss:.2g} becomes 0. Multiply the loss "
+            "by a constant."
+        )
+
+
 def products_in_float64(objective: Objective, batch: MicroBatch, block: Tensor) -> Tensor | None:
     """The products with ``block`` (K, n), summed over ``batch``, in float64; None where that is impossible."""
     copy = float64_copy(objective)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.weights.norm_ball import Ball, norm_on_device, settled_norm, widened
+from sharpscope.weights.norm_ball import Ball, inner_of, norm_on_device, settled_norm, widened
 from sharpscope.weights.perturbation import Perturbation
 from sharpscope.weights.tensor_lists import multiply
 
@@ -26,7 +26,8 @@ class AscentSteps:
         ball: shape of the ball; D is taken at w.
         steps: number of ascent steps.
         normalize: False takes steps ``rho / steps D^2 g``, not divided by a norm.
-        rounding: rounding of the last perturbation, see ``Perturbation``.
+        rounding: rounding of the last perturbation, see ``Perturbation``; of weights above 16 bits at the first step,
+            and again where rho has halved.
     """
 
     def __init__(self, ball: Ball, steps: int, normalize: bool) -> None:
@@ -34,6 +35,7 @@ class AscentSteps:
         self.rounding: Tensor | None = None
         self._perturbation: Perturbation | None = None
         self._scales: dict[Tensor, Tensor] = {}
+        self._checked_rho = math.inf
 
     @property
     def is_perturbed(self) -> bool:
@@ -72,19 +74,27 @@ class AscentSteps:
         for group in groups:
             check_rho(group["rho"])
         # Stored before the first weight changes, so that an interrupt at any point can restore w.
+        first = self._perturbation is None
         if self._perturbation is None:
             self._perturbation = Perturbation(weights)
         if self.normalize:
             direction, factor = self.ball.steepest(grads, scales, norm)
         else:
             direction, factor = scaled if scales is None else multiply(scaled, scales), 1.0
-        directions = iter(direction)
+        directions, lengths = iter(direction), []
         for group, params in zip(groups, chosen, strict=True):
             if params:
                 sign = -1.0 if group.get("maximize") else 1.0
                 length = sign * float(group["rho"]) * factor / self.steps
                 self._perturbation.add(params, [next(directions) for _ in params], length)
-        self.rounding = self._perturbation.rounding
+                lengths += [length] * len(params)
+        rounding, smallest = self._perturbation.rounding, min(float(group["rho"]) for group in groups)
+        if rounding is not None:
+            self.rounding = rounding
+        # Only at the first step and where rho has fallen since, because it waits for the device.
+        elif first and 0.0 < smallest < self._checked_rho / 2:
+            self._checked_rho = smallest
+            self.rounding = self._rounding_of([d * length for d, length in zip(direction, lengths, strict=True)])
         return None
 
     def restore(self) -> bool:
@@ -97,6 +107,19 @@ class AscentSteps:
         finally:
             self._perturbation = None
         return bool(perturbation.weights)
+
+    @torch.no_grad()
+    def _rounding_of(self, requested: Sequence[Tensor]) -> Tensor | None:
+        """As ``Perturbation.rounding`` over ``<e, e>``, of weights of any precision; None for sharded ones."""
+        perturbation = self._perturbation
+        assert perturbation is not None
+        if any(hasattr(w, "placements") for w in perturbation.weights):
+            return None
+        moved = [w - c for w, c in zip(perturbation.weights, perturbation.centre, strict=True)]
+        size = inner_of(requested, requested)
+        if not size:
+            return None
+        return torch.tensor([inner_of(moved, requested) / size, inner_of(moved, moved) / size, 1.0])
 
     def _scales_of(self, weights: Sequence[Tensor]) -> list[Tensor] | None:
         if self.ball.scaling is None:

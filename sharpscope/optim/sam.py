@@ -656,10 +656,14 @@ class SAM(Optimizer):
     def _report_rounding(self, cosine: float) -> None:
         if cosine < _MIN_COSINE and not self._rounding_reported:
             self._rounding_reported = True
+            low = any(p.element_size() < 4 for p in self._params())
+            weights = "float16 or bfloat16" if low else str(self._params()[0].dtype).removeprefix("torch.")
+            remedy = (
+                "Keep the weights in float32 and run the forward pass under torch.autocast." if low else "Raise rho."
+            )
             warnings.warn(
-                "Rounding to float16 or bfloat16 weights rotated SAM's perturbation: its cosine with the exact one is "
-                f"{cosine:.2f} and should be above {_MIN_COSINE}. Keep the weights in float32 and run the forward "
-                "pass under torch.autocast.",
+                f"Rounding to {weights} weights rotated SAM's perturbation: its cosine with the exact one is "
+                f"{cosine:.2f} and should be above {_MIN_COSINE}. {remedy}",
                 RuntimeWarning,
                 stacklevel=_CALLER["w + e"],
             )

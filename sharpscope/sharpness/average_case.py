@@ -13,8 +13,9 @@ from sharpscope.errors import ArgumentError
 from sharpscope.precision import wide
 from sharpscope.results import Measure
 from sharpscope.results.statistics import Estimate
-from sharpscope.sharpness.measure_context import MeasureContext, MeasureSpec, with_interval
+from sharpscope.sharpness.measure_context import MeasureContext, MeasureSpec, unresolved, with_interval
 from sharpscope.sharpness.subset_loss import full_loss, require_classes
+from sharpscope.weights.norm_ball import norm_of
 from sharpscope.weights.perturbation import Perturbation
 
 # PAC-Bayes: the mean drop of accuracy that sigma may cause (Jiang et al. 2020), and sigma's relative tolerance.
@@ -51,14 +52,23 @@ def average_case(context: MeasureContext) -> Iterator[Measure]:
             vectors.append(torch.cat([t.flatten() for t in e]))
             if context.progress is not None:
                 context.progress("random perturbations", i + 1, s.draws)
+        lost, length = perturbation.lost(e, s.sigma), s.sigma * norm_of(e)
         perturbation.restore()
         rows = torch.stack(vectors)
         products = objective.products(rows, context.progress)
         quadratic_forms = s.sigma**2 / 2 * (rows.to(wide(rows.device)) * products.to(wide(rows.device))).sum(1)
+    assert objective.gradient is not None
+    rounding = context.loss_rounding + lost * length * norm_of([objective.gradient])
     yield Measure(
         "average-case",
-        *with_interval(Estimate.of(np.array(rises)), s.draws, context.loss_rounding),
-        settings={"sigma": s.sigma, "adaptive": s.ball.scaling, "eta": s.ball.offset, "pairs of draws": s.draws},
+        *with_interval(Estimate.of(np.array(rises)), s.draws, rounding),
+        settings={
+            "sigma": s.sigma,
+            "adaptive": s.ball.scaling,
+            "eta": s.ball.offset,
+            "pairs of draws": s.draws,
+            **unresolved(rounding, float(np.mean(np.abs(rises)))),
+        },
         prediction={"small sigma": Estimate.of(quadratic_forms.cpu().double().numpy()).value},
         gradients=objective.gradients - gradients_before,
         examples=objective.num_examples,

@@ -19,7 +19,7 @@ from sharpscope.precision import wide
 from sharpscope.results import EigenResult, Measure
 from sharpscope.results.sharpness import SAM_EDGE, SGD_EDGE
 from sharpscope.results.statistics import Estimate
-from sharpscope.sharpness.measure_context import EIGENVALUE_TOL, MeasureContext, MeasureSpec, with_interval
+from sharpscope.sharpness.measure_context import EIGENVALUE_TOL, MeasureContext, MeasureSpec, unresolved, with_interval
 from sharpscope.sharpness.subset_loss import full_loss
 from sharpscope.weights.norm_ball import Ball, inner_of, norm_of
 from sharpscope.weights.parameters import select, views
@@ -134,10 +134,10 @@ def alignment(context: MeasureContext) -> Iterator[Measure]:
         _, grads = loss.gradient()
         ball = Ball()
         norm = ball.dual_norm(grads, None)
-        cosines = math.nan, math.nan
+        cosines, lost = (math.nan, math.nan), 0.0
         if norm:
             direction, factor = ball.steepest(grads, None, norm)
-            perturbation.add(perturbation.weights, direction, rho * factor)
+            lost = perturbation.lost(direction, rho * factor)  # and move there
             _, sam_grads = loss.gradient()
             cosines = _abs_cosine(grads, v), _abs_cosine(sam_grads, v)
     error = _eigenvector_error(top)
@@ -148,7 +148,12 @@ def alignment(context: MeasureContext) -> Iterator[Measure]:
             value,
             lower=max(0.0, value - error),
             upper=min(1.0, value + error),
-            settings={"of": which, "rho": None if which == "gradient" else rho, "converged": error < 1.0},
+            settings={
+                "of": which,
+                "rho": None if which == "gradient" else rho,
+                "converged": error < 1.0,
+                **({} if which == "gradient" else unresolved(lost, 1.0)),
+            },
             gradients=cost / 2,
             examples=objective.num_examples,
         )

@@ -101,6 +101,26 @@ def maximum_loss(
     return best
 
 
+def lost_share(
+    perturbation: Perturbation, ball: Ball, scales: Sequence[Tensor] | None, rho: float, grads: Sequence[Tensor]
+) -> float:
+    """Share of the perturbation ``e`` of length rho along ``grads`` that rounding of ``w + e`` takes; 0 for a zero e.
+
+    The weights are at w before and after. Cost: two passes over the weights.
+    """
+    norm = ball.dual_norm(grads, scales)
+    if not norm or not math.isfinite(norm):
+        grads = [torch.ones_like(g) for g in grads]  # any direction of that length is rounded alike
+        norm = ball.dual_norm(grads, scales)
+    if not norm:
+        return 0.0
+    direction, factor = ball.steepest(grads, scales, norm)
+    try:
+        return perturbation.lost(direction, rho * factor)
+    finally:
+        perturbation.restore()
+
+
 def _steps(
     loss: SubsetLoss,
     perturbation: Perturbation,

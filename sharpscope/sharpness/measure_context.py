@@ -94,6 +94,16 @@ class MeasureContext:
         return torch.finfo(self.objective.dtype).eps * abs(self.objective.loss or 0.0)
 
 
+# Largest rounding error of a rise of the loss, relative to the rise, with which it is resolved.
+MAX_ROUNDING = 0.1
+
+
+def unresolved(rounding: float, rise: float) -> dict[str, Any]:
+    """Settings of a measure whose ``rise`` of the loss, or whose perturbation, is lost in ``rounding``; else none."""
+    resolved = rise == rounding == 0.0 or not rounding > MAX_ROUNDING * rise
+    return {} if resolved else {"resolved": False, "rounding": rounding}
+
+
 @dataclass(frozen=True)
 class MeasureSpec:
     """A sharpness measure: its name, how to compute it, and which problems have it.

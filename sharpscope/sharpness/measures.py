@@ -78,8 +78,10 @@ def measure_sharpness(
       SAM.
     - "alignment": |cosine| with the top eigenvector of the gradient, and of SAM's gradient.
 
-    The maxima are lower bounds, found by ``ascent``. An eigenvalue that several measures need is counted in the cost of
-    the first. The model and all random states are preserved, bit for bit.
+    A rise of the loss that rounding (of the losses, and of ``w + e``) may change by more than a tenth has the setting
+    ``resolved`` False, with ``rounding``, and is not ``converged``; intervals hold this rounding. dtype=torch.float64
+    or a larger radius helps. The maxima are lower bounds, found by ``ascent``. An eigenvalue that several measures need
+    is counted in the cost of the first. The model and all random states are preserved, bit for bit.
 
     Args:
         problem: model, loss and data.

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +23,11 @@ from sharpscope.random_streams import stream
 from sharpscope.results import Measure
 from sharpscope.results.statistics import Estimate
 from sharpscope.resume import Journal, once_with_cost
-from sharpscope.sharpness.maximize import Ascent, maximum_loss
-from sharpscope.sharpness.measure_context import MeasureContext, MeasureSpec, ball_settings, with_interval
+from sharpscope.sharpness.maximize import Ascent, lost_share, maximum_loss
+from sharpscope.sharpness.measure_context import MeasureContext, MeasureSpec, ball_settings, unresolved, with_interval
 from sharpscope.sharpness.subset_loss import SubsetLoss, disjoint_subsets, examples_per_graph, is_single_batch
 from sharpscope.weights.norm_ball import Ball
-from sharpscope.weights.parameters import select
+from sharpscope.weights.parameters import select, views
 from sharpscope.weights.perturbation import Perturbation
 
 # APGD steps of Keskar's measure.
@@ -47,7 +48,7 @@ def m_sharpness(context: MeasureContext) -> Iterator[Measure]:
             if len(rises) < 2 or not np.isfinite(rises).all():
                 mean: tuple[float, float | None, float | None, float | None] = float(rises.mean()), None, None, None
             else:
-                mean = with_interval(Estimate.of(rises), len(rises), context.loss_rounding)
+                mean = with_interval(Estimate.of(rises), len(rises), subsets.rounding(context.loss_rounding))
             yield Measure(
                 "m-sharpness",
                 *mean,
@@ -59,6 +60,7 @@ def m_sharpness(context: MeasureContext) -> Iterator[Measure]:
                     "subsets": len(rises),
                     "order": "random" if is_single_batch(objective.data) else "as loaded",
                     "side by side": subsets.side_by_side,
+                    **subsets.unresolved(context.loss_rounding),
                 },
                 prediction={"first order": float(np.mean(subsets.first_order))},
                 gradients=each,
@@ -95,6 +97,7 @@ def worst_case(context: MeasureContext) -> Iterator[Measure]:
                 **ball_settings(s.ball),
                 "ascent": str(s.worst_case_ascent),
                 "converged": converged,
+                **whole.unresolved(context.loss_rounding),
             },
             prediction=prediction,
             gradients=each + eigenvalue_cost,
@@ -112,7 +115,7 @@ def keskar(context: MeasureContext) -> Iterator[Measure]:
     yield Measure(
         "keskar",
         100 * found.rises[0] / (1 + objective.loss),
-        settings={"box": box, "ascent": str(ascent)},
+        settings={"box": box, "ascent": str(ascent), **found.unresolved(context.loss_rounding)},
         gradients=objective.gradients - gradients_before,
         examples=found.examples,
     )
@@ -133,13 +136,25 @@ class SubsetRises:
         rises: ``max L_b(w + e) - L_b(w)`` (B,), as far as the ascent found it.
         first_order: ``rho ||D g_b||_q`` (B,), q dual to p: the rise of a linear loss.
         examples: total number in the subsets.
+        lost: share of the perturbation that rounding of ``w + e`` takes.
         side_by_side: whether subsets were evaluated together by vmap, which changes the last bits.
     """
 
     rises: list[float]
     first_order: list[float]
     examples: int
+    lost: float
     side_by_side: bool
+
+    def rounding(self, loss_rounding: float) -> float:
+        """Rounding error of the mean rise: of the losses, and of the weights to first order."""
+        return loss_rounding + self.lost * float(np.mean(self.first_order))
+
+    def unresolved(self, loss_rounding: float) -> dict[str, Any]:
+        """Settings that say that the rises are lost in rounding; empty if not, or if no subset has a gradient."""
+        rise = float(np.mean(np.abs(self.rises)))
+        moved = any(self.first_order) or rise > 0
+        return unresolved(self.rounding(loss_rounding), rise) if moved else {}
 
 
 def maximum_rises(
@@ -168,6 +183,9 @@ def maximum_rises(
     done = examples = 0
     with objective.measuring(), Perturbation(objective.terms.params) as perturbation:
         scales = ball.scales(perturbation.weights)
+        assert objective.gradient is not None
+        whole = views(objective.gradient, perturbation.weights)
+        lost = [lost_share(perturbation, ball, scales, rho, whole) for rho in radii]
 
         def sequential(loss: SubsetLoss) -> tuple[float, float, list[float]]:
             base, grads = loss.gradient()
@@ -225,7 +243,8 @@ def maximum_rises(
         raise DataError("There are no loss terms in any subset. Check the targets.")
     if m is not None:
         objective.cost_counter.passes += 1
-    return [SubsetRises(r, f, examples, vectorised is not None) for r, f in zip(rises, first_order, strict=True)]
+    columns = zip(rises, first_order, lost, strict=True)
+    return [SubsetRises(r, f, examples, share, vectorised is not None) for r, f, share in columns]
 
 
 def _in_groups(losses: Iterable[SubsetLoss], size: int) -> Iterator[list[SubsetLoss]]:

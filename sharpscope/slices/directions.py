@@ -26,7 +26,7 @@ from sharpscope.results.serialization import UNREADABLE, jsonable
 from sharpscope.weights import parameters
 from sharpscope.weights.norm_ball import Ball
 from sharpscope.weights.parameters import views
-from sharpscope.weights.perturbation import Perturbation
+from sharpscope.weights.perturbation import Perturbation, require_kept
 
 # A vector with less than this fraction orthogonal to the others is linearly dependent on them.
 INDEPENDENT = 1e-6
@@ -377,7 +377,7 @@ def gradient_directions(
 
     Cost: 2 gradients.
 
-    Raises: ArgumentError if the gradient is zero, or rho is not positive.
+    Raises: ArgumentError if the gradient is zero, or rho is not positive or so small that rounding takes it.
 
     >>> import sharpscope
     >>> import torch
@@ -402,7 +402,7 @@ def gradient_directions(
         raise ArgumentError("The gradient must not be zero to give a direction. Choose another direction.")
     e, scale = ball.steepest(views(at_w, weights), None, size)
     with Perturbation(weights) as moved:
-        moved.move_to(e, rho * scale)
+        require_kept(moved.lost(e, rho * scale), f"rho = {rho:g}", objective.dtype)  # which moves there
         # A new objective, since this one checks that the loss at its weights does not change.
         _, at_e = Objective(
             objective.terms.problem_with(problem.data), micro_batch=objective.micro_batch

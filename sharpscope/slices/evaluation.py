@@ -8,17 +8,20 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sharpscope.errors import ArgumentError, AuditError, ProblemError, out_of_memory
 from sharpscope.objective import Objective
+from sharpscope.objective.audit import require_representable_loss
 from sharpscope.objective.cost_and_out_of_memory import FORWARD, OOMHalving
 from sharpscope.objective.micro_batches import MicroBatch, map_tensors, micro_batches, tensors
 from sharpscope.precision import wide
 from sharpscope.slices.directions import Direction
 from sharpscope.weights.parameters import views
-from sharpscope.weights.perturbation import Perturbation
+from sharpscope.weights.perturbation import Perturbation, require_kept
 
 # Data up to this many bytes are kept on the device between points.
 KEPT = 1 << 31
@@ -152,6 +155,8 @@ class Evaluation:
     def _choose_grad_mode(self) -> None:
         """Turn autograd off if this does not change the loss; raise AuditError if two evaluations differ."""
         wanted, state = self._values(self._first()), torch.get_rng_state()
+        if not float(wanted[0]):
+            require_representable_loss(self._objective, self._objective.first_examples(8))
         if not _same(wanted, self._values(self._first())):
             raise AuditError(
                 "The loss must be a fixed function of the weights, but a second evaluation of the first examples gives "
@@ -316,6 +321,15 @@ class PointEvaluator:
         # As tensors like the weights.
         self._lines = [[views(d.vector.to(terms.device, terms.dtype), terms.params) for d in line] for line in lines]
         self._perturbation = perturbation
+
+    def require_resolved(self, axes: Sequence[NDArray[np.float64]]) -> None:
+        """Raise ArgumentError where even the farthest point of an axis is lost in rounding; the weights stay at w."""
+        for line in self._lines:
+            for direction, axis in zip(line, axes, strict=True):
+                farthest = float(np.abs(axis).max())
+                lost = self._perturbation.lost(direction, farthest)
+                self._perturbation.restore()
+                require_kept(lost, f"A range up to {farthest:g}", self._objectives[0].dtype)
 
     def evaluate(self, line: int, coefficients: Sequence[float]) -> list[float]:
         """Loss and accuracy of each split, in turn; cost: a forward pass over each, one more with "recalibrate"."""

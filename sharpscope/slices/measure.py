@@ -188,9 +188,10 @@ def loss_surface(
         over the data without the model. Memory: a copy of the weights and of each direction, the activations of a
         micro-batch, and the data of each split if below 2 GB.
 
-    Raises: ArgumentError for an argument outside its domain; ProblemError if model, data and directions do not fit
-        together; DataError if the loss is not finite at w; AuditError if it is not a fixed function of the weights;
-        OutputError if the journal cannot be written, or another process has it.
+    Raises: ArgumentError for an argument outside its domain, or a range that rounding takes; ProblemError if model,
+        data and directions do not fit together; DataError if the loss is not finite at w, or too small for the dtype;
+        AuditError if it is not a fixed function of the weights; OutputError if the journal cannot be written, or
+        another process has it.
 
     >>> import sharpscope
     >>> import torch
@@ -257,6 +258,7 @@ def _measure(
             stack.enter_context(other.measuring(products=False))
         marks = measure_marks(problem, lines, objectives, s.marks or {}, s.trajectory or {}, size)
         evaluator = PointEvaluator(objectives, lines, s.batchnorm, size, perturbation)
+        evaluator.require_resolved(axes)
         grid = Grid(evaluator, log, len(lines), axes, len(objectives))
         centre = grid.centre()
         if s.batchnorm != "recalibrate":

@@ -9,6 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from sharpscope.errors import ArgumentError
 from sharpscope.precision import LOW_PRECISION, wide
 from sharpscope.weights import tensor_lists
 from sharpscope.weights.norm_ball import inner_of, norm_of
@@ -81,6 +82,18 @@ class Perturbation:
         return length, cosine(inner_of(moved, requested), length**2, norm_of(requested) ** 2)
 
     @torch.no_grad()
+    def lost(self, e: Sequence[Tensor], scale: float = 1.0) -> float:
+        """Share of a perturbation that rounding takes: ``||fl(w + scale e) - w - scale e|| / ||scale e||``.
+
+        1 where ``w + scale e`` rounds to w, 0 where e is 0. The weights are at ``w + scale e`` afterwards.
+        """
+        self.move_to(e, scale)
+        wanted = [scale * d.to(wide(d.device)) for d in e]
+        moved = [w.to(wide(w.device)) - c.to(wide(w.device)) for w, c in zip(self.weights, self.centre, strict=True)]
+        length = norm_of(wanted)
+        return norm_of(list(torch._foreach_sub(moved, wanted))) / length if length else 0.0
+
+    @torch.no_grad()
     def restore(self) -> None:
         """Put w back, bit for bit, whatever failed before; needs no other process."""
         if self.weights:
@@ -94,6 +107,20 @@ class Perturbation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.restore()
+
+
+# Largest share of a perturbation that rounding may take, where only the perturbed weights count.
+MAX_LOST = 0.1
+
+
+def require_kept(lost: float, what: str, dtype: torch.dtype) -> None:
+    """Raise ArgumentError where rounding takes more than MAX_LOST of the perturbation that ``what`` gives."""
+    if lost > MAX_LOST:
+        lift = ", or pass dtype=torch.float64 (--dtype float64)" if dtype != torch.float64 else ""
+        raise ArgumentError(
+            f"{what} must move the weights by more than {str(dtype).removeprefix('torch.')} rounds, but rounding takes "
+            f"{100 * min(lost, 1.0):.0f} % of the move. Raise it{lift}."
+        )
 
 
 def cosine(dot: float, achieved: float, requested: float) -> float:
