@@ -34,7 +34,7 @@ def test_sam_leaves_a_quadratic_above_its_edge_alone(
             return loss
 
         before = abs(float(w.detach()[0]))
-        for _ in range(600 if options else 50):
+        for _ in range(300 if options else 50):
             optimizer.step(closure)
         assert (abs(float(w.detach()[0])) < before) == stable
 

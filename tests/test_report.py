@@ -184,7 +184,8 @@ def test_the_edge_of_sam_is_drawn_where_it_was_measured() -> None:
         problem = Problem(
             model=nn.Linear(3, 2), loss=nn.CrossEntropyLoss(), data=data, provenance={"recipe": {**recipe, "rho": rho}}
         )
-        subject = replace(two().subjects[0], sharpness=measure_sharpness(problem, "edge"))
+        bare = replace(two().subjects[0], eigen=None, density=None, line=None, surface=None)
+        subject = replace(bare, sharpness=measure_sharpness(problem, "edge"))
         captions.append(page(Comparison(subjects=(subject,))))
     assert ["triangle: SAM's edge" in html.unescape(text) for text in captions] == [True, False]
 
