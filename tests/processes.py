@@ -34,8 +34,8 @@ def start(target: Callable[..., None], *args: Any) -> BaseProcess:
 def command(*argv: str, page: bool = True, quick: Any = None) -> BaseProcess:
     """Start ``sharpscope ARGV`` without output; its ``exitcode`` is the command's, or minus a signal.
 
-    ``page``: False for a ``compare`` without the page's figures, which take most of its time; ``quick``: what
-    ``--quick`` is to measure.
+    ``page``: False for a ``compare`` without the page's figures, which take most of its time. ``quick``: the level that
+    ``--quick`` means there.
     """
     return start(_main, argv, page, quick)
 

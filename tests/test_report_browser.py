@@ -141,7 +141,7 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    for name, comparison in (("two", two()), ("groups", groups())):
+    for name, comparison in (("two", two()), ("groups", groups(runs=2))):
         (folder / f"{name}.html").write_text(page(comparison), encoding="utf-8")
     return {name: folder / f"{name}.html" for name in ("two", "groups")}
 
