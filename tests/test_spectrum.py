@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from functools import cache
 from typing import Any
@@ -34,7 +35,13 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def small(name: str) -> nn.Module:
-    """The small model in eval mode after some SGD steps: at a zero-initialised branch the Hessian is special."""
+    """A copy of the small model in eval mode after some SGD steps."""
+    return copy.deepcopy(stepped(name))
+
+
+@cache
+def stepped(name: str) -> nn.Module:
+    """The model that ``small`` copies: at a zero-initialised branch the Hessian is special, hence the steps."""
     model = make_model(name.split(",")[0], seed=1, **SMALL[name]).double()
     inputs, labels = digits()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
