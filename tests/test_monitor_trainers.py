@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sharpscope import MonitorResult, SharpnessMonitor
+from sharpscope import ArgumentError, MonitorResult, SharpnessMonitor
 from sharpscope.optim import SAM
 from watched import X, Y, adam, everything, net, problem, seed_everything
 
@@ -174,17 +173,12 @@ def test_huggingface_trains_to_the_same_bits(tmp_path: Path) -> None:
     assert result.column("learning_rate").tolist() == pytest.approx([0.1 * (1 - i / 6) for i in (2, 4, 6)])
 
 
-def test_missing_trainers_are_named() -> None:
+def test_missing_trainers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the other library the sentence says which to install."""
-    code = (
-        "import sys; sys.modules.update(dict.fromkeys(['lightning', 'lightning.pytorch', 'pytorch_lightning', "
-        "'transformers']))\n"
-        "import torch, sharpscope\n"
-        "m = sharpscope.SharpnessMonitor(sharpscope.Problem(model=torch.nn.Linear(2, 1), loss=torch.nn.MSELoss(), "
-        "data=(torch.ones(4, 2), torch.ones(4, 1))))\n"
-        "for make in (m.lightning, m.huggingface):\n"
-        "    try:\n        make()\n    except sharpscope.ArgumentError as error:\n        print(error)\n"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
-    assert "lightning.pytorch or pytorch_lightning must be installed" in shown
-    assert "pip install transformers" in shown
+    for name in ("lightning", "lightning.pytorch", "pytorch_lightning", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monitor = SharpnessMonitor(problem(net()))
+    with pytest.raises(ArgumentError, match=r"lightning\.pytorch or pytorch_lightning must be"):
+        monitor.lightning()
+    with pytest.raises(ArgumentError, match="pip install transformers"):
+        monitor.huggingface()
