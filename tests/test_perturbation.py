@@ -43,6 +43,29 @@ def test_weights_come_back_to_the_bit(dtype: torch.dtype, error: type[BaseExcept
         assert torch.equal(w.detach().signbit(), b.signbit())
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_weights_come_back_where_the_copy_of_lists_fails(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One by one then, and an interrupt is passed on after the last."""
+
+    def fail(*_: object) -> None:
+        weights[0].detach().zero_()
+        raise error
+
+    weights = [nn.Parameter(drawn(3, 4)), nn.Parameter(drawn(5, seed=1))]
+    before = [w.detach().clone() for w in weights]
+    monkeypatch.setattr(torch, "_foreach_copy_", fail)
+    try:
+        with Perturbation(weights) as moved:
+            moved.add(weights, [torch.ones_like(w) for w in weights], 0.3)
+    except KeyboardInterrupt:
+        assert error is KeyboardInterrupt
+    else:
+        assert error is RuntimeError
+    assert all(torch.equal(w.detach(), b) for w, b in zip(weights, before, strict=True))
+
+
 def test_moves_from_the_centre_do_not_drift() -> None:
     """A thousand moves to other places and back give the very bits of one."""
     weights = [nn.Parameter(drawn(50, dtype=torch.float32))]

@@ -142,10 +142,12 @@ def interrupt_at(step: int) -> Callable[..., None]:
     [
         {"rho": 0.05},
         {"optimizer": "AdamW", "rho": 0.05, "lr": 1e-3},
+        {"variant": "looksam", "rho": 0.05},
+        {"optimizer": "AdamW", "variant": "friendlysam", "rho": 0.05, "lr": 1e-3},
         {"optimizer": "adam", "lr": 1e-3, "decoupled": True, "label_noise": 0.2},
         {"model": "wide_resnet", "model_args": {"widen": 1}, "batch_size": 720, "epochs": 2, "rho": 0.05},
     ],
-    ids=["sam", "sam-adamw", "adam-decoupled", "batchnorm"],
+    ids=["sam", "sam-adamw", "looksam", "friendlysam-adamw", "adam-decoupled", "batchnorm"],
 )
 def test_resume_is_bit_identical(tmp_path: Path, changes: dict[str, Any]) -> None:
     """A run stopped in its last epoch and resumed ends in the very bytes of an uninterrupted run."""

@@ -239,9 +239,9 @@ class SAM(Optimizer):
         groups, state = self.param_groups, self.state
         super().load_state_dict({**state_dict, "state": base_state})
         # In place: a trainer's wrapper and the optimizer inside share these objects.
-        groups[:] = self.param_groups
+        groups[:], loaded = self.param_groups, dict(self.state)
         state.clear()
-        state.update(self.state)
+        state.update(loaded)
         self.param_groups, self.state = groups, state
         self._link()
         steps = max(int(group.get(_STEPS, 0)) for group in self.param_groups) if memory else 0
