@@ -142,7 +142,8 @@ def failing(model: nn.Sequential, optimizer: SAM, where: str) -> Callable[[Tenso
 def process(rank: int, folder: str) -> None:
     """One of two processes: every case in turn, the whole weights of all written for the test to compare."""
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=RANKS)
