@@ -1,8 +1,8 @@
 """The notebooks run from top to bottom, and end in checks that can fail.
 
-Every cell is run, with less training than is printed: SHORTER has the numbers. ``SHARPSCOPE_NOTEBOOKS=full`` runs them
-as printed, and ``SHARPSCOPE_NOTEBOOKS=write pytest tests/test_notebooks.py`` also writes what they show back into
-notebooks/.
+Every cell is run, on smaller networks with less training than is printed: SHORTER has the numbers.
+``SHARPSCOPE_NOTEBOOKS=full`` runs them as printed, and ``SHARPSCOPE_NOTEBOOKS=write pytest tests/test_notebooks.py``
+also writes what they show back into notebooks/.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ WRITE = ASKED == "write"
 # Of each notebook: what is printed, and what is run in its place.
 SHORTER = {
     "landscapes": {"epochs=25": "epochs=8", "points=25": "points=9", "points=17": "points=7"},
-    "m-sharpness-and-measures": {"epochs=40": "epochs=10"},
-    "sgd-against-sam": {"epochs=30": "epochs=10", "epochs=60": "epochs=20", "range(5)": "range(2)"},
+    "m-sharpness-and-measures": {"(16,)": "(8,)", "epochs=40": "epochs=10"},
+    "sgd-against-sam": {"(16,)": "(8,)", "epochs=30": "epochs=10", "epochs=60": "epochs=20", "range(5)": "range(2)"},
     "your-own-model": {"in range(60)": "in range(20)"},
 }
 
