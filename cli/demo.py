@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """The command's options."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "demo",
-        help="SGD against SAM on real digits: table, figure, checkpoints (half a minute)",
+        help="SGD against SAM on real digits: table, figure, checkpoints (one to two minutes)",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

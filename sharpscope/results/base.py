@@ -96,7 +96,8 @@ class Result(ABC):
         """
         with translate_errors(noun_phrase(cls.analysis), f"{cls.__name__}.to_dict()"):
             values_without_header = without_header(values, cls.analysis)
-            rest = {key: value for key, value in values_without_header.items() if key not in cls._json_keys()}
+            own = cls._json_keys()
+            rest = {key: value for key, value in values_without_header.items() if key not in own}
             return cls(**{**cls._parse(values_without_header), "provenance": jsonable(rest)})
 
     @classmethod
