@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,7 @@ from sharpscope.results import Mark
 from sharpscope.slices.directions import Direction, coordinates, gram_schmidt, sign_normalised
 from sharpscope.slices.evaluation import Evaluation, running_norms, running_statistics
 from sharpscope.weights import parameters
+from sharpscope.weights.perturbation import Perturbation
 
 
 def weight_difference(problem: Problem, other: Problem) -> Tensor:
@@ -31,18 +32,18 @@ def weight_difference(problem: Problem, other: Problem) -> Tensor:
     return torch.cat([m.reshape(-1) for m in moved])
 
 
-# Examples on which a buffer is tried.
+# Examples on which both networks are tried with equal weights.
 EXAMPLES = 256
 
 
 def require_same_network(problem: Problem, other: Problem) -> None:
     """Raise ProblemError unless the networks differ in nothing but their weights and BatchNorm's running statistics.
 
-    All parameters must have the same names and shapes, selected or not. Other buffers, such as normalisation constants,
-    may differ only if they do not change the loss of ``problem`` on the first examples: a line moves the weights, so it
-    would leave out a part of the way.
+    All parameters must have the same names and shapes, selected or not, and so must the buffers. With equal weights and
+    statistics both must have the same loss on the first examples of ``problem``: a line moves the weights alone, and
+    would leave out what another constant, buffer or activation does.
 
-    Cost: two forward passes of EXAMPLES examples if other buffers differ.
+    Cost: two forward passes of EXAMPLES examples.
     """
     ours, theirs = (dict(one.model.named_parameters()) for one in (problem, other))
     for name in {**ours, **theirs}:
@@ -57,19 +58,17 @@ def require_same_network(problem: Problem, other: Problem) -> None:
     saved = {*problem.model.state_dict(), *other.model.state_dict()} - statistics
     for name in sorted(saved & {*here, *there}):
         _require_same_shape("buffers", name, here.get(name), there.get(name))
-    differ = {
-        name: buffer
-        for name, buffer in here.items()
-        if name not in statistics
-        and name in there
-        and buffer.shape == there[name].shape
-        and not torch.equal(buffer.detach().cpu(), there[name].detach().cpu())
-    }
-    if differ and _change_the_loss(problem, other, differ):
+    mine, its = _losses_with_equal_weights(problem, other, here.keys() & there.keys() & statistics)
+    coarser = max(torch.finfo(w.dtype).eps for w in (*ours.values(), *theirs.values()))
+    # In float32 equal networks differ by 1e-6, from sums in another order on another device.
+    if not torch.allclose(mine, its, rtol=coarser**0.5, atol=0, equal_nan=True):
+        differ = [name for name in here.keys() & there.keys() if name not in statistics]
+        differ = [name for name in sorted(differ) if not torch.equal(here[name].cpu(), there[name].cpu())]
+        what = f"the buffer {differ[0]} differs" if differ else "an activation or another setting differs"
         raise ProblemError(
-            f"Both networks must have the same buffers, but {next(iter(differ))} differs, which changes the loss; only "
-            "the weights and BatchNorm's running statistics may differ. Build both models with the same constants, or "
-            "measure each network by itself."
+            "Both networks must have the same loss where their weights are equal, but they have "
+            f"{float(mine[0]):.6g} and {float(its[0]):.6g} summed over the first examples: {what}. Build both models "
+            "with the same settings, or measure each network by itself."
         )
 
 
@@ -82,21 +81,22 @@ def _require_same_shape(what: str, name: str, ours: Tensor | None, theirs: Tenso
         )
 
 
-def _change_the_loss(problem: Problem, other: Problem, buffers: Mapping[str, Tensor]) -> bool:
-    """Whether the other network has another loss with these buffers than with its own."""
-    objective = Objective(replace(problem, model=other.model))
-    model = objective.terms.model
-    with objective.measuring(products=False):  # which restores the buffers
-
-        def sums() -> Sequence[Tensor]:
-            return objective.terms.without_graph(lambda: objective.terms.sums(objective.first_examples(EXAMPLES)))
-
-        own = sums()
-        for name, value in buffers.items():
-            module, _, entry = name.rpartition(".")
-            like = model.get_buffer(name)
-            model.get_submodule(module)._buffers[entry] = value.detach().to(like.device, like.dtype, copy=True)
-        return not all(torch.equal(a, b) for a, b in zip(own, sums(), strict=True))
+def _losses_with_equal_weights(problem: Problem, other: Problem, statistics: Collection[str]) -> tuple[Tensor, Tensor]:
+    """The sums over the first examples, of ``problem`` and of the other network with the weights of ``problem``."""
+    ours, theirs = Objective(problem), Objective(replace(problem, model=other.model))
+    batch = ours.first_examples(EXAMPLES)
+    with ours.measuring(products=False):
+        mine = ours.terms.without_graph(lambda: ours.terms.sums(batch))
+    model = theirs.terms.model  # a copy where the computation needs another dtype
+    source = {**dict(ours.terms.model.named_parameters()), **dict(ours.terms.model.named_buffers())}
+    weights = dict(model.named_parameters())
+    # Modes and buffers are restored by measuring(), the weights by Perturbation.
+    with theirs.measuring(products=False), torch.no_grad(), Perturbation(list(weights.values())):
+        buffers = dict(model.named_buffers())
+        for name, tensor in {**weights, **{name: buffers[name] for name in statistics}}.items():
+            tensor.copy_(source[name])
+        its = theirs.terms.without_graph(lambda: theirs.terms.sums(batch))
+    return tuple(torch.stack([s.double().cpu() for s in sums]) for sums in (mine, its))  # type: ignore[return-value]
 
 
 def towards(problem: Problem, other: Problem, name: str = "the other") -> Direction:
