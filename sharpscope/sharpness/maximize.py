@@ -115,6 +115,8 @@ def lost_share(
     if not norm:
         return 0.0
     direction, factor = ball.steepest(grads, scales, norm)
+    if rho * factor > torch.finfo(grads[0].dtype).max:
+        return 0.0  # rounding takes nothing of so long a move
     try:
         return perturbation.lost(direction, rho * factor)
     finally:
