@@ -65,10 +65,11 @@ def claim(
         _held.enter_context(locked(file, shared=shared))
     record = {} if state is None else _record(state)
     begun = asked is not None and record.get("asked") == asked
-    mine = (begun and record.get("result") == _digest(result)) or own() if result.exists() else begun
+    written, own_result = record.get("files", {}) if begun else {}, result.exists() and own()
+    mine = written.get(result.name) == _digest(result) or own_result if result.exists() else begun
     if not args.overwrite:
         for file in files:
-            if file.exists() and not mine:
+            if file.exists() and not own_result and written.get(file.name) != _digest(file):
                 raise OutputError(f"{file} exists already. Name another place, or pass --overwrite.")
         if state is not None and _holds_work(state) and not begun and not (mine and not record):
             raise OutputError(
@@ -77,16 +78,19 @@ def claim(
             )
     if state is not None and asked is not None:
         if not begun:
-            _write_record(state, {"asked": asked, "result": None})
+            _write_record(state, {"asked": asked, "files": {}})
         if not shared:
             _held.callback(_drop_if_empty, state)
 
 
 def saved(out: Path) -> None:
-    """Note in the folder of the saved passes that the result in ``out`` is theirs."""
+    """Note in the folder of the saved passes that the result in ``out``, and the arrays next to it, are theirs."""
+    from sharpscope.results.serialization import arrays_path
+
     record = _record(state(out))
     if record:
-        _write_record(state(out), {**record, "result": _digest(out)})
+        files = [file for file in (out, arrays_path(out)) if file.exists()]
+        _write_record(state(out), {**record, "files": {file.name: _digest(file) for file in files}})
 
 
 def finished(out: Path) -> None:

@@ -171,7 +171,7 @@ def _measured(
         progress=progress,
         vectors=True,
         **options.computation(args),
-        journal=None if out is None else options.state(out),
+        journal=None if out is None else outputs.state(out),
     )
     return eigenvector_directions(result, which)
 

@@ -51,6 +51,17 @@ def problem(seed: int, data: Any = DATA, **provenance: Any) -> Problem:
 WEIGHTS = [1.0, 1.0, 3.0]
 
 
+def sorted_by_class(seed: int, weights: list[float] | None = None) -> Problem:
+    """1,200 examples sorted by class, with a loss of one's own where there are ``weights`` of classes."""
+    found = problem(seed, (torch.randn(1200, 4, generator=torch.Generator().manual_seed(5)), torch.arange(1200) // 400))
+
+    def own(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        each = torch.nn.functional.cross_entropy(output, target, reduction="none")
+        return (each * torch.tensor(weights)[target]).mean()
+
+    return found if weights is None else replace(found, loss=own)
+
+
 def with_loss(seed: int, factor: float = 1.0, penalty: float = 0.0) -> Problem:
     """The problem with a loss of one's own, times ``factor``, which may read the model's weights."""
     found = problem(seed)
@@ -196,6 +207,17 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "other label smoothing": (
         lambda: {"a": problem(0), "b": replace(problem(1), loss=torch.nn.CrossEntropyLoss(label_smoothing=0.1))},
+        "differ on the same outputs and targets",
+    ),
+    "another ignore_index of a late class": (
+        lambda: {
+            "a": sorted_by_class(0),
+            "b": replace(sorted_by_class(1), loss=torch.nn.CrossEntropyLoss(ignore_index=2)),
+        },
+        "differ on the same outputs and targets",
+    ),
+    "another weight of a late class": (
+        lambda: {"a": sorted_by_class(0, [1.0, 1.0, 1.0]), "b": sorted_by_class(1, WEIGHTS)},
         "differ on the same outputs and targets",
     ),
     "another factor": (

@@ -65,8 +65,8 @@ class AscentSteps:
         scales = self._scales_of(weights)
         scaled = grads if scales is None else multiply(grads, scales)
         norm = settled_norm(float(norm_on_device(scaled)), scaled)
-        if norm == 0.0 and grads is not raw and 0.0 < settled_norm(float(norm_on_device(raw)), raw) < math.inf:
-            # The direction is zero although the gradient is not: e = 0.
+        if norm == 0.0 and scaled is not raw and 0.0 < settled_norm(float(norm_on_device(raw)), raw) < math.inf:
+            # The direction, or D g, is zero although the gradient is not, as of weights that are zero: e = 0.
             self._perturbation = self._perturbation or Perturbation(weights)
             return None
         if not 0.0 < norm < math.inf:
@@ -104,6 +104,9 @@ class AscentSteps:
             return False
         try:
             perturbation.restore()
+        except BaseException:
+            perturbation.restore()  # an interrupt: again from the start
+            raise
         finally:
             self._perturbation = None
         return bool(perturbation.weights)

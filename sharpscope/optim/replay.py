@@ -7,7 +7,7 @@ noise to the difference, and BatchNorm's running statistics would be updated twi
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from types import TracebackType
@@ -180,7 +180,7 @@ def random_state(devices: Iterable[torch.device]) -> Callable[[], None]:
 def frozen_buffers() -> Iterator[None]:
     """Restore the buffers of every module in training mode on exit: ``running_mean``, ``num_batches_tracked``, ...
 
-    Attributes that are tensors without gradient, such as the state of an RNN, are restored too.
+    Attributes that are tensors, or hold nothing else, such as the state of an RNN, are restored too.
 
     The modules work as usual inside the ``with``: BatchNorm normalises by the statistics of the batch. Changes of
     their buffers are undone on exit, also on an error. Needs no reference to the model: a global hook registers each
@@ -221,18 +221,17 @@ _OWN = frozenset(vars(nn.Module()))
 
 
 class ModuleState:
-    """Copies of the buffers of modules in training mode, and of attributes that are tensors without gradient.
+    """Copies of the buffers of modules in training mode, and of attributes that are tensors.
 
-    Those may be in tuples and lists, as the state of an LSTM. Tensors that require gradients are not state: a second
-    backward through them fails.
+    Those may be in tuples, lists and dicts, as the state of an LSTM. A tensor that requires gradients, which nobody
+    writes into, is not copied: the attribute is.
     """
 
     def __init__(self) -> None:
         self.modules: dict[nn.Module, None] = {}
         self._sharded: dict[Any, None] = {}  # modules of fully_shard
-        self._buffers: list[tuple[nn.Module, str, Tensor | None]] = []
-        self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
-        self._lists: list[tuple[list[Any], list[Any]]] = []
+        self._slots: list[tuple[nn.Module, dict[str, Tensor | None], dict[str, Any]]] = []
+        self._containers: list[tuple[Any, Any]] = []
         # Keyed by identity: two modules may share one buffer, and its first copy is the one to restore.
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -245,25 +244,22 @@ class ModuleState:
                 self._sharded[child] = None
             if child.training and child not in self.modules:
                 self.modules[child] = None
-                for name, buffer in child._buffers.items():
-                    self._buffers.append((child, name, buffer))
-                    self._copy(buffer)
-                # Without values that require gradients, which would keep the activations of the last step.
-                values = {k: v for k, v in vars(child).items() if k not in _OWN and not _requires_grad(v)}
-                self._attributes.append((child, values))
-                for value in values.values():
-                    self._copy(value)
+                attributes = {k: v for k, v in vars(child).items() if k not in _OWN}
+                self._slots.append((child, dict(child._buffers), attributes))
+                for value in (*child._buffers.values(), *attributes.values()):
+                    if _is_state(value):
+                        self._copy(value)
 
     def _copy(self, value: Any) -> None:
         if isinstance(value, Tensor):
             # Nobody can write into a tensor that overlaps itself, such as an expanded one.
             writable = not is_lazy(value) and torch._debug_has_internal_overlap(value) != 1
-            if id(value) not in self._copies and writable:
+            if id(value) not in self._copies and writable and not value.requires_grad:
                 self._copies[id(value)] = (value, value.detach().clone())
-        elif _is_state(value):
-            if isinstance(value, list):
-                self._lists.append((value, list(value)))
-            for entry in value:
+        elif isinstance(value, tuple | list | dict):
+            if not isinstance(value, tuple):
+                self._containers.append((value, value.copy()))
+            for entry in value.values() if isinstance(value, dict) else value:
                 self._copy(entry)
 
     @torch.no_grad()
@@ -271,17 +267,13 @@ class ModuleState:
         """Write the copies back."""
         for tensor, copy in self._copies.values():
             tensor.copy_(copy)
-        for values, entries in self._lists:
-            values[:] = entries
-        # A module may have replaced a tensor by a new one instead of writing into it.
-        for module, name, original in self._buffers:
-            if module._buffers[name] is not original:
-                module._buffers[name] = original
-        for module, values_before in self._attributes:
-            attributes = vars(module)
-            for name, before in values_before.items():
-                if attributes.get(name) is not before and (_is_state(before) or _is_state(attributes.get(name))):
-                    attributes[name] = before
+        for container, entries in self._containers:
+            container.clear()
+            (container.update if isinstance(container, dict) else container.extend)(entries)
+        # A module may have replaced a tensor by a new one instead of writing into it, or have added one.
+        for module, buffers, attributes in self._slots:
+            _put_back(module._buffers, buffers)
+            _put_back(vars(module), attributes)
 
     def reshard(self, failed: bool = False) -> None:
         """Discard the parameters that ``fully_shard`` has gathered, so that the next pass gathers the current ones.
@@ -334,14 +326,17 @@ def _on_call(module: nn.Module, args: object) -> None:
         _save_eagerly(module)
 
 
-def _requires_grad(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return any(map(_requires_grad, value[:1]))
-    return isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and value.requires_grad)
+def _put_back(now: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Make the state in the dict ``now`` that of ``before``: replaced, new and deleted entries."""
+    for name in [n for n, value in now.items() if n not in before and n not in _OWN and _is_state(value)]:
+        del now[name]
+    for name, value in before.items():
+        if now.get(name) is not value and (_is_state(value) or _is_state(now.get(name))):
+            now[name] = value
 
 
 def _is_state(value: Any) -> bool:
-    """Whether ``value`` is a tensor without gradient, or a tuple or list whose first entry is one."""
-    if isinstance(value, tuple | list):
-        return bool(value) and _is_state(value[0])
-    return isinstance(value, Tensor) and not _requires_grad(value)
+    """Whether ``value`` is a tensor, or a tuple, list or dict of nothing but tensors and None; a Parameter is not."""
+    if isinstance(value, tuple | list | dict):
+        return all(v is None or _is_state(v) for v in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)

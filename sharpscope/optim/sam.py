@@ -220,9 +220,10 @@ class SAM(Optimizer):
         What a variant remembers of a parameter is an entry of the parameter's state, so that
         ``torch.distributed.checkpoint`` saves and loads it like that of any optimizer.
 
-        Raises: ArgumentError if the weights are perturbed.
+        Raises: ArgumentError if the weights are perturbed, or if state or groups are no longer the base optimizer's.
         """
         self._refuse_while_perturbed("state_dict()")
+        self._require_shared()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -312,8 +313,9 @@ class SAM(Optimizer):
         Both passes draw the same dropout masks: torch's default generators are replayed. Draw from NumPy, ``random`` or
         other generators before the closure. Both passes see the same buffers, such as BatchNorm's statistics or the
         state of an RNN, which are updated once: those of modules in training mode that the closure calls, and their
-        attributes that are tensors (or tuples or lists of them) without gradient. State that the closure keeps itself
-        is not covered. The weights are restored from a copy, even if ``closure`` raises. To clip the gradient at
+        attributes that are tensors (or tuples, lists or dicts of them). State that the closure keeps itself, and the
+        buffers of a model inside a function that torch.compile has compiled, are not covered: compile the model
+        instead. The weights are restored from a copy, even if ``closure`` raises. To clip the gradient at
         ``w + e``, use ``base_optimizer.register_step_pre_hook``.
 
         Args:
@@ -356,6 +358,7 @@ class SAM(Optimizer):
                 f"function that zeroes the gradients, calls backward and returns the loss{two_calls}. With a "
                 "torch.amp.GradScaler, call step(closure, scaler=scaler) instead of scaler.step(optimizer)."
             )
+        self._require_shared()
         self._start_step()
         chunks = split_batch(batch, self.m)
         self.effective_m = self._examples(batch)
@@ -378,7 +381,11 @@ class SAM(Optimizer):
             if at_w is not None:
                 at_w.add(share * inverse_scale)
             if perturbs:
-                reason = self._gradient_at_perturbed(replayed, share, single_chunk, inverse_scale)
+                try:
+                    reason = self._gradient_at_perturbed(replayed, share, single_chunk, inverse_scale)
+                except BaseException:
+                    self._ascent.restore()  # again: an interrupt may have come within the first
+                    raise
                 if reason is not None:
                     self._skip(reason, "w", scaler)
                     return self._output(outputs, [1.0])  # type: ignore[no-any-return]
@@ -405,15 +412,16 @@ class SAM(Optimizer):
         Args:
             zero_grad: zero the gradients afterwards.
 
-        Raises: ArgumentError if called twice without ``second_step``, for sparse gradients, and with m or several
+        Raises: ArgumentError if called twice without ``second_step``, for sparse gradients, and with m, ddp or several
             ascent steps, which need ``step(closure)``.
         """
         self._refuse_while_perturbed("first_step()")
+        self._require_shared()
         self._start_step()
         if not self._has_two_calls():
             raise ArgumentError(
-                "first_step() and second_step() are for two gradients in every step, not for m, several ascent_steps "
-                "or LookSAM: call step(closure, *batch)."
+                "first_step() and second_step() are for two gradients in every step, not for m, ddp, several "
+                "ascent_steps or LookSAM: call step(closure, *batch)."
             )
         self.num_gradients += 2
         if self._uses_gradient_at_w:
@@ -421,15 +429,15 @@ class SAM(Optimizer):
             self._at_w.add(1.0)
         try:
             reason = self._ascent.step(self.param_groups, self._ascent_direction, 1.0)
+            if reason is not None:
+                self._ascent.begin_at_w()
+                self._skip(reason, "w")
+            if zero_grad:
+                self.zero_grad()
+            self._second_pass = EmptyGradients(self._params())
         except BaseException:
             self._ascent.restore()
             raise
-        if reason is not None:
-            self._ascent.begin_at_w()
-            self._skip(reason, "w")
-        if zero_grad:
-            self.zero_grad()
-        self._second_pass = EmptyGradients(self._params())
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
@@ -442,10 +450,13 @@ class SAM(Optimizer):
         """
         if not self._ascent.is_perturbed:
             raise ArgumentError("second_step() must follow first_step(), got none. Call first_step() before it.")
-        if self._second_pass is not None:
-            self._second_pass.close()
-            self._second_pass = None
-        if self._ascent.restore():
+        try:
+            if self._second_pass is not None:
+                self._second_pass.close()
+                self._second_pass = None
+        finally:
+            moved = self._ascent.restore()
+        if moved:
             self._descend(self._at_w)
         self._at_w = None
         if zero_grad:
@@ -462,6 +473,15 @@ class SAM(Optimizer):
         hooks = ("_perturbs", "_ascent_direction", "_combine")
         unchanged = all(getattr(type(self), name) is getattr(SAM, name) for name in hooks)
         return unchanged and self._ascent.ball == Ball() and self._ascent.steps == 1 and self._ascent.normalize
+
+    def _require_shared(self) -> None:
+        base = self.base_optimizer
+        if base.state is not self.state or base.param_groups is not self.param_groups:
+            raise ArgumentError(
+                "SAM and its base optimizer share state and param_groups, but one of them was replaced by another "
+                "object. Change them in place (optimizer.state.clear(), optimizer.param_groups[:] = ...), or load a "
+                "state dict by load_state_dict of SAM, not of base_optimizer."
+            )
 
     # Hooks for variants.
 
@@ -547,7 +567,7 @@ class SAM(Optimizer):
         return loss, gradients.found
 
     def _has_two_calls(self) -> bool:
-        return self.m is None and self._ascent.steps == 1 and self._supports_two_calls
+        return self.m is None and self._ddp is None and self._ascent.steps == 1 and self._supports_two_calls
 
     def _require_loss(self, output: Any, several: bool) -> None:
         loss = output[0] if isinstance(output, tuple | list) and output else output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -252,6 +253,7 @@ def _measure(
         log = PointLog(s.journal, key, 1 + len(axes), 2 * len(objectives), name)
         stack.callback(log.close)
         slopes, curvatures = slopes_and_curvatures(objective, lines, s.curvature, Journal(s.journal, key), m.report)
+        _require_own_curvatures(lines, curvatures)
         stack.enter_context(m)  # the first of the objectives
         _, *others = objectives.items()
         for _, other in others:
@@ -317,6 +319,23 @@ def _require_own_eigenvectors(m: Measurement, lines: list[list[Direction]], loss
                 f"Eigenvectors must be of the Hessian of this problem, but {differ}. Measure them on it, or pass "
                 "Direction(vector, label), which may be any vector."
             )
+
+
+def _require_own_curvatures(lines: list[list[Direction]], curvatures: Array) -> None:
+    """Raise ArgumentError unless ``d'Hd / d'd`` of an eigenvector d is its eigenvalue: H may be of equal loss only."""
+    for line, found in zip(lines, curvatures, strict=True):
+        for d, quotient in zip(line, np.diag(found) / [d.length**2 for d in line], strict=True):
+            known = d.settings.get("eigenvalue")
+            if d.eigenvalues is None or known is None or not math.isfinite(quotient):
+                continue
+            # The quotient is the eigenvalue but for rounding, and for the residuals where the vectors were made
+            # orthogonal anew.
+            if abs(quotient - known) > 1e-2 * float(np.abs(d.eigenvalues.eigenvalues).max()):
+                raise ArgumentError(
+                    f"Eigenvectors must be of the Hessian of this problem, but {d.label} has the eigenvalue "
+                    f"{known:.6g} and here a curvature of {quotient:.6g}. Measure them on it, or pass "
+                    "Direction(vector, label), which may be any vector."
+                )
 
 
 def _objectives(objective: Objective, s: _Settings) -> dict[str, Objective]:
