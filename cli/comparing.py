@@ -13,6 +13,8 @@ from typing import Any
 
 from sharpscope.cli import options
 
+_EPOCH = re.compile(r"(epoch|step|iter|iteration)s?[-_=.]?\d+", re.IGNORECASE)
+
 
 def groups(args: argparse.Namespace) -> dict[str, list[str]]:
     """The files of each group by its name; empty where checkpoints stand for themselves.
@@ -35,6 +37,15 @@ def groups(args: argparse.Namespace) -> dict[str, list[str]]:
         found[group] = [path for pattern in patterns for path in _matching(pattern)]
     if found and args.checkpoints:
         raise ArgumentError("Checkpoints stand for themselves or in groups, got both. Name all in groups, or none.")
+    for group, paths in found.items():
+        runs: dict[str, str] = {}
+        for path in paths:
+            first = runs.setdefault(_EPOCH.sub("", path), path)
+            if first != path:
+                raise ArgumentError(
+                    f"A group must hold independent runs, but {first} and {path} of {group} differ in the epoch alone. "
+                    "Narrow the pattern to one checkpoint a run."
+                )
     if len(found) == 1:
         raise ArgumentError(f"A group needs another to be compared with, got {next(iter(found))!r} alone.")
     return found

@@ -344,6 +344,7 @@ def test_what_cannot_be_compared_ends_in_one_sentence(
         (["--group", "{}/sgd-0.pt"], "must be NAME=PATTERN"),
         (["--sgd", "{}/sgd-0.pt", "--group", "sgd={}/sgd-1.pt"], "got 'sgd' twice"),
         (["--sgd", "{}/sgd-0.pt", "{}/run-again.pt", "--sam", "{}/sam-0.pt"], "of one recipe and seed"),
+        (["--sgd", "{}/sgd-epoch1.pt", "{}/sgd-epoch2.pt", "--sam", "{}/sam-0.pt"], "differ in the epoch alone"),
         ([], "needs checkpoints"),
     ],
 )
@@ -353,10 +354,12 @@ def test_groups_that_are_none_end_in_one_sentence(
     """A group alone or twice, a pattern without files, two checkpoints of one run."""
     content = torch.load(trained / "sgd-0.pt", weights_only=True)
     next(iter(content["state_dict"].values())).mul_(1.01)
-    torch.save(content, trained / "run-again.pt")
+    for name in ("run-again", "sgd-epoch1", "sgd-epoch2"):
+        torch.save(content, trained / f"{name}.pt")
     assert run(*(a.format(trained) for a in argv), "--quick", "--out", tmp_path / "out") == 1
     assert message in capsys.readouterr().err
-    (trained / "run-again.pt").unlink()
+    for name in ("run-again", "sgd-epoch1", "sgd-epoch2"):
+        (trained / f"{name}.pt").unlink()
 
 
 def test_different_models_have_no_line_between(trained: Path, tmp_path: Path) -> None:

@@ -207,7 +207,24 @@ def test_the_command_line_takes_no_eigenvectors_of_another_weight_decay(
         assert "weight decay differs (0.0 against 0.5)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", ["recipe", "data", "loss", "sample"])
+def test_a_line_along_an_eigenvector_of_a_network_of_equal_loss_is_refused() -> None:
+    """Hidden units in another order have the same loss and another Hessian: its curvature there gives it away."""
+    problem, order = on(), torch.arange(5).flip(0)
+    theirs = on()
+    with torch.no_grad():
+        theirs.model[0].weight.copy_(problem.model[0].weight[order])  # type: ignore[index]
+        theirs.model[0].bias.copy_(problem.model[0].bias[order])  # type: ignore[index]
+        theirs.model[2].weight.copy_(problem.model[2].weight[:, order])  # type: ignore[index]
+    for measure in (
+        lambda known: loss_slice(problem, eigenvector_directions(known, [1]), points=3),
+        lambda known: loss_surface(problem, eigenvector_directions(known), points=3),
+    ):
+        measure(vectors(on()))
+        with pytest.raises(ArgumentError, match="eigenvector 1 has the eigenvalue"):
+            measure(vectors(theirs))
+
+
+@pytest.mark.parametrize("change", ["recipe", "data", "loss", "loss_settings", "sample"])
 def test_a_monitor_goes_on_with_records_of_its_own_run_alone(change: str) -> None:
     """Records of another recipe, data set, loss, or of as many other examples are refused by what differs."""
     said = {"recipe": {"lr": 0.1, "betas": (0.9, 0.99)}, "data": "digits"}
@@ -219,6 +236,7 @@ def test_a_monitor_goes_on_with_records_of_its_own_run_alone(change: str) -> Non
         "recipe": on(provenance={**said, "recipe": {"lr": 0.2, "betas": (0.9, 0.99)}}),
         "data": on(provenance={**said, "data": "fashion-mnist"}),
         "loss": on(provenance=said, loss=nn.NLLLoss()),
+        "loss_settings": on(provenance=said, loss=nn.CrossEntropyLoss(label_smoothing=0.1)),
         "sample": on(slice(20, 40), provenance=said),
     }[change]
     with pytest.raises(ArgumentError, match=f"but {change if change != 'loss' else 'loss_function'} is"):

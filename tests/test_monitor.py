@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sharpscope import MonitorRecord, MonitorResult, Problem, SharpnessMonitor
 from sharpscope.errors import ArgumentError, DataError, ProblemError
+from sharpscope.optim import SAM
 from sharpscope.plot import sharpness_over_steps
 from watched import TIGHT, N, X, Y, dense_lambda_max, net, pieces, problem, sgd, train
 
@@ -233,6 +234,20 @@ def test_a_run_goes_on_where_it_was() -> None:
     assert monitor.result().steps.tolist() == [0, 2, 4, 6, 8]
     with pytest.raises(ArgumentError, match="num_examples is 16 and was"):
         SharpnessMonitor(problem(net()), examples=16).resume(result, 4)
+
+
+def test_nothing_is_measured_at_the_perturbed_weights() -> None:
+    """Between first_step and second_step the monitor records the reason, not lambda_max at w + e."""
+    model = net()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    monitor = SharpnessMonitor(problem(model), optimizer, every=1, examples=16)
+    problem(model).loss(model(problem(model).data[0]), problem(model).data[1]).backward()
+    optimizer.first_step(zero_grad=True)
+    with pytest.warns(RuntimeWarning, match=r"at w \+ e"):
+        record = monitor.measure(1)
+    assert record is not None
+    assert math.isnan(record.lambda_max)
+    assert "w + e" in record.reason
 
 
 def test_warnings_that_are_errors_do_not_end_the_training() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,6 +100,48 @@ def test_an_unconverged_result_and_its_passes_stay_until_the_same_command_goes_o
     assert run(UNCONVERGED.replace("--max-passes 2", "--max-passes 50 --vectors")) == 0
     assert sorted(contents(folder).keys() - before.keys()) == ["r.npz"]
     assert [p.name for p in folder.glob("*r.json*")] == ["r.json"]
+
+
+def test_arrays_of_another_result_stay_beside_an_unconverged_one(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command goes on with --vectors, but not where an .npz lies that it did not write."""
+    assert run(UNCONVERGED) == 3
+    Path("r.npz").write_bytes(b"of another result")
+    assert run(UNCONVERGED.replace("--max-passes 2", "--max-passes 50 --vectors")) == 1
+    assert "r.npz exists already" in capsys.readouterr().err
+    assert Path("r.npz").read_bytes() == b"of another result"
+
+
+def test_a_module_that_the_problem_file_imports_is_part_of_the_command(folder: Path) -> None:
+    """Saved passes of another constant there, which the first examples do not show, are not gone on with."""
+    code = PROBLEM.replace("import torch\n", "import torch\nimport constants\n", 1)
+    code = code.replace("torch.nn.CrossEntropyLoss()", "loss").replace(
+        "    return", "    data[1][:32] %= 2\n    return"
+    )
+    code = code.replace(
+        "def problem",
+        "def loss(output, target):\n"
+        "    each = torch.nn.functional.cross_entropy(output, target, reduction='none')\n"
+        "    return (each * (1 + constants.OF_TWO * (target == 2))).mean()\n\n"
+        "def problem",
+    )
+    values = []
+    for more in (0, 1):
+        Path("problem.py").write_text(code)
+        Path("constants.py").write_text(f"OF_TWO = {more}")
+        sys.modules.pop("constants", None)
+        shutil.rmtree("__pycache__", ignore_errors=True)
+        assert run(UNCONVERGED + (" --overwrite" if more else "")) == 3
+        values.append(EigenResult.load("r.json").loss)
+    assert values[0] != values[1]
+
+
+@pytest.mark.parametrize("kind", ["eigenvectors", "gradient", "random"])
+def test_a_slice_along_any_direction_has_a_place(folder: Path, kind: str) -> None:
+    """With --out, whose folder of passes also keeps the directions, and leaves the result alone."""
+    assert run(f"slice 0.pt --points 3 --directions {kind} --out s.json") == 0
+    assert sorted(p.name for p in folder.glob("*s.json*")) == ["s.json"]
 
 
 def test_overwrite_replaces_an_unconverged_result(folder: Path) -> None:

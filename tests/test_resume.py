@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,11 @@ def weights(rare: float) -> Tensor:
     return torch.tensor([1.0, 1.0, rare])
 
 
+def enclosing(rare: float) -> Callable[[Tensor, Tensor], Tensor]:
+    weight = [1.0, 1.0, rare]
+    return lambda output, target: nn.functional.cross_entropy(output, target, weight=torch.tensor(weight))
+
+
 HELD: dict[str, Callable[[float], dict[str, Any]]] = {
     "a module": lambda x: {"loss": nn.CrossEntropyLoss(weight=weights(x))},
     "an option": lambda x: {"loss": nn.CrossEntropyLoss(ignore_index=int(-x))},
@@ -174,6 +180,10 @@ HELD: dict[str, Callable[[float], dict[str, Any]]] = {
     "a method": lambda x: {"loss": Weighted(x).method},
     "a layer": lambda x: {"model": with_attribute(lambda layer: setattr(layer, "p", 0.1 / x))},
     "an array": lambda x: {"model": with_attribute(lambda layer: setattr(layer, "_scale", np.array([1.0, x])))},
+    "a NumPy number": lambda x: {"model": with_attribute(lambda layer: setattr(layer, "_scale", np.float32(x)))},
+    "a record": lambda x: {"model": with_attribute(lambda layer: setattr(layer, "_config", SimpleNamespace(rare=x)))},
+    "a set": lambda x: {"model": with_attribute(lambda layer: setattr(layer, "_classes", {x}))},
+    "a variable of a function": lambda x: {"loss": enclosing(x)},
     "a buffer": lambda x: {"model": with_attribute(lambda m: m.register_buffer("own", weights(x), persistent=False))},
 }
 

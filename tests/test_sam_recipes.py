@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -344,22 +345,30 @@ class Scale(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Goes on from the state of the last batch, kept as a buffer, an attribute, a tuple or a list."""
+    """Goes on from the state of the last batch, kept as a buffer, an attribute, in a tuple, a list or a dict."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.cell, self.head, self.kind = nn.RNNCell(5, 4), nn.Linear(4, 1), kind
         if kind == "buffer":
             self.register_buffer("state", None)
-        else:
-            self.state: Any = [torch.zeros(8, 4)] if kind == "list" else None
+        elif kind != "new attribute":
+            starts = {"list": [torch.zeros(8, 4)], "list of None": [None], "growing list": [], "dict": {}}
+            self.state: Any = starts.get(kind)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.cell(x, self.state[0] if isinstance(self.state, tuple | list) else self.state)
-        if self.kind == "list":
+        last = getattr(self, "state", None)
+        if isinstance(last, tuple | list | dict):
+            last = (list(last.values()) if isinstance(last, dict) else [*last])[-1] if last else None
+        h = self.cell(x, last if last is None else last.detach())
+        if self.kind in ("list", "list of None"):
             self.state[0] = h.detach()
+        elif self.kind == "growing list":
+            self.state.append(h.detach())
+        elif self.kind == "dict":
+            self.state["h"] = h.detach()
         else:
-            self.state = (h.detach(),) if self.kind == "tuple" else h.detach()
+            self.state = (h,) if self.kind == "tuple" else h if self.kind == "with its graph" else h.detach()
         out: Tensor = self.head(h)
         return out
 
@@ -380,6 +389,11 @@ STATEFUL: dict[str, Callable[[], nn.Module]] = {
     "RNN, attribute": lambda: Recurrent("attribute"),
     "RNN, tuple": lambda: Recurrent("tuple"),
     "RNN, list": lambda: Recurrent("list"),
+    "RNN, list of None": lambda: Recurrent("list of None"),
+    "RNN, growing list": lambda: Recurrent("growing list"),
+    "RNN, dict": lambda: Recurrent("dict"),
+    "RNN, new attribute": lambda: Recurrent("new attribute"),
+    "RNN, with its graph": lambda: Recurrent("with its graph"),
 }
 
 
@@ -432,6 +446,106 @@ def test_pass_two_sees_the_running_scale_of_pass_one() -> None:
     SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR).step(closure)
     torch.testing.assert_close(torch.cat([model.body.weight.detach()[0], model.body.bias.detach()]), expected)
     torch.testing.assert_close(model.scale, scale)
+
+
+@pytest.mark.parametrize("way", ["a method", "a compiled function"])
+def test_state_is_seen_where_the_module_itself_is_not_called(way: str) -> None:
+    """A step through a method of the module, or a compiled function that calls it, is that through the module."""
+    ends = []
+    for through in ("the module", way):
+        model, (x, y) = Scale().double(), batches(1)[0]
+        model.load_state_dict({"body.weight": start()[None], "body.bias": torch.zeros(1), "scale": torch.ones(())})
+        if through == "a compiled function":
+            call = torch.compile(lambda x, model=model: model(x), backend="eager")
+        else:
+            call = model.forward if through == "a method" else model
+        optimizer = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR)
+        for _ in range(2):
+
+            def closure(call: Any = call, optimizer: SAM = optimizer, x: Tensor = x, y: Tensor = y) -> None:
+                optimizer.zero_grad()
+                (call(x)[:, 0] - y).pow(2).mean().backward()
+
+            optimizer.step(closure)
+        ends.append(model.state_dict())
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-12, atol=0)
+
+
+# Steps that must not be skipped, or not be taken
+
+
+@pytest.mark.parametrize("options", [{"adaptive": "elementwise"}, {"adaptive": "filter"}])
+def test_weights_that_are_zero_are_trained_under_an_adaptive_ball(options: dict[str, Any]) -> None:
+    """Where D g is zero and g is not, e = 0: the step is the base's, and none is skipped."""
+    model, (x, y) = nn.Linear(5, 1, bias=False).double(), batches(1)[0]
+    nn.init.zeros_(model.weight)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR, **options)
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        loss_of(model.weight[0], x, y).backward()
+
+    optimizer.step(closure)
+    torch.testing.assert_close(model.weight.detach()[0], -LR * gradient(torch.zeros(5).double(), x, y))
+    assert optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("what", ["state", "param_groups", "a state dict of the base"])
+def test_state_or_groups_that_the_base_no_longer_shares_are_refused(name: str, what: str) -> None:
+    """Replaced by other objects they would be two: the step and state_dict() say how to change them in place."""
+    w = start().requires_grad_()
+    optimizer = FAMILY[name]([w], torch.optim.SGD, rho=RHO, lr=LR, momentum=0.9)
+    if what == "state":
+        optimizer.state = {}  # type: ignore[assignment]
+    elif what == "param_groups":
+        optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+    else:
+        optimizer.base_optimizer.load_state_dict(optimizer.base_optimizer.state_dict())
+    for call in (lambda: optimizer.step(lambda: loss_of(w, *batches(1)[0]).backward()), optimizer.state_dict):
+        with pytest.raises(ArgumentError, match="share state and param_groups"):
+            call()
+
+
+def test_two_calls_with_ddp_are_refused() -> None:
+    """The gradient at w of GSAM is then each process's own, and the weights would part."""
+    model = nn.Linear(2, 1)
+    model.no_sync = lambda: None  # type: ignore[assignment]
+    optimizer = GSAM(model.parameters(), torch.optim.SGD, lr=0.1, ddp=model)
+    with pytest.raises(ArgumentError, match="not for m, ddp"):
+        optimizer.first_step()
+
+
+@pytest.mark.parametrize("name", TWO_CALLS)
+@pytest.mark.parametrize("line", range(12))
+def test_an_interrupt_amid_the_restore_leaves_the_weights_at_w(name: str, line: int) -> None:
+    """Wherever in the first lines of the restore Ctrl-C comes, the weights are those of before the step."""
+    w, (x, y) = start().requires_grad_(), batches(1)[0]
+    optimizer = FAMILY[name]([w], torch.optim.SGD, rho=RHO, lr=LR)
+    before, seen = w.detach().clone(), 0
+
+    def trace(frame: Any, event: str, argument: object) -> Any:
+        nonlocal seen
+        restores = frame.f_code.co_name in ("restore", "copy_") and "sharpscope" in frame.f_code.co_filename
+        if restores and event == "line":
+            seen += 1
+            if seen == line + 1:
+                raise KeyboardInterrupt
+        return trace if restores or event == "call" else None
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        loss_of(w, x, y).backward()
+
+    sys.settrace(trace)
+    try:
+        optimizer.step(closure)
+    except KeyboardInterrupt:
+        assert torch.equal(w, before)
+    finally:
+        sys.settrace(None)
+    assert not optimizer.is_perturbed
 
 
 # Calls and what closures return

@@ -459,6 +459,8 @@ def test_loss_that_leaves_the_numbers_is_infinitely_sharp() -> None:
         ({"m": (25,)}, r"m must be at most the number of examples \(24\), got 25"),
         ({"rho": (-1.0,)}, "rho must be one or more finite numbers of at least 0"),
         ({"rho": (INF,)}, "rho must be one or more finite numbers"),
+        ({"rho": (1e300,)}, r"rho must be at most 1.3e\+154, whose square float64 holds"),
+        ({"sigma": 1e20, "dtype": torch.float32}, r"sigma must be at most 1.8e\+19, whose square float32 holds"),
         ({"sigma": 0.0}, "sigma must be positive and finite, got 0.0"),
         ({"draws": 1}, "draws must be at least 2"),
         ({"p": 1}, "p must be 2 or inf"),

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
 from sharpscope.errors import ArgumentError, DataError, first_line, require_count
@@ -28,7 +28,7 @@ from sharpscope.objective.micro_batches import MicroBatch, as_batches, map_tenso
 from sharpscope.problem import Problem, require_problem
 from sharpscope.results import MonitorRecord, MonitorResult
 from sharpscope.results.serialization import as_json
-from sharpscope.resume import fingerprint
+from sharpscope.resume import fingerprint, state_of
 from sharpscope.sampling.subsample import underlying_dataset
 from sharpscope.weights.norm_ball import norm_of
 from sharpscope.weights.restore import preserved
@@ -48,8 +48,11 @@ LOGGED = (
 # Entries of the provenance that determine the run, the sample, and the loss measured on it.
 RUN_KEYS = (
     *("recipe", "data", "split", "label_noise", "num_examples", "split_examples", "sample", "seed"),
-    *("num_params", "params", "loss_function", "weight_decay", "mode", "dtype"),
+    *("num_params", "params", "loss_function", "loss_settings", "weight_decay", "mode", "dtype"),
 )
+
+# Those that are hashes.
+HASHES = ("sample", "loss_settings")
 
 
 class SharpnessMonitor:
@@ -203,7 +206,7 @@ class SharpnessMonitor:
         """
         for key in RUN_KEYS if result.records else ():
             ours, theirs = (as_json(known.get(key)) for known in (self._provenance, result.provenance))
-            if ours != theirs and not (key == "sample" and theirs is None):  # of a version that did not store it
+            if ours != theirs and not (key in HASHES and theirs is None):  # of a version that did not store it
                 raise ArgumentError(
                     f"Resuming the monitor needs the same run and sample, but {key} is {ours!r} and was {theirs!r}. "
                     "Change it back, or start a new run."
@@ -253,6 +256,7 @@ class SharpnessMonitor:
             self._seed,
             split_examples=self._sample.drawn_from,
             sample=self._fingerprint,
+            loss_settings=_settings_of(self._problem.loss),
             every=self.every,
             tol=self._tol,
             max_products=self._max_products,
@@ -260,6 +264,8 @@ class SharpnessMonitor:
         self._provenance = {**entries, "num_examples": self._sample.examples}
 
     def _measured(self, step: int) -> MonitorRecord:
+        if getattr(self.optimizer, "is_perturbed", False):
+            raise ArgumentError("The weights are at w + e, between first_step() and second_step(). Measure after both.")
         m = self._measurement()
         objective = m.objective
         with eager_mode(objective.terms.model), m:
@@ -494,3 +500,11 @@ def _copied(part: MicroBatch, indices: Tensor, whole: bool) -> MicroBatch:
     if whole:
         return MicroBatch(map_tensors(part.batch, lambda t: t.detach().clone()), part.size, ())
     return MicroBatch(rows(part.batch, indices), len(indices), ())
+
+
+def _settings_of(loss: Any) -> str | None:
+    """A hash of the plain attributes and buffers of a loss; None for a function, or a loss with parameters."""
+    if not isinstance(loss, nn.Module) or any(True for _ in loss.parameters()):
+        return None
+    _, buffers, attributes, _ = state_of(loss)
+    return fingerprint(buffers, attributes)

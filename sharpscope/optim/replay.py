@@ -30,7 +30,8 @@ class ReplayedClosure:
         closure: called as ``closure(*tensors)``.
         ddp: DistributedDataParallel model, to skip its gradient averaging with ``no_sync``; or None.
         devices: devices of the default generators that the closure may use.
-        repeats: False if there is one call alone, so that nothing need be copied.
+        modules: modules whose state is saved besides that of those that the closure calls; None if there is one call
+            alone, so that nothing need be copied.
     """
 
     def __init__(
@@ -39,10 +40,10 @@ class ReplayedClosure:
         tensors: Sequence[Tensor],
         ddp: Any,
         devices: Iterable[torch.device],
-        repeats: bool,
+        modules: Sequence[nn.Module] | None,
     ) -> None:
         self._closure, self._tensors, self._ddp, self._devices = closure, tensors, ddp, devices
-        self._repeats = repeats
+        self._modules = modules
         self._replay: Callable[[], None] | None = None
         self._before = ModuleState()
 
@@ -52,7 +53,9 @@ class ReplayedClosure:
         no_sync = self._ddp.no_sync() if local and self._ddp is not None else nullcontext()
         if self._replay is None:
             self._replay = random_state(self._devices)
-            with self._before.recorded() if self._repeats else nullcontext(), no_sync, torch.enable_grad():
+            for module in self._modules or ():
+                self._before.save(module)
+            with self._before.recorded() if self._modules is not None else nullcontext(), no_sync, torch.enable_grad():
                 return self._closure(*self._tensors)
         self._replay()
         after = ModuleState()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from sharpscope.errors import ArgumentError, require_count
@@ -148,6 +150,8 @@ class SAM(Optimizer):
     _second_pass: _Progress[EmptyGradients | None] = _Progress(None)
     _first_gradient: _Progress[Tensor | None] = _Progress(None)
     _rounding_reported = _Progress(False)
+    # Modules that hold the parameters, as references that do not keep them.
+    _owners: _Progress[list[Callable[[], nn.Module | None]] | None] = _Progress(None)
     # Schedulers read this to warn about a missing optimizer step; second_step() counts as a step.
     _opt_called = _Progress(False)
 
@@ -289,6 +293,7 @@ class SAM(Optimizer):
         Raises: ArgumentError for ``rho`` outside its domain, or complex parameters.
         """
         check_rho(param_group.get("rho", self.defaults["rho"]))
+        self._owners = None
         # Absent only in the constructor, which passes groups that the base optimizer already has.
         if hasattr(self, "base_optimizer"):
             self.base_optimizer.add_param_group(param_group)
@@ -312,11 +317,10 @@ class SAM(Optimizer):
 
         Both passes draw the same dropout masks: torch's default generators are replayed. Draw from NumPy, ``random`` or
         other generators before the closure. Both passes see the same buffers, such as BatchNorm's statistics or the
-        state of an RNN, which are updated once: those of modules in training mode that the closure calls, and their
-        attributes that are tensors (or tuples, lists or dicts of them). State that the closure keeps itself, and the
-        buffers of a model inside a function that torch.compile has compiled, are not covered: compile the model
-        instead. The weights are restored from a copy, even if ``closure`` raises. To clip the gradient at
-        ``w + e``, use ``base_optimizer.register_step_pre_hook``.
+        state of an RNN, which are updated once: those of modules in training mode that hold the parameters or that the
+        closure calls, and their attributes that are tensors (or tuples, lists or dicts of them). State that the closure
+        keeps itself is not covered. The weights are restored from a copy, even if ``closure`` raises. To clip the
+        gradient at ``w + e``, use ``base_optimizer.register_step_pre_hook``.
 
         Args:
             closure: zeroes the gradients, computes the loss, calls backward and returns the loss. Both calls must use
@@ -371,7 +375,8 @@ class SAM(Optimizer):
         at_e = None if single_chunk else GradientSum(self._params())
         outputs: list[Any] = []
         for i, (tensors, share) in enumerate(chunks):
-            replayed = ReplayedClosure(closure, tensors, self._ddp, self._devices(), perturbs)
+            modules = self._modules() if perturbs else None
+            replayed = ReplayedClosure(closure, tensors, self._ddp, self._devices(), modules)
             loss, found = self._gradient(replayed, share, local=perturbs or not single_chunk)
             outputs.append(loss)
             if i == 0:
@@ -461,6 +466,11 @@ class SAM(Optimizer):
         self._at_w = None
         if zero_grad:
             self.zero_grad()
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the weights are at w + e, between ``first_step`` and ``second_step``."""
+        return self._ascent.is_perturbed
 
     @property
     def p(self) -> float:
@@ -697,6 +707,15 @@ class SAM(Optimizer):
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+    def _modules(self) -> list[nn.Module]:
+        """The modules that hold the parameters: a closure may call a method of theirs, or a compiled function."""
+        if self._owners is None:
+            # Once: it takes about 0.1 s. type(), since some objects lie about their class or raise.
+            params = set(self._params())
+            modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module)]
+            self._owners = [weakref.ref(m) for m in modules if not params.isdisjoint(m.parameters())]
+        return [module for reference in self._owners if (module := reference()) is not None]
 
     def _devices(self) -> set[torch.device]:
         return {p.device for p in self._params()}

@@ -21,6 +21,7 @@ from sharpscope.sharpness.curvature_measures import training_recipe
 from sharpscope.sharpness.maximize import Ascent
 from sharpscope.sharpness.measure_context import MeasureContext, MeasureSpec, Settings
 from sharpscope.weights.norm_ball import Ball
+from sharpscope.weights.perturbation import require_length
 
 # Defaults of ``measure_sharpness``; WORST is the ascent of the measure "worst-case".
 M = (1, 4, 16, 64, 256)
@@ -163,6 +164,8 @@ def measure_sharpness(
         settings={"measures": chosen, **asdict(replace(settings, recipe={}))},
     )
     objective = measurement.objective
+    for name, number in (("rho", max(rho)), ("sigma", sigma), ("box", box)):
+        require_length(name, number, objective.dtype)
     seed = int(torch.randint(2**62, (), generator=measurement.generator))
     with measurement:
         context = MeasureContext(objective, settings, seed, progress, measurement.journal)

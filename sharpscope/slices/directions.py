@@ -26,7 +26,7 @@ from sharpscope.results.serialization import UNREADABLE, jsonable
 from sharpscope.weights import parameters
 from sharpscope.weights.norm_ball import Ball
 from sharpscope.weights.parameters import views
-from sharpscope.weights.perturbation import Perturbation, require_kept
+from sharpscope.weights.perturbation import Perturbation, require_kept, require_length
 
 # A vector with less than this fraction orthogonal to the others is linearly dependent on them.
 INDEPENDENT = 1e-6
@@ -393,6 +393,7 @@ def gradient_directions(
     if not 0 < rho < math.inf:
         raise ArgumentError(f"rho must be a positive number, got {rho}.")
     objective = Objective(problem, dtype=dtype, device=device, micro_batch=micro_batch)
+    require_length("rho", rho, objective.dtype)
     if objective.micro_batch is None:
         objective.micro_batch = DEFAULT  # not timed: equal calls give equal bits, and two gradients are soon done
     _, at_w = objective.loss_and_gradient()

@@ -113,6 +113,14 @@ class Perturbation:
 MAX_LOST = 0.1
 
 
+def require_length(name: str, number: float, dtype: torch.dtype) -> None:
+    """Raise ArgumentError for a length whose square the dtype does not hold."""
+    largest = torch.finfo(dtype).max ** 0.5
+    if number > largest:
+        what = str(dtype).removeprefix("torch.")
+        raise ArgumentError(f"{name} must be at most {largest:.2g}, whose square {what} holds, got {number:g}.")
+
+
 def require_kept(lost: float, what: str, dtype: torch.dtype) -> None:
     """Raise ArgumentError where rounding takes more than MAX_LOST of the perturbation that ``what`` gives."""
     if lost > MAX_LOST:
