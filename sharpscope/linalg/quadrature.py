@@ -14,13 +14,19 @@ from sharpscope.linalg.row_blocks import (
     as_row_operator,
     deflated,
     norms,
+    orthogonal_unit_row,
     project_out,
     random_rows,
     require_dtype,
     require_orthonormal,
     require_small_asymmetry,
+    rounding_error,
 )
 from sharpscope.random_streams import stream_from
+
+# What known eigenpairs leave of the image of a vector orthogonal to them, where it is rounding alone, in units of their
+# products' rounding error over sqrt(n). Measured on dense operators of order 20 to 200: 0.003 to 0.03.
+NOISE = 0.125
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,8 @@ def lanczos_quadrature_rows(
     values, vectors = known_pairs(known, like)
     operator = deflated(rows, vectors)
     start = block = images = random_unit_rows(probes, like, vectors, source)
-    runs = _LanczosRuns.start(probes, min(steps, n - len(vectors)), like)
+    noise = rounding_error(float(values.abs().max()), like.dtype) if len(values) else 0.0
+    runs = _LanczosRuns.start(probes, min(steps, n - len(vectors)), vectors, noise)
     while len(block):
         image = operator(block)
         if not runs.steps:
@@ -142,6 +149,8 @@ class _LanczosRuns:
         alphas, betas: (K, depth), float64: the runs' Jacobi matrices.
         lengths: steps of each run, ``depth`` at most.
         running: indices of the runs that have not ended.
+        known: (d, n), to which every basis stays orthogonal; ``noise``: rounding error of their products, which is in
+            the rest of each product.
         steps: products with a block, and ``matvecs``: with one vector.
     """
 
@@ -150,35 +159,41 @@ class _LanczosRuns:
     betas: Tensor
     lengths: list[int]
     running: list[int]
+    known: Tensor
+    noise: float
     steps: int = 0
     matvecs: int = 0
     scale: float = 0.0
 
     @classmethod
-    def start(cls, count: int, depth: int, like: Tensor) -> _LanczosRuns:
+    def start(cls, count: int, depth: int, known: Tensor, noise: float) -> _LanczosRuns:
         """``count`` runs of at most ``depth`` steps."""
         alphas, betas = (torch.zeros(count, depth, dtype=torch.float64) for _ in range(2))
-        return cls(like.new_empty(count, depth, like.shape[1]), alphas, betas, [depth] * count, list(range(count)))
+        bases = known.new_empty(count, depth, known.shape[1])
+        return cls(bases, alphas, betas, [depth] * count, list(range(count)), known, noise)
 
     def advance(self, block: Tensor, image: Tensor) -> Tensor:
         """Advance each run by one step, given the products; return the next vectors of the runs that continue."""
         step, depth, dtype = self.steps, self.bases.shape[1], block.dtype
         self.steps, self.matvecs = step + 1, self.matvecs + len(block)
         self.scale = max(self.scale, float(norms(image).max()))
-        breakdown = BREAKDOWN * torch.finfo(dtype).eps * self.scale
+        breakdown = max(BREAKDOWN * torch.finfo(dtype).eps * self.scale, NOISE * self.noise / image.shape[1] ** 0.5)
         next_rows, still_running = [block[:0]], []
         for row, probe in enumerate(self.running):
             self.bases[probe, step] = block[row]
             rest, coefficients = project_out(image[row : row + 1], self.bases[probe, : step + 1])
             beta = float(self.betas[probe, step - 1]) if step else 0.0
-            _require_three_terms(coefficients[:, 0], beta, self.scale, dtype)
+            _require_three_terms(coefficients[:, 0], beta, self.scale, dtype, self.noise)
             self.alphas[probe, step] = coefficients[step, 0]
             length = float(norms(rest)[0])
             if length <= breakdown or step + 1 == depth:
                 self.lengths[probe] = step + 1
                 continue
             self.betas[probe, step] = length
-            next_rows.append(rest / length)
+            rest = rest / length
+            if len(self.known):  # a short remainder, divided by its length, has lost its orthogonality to them
+                rest = orthogonal_unit_row(rest, self.known, self.bases[probe, : step + 1])[None]
+            next_rows.append(rest)
             still_running.append(probe)
         self.running = still_running
         return torch.cat(next_rows)
@@ -239,9 +254,9 @@ def _gauss_rule(alphas: Tensor, betas: Tensor, depth: int) -> tuple[Tensor, Tens
     return torch.cat([values, values[-1:].expand(missing)]), torch.cat([weights / weights.sum(), torch.zeros(missing)])
 
 
-def _require_three_terms(coefficients: Tensor, beta: float, scale: float, dtype: torch.dtype) -> None:
+def _require_three_terms(coefficients: Tensor, beta: float, scale: float, dtype: torch.dtype, noise: float) -> None:
     """Raise ArgumentError unless ``q_{j-1}' H q_j = beta_{j-1}`` and ``q_i' H q_j = 0`` for i < j - 1 (H symmetric)."""
     before = coefficients[:-1].clone()
     if len(before):
         before[-1] -= beta
-        require_small_asymmetry(float(before.abs().max()), scale, dtype)
+        require_small_asymmetry(float(before.abs().max()), scale, dtype, noise)

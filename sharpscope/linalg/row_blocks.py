@@ -75,10 +75,10 @@ def orthonormalise(block: Tensor, basis: Tensor, floor: float, generator: torch.
         length = float(norms(rest)[0])
         if length > floor and filled < available:
             factors[filled, i] = length
-            new[filled] = _orthogonal_unit_row(rest / length, basis, new[:filled])
+            new[filled] = orthogonal_unit_row(rest / length, basis, new[:filled])
             filled += 1
     for i in range(filled, available):
-        new[i] = _orthogonal_unit_row(random_rows(1, block, generator), basis, new[:i])
+        new[i] = orthogonal_unit_row(random_rows(1, block, generator), basis, new[:i])
     return new, factors
 
 
@@ -94,7 +94,7 @@ def random_rows(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(count, like.shape[1], generator=generator, dtype=torch.float64).to(like)
 
 
-def _orthogonal_unit_row(row: Tensor, *against: Tensor) -> Tensor:
+def orthogonal_unit_row(row: Tensor, *against: Tensor) -> Tensor:
     """Normalise ``row`` and make it orthogonal to ``against`` to rounding, however small it is."""
     for _ in range(2):
         row = row / float(norms(row)[0])
@@ -154,9 +154,12 @@ def require_symmetric(projected: Tensor, scale: float, dtype: torch.dtype) -> No
     require_small_asymmetry(float((projected - projected.T).abs().max()), scale, dtype)
 
 
-def require_small_asymmetry(asymmetry: float, scale: float, dtype: torch.dtype) -> None:
-    """Raise ArgumentError when ``|v'Hu - u'Hv|`` is larger than rounding explains for an operator of norm ``scale``."""
-    if asymmetry > 10 * torch.finfo(dtype).eps ** 0.5 * scale:
+def require_small_asymmetry(asymmetry: float, scale: float, dtype: torch.dtype, noise: float = 0.0) -> None:
+    """Raise ArgumentError when ``|v'Hu - u'Hv|`` is larger than rounding explains for an operator of norm ``scale``.
+
+    ``noise``: the rounding error of the products, where they are the rest of larger ones.
+    """
+    if asymmetry > 10 * torch.finfo(dtype).eps ** 0.5 * scale + noise:
         raise ArgumentError(
             f"H must be symmetric, but v'Hu and u'Hv differ by {asymmetry:.2g} at a norm of {scale:.2g}. "
             "Check what makes products change from call to call; where H is much smaller than what it is summed from, "

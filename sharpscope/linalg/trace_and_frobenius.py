@@ -13,10 +13,13 @@ from sharpscope.linalg.row_blocks import (
     BREAKDOWN,
     Matmat,
     as_row_operator,
+    combine,
     deflated,
     inner,
     norms,
     orthonormalise,
+    project_out,
+    random_rows,
     require_dtype,
     rounding_error,
 )
@@ -31,6 +34,7 @@ class TraceEstimate:
         trace, trace_error: ``tr H``, unbiased.
         squared, squared_error: ``||H||_F^2 = tr H^2``, unbiased.
         num_products: products with a block of vectors, and ``num_matvecs``: with one vector.
+        exact: the products determine all of H; the errors are rounding alone.
     """
 
     trace: float
@@ -39,6 +43,7 @@ class TraceEstimate:
     squared_error: float
     num_products: int
     num_matvecs: int
+    exact: bool = False
 
 
 def trace_and_frobenius(
@@ -51,6 +56,8 @@ def trace_and_frobenius(
     generator: torch.Generator | None = None,
 ) -> TraceEstimate:
     """``tr H`` and ``||H||_F^2`` by XTrace (Epperly, Tropp and Webber 2024), both from the same 2K products.
+
+    With ``2 probes >= n`` these are products with a basis: both are exact, and their errors rounding.
 
     Args: as ``lanczos_quadrature``.
 
@@ -93,6 +100,8 @@ def trace_from_images(
 ) -> TraceEstimate:
     """XTrace given the products with the probes; cost: one more product with a block.
 
+    With 2K >= n - d, no estimate: the second product is with a basis of what the first n - d - K probes leave.
+
     With Q_i a basis of the images of all probes but the i-th, and ``x_i`` the i-th probe's component orthogonal to it,
     scaled to the squared length ``n - d - rank Q_i`` of a normal vector there, each of
     ``tr(Q_i' H Q_i) + x_i' H x_i``  and  ``||H Q_i||_F^2 + ||H x_i||^2``
@@ -114,6 +123,9 @@ def trace_from_images(
     n, dtype = probes.shape[1], probes.dtype
     values, vectors = known_pairs(known, probes[:0])
     space, count = n - len(values), len(probes)
+    largest = float(values.abs().max()) if len(values) else 0.0
+    if 2 * count >= space:
+        return _from_a_basis(rows, probes, images, values, vectors, largest, generator)
     floor = BREAKDOWN * torch.finfo(dtype).eps * float(norms(images).max())
     basis, factors = orthonormalise(images, vectors, floor, generator)
     genuine = factors.abs().sum(1) > 0
@@ -130,20 +142,53 @@ def trace_from_images(
         lengths=norms(images).square(),
         space=space,
     )
-    if len(basis) == space:  # as many probes as dimensions: the trace is exact
-        estimate, error = torch.stack([within.trace(), squares.trace()]), torch.zeros(2, dtype=torch.float64)
-    else:
-        estimate, error = _jackknife(coordinates)
+    estimate, error = _jackknife(coordinates)
     # With rank below K the estimates agree to rounding, which is then the standard error.
     scale = float(torch.linalg.matrix_norm(coordinates.within, 2)) if len(basis) else 0.0
-    least = rounding_error(scale, dtype)
+    least = rounding_error(max(scale, largest), dtype)
     return TraceEstimate(
         trace=float(estimate[0] + values.sum()),
         trace_error=math.hypot(float(error[0]), least),
         squared=float(estimate[1] + values.square().sum()),
-        squared_error=math.hypot(float(error[1]), 2 * scale * least),
+        squared_error=math.hypot(float(error[1]), 2 * max(scale, largest) * least),
         num_products=2 if len(basis) else 1,
         num_matvecs=count + len(basis),
+    )
+
+
+def _from_a_basis(
+    rows: Matmat,
+    probes: Tensor,
+    images: Tensor,
+    values: Tensor,
+    vectors: Tensor,
+    largest: float,
+    generator: torch.Generator,
+) -> TraceEstimate:
+    """The sums over an orthonormal basis: of the first n - d - K probes, with their images, and K vectors beside them.
+
+    So few random vectors, half of the dimension at most, are far from dependent: their rounding grows by 1/s, s their
+    smallest singular value, about 0.3.
+    """
+    space, count = probes.shape[1] - len(values), len(probes)
+    second = min(count, space)
+    first, factor = orthonormalise(probes[: space - second], vectors, 0.0, generator)
+    inverse = torch.linalg.inv(factor.T)
+    rest, _ = project_out(random_rows(second, probes, generator), torch.cat([vectors, first]))
+    basis, _ = orthonormalise(rest, torch.cat([vectors, first]), 0.0, generator)
+    basis_images = torch.cat([combine(inverse, images[: space - second]), deflated(rows, vectors)(basis)])
+    within = inner(torch.cat([first, basis]), basis_images)
+    scale = max(float(torch.linalg.matrix_norm(within, 2)), largest)
+    growth = float(torch.linalg.matrix_norm(inverse, 2)) if len(first) else 1.0
+    error = growth * rounding_error(scale, probes.dtype)
+    return TraceEstimate(
+        trace=float(within.trace() + values.sum()),
+        trace_error=error,
+        squared=float(norms(basis_images).square().sum() + values.square().sum()),
+        squared_error=2 * scale * error,
+        num_products=2,
+        num_matvecs=count + second,
+        exact=True,
     )
 
 

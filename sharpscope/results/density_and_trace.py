@@ -18,10 +18,12 @@ from sharpscope.results.statistics import Estimate, student
 PerNode = Annotated[Array, Shape("K nodes")]
 
 # An eigenvalue counts as negative from so many widths below zero on, by a step softened to so many widths, lest one
-# node's side decide. Of an eigenvalue at zero 3e-5 then counts as negative.
-RESOLVED_WIDTHS, STEP_WIDTHS = 2.0, 0.5
+# node's side decide. Of an eigenvalue just below zero 3e-5 then counts as negative; of one within so many
+# roundings of the largest from zero, nothing.
+RESOLVED_WIDTHS, STEP_WIDTHS, ZERO = 2.0, 0.5, 32
 
 ONE_STANDARD_ERROR = "± is one standard error, over the random vectors."
+EXACT = "trace and ||H||_F are exact: as many products as parameters determine the whole matrix; their ± is rounding."
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,7 @@ class DensityResult(RowResult):
         gradient_norm: ``||grad L(w)||``.
         cost: what it took.
         provenance: as EigenResult's, with ``probes`` and ``steps``; ``num_params`` is n.
+        exact: the products for trace and Frobenius norm determine the whole matrix; both errors are rounding alone.
     """
 
     analysis = "density"
@@ -52,6 +55,7 @@ class DensityResult(RowResult):
     gradient_norm: float
     cost: Cost
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    exact: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +110,9 @@ class DensityResult(RowResult):
         """The share of eigenvalues below ``at`` by each probe (K,), each node's step softened to STEP_WIDTHS widths."""
         width = STEP_WIDTHS * self.width
         steps = [0.5 * math.erfc((node - at) / (width * math.sqrt(2))) for node in self.nodes.ravel()]
-        return np.asarray((self.weights * np.reshape(steps, self.nodes.shape)).sum(1))
+        zero = np.abs(self.nodes) <= ZERO * self._rounding(self.nodes)
+        below = np.where(zero, float(at > 0), np.reshape(steps, self.nodes.shape))
+        return np.asarray((self.weights * below).sum(1))
 
     @property
     def width(self) -> float:
@@ -114,12 +120,18 @@ class DensityResult(RowResult):
 
         The narrowest that s steps resolve for any spectrum: a polynomial of degree 2s, which they are exact for, then
         follows a Gaussian to exp(-8) of its height (its Chebyshev series). Eigenvalues that were taken out do not widen
-        it.
+        it, but below their rounding nothing is resolved.
         """
         free = self.nodes[:, self.num_known :]
         spread = float(free.max() - free.min())
         # Of a single point, a multiple of the identity, a thousandth of its size, and of nothing at all something.
-        return max(spread, 1e-3 * float(np.abs(free).max()), 1e-100) / int(free.shape[1])
+        width = max(spread, 1e-3 * float(np.abs(free).max()), 1e-100) / int(free.shape[1])
+        return max(width, self._rounding(self.nodes[:, : self.num_known]))
+
+    def _rounding(self, nodes: Array) -> float:
+        """The rounding of the largest of these, in the precision of the computation."""
+        eps = np.finfo("float32" if self.provenance.get("dtype") == "float32" else "float64").eps
+        return float(eps * np.abs(nodes).max(initial=0.0))
 
     def curve(self, grid: Array | None = None, width: float | None = None, confidence: float = 0.95) -> Curve:
         """The density smoothed by a Gaussian, with a band for its mean over all probes (Student's t).
@@ -169,7 +181,12 @@ class DensityResult(RowResult):
 
     @classmethod
     def _legend(cls, results: Sequence[DensityResult], names: Sequence[str]) -> list[str]:
-        return [ONE_STANDARD_ERROR]
+        return [*_exact(results, names), ONE_STANDARD_ERROR]
+
+
+def _exact(results: Sequence[DensityResult | TraceResult], names: Sequence[str]) -> list[str]:
+    """A line for each result with exact sums."""
+    return [f"{name}: {EXACT}" for name, r in zip(names, results, strict=True) if r.exact]
 
 
 # The grid reaches this many widths beyond the points on it, where a Gaussian is 1e-8 of its height, in steps of a
@@ -224,6 +241,7 @@ class TraceResult(RowResult):
         cost: what it took.
         provenance: as EigenResult's, with ``probes``.
         sampling_error: one standard error of the trace over the examples, where they are a sample of more; else None.
+        exact: the products determine the whole matrix; the errors of both are rounding alone.
     """
 
     analysis = "trace"
@@ -235,6 +253,7 @@ class TraceResult(RowResult):
     cost: Cost
     provenance: Mapping[str, Any] = field(default_factory=dict)
     sampling_error: float | None = None
+    exact: bool = False
 
     @property
     def whole(self) -> Estimate:
@@ -255,4 +274,4 @@ class TraceResult(RowResult):
             for name, r in zip(names, results, strict=True)
             if r.sampling_error is not None
         ]
-        return [*sampled, ONE_STANDARD_ERROR]
+        return [*sampled, *_exact(results, names), ONE_STANDARD_ERROR]

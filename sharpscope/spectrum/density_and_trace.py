@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.quadrature import lanczos_quadrature_rows, require_probes
+from sharpscope.linalg.quadrature import Quadrature, lanczos_quadrature_rows, require_probes
 from sharpscope.linalg.ritz import residual_vectors
-from sharpscope.linalg.row_blocks import inner, norms
+from sharpscope.linalg.row_blocks import inner, norms, project_out, rounding_error
 from sharpscope.linalg.trace_and_frobenius import TraceEstimate, trace_and_frobenius_rows, trace_from_images
 from sharpscope.measurement import Measurement
 from sharpscope.objective import Progress
@@ -44,6 +44,7 @@ def trace(
 
     Args: as ``spectral_density``; ``population``: the data are a random sample of more, and the trace has a standard
     error over examples too, ``sharpscope.sampling.trace_error``. Cost: ``2 (1 + 2 probes)`` gradients in two passes.
+    With at most ``2 probes`` parameters both are exact, and the result says so (``exact``).
 
     Raises: ArgumentError, ProblemError, DataError, AuditError.
 
@@ -80,6 +81,7 @@ def trace(
         trace=Estimate(sums.trace, sums.trace_error),
         frobenius=frobenius_norm(sums),
         sampling_error=trace_error(per_batch[0], m.num_params) if per_batch else None,
+        exact=sums.exact,
         **m.outcome(),
         provenance=m.provenance(probes=probes, method="xtrace", operator=operator, population=population),
     )
@@ -94,6 +96,9 @@ def frobenius_norm(sums: TraceEstimate) -> Estimate:
 # Largest residual ||Hv - (v'Hv) v|| of a deflated eigenvector, relative to the largest deflated eigenvalue. Its effect
 # on the density is of second order.
 MAX_KNOWN_RESIDUAL = 0.05
+
+# Largest such effect, ||Hv - (v'Hv) v||^2 / |v'Hv|, relative to the largest eigenvalue that is left.
+MAX_KNOWN_EFFECT = 0.1
 
 
 def spectral_density(
@@ -125,7 +130,8 @@ def spectral_density(
         operator: "hessian", or another curvature matrix, as for ``top_eigenvalues``.
         known: d eigenpairs of the same problem and operator, measured with vectors=True, to be taken out and put back
             exactly: the rest is then resolved on its own scale, at one more pass of 1 + 2d gradients. Refused if their
-            provenance, the loss at the weights or the residuals show another matrix.
+            provenance, the loss at the weights or the residuals show another matrix, or where their errors show in the
+            rest.
         dtype: torch.float32 or torch.float64; by default the parameters' own, at least float32.
         device: where to compute; by default where the parameters are.
         micro_batch: examples a graph; "loader" keeps the loader's batches; by default chosen by measuring.
@@ -159,8 +165,9 @@ def spectral_density(
         _require_same_matrix(known, m.provenance(operator=operator))
     m.status = f" of {min(steps, n) + 1 + (known is not None)}"
     with m:
-        pairs = None if known is None else _known_pairs(known, m, operator)
+        pairs, effect = (None, 0.0) if known is None else _known_pairs(known, m, operator)
         quadrature = lanczos_quadrature_rows(m.products, like, probes, steps, known=pairs, generator=m.generator)
+        _require_small_effect(effect, quadrature, pairs)
         sums = trace_from_images(m.products, quadrature.probes, quadrature.images, known=pairs, generator=m.generator)
     num_known = 0 if pairs is None else len(pairs[0])
     steps_taken = quadrature.nodes.shape[1] - num_known
@@ -170,25 +177,45 @@ def spectral_density(
         num_known=num_known,
         trace=Estimate(sums.trace, sums.trace_error),
         frobenius=frobenius_norm(sums),
+        exact=sums.exact,
         **m.outcome(),
         provenance=m.provenance(probes=probes, steps=steps_taken, method="slq", operator=operator),
     )
 
 
-def _known_pairs(known: EigenResult, m: Measurement, operator: str) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (d,) and eigenvectors as rows (d, n) of ``known``, checked by a product with each."""
+def _known_pairs(known: EigenResult, m: Measurement, operator: str) -> tuple[tuple[Tensor, Tensor], float]:
+    """Eigenvalues (d,) and eigenvectors as rows (d, n) of ``known``, checked by a product with each.
+
+    Also their effect on what is left: taking v out adds up to ``||(I - P) H v||^2 / |v'Hv|`` to another eigenvalue.
+    """
     assert known.eigenvectors is not None
     vectors = torch.from_numpy(np.array(known.eigenvectors.T)).to(m.objective.empty_block())
     images = m.products(vectors)
     _require_same_matrix(known, m.provenance(operator=operator), m.objective.loss)
     values = inner(vectors, images).diagonal()
-    residual, largest = float(norms(residual_vectors(values, vectors, images)).max()), float(values.abs().max())
+    lengths = norms(residual_vectors(values, vectors, images))
+    residual, largest = float(lengths.max()), float(values.abs().max())
     if residual > MAX_KNOWN_RESIDUAL * largest:
         raise ArgumentError(
             f"Known eigenvectors must be those of this problem, but ||Hv - lambda v|| is {residual:.2g} at a largest "
             f"eigenvalue of {largest:.2g}. Measure them at these weights, on these data."
         )
-    return values, vectors
+    outside = norms(project_out(images, vectors)[0])
+    effect = outside * (outside / values.abs().clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1)
+    return (values, vectors), float(effect.max())
+
+
+def _require_small_effect(effect: float, quadrature: Quadrature, known: tuple[Tensor, Tensor] | None) -> None:
+    """Raise ArgumentError where the error of the known eigenvectors shows in the density of the rest."""
+    if known is None:
+        return
+    left = float(quadrature.nodes[:, len(known[0]) :].abs().max())
+    noise = rounding_error(float(known[0].abs().max()), known[1].dtype)
+    if effect > MAX_KNOWN_EFFECT * left + noise:
+        raise ArgumentError(
+            f"Known eigenvectors must be accurate enough for what they leave, but they move eigenvalues of the rest, "
+            f"which are up to {left:.2g}, by up to {effect:.2g}. Measure them with a smaller tol (--tol)."
+        )
 
 
 def _require_same_matrix(known: EigenResult, provenance: Mapping[str, Any], loss: float | None = None) -> None:
