@@ -23,9 +23,11 @@ from sharpscope.measurement import Measurement, provenance, seeded
 from sharpscope.monitor.unwrap import eager_mode, stability_edges, unwrapped, without_wrappers
 from sharpscope.objective import Objective
 from sharpscope.objective.accumulate import MAX_CACHED_BYTES, CachedGraphs, LossAndGradient, mean_loss_and_gradient
+from sharpscope.objective.audit import require_slope
 from sharpscope.objective.cost_and_out_of_memory import OOMHalving
 from sharpscope.objective.micro_batches import MicroBatch, as_batches, map_tensors, micro_batches, rows
 from sharpscope.problem import Problem, require_problem
+from sharpscope.random_streams import stream
 from sharpscope.results import MonitorRecord, MonitorResult
 from sharpscope.results.serialization import as_json
 from sharpscope.resume import fingerprint, state_of
@@ -241,12 +243,16 @@ class SharpnessMonitor:
         return Measurement(problem, self._generator, audited=False, **self._options)
 
     def _check(self) -> None:
-        """Compute one product on the first two examples, so that errors are raised before the training."""
+        """Compute one product on the first two examples, so that errors are raised before the training.
+
+        Their gradient must be the slope of their loss: where it is cut off, products are wrong and no error says so.
+        """
         first = next(micro_batches(self._sample.batches, 2))
         m = self._measurement(data=[first.batch])
         objective = m.objective
         with eager_mode(objective.terms.model), m:
             objective.graph(first).products(torch.ones(1, objective.num_params).to(objective.empty_block()), last=True)
+            require_slope(objective, first, stream(self._generator.initial_seed(), "audit"))
         self._set_provenance(objective)
 
     def _set_provenance(self, objective: Objective) -> None:

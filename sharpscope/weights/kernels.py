@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint as gradient_checkpointing
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import _WeightNorm
@@ -356,7 +357,8 @@ def differentiable_kernels(model: nn.Module, device: torch.device, *, faster: bo
 
     Attention uses the math kernel, and torch's attention modules do not use their inference fast path. Recurrent
     networks on CUDA do not use cuDNN, whose backward cannot be differentiated and does not exist in eval mode. Weight
-    norm, embedding bags and sparse embeddings are replaced (TWICE_DIFFERENTIABLE).
+    norm, embedding bags and sparse embeddings are replaced (TWICE_DIFFERENTIABLE). Gradient
+    checkpoints are plain calls.
 
     Args:
         model: replaces only the functions that its layers use.
@@ -368,6 +370,7 @@ def differentiable_kernels(model: nn.Module, device: torch.device, *, faster: bo
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_without_fast_path())
+        stack.enter_context(_without_gradient_checkpointing())
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(_without_cudnn())
         if any(map(_needs_replacement, model.modules())):
@@ -432,3 +435,37 @@ def _without_cudnn() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.enabled = before
+
+
+@contextmanager
+def _without_gradient_checkpointing() -> Iterator[None]:
+    """Let ``torch.utils.checkpoint`` call the functions that it is given, and record them as any others.
+
+    A reentrant checkpoint, which is also torch's default, hides the weights inside from ``autograd.grad``: they have no
+    gradient, and no error says so. Another one runs its function again in each backward pass, outside of
+    ``float64_mode``, and saves no memory where the backward pass is recorded. Both are replaced by what
+    ``torch.utils.checkpoint.checkpoint`` calls, since models may hold that function itself.
+    """
+    replacements = {"CheckpointFunction": _PlainCall, "_checkpoint_without_reentrant_generator": _plain_call}
+    with ExitStack() as stack:
+        for name, replacement in replacements.items():
+            if hasattr(gradient_checkpointing, name):
+                stack.callback(setattr, gradient_checkpointing, name, getattr(gradient_checkpointing, name))
+                setattr(gradient_checkpointing, name, replacement)
+        yield
+
+
+class _PlainCall:
+    """In place of the autograd function of reentrant checkpoints."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _plain_call(
+    function: Any, preserve_rng_state: Any, context_fn: Callable[[], Any], /, *options: Any, **kwargs: Any
+) -> Iterator[None]:
+    """In place of the generator of other checkpoints, which runs up to its ``yield`` before the function's call."""
+    with context_fn()[0]:
+        yield
