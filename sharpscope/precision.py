@@ -151,11 +151,15 @@ def cast_model(
     if not copied and all(t.device == device and t.dtype == matching_dtype(t, dtype) for t in tensors):
         return model, loss
     try:
-        model, loss = copy.deepcopy((model, loss))
-        for module in (model, loss):
-            if isinstance(module, nn.Module):
-                # Like Module.to, which would drop the imaginary parts of complex buffers.
-                module._apply(lambda t: t.to(device=device, dtype=matching_dtype(t, dtype)))  # type: ignore[no-untyped-call]
+        # Without grad, since parameters of scripted modules would be copied as functions of the parameters copied.
+        with torch.no_grad():
+            model, loss = copy.deepcopy((model, loss))
+        copies = [module for module in (model, loss) if isinstance(module, nn.Module)]
+        for module, original in zip(copies, modules, strict=True):
+            for parameter, given in zip(module.parameters(), original.parameters(), strict=True):
+                parameter.requires_grad_(given.requires_grad)
+            # Like Module.to, which would drop the imaginary parts of complex buffers.
+            module._apply(lambda t: t.to(device=device, dtype=matching_dtype(t, dtype)))  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise ProblemError(
             f"The model cannot be copied to {dtype} on {device} ({error}). Convert it yourself: model.to(...)."

@@ -20,7 +20,7 @@ from sharpscope.errors import ArgumentError, DataError, first_line, require_coun
 from sharpscope.importing import is_missing_module
 from sharpscope.linalg.warm_lanczos import LargestEigenvalue, warm_lanczos
 from sharpscope.measurement import Measurement, provenance, seeded
-from sharpscope.monitor.unwrap import eager_mode, stability_edges, unwrapped, without_wrappers
+from sharpscope.monitor.unwrap import stability_edges, unwrapped, without_wrappers
 from sharpscope.objective import Objective
 from sharpscope.objective.accumulate import MAX_CACHED_BYTES, CachedGraphs, LossAndGradient, mean_loss_and_gradient
 from sharpscope.objective.audit import require_slope
@@ -250,7 +250,7 @@ class SharpnessMonitor:
         first = next(micro_batches(self._sample.batches, 2))
         m = self._measurement(data=[first.batch])
         objective = m.objective
-        with eager_mode(objective.terms.model), m:
+        with m:
             objective.graph(first).products(torch.ones(1, objective.num_params).to(objective.empty_block()), last=True)
             require_slope(objective, first, stream(self._generator.initial_seed(), "audit"))
         self._set_provenance(objective)
@@ -274,7 +274,7 @@ class SharpnessMonitor:
             raise ArgumentError("The weights are at w + e, between first_step() and second_step(). Measure after both.")
         m = self._measurement()
         objective = m.objective
-        with eager_mode(objective.terms.model), m:
+        with m:
             graphs = self._graphs(objective)
             point = mean_loss_and_gradient(graphs.sums, objective.terms)
             if not (math.isfinite(point.loss) and bool(torch.isfinite(point.gradient).all())):

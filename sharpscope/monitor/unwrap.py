@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,19 +41,6 @@ def without_wrappers(problem: Problem) -> Problem:
     given = problem.params
     params = given.removeprefix(prefix) if isinstance(given, str) else [p.removeprefix(prefix) for p in given]
     return replace(problem, model=model, params=params)
-
-
-@contextmanager
-def eager_mode(model: nn.Module) -> Iterator[None]:
-    """Run ``model`` eagerly in the block, even if it or modules in it are compiled."""
-    own = [m for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None]
-    compiled = bool(own) or any(type(m).__name__ == "OptimizedModule" for m in model.modules())
-    stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
-    if not compiled or stance is None:
-        yield
-        return
-    with stance("force_eager"):
-        yield
 
 
 @dataclass(frozen=True)

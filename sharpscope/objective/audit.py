@@ -17,6 +17,7 @@ from sharpscope.precision import cast_model
 from sharpscope.weights import parameters
 from sharpscope.weights.norm_ball import norm_of
 from sharpscope.weights.perturbation import Perturbation
+from sharpscope.weights.restore import strided
 
 # Examples on which loss and derivatives are checked in the precision of the computation, and in float64.
 EXAMPLES, FLOAT64_EXAMPLES = 256, 32
@@ -167,7 +168,10 @@ def _require_same_mean(objective: Objective) -> None:
 
 
 def _same_batch(first: MicroBatch, again: MicroBatch) -> bool:
-    a, b = ([leaf for leaf in leaves(batch.batch) if isinstance(leaf, Tensor)] for batch in (first, again))
+    a, b = (
+        [part for leaf in leaves(batch.batch) if isinstance(leaf, Tensor) for part in strided(leaf)]
+        for batch in (first, again)
+    )
     return len(a) == len(b) and all(
         torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)) for x, y in zip(a, b, strict=True)
     )
@@ -395,8 +399,8 @@ def _require_derivatives(objective: Objective, batch: MicroBatch, generator: tor
             raise ProblemError(
                 "Hessian products must be the derivative of the gradient, but are off its finite differences by "
                 f"{error:.2g} of {size:.2g}: an operation has no true second derivative. Look for once_differentiable, "
-                "detach and saved numbers in the backward of custom autograd functions, or pass "
-                "operator='finite-difference' (--operator finite-difference)."
+                "detach and saved numbers in the backward of custom autograd functions, and scripted modules (measure "
+                "the original), or pass operator='finite-difference' (--operator finite-difference)."
             )
         _require_tangent(objective, batch, base, u)
         return

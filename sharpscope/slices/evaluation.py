@@ -47,7 +47,9 @@ def default_micro_batch(objective: Objective) -> int:
         if isinstance(output, Tensor):
             largest = max(largest, output.numel() * output.element_size() // part.size)
 
-    handles = [module.register_forward_hook(record_size) for module in objective.terms.model.modules()]
+    # Scripted modules take no hooks.
+    modules = [m for m in objective.terms.model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    handles = [module.register_forward_hook(record_size) for module in modules]
     try:
         objective.terms.forward(part)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -358,7 +359,7 @@ def differentiable_kernels(model: nn.Module, device: torch.device, *, faster: bo
     Attention uses the math kernel, and torch's attention modules do not use their inference fast path. Recurrent
     networks on CUDA do not use cuDNN, whose backward cannot be differentiated and does not exist in eval mode. Weight
     norm, embedding bags and sparse embeddings are replaced (TWICE_DIFFERENTIABLE). Gradient
-    checkpoints are plain calls.
+    checkpoints are plain calls, and what ``torch.compile`` has compiled runs as it was written.
 
     Args:
         model: replaces only the functions that its layers use.
@@ -371,6 +372,7 @@ def differentiable_kernels(model: nn.Module, device: torch.device, *, faster: bo
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_without_fast_path())
         stack.enter_context(_without_gradient_checkpointing())
+        stack.enter_context(_without_compiling())
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(_without_cudnn())
         if any(map(_needs_replacement, model.modules())):
@@ -468,4 +470,19 @@ def _plain_call(
 ) -> Iterator[None]:
     """In place of the generator of other checkpoints, which runs up to its ``yield`` before the function's call."""
     with context_fn()[0]:
+        yield
+
+
+@contextmanager
+def _without_compiling() -> Iterator[None]:
+    """Run compiled modules and functions, also those of the loss, as they were written.
+
+    A compiled graph has no second derivative, and after a training step not even a first that can be taken twice.
+    """
+    stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    # Whoever has compiled has imported this module, which takes seconds.
+    if stance is None or "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with stance("force_eager"):
         yield

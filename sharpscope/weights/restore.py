@@ -35,12 +35,14 @@ def preserved(*modules: Any, data: Any = None) -> Iterator[None]:
 def _module(module: nn.Module) -> Iterator[None]:
     children = list(module.modules())
     modes = [(child, child.training) for child in children]
-    slots = [(child, dict(child._buffers)) for child in children]
+    slots = [(child, dict(child._buffers)) for child in children if not isinstance(child, torch.jit.ScriptModule)]
+    # A scripted module cannot gain or lose buffers.
+    fixed = [list(child.buffers(recurse=False)) for child in children if isinstance(child, torch.jit.ScriptModule)]
     # An inference tensor cannot be written to outside inference mode.
     copies = [
         (buffer, buffer.detach().clone())
-        for _, buffers in slots
-        for buffer in buffers.values()
+        for buffers in (*(held.values() for _, held in slots), *fixed)
+        for buffer in buffers
         if buffer is not None and not buffer.is_inference()
     ]
     try:
@@ -61,7 +63,21 @@ def _module(module: nn.Module) -> Iterator[None]:
 
 def _same_bits(one: Tensor, two: Tensor) -> bool:
     """Whether two tensors are equal and so are the signs of their zeros."""
-    return torch.equal(one, two) and (not one.is_floating_point() or torch.equal(one.signbit(), two.signbit()))
+    return all(
+        torch.equal(a, b) and (not a.is_floating_point() or torch.equal(a.signbit(), b.signbit()))
+        for a, b in zip(strided(one), strided(two), strict=True)
+    )
+
+
+def strided(tensor: Tensor) -> tuple[Tensor, ...]:
+    """``tensor`` itself, or the indices and values that a sparse tensor consists of."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
 
 
 @contextmanager

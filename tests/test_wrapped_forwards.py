@@ -1,0 +1,185 @@
+"""Networks that run otherwise than they are written: compiled, scripted, traced, in other layouts or precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sharpscope
+from command import each_class, printed, reference, saved
+from conftest import tiny_mlp
+from dense import dense_hessian, top
+from sharpscope import Problem, ProblemError
+
+COUNT = 24
+# Compiling warns of what torch itself no longer recommends, and scripting is deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def data(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(COUNT, 4, generator=draw).to(dtype), torch.randint(3, (COUNT,), generator=draw)
+
+
+class Net(nn.Module):
+    """4-8-8-3 with tanh and BatchNorm, and dropout if wanted."""
+
+    def __init__(self, dropping: bool = False) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 8), nn.BatchNorm1d(8), tiny_mlp(8, 8, 3)
+        self.drop = nn.Dropout(0.3) if dropping else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.drop(torch.tanh(self.norm(self.first(x)))))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(3)
+    return Net()
+
+
+def exact(k: int = 3) -> list[float]:
+    x, y = data(torch.float64)
+    found: list[float] = top(dense_hessian(network(), lambda call: F.cross_entropy(call(x), y)), k).tolist()
+    return found
+
+
+def compiled() -> Any:
+    """By the compiler that differentiates ahead of time, without its slow back end."""
+    return torch.compile(network(), backend="aot_eager")
+
+
+def compiled_and_trained() -> Any:
+    """It has taken a gradient, in eval mode, so that no statistics have changed."""
+    model = compiled().eval()
+    x, y = data()
+    F.cross_entropy(model(x), y).backward()
+    return model
+
+
+def compiled_in_part() -> nn.Module:
+    model = network()
+    model.last = torch.compile(model.last, backend="aot_eager")
+    return model
+
+
+def compiled_in_place() -> nn.Module:
+    model = network()
+    model.compile(backend="aot_eager")
+    return model
+
+
+def scripted() -> Any:
+    return torch.jit.script(network())
+
+
+def scripted_in_part() -> nn.Module:
+    model = network()
+    model.last = torch.jit.script(model.last)
+    return model
+
+
+def traced() -> Any:
+    return torch.jit.trace(network().eval(), data()[0])
+
+
+WRAPPED = [
+    *(compiled, compiled_and_trained, compiled_in_part, compiled_in_place),
+    *(scripted, scripted_in_part, traced),
+]
+
+
+def problem_of(model: Any, **given: Any) -> Problem:
+    return Problem(**{"model": model, "loss": nn.CrossEntropyLoss(), "data": data(), **given})
+
+
+@pytest.mark.parametrize("make", WRAPPED)
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_a_wrapped_network_has_the_networks_eigenvalues(make: Callable[[], Any], dtype: torch.dtype | None) -> None:
+    """Compiled, scripted or traced, whole or in part, itself or a copy: the dense Hessian's; nothing changes."""
+    model = make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    found = sharpscope.top_eigenvalues(problem_of(model), k=3, tol=1e-6, dtype=dtype)
+    assert found.eigenvalues == pytest.approx(exact(), rel=1e-6 if dtype else 1e-4)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert [module.training for module in model.modules()] == modes
+    assert all(p.grad is None or make is compiled_and_trained for p in model.parameters())
+
+
+@pytest.mark.parametrize("make", [compiled_and_trained, scripted])
+def test_every_analysis_takes_a_wrapped_network(make: Callable[[], Any]) -> None:
+    """Trace, sharpness, the loss along the gradient, the approximate Hessian and the monitor are the network's own."""
+
+    def numbers(model: Any) -> list[float]:
+        problem, double = problem_of(model), {"dtype": torch.float64}
+        along = sharpscope.slices.gradient_directions(problem, **double)
+        record = sharpscope.SharpnessMonitor(problem, every=1, tol=1e-3, **double).step()
+        assert record is not None
+        return [
+            sharpscope.trace(problem, **double).trace.value,
+            *(m.value for m in sharpscope.measure_sharpness(problem, rho=[0.05], **double).measures),
+            *sharpscope.loss_slice(problem, along, points=3, curvature=True, **double).curvatures.ravel().tolist(),
+            float(sharpscope.top_eigenvalues(problem, k=1, operator="finite-difference").eigenvalues[0]),
+            record.lambda_max,
+        ]
+
+    assert numbers(make()) == pytest.approx(numbers(network()), rel=1e-6)
+
+
+def test_a_compiled_loss_is_the_loss() -> None:
+    """A loss function that is compiled is differentiated as it was written."""
+
+    @torch.compile(backend="aot_eager")
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target)
+
+    found = sharpscope.top_eigenvalues(problem_of(network(), loss=loss), k=3, tol=1e-6)
+    assert found.eigenvalues == pytest.approx(exact(), rel=1e-4)
+
+
+def test_statistics_of_a_scripted_network_are_restored() -> None:
+    """Measured in train mode, BatchNorm's buffers of a scripted module are afterwards what they were."""
+    model = scripted_in_part()
+    model.norm = torch.jit.script(model.norm)
+    before = [buffer.clone() for buffer in model.buffers()]
+    sharpscope.top_eigenvalues(problem_of(model, mode="train"), k=1, micro_batch="loader")
+    assert all(map(torch.equal, before, model.buffers()))
+
+
+def test_a_scripted_network_with_a_wrong_second_derivative_is_refused() -> None:
+    """TorchScript's second derivative of BatchNorm with dropout is wrong (torch 2.13): refused by name."""
+    torch.manual_seed(3)
+    with pytest.raises(ProblemError, match="scripted"):
+        sharpscope.top_eigenvalues(problem_of(torch.jit.script(Net(dropping=True))))
+
+
+def plain_problem() -> Problem:
+    """The network itself."""
+    return problem_of(network())
+
+
+def compiled_problem() -> Problem:
+    """The network, compiled."""
+    return problem_of(compiled())
+
+
+def scripted_problem() -> Problem:
+    """The network, scripted."""
+    return problem_of(scripted())
+
+
+@pytest.mark.parametrize("problem", [compiled_problem, scripted_problem])
+def test_a_file_is_measured_in_a_wrapped_network(problem: Callable[[], Problem], tmp_path: Path) -> None:
+    """``sharpscope eigen`` fits the weights into it and prints the eigenvalues of the dense Hessian."""
+    path = saved(tmp_path, plain_problem)
+    found = printed("eigen", path, problem, "--dtype", "float64", "--tol", "1e-8")
+    assert found["eigenvalues"] == pytest.approx(reference(path, plain_problem, each_class), rel=1e-6)
