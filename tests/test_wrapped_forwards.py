@@ -183,3 +183,91 @@ def test_a_file_is_measured_in_a_wrapped_network(problem: Callable[[], Problem],
     path = saved(tmp_path, plain_problem)
     found = printed("eigen", path, problem, "--dtype", "float64", "--tol", "1e-8")
     assert found["eigenvalues"] == pytest.approx(reference(path, plain_problem, each_class), rel=1e-6)
+
+
+class Mixed(Net):
+    """In bfloat16 where autocast allows it, by a block and by a decorator."""
+
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x).float()
+
+
+def mixed_problem() -> Problem:
+    """The network with autocast inside."""
+    torch.manual_seed(3)
+    return problem_of(Mixed())
+
+
+def test_autocast_inside_the_network_is_off_while_measuring(tmp_path: Path) -> None:
+    """Eigenvalues, slices, the monitor and the command give the network's own numbers; afterwards it works."""
+    problem = mixed_problem()
+    found = sharpscope.top_eigenvalues(problem, k=3, tol=1e-6)
+    assert found.eigenvalues == pytest.approx(exact(), rel=1e-4)
+    x, y = data(torch.float64)
+    loss = float(F.cross_entropy(network().double().eval()(x), y))
+    assert sharpscope.loss_slice(problem, points=3).loss.ravel()[1] == pytest.approx(loss, rel=1e-6)
+    record = sharpscope.SharpnessMonitor(problem, every=1, tol=1e-4, max_products=30).step()
+    assert record is not None
+    assert record.lambda_max == pytest.approx(exact(1)[0], rel=1e-3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert problem.model.first(x.float()).dtype == torch.bfloat16
+    path = saved(tmp_path, plain_problem)
+    printed_values = printed("eigen", path, mixed_problem, "--tol", "1e-4")["eigenvalues"]
+    assert printed_values == pytest.approx(reference(path, plain_problem, each_class), rel=1e-3)
+
+
+class Halved(Net):
+    """It computes in 16 bits whatever autocast says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).bfloat16().float()
+
+
+def test_a_network_that_rounds_by_hand_is_refused_by_name() -> None:
+    """The sentence names 16 bits, which the user can change, next to the loss."""
+    torch.manual_seed(3)
+    with pytest.raises(ProblemError, match="16 bits"):
+        sharpscope.top_eigenvalues(problem_of(Halved()))
+
+
+def exported(**given: Any) -> Any:
+    return torch.export.export(network().eval(), (data()[0],), **given).module()
+
+
+def test_an_exported_program_is_measured_in_batches_that_it_takes() -> None:
+    """Of any size, cut as others are; of one size, if the loader's batches are kept, else a sentence says so."""
+    free = exported(dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    for model, kept in ((free, None), (exported(), "loader")):
+        found = sharpscope.top_eigenvalues(problem_of(model), k=3, tol=1e-6, micro_batch=kept)
+        assert found.eigenvalues == pytest.approx(exact(), rel=1e-4)
+    for measure in (sharpscope.top_eigenvalues, sharpscope.trace, sharpscope.measure_sharpness):
+        with pytest.raises(ProblemError, match="dynamic_shapes"):
+            measure(problem_of(exported()))
+
+
+class Paired(Net):
+    """Its output, and as a target its own detached output for other inputs, as self-distillation has it."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), super().forward(x + 1).detach()
+
+
+def paired_loss(outputs: Any, target: Tensor) -> Tensor:
+    return F.mse_loss(*outputs)
+
+
+def paired_problem() -> Problem:
+    """A loss in which the weights are also in the target."""
+    torch.manual_seed(3)
+    return problem_of(Paired(), loss=paired_loss)
+
+
+def test_a_detached_target_of_the_same_network_is_refused_by_name(tmp_path: Path) -> None:
+    """The loss moves with the weights in the target, and its gradient does not say so: every analysis names detach."""
+    for measure in (sharpscope.top_eigenvalues, sharpscope.measure_sharpness, sharpscope.SharpnessMonitor):
+        with pytest.raises(ProblemError, match=r"detach.*copy"):
+            measure(paired_problem())
+    path = saved(tmp_path, paired_problem)
+    assert "detach" in printed("density", path, paired_problem, status=1)

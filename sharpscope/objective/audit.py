@@ -409,9 +409,9 @@ def _require_derivatives(objective: Objective, batch: MicroBatch, generator: tor
 def _wrong_gradient(slope: float, rise: float) -> str:
     return (
         f"The gradient must be the derivative of the loss, but along one direction it says {slope:.4g} where the loss "
-        f"changes by {rise:.4g}. Look for detach, torch.no_grad and .data in the model and the loss (of a target that "
-        "the same network computes, a constant copy is needed), custom autograd functions, gradient scaling, and "
-        "gradient checkpointing other than torch.utils.checkpoint, which hides weights and is to be switched off."
+        f"changes by {rise:.4g}. Look for detach, torch.no_grad and .data (a target from the same network must come "
+        "from a copy of it), custom autograd functions, gradient scaling, rounding to 16 bits, and gradient "
+        "checkpointing other than torch.utils.checkpoint, which hides weights: switch it off."
     )
 
 
@@ -496,7 +496,7 @@ def require_same(one: Sums, two: Sums, parts: str, tolerance: float) -> None:
             f"The mean loss of a batch must be the weighted mean over its parts, but over the same examples it is "
             f"{a:.9g} and, cut into other {parts}, {b:.9g}. If the loss is a sum, or a mean over tokens, give it a "
             "terms(batch) method and return the mean; if examples in a batch depend on each other, or do not lie along "
-            "its first dimension, pass micro_batch='loader'."
+            "its first dimension, pass micro_batch='loader'; if the model computes in 16 bits, use float32."
         )
     (p, q) = (s.products / s.weight for s in (one, two))
     if float((p - q).norm()) > tolerance * max(float(p.norm()), float(q.norm())):

@@ -100,7 +100,7 @@ class ForwardLoss:
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor))
             raise ProblemError(
                 f"The model cannot take the data, here inputs of shape {shapes}: {cause_of(error)}. "
-                f"Check that model and data belong together.{_if_examples(self.problem.data)}"
+                f"Check that model and data belong together.{_if_examples(self.problem.data)}{_if_exported(self.model)}"
             ) from error
         return output, target, batch
 
@@ -191,6 +191,16 @@ def _if_examples(data: Any) -> str:
     """A hint for a message where the entries of a list look like single examples."""
     single_examples = isinstance(data, list) and bool(data) and all(t.dim() == 1 for t in tensors(data[0]))
     return " If each entry of the list is one example, pass DataLoader(data, batch_size=32)." if single_examples else ""
+
+
+def _if_exported(model: nn.Module) -> str:
+    """A hint for a message where the model may take batches of one size only."""
+    if not any(isinstance(module, torch.fx.GraphModule) for module in model.modules()):
+        return ""
+    return (
+        " An exported program takes batches of the size that it was exported with: export it with dynamic_shapes for "
+        "the first dimension, or make all batches of that size and pass micro_batch='loader'."
+    )
 
 
 def _accepts_argument(model: nn.Module) -> Callable[[str], bool]:

@@ -354,7 +354,7 @@ TWICE_DIFFERENTIABLE: dict[Any, Callable[..., Tensor | None]] = {
 
 @contextmanager
 def differentiable_kernels(model: nn.Module, device: torch.device, *, faster: bool = True) -> Iterator[None]:
-    """Use kernels that can be differentiated twice; switch off autocast, which would round the derivatives.
+    """Use kernels that can be differentiated twice; switch off autocast, which would round loss and derivatives.
 
     Attention uses the math kernel, and torch's attention modules do not use their inference fast path. Recurrent
     networks on CUDA do not use cuDNN, whose backward cannot be differentiated and does not exist in eval mode. Weight
@@ -369,6 +369,7 @@ def differentiable_kernels(model: nn.Module, device: torch.device, *, faster: bo
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(_without_autocast_inside())
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_without_fast_path())
         stack.enter_context(_without_gradient_checkpointing())
@@ -486,3 +487,22 @@ def _without_compiling() -> Iterator[None]:
         return
     with stance("force_eager"):
         yield
+
+
+@contextmanager
+def _without_autocast_inside() -> Iterator[None]:
+    """Let the blocks of ``torch.autocast`` that the model or the loss enter have no effect."""
+    enter = torch.autocast.__enter__
+
+    def disabled(self: torch.autocast) -> Any:
+        wanted, self._enabled = self._enabled, False
+        try:
+            return enter(self)  # type: ignore[no-untyped-call]
+        finally:
+            self._enabled = wanted
+
+    torch.autocast.__enter__ = disabled  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
