@@ -191,7 +191,7 @@ def load_all(args: argparse.Namespace) -> None:
     Raises: DataError where a problem() gives other data for one checkpoint than for another.
     """
     from sharpscope.errors import DataError
-    from sharpscope.resume import fingerprint
+    from sharpscope.fingerprint import fingerprint
 
     import_from_here(args)
     first, known = "", ""

@@ -126,9 +126,9 @@ def directions(
     Measured anew they would differ in their last bits, and no finished point could be used.
     """
     from sharpscope import ArgumentError, EigenResult, Objective
+    from sharpscope.fingerprint import key_of
     from sharpscope.measurement import Measurement
     from sharpscope.results.measured_alike import another_matrix
-    from sharpscope.resume import key_of
     from sharpscope.slices import eigenvector_directions, read_directions, write_directions
 
     if kind == "eigenvectors" and args.eigen is not None:

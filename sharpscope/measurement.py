@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from sharpscope.atomic_io import locked
+from sharpscope.fingerprint import key_of
 from sharpscope.objective import Objective, Progress
 from sharpscope.objective.audit import audit
 from sharpscope.operators import curvature
 from sharpscope.problem import Problem
 from sharpscope.random_streams import stream, stream_from
 from sharpscope.results import Cost
-from sharpscope.resume import Journal, journaled_hvp, key_of
+from sharpscope.resume import Journal, journaled_hvp
 from sharpscope.version import __version__
 from sharpscope.weights.norm_ball import norm_of
 

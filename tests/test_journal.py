@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sharpscope import ArgumentError, DataError, OutputError
+from sharpscope.fingerprint import fingerprint
 from sharpscope.linalg import top_eigenpairs
-from sharpscope.resume import ALIGNMENT, Journal, discard, fingerprint
+from sharpscope.resume import ALIGNMENT, Journal, discard
 
 # Runs Lanczos through a journal in a child that is killed three times, then once to its end; all in one process, since
 # importing torch takes longer than all of it.

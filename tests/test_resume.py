@@ -21,8 +21,9 @@ from torch import Tensor, nn
 import processes
 from conftest import classifier
 from sharpscope import Objective, Problem, top_eigenvalues
+from sharpscope.fingerprint import key_of, probe
 from sharpscope.operators import curvature
-from sharpscope.resume import Journal, journaled_hvp, key_of, probe
+from sharpscope.resume import Journal, journaled_hvp
 from sharpscope.training import Recipe, train
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from sharpscope.errors import ArgumentError, DataError, SharpscopeError
+from sharpscope.fingerprint import fingerprint, state_of
 from sharpscope.objective import Objective
 from sharpscope.objective.micro_batches import map_tensors
 from sharpscope.problem import Problem
 from sharpscope.random_streams import derived_seed
 from sharpscope.results.measured_alike import differing
-from sharpscope.resume import fingerprint, state_of
 from sharpscope.sampling.subsample import count_examples, random_subset
 
 ProblemOrLoader = Problem | Callable[[], Problem]

@@ -28,6 +28,7 @@ from sharpscope.comparing.steps import (
     sampled,
 )
 from sharpscope.errors import ArgumentError, DataError, ProblemError
+from sharpscope.fingerprint import fingerprint, key_of
 from sharpscope.objective import Objective, Progress
 from sharpscope.problem import Problem
 from sharpscope.results import Comparison, SliceResult
@@ -41,7 +42,7 @@ from sharpscope.results.serialization import (
     without_header,
     write_json,
 )
-from sharpscope.resume import discard, fingerprint, key_of
+from sharpscope.resume import discard
 from sharpscope.sharpness.curvature_measures import edge_from_eigenvalues
 from sharpscope.slices.checkpoint_directions import unselected_distance
 

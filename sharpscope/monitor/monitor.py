@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
 from sharpscope.errors import ArgumentError, DataError, first_line, require_count
+from sharpscope.fingerprint import fingerprint, state_of
 from sharpscope.importing import is_missing_module
 from sharpscope.linalg.warm_lanczos import LargestEigenvalue, warm_lanczos
 from sharpscope.measurement import Measurement, provenance, seeded
@@ -30,7 +31,6 @@ from sharpscope.problem import Problem, require_problem
 from sharpscope.random_streams import stream
 from sharpscope.results import MonitorRecord, MonitorResult
 from sharpscope.results.serialization import as_json
-from sharpscope.resume import fingerprint, state_of
 from sharpscope.sampling.subsample import underlying_dataset
 from sharpscope.weights.norm_ball import norm_of
 from sharpscope.weights.restore import preserved

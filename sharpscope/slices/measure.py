@@ -14,12 +14,13 @@ import torch
 
 from sharpscope.atomic_io import locked
 from sharpscope.errors import ArgumentError
+from sharpscope.fingerprint import key_of
 from sharpscope.measurement import Measurement
 from sharpscope.objective import Objective, Progress
 from sharpscope.problem import Problem
 from sharpscope.results import Cost, SliceResult
 from sharpscope.results.measured_alike import another_matrix
-from sharpscope.resume import Journal, PointLog, journaled_hvp, key_of
+from sharpscope.resume import Journal, PointLog, journaled_hvp
 from sharpscope.slices.checkpoint_directions import measure_marks
 from sharpscope.slices.directions import Direction, cosine, random_directions
 from sharpscope.slices.evaluation import PointEvaluator, default_micro_batch
