@@ -847,9 +847,13 @@ def test_statistics_without_counters_are_recalibrated() -> None:
 def test_statistics_that_one_network_lacks_are_refused() -> None:
     """Interpolation between a network with running statistics and one without ends in a sentence."""
     one, two = classified(norm=True), classified(1, norm=True)
+    direction = towards(one, two)
     two.model[1].running_mean = two.model[1].running_var = None  # type: ignore[index,union-attr]
+    with pytest.raises(ProblemError, match="same loss where their weights are equal"):
+        towards(one, two)
+    without = Direction(direction.vector, direction.label, direction.settings)
     with pytest.raises(ArgumentError, match="recalibrate"):
-        loss_slice(one, [towards(one, two)], batchnorm="interpolate")
+        loss_slice(one, [without], batchnorm="interpolate")
 
 
 @pytest.mark.parametrize("treatment", ["interpolate", "recalibrate"])
