@@ -28,6 +28,12 @@ WHICH = ("largest", "smallest", *TWO_ENDED)
 # the six blocks of a single solve, many more products are needed.
 BLOCKS = 9
 
+# The solvers stop at this tolerance where a larger one is asked for, and half of an interval is then at least WIDEST of
+# the eigenvalue (and never more than 0.8 tol). A residual proves an eigenvalue, not which: of 84 random operators with
+# close eigenvalues power iteration stopped at 0.05 on another in 11, whose lambda_1 was up to 10 % larger, and at 0.02
+# in 3, by up to 3 %; Lanczos in 6 and 5, by up to 5 % and 1 %.
+MAX_TOL, WIDEST = 0.02, 0.05
+
 
 @dataclass(frozen=True)
 class Eigenpairs:
@@ -102,7 +108,8 @@ def top_eigenpairs(
         matmat: ``V`` (n, b) to ``H V`` (n, b), H symmetric.
         n: the order of H.
         k: number of pairs, 1 <= k <= n; with "both" at each end, 2k <= n.
-        tol: relative to each eigenvalue: stop when ``|lambda - theta| <= tol |theta|`` is proved by the residuals.
+        tol: relative to each eigenvalue: stop when ``|lambda - theta| <= tol |theta|`` is proved by the residuals, to
+            0.02 where tol is larger: the intervals alone are then wider.
         which: "largest", "smallest", "both" (the k largest and the k smallest), or "magnitude" (the k of largest
             ``|lambda|``, +a and -a both counted; of more equals than fit, any). The last two solve for the k largest
             and for the k smallest, one after the other.
@@ -176,7 +183,7 @@ def top_eigenpairs_rows(
     name = _solver(method, which, bool(guides), like.shape[1], k)
     if initial is not None and name == "power":
         raise ArgumentError("initial is for 'guided' and 'lanczos', got method='power'. Leave one of them out.")
-    source = stream_from(generator, "start")
+    source, stop = stream_from(generator, "start"), min(tol, MAX_TOL)
     if max_basis is None and which in TWO_ENDED:
         max_basis = BLOCKS * (k + 1)
 
@@ -191,7 +198,7 @@ def top_eigenpairs_rows(
             _times(sign, rows),
             like,
             k,
-            tol=tol,
+            tol=stop,
             max_basis=max_basis,
             max_products=limit,
             generator=source,
@@ -200,11 +207,13 @@ def top_eigenpairs_rows(
         )
 
     if which in TWO_ENDED:
-        pairs = both_ends(solve, k, which, tol, max_products, progress)
+        pairs = both_ends(solve, k, which, stop, max_products, progress)
     else:
         sign = 1.0 if which == "largest" else -1.0
         pairs = solve(sign, max_products, progress, float("-inf"))
         pairs = replace(pairs, values=sign * pairs.values)
+    if tol > MAX_TOL:
+        pairs = replace(pairs, bounds=pairs.bounds.maximum(min(0.8 * tol, WIDEST) * pairs.values.abs()))
     return _eigenpairs(pairs, name)
 
 

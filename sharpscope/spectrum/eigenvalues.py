@@ -17,6 +17,7 @@ from sharpscope.errors import ArgumentError, ConvergenceWarning
 from sharpscope.linalg import Eigenpairs
 from sharpscope.linalg.missed_eigenvalues import STEPS, kuczynski_wozniakowski
 from sharpscope.linalg.top_eigenpairs import (
+    MAX_TOL,
     CertifiedEigenpairs,
     certify_eigenpairs,
     guidable,
@@ -79,7 +80,7 @@ def top_eigenvalues(
     Args:
         problem: model, loss and data.
         k: number of eigenvalues, with multiplicity.
-        tol: relative tolerance of each.
+        tol: relative tolerance of each; the solvers stop at 0.02 where it is larger, and the intervals are wider.
         method: "guided" (few passes: a weighted subset of the data guides the solver), "lanczos" (block Lanczos),
             "power", or "auto": "guided" for the largest eigenvalues of 4,096 examples or more, else "lanczos".
         generator: source of the random start and the subset; by default one seeded with 0.
@@ -150,7 +151,7 @@ def top_eigenvalues(
             max_basis=max_basis,
             guides=[_as_solver_operator(like, guide, m) for guide in guides],
             generator=m.generator,
-            progress=partial(_report_bound, m, tol),
+            progress=partial(_report_bound, m, min(tol, MAX_TOL)),
         )
         before = m.objective.passes
         pairs, proof = solve(max_products=max_passes), None
