@@ -112,7 +112,7 @@ def _require_range(sums: Sums) -> None:
 def _require_symmetric(objective: Objective, first: MicroBatch, probes: Tensor, sums: Sums, tolerance: float) -> None:
     difference, size = _asymmetry(probes, sums.products)
     if difference > tolerance * size:
-        exact = None if objective.dtype == torch.float64 else products_in_float64(objective, first, probes)
+        exact = None if objective.dtype == torch.float64 else products_in_float64(objective, [first], probes)
         if exact is not None:
             exact_difference, exact_size = _asymmetry(probes, exact)
             if exact_difference <= tolerance * exact_size:
@@ -211,41 +211,55 @@ def require_representable_loss(objective: Objective, batch: MicroBatch) -> None:
         )
 
 
-def products_in_float64(objective: Objective, batch: MicroBatch, block: Tensor) -> Tensor | None:
-    """The products with ``block`` (K, n), summed over ``batch``, in float64; None where that is impossible."""
+def products_in_float64(objective: Objective, batches: Sequence[MicroBatch], block: Tensor) -> Tensor | None:
+    """The products with ``block`` (K, n), summed over ``batches``, in float64; None where that is impossible."""
     copy = float64_copy(objective)
     if copy is None:
         return None
     with copy.measuring():
         try:
-            if depends_on(copy, batch, [p for p in objective.terms.params if p.requires_grad]):
+            if depends_on(copy, batches[0], [p for p in objective.terms.params if p.requires_grad]):
                 return None
-            products = copy.accumulate([batch], block.double()).products
+            products = copy.accumulate(batches, block.double()).products
         except (ProblemError, RuntimeError, TypeError):  # for example, the model keeps float32 tensors in attributes
             return None
     objective.add_cost(copy.cost_counter.example_gradients)
     return products
 
 
-def float32_rounding(objective: Objective, vectors: Tensor) -> float:
+def float32_rounding(
+    objective: Objective, vectors: Tensor, samples: Sequence[Sequence[MicroBatch]] | None = None
+) -> float:
     """The error of eigenvalues from the model's float32 arithmetic: ``max |v'(H - H64)v|`` over unit vectors (n, k).
 
-    H and H64 are the Hessians of the mean loss of the first ROUNDING_EXAMPLES examples in float32 and in float64. The
-    softmax of a well-fitted network resolves ``1 - p`` to an absolute 6e-8 only, and its curvature no better, however
-    small that is; the relative rounding error of the products does not include it.
+    H and H64 are the Hessians of the mean loss of a sample in float32 and in float64. The softmax of a well-fitted
+    network resolves ``1 - p`` to an absolute 6e-8 only, and its curvature no better, however small that is; the
+    relative rounding error of the products does not include it.
+
+    Args:
+        samples: examples that stand for all the data, then those of large errors, which count by their share of the
+            data (``sharpscope.sampling.rounding_sample``). Default: the first ROUNDING_EXAMPLES.
 
     Returns: the error, in units of the eigenvalues; 0 where the model cannot run in float64.
 
-    Cost: ``1 + 2k`` gradients of ROUNDING_EXAMPLES examples, twice.
+    Cost: ``1 + 2k`` gradients of the examples, twice.
     """
-    batch = objective.first_examples(ROUNDING_EXAMPLES)
-    block = vectors.T.to(objective.device, objective.dtype)
-    exact = products_in_float64(objective, batch, block)
-    if exact is None:
-        return 0.0
-    sums = objective.accumulate([batch], block)
-    errors = (block.double() * (sums.products.double() - exact)).sum(1) / sums.weight.double()
-    return float(errors.abs().max())
+    block, total, terms = vectors.T.to(objective.device, objective.dtype), 0.0, 0.0
+    for batches in samples if samples is not None else [[objective.first_examples(ROUNDING_EXAMPLES)]]:
+        exact = products_in_float64(objective, batches, block)
+        if exact is None:
+            return 0.0
+        sums = objective.accumulate(batches, block)
+        errors = (block.double() * (sums.products.double() - exact)).sum(1).abs()
+        if not terms:  # loss terms of all the data, from those of the random examples
+            count = sum(batch.size for batch in batches)
+            terms = float(sums.weight)
+            scale = max((objective.num_examples or count) / count, 1.0)
+            total += float(errors.max()) / terms if terms else 0.0
+            terms *= scale
+        else:
+            total += float(errors.max()) / terms
+    return total
 
 
 def audit_in_float64(

@@ -30,6 +30,7 @@ from sharpscope.objective.accumulate import MAX_CACHED_BYTES
 from sharpscope.objective.audit import float32_rounding
 from sharpscope.precision import available_device
 from sharpscope.problem import Problem
+from sharpscope.random_streams import stream
 from sharpscope.results import EigenResult
 from sharpscope.results.eigen import MAX_MISS_PROBABILITY
 from sharpscope.resume import once_with_cost
@@ -40,6 +41,7 @@ from sharpscope.sampling.importance_sample import (
     importance_samples,
     worthwhile,
 )
+from sharpscope.sampling.rounding_sample import rounding_sample
 from sharpscope.sampling.sampling_error import sampling_error
 
 # Safety factor on the float32 rounding error measured on some examples: on others it may be larger.
@@ -247,14 +249,18 @@ def _remaining(m: Measurement, last: int | None) -> int | None:
 def _float32_error(m: Measurement, pairs: Eigenpairs) -> float:
     """Error of an eigenvalue from float32 arithmetic in the model, beyond the rounding of products; 0 in float64.
 
-    Cost: ``1 + 2k`` gradients of 256 examples, twice.
+    Cost: ``1 + 2k`` gradients of at most 256 examples, twice; the outputs of up to 4,096.
     """
+    source = stream(m.generator.initial_seed(), "float32 rounding")
     if m.objective.dtype != torch.float32:
         return 0.0
     error = m.objective.curvature.float32_error * float(pairs.eigenvalues.abs().max())
     if m.objective.curvature.exact:
         seen = once_with_cost(
-            m.objective, m.journal, "rounding", lambda: {"of": float32_rounding(m.objective, pairs.eigenvectors)}
+            m.objective,
+            m.journal,
+            "rounding",
+            lambda: {"of": float32_rounding(m.objective, pairs.eigenvectors, rounding_sample(m.objective, source))},
         )
         error += FLOAT32_SAFETY * seen["of"]
     return error
