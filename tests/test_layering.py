@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "sharpness": {
         *("edge_of_stability", "linalg", "measurement", "objective", "precision", "problem", "results", "resume"),
-        "weights",
+        *("sampling", "weights"),
     },
     "slices": {
         "atomic_io",

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from command import printed
 from dense import dense_hessian, top
-from sharpscope import Problem, top_eigenvalues
+from sharpscope import Problem, measure_sharpness, top_eigenvalues
 
 pytestmark = pytest.mark.filterwarnings("ignore::sharpscope.ConvergenceWarning")
 LOSS = nn.CrossEntropyLoss()
@@ -115,3 +115,21 @@ def test_the_command_s_intervals_hold(tmp_path: Path) -> None:
     true = truth(network(2), examples(slice(1997, None)), 2)
     assert told["lower"][0] <= true[0] <= told["upper"][0]
     assert told["lower"][1] <= true[1] <= told["upper"][1]
+
+
+@pytest.mark.parametrize("adaptive", [None, "elementwise"])
+@pytest.mark.parametrize("saturated", [slice(256, None), slice(1997, None)], ids=str)
+def test_the_measure_lambda_max_holds_it_too(saturated: slice, adaptive: str | None) -> None:
+    """lambda_max of H, and of D H D with D = |w|, measured as a sharpness in float32, is in its interval."""
+    data, (inputs, labels) = examples(saturated), examples(saturated)
+    for seed in (1, 2, 3):
+        model = network(seed)
+        hessian = dense_hessian(copy.deepcopy(model), lambda call: LOSS(call(inputs.double()), labels))
+        scale = torch.cat([p.detach().double().flatten().abs() for p in model.parameters()])
+        if adaptive is not None:
+            hessian = scale[:, None] * hessian * scale
+        problem = Problem(model=model, loss=LOSS, data=data)
+        found = measure_sharpness(problem, ("lambda-max",), adaptive=adaptive, eta=0.0).measures[0]
+        assert found.lower is not None
+        assert found.upper is not None
+        assert found.lower <= float(top(hessian, 1)[0]) <= found.upper

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.objective import Objective
-from sharpscope.objective.audit import ROUNDING_EXAMPLES
+from sharpscope.objective.audit import ROUNDING_EXAMPLES, float32_rounding
 from sharpscope.objective.cost_and_out_of_memory import OOMHalving
 from sharpscope.objective.losses import output_tensor
 from sharpscope.objective.micro_batches import MicroBatch, micro_batches, rows
@@ -21,7 +21,20 @@ RANDOM, LARGEST = 176, 48
 # Examples up to which the outputs of all are compared, and the cost of that in gradients.
 MAX_COMPARED, FORWARD_COST = 4096, 1 / 3
 
+# Safety factor on the rounding error measured on some examples: on others it may be larger.
+FLOAT32_SAFETY = 4.0
+
 T = TypeVar("T")
+
+
+def float32_error(objective: Objective, vectors: Tensor, generator: torch.Generator) -> float:
+    """Error of ``v'Hv``, for each of ``vectors`` (n, k), from the model's float32 arithmetic; 0 in float64.
+
+    Cost: ``1 + 2k`` gradients of at most ROUNDING_EXAMPLES examples, twice, and that of ``rounding_sample``.
+    """
+    if objective.dtype != torch.float32:
+        return 0.0
+    return FLOAT32_SAFETY * float32_rounding(objective, vectors, rounding_sample(objective, generator))
 
 
 def rounding_sample(objective: Objective, generator: torch.Generator) -> list[list[MicroBatch]]:

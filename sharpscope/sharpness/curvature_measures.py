@@ -27,7 +27,7 @@ from sharpscope.weights.perturbation import Perturbation
 
 
 def lambda_max(context: MeasureContext) -> Iterator[Measure]:
-    """``lambda_max(DHD)`` by block Lanczos; cost 7 gradients a pass."""
+    """``lambda_max(DHD)`` by block Lanczos; cost 7 gradients a pass, and 10 of 256 examples at most in float32."""
     objective, ball = context.objective, context.settings.ball
     gradients_before = objective.gradients
     top = context.top_eigenpairs(ball)

@@ -17,6 +17,7 @@ from sharpscope.random_streams import stream
 from sharpscope.results import Measure
 from sharpscope.results.statistics import Estimate, student
 from sharpscope.resume import Journal
+from sharpscope.sampling.rounding_sample import float32_error
 from sharpscope.sharpness.maximize import Ascent
 from sharpscope.weights.norm_ball import Ball
 
@@ -78,7 +79,7 @@ class MeasureContext:
         """``lambda_max(DHD)`` and the next eigenvalue, by block Lanczos; computed once for each D."""
         key = ball.scaling, ball.offset
         if key not in self._top:
-            self._top[key] = top_eigenpairs_rows(
+            pairs = top_eigenpairs_rows(
                 self.scaled_products(ball, "lambda_max"),
                 self.objective.empty_block(),
                 min(2, self.objective.num_params),
@@ -86,6 +87,12 @@ class MeasureContext:
                 method="lanczos",
                 generator=self.generator("lambda-max"),
             )
+            scales = ball.scales(self.objective.terms.params)
+            vectors = pairs.eigenvectors
+            if scales is not None:
+                vectors = torch.cat([s.flatten() for s in scales]).to(vectors)[:, None] * vectors
+            error = float32_error(self.objective, vectors, self.generator("float32 rounding"))
+            self._top[key] = pairs.widened(error, EIGENVALUE_TOL)
         return self._top[key]
 
     @property

@@ -27,7 +27,6 @@ from sharpscope.linalg.top_eigenpairs import (
 from sharpscope.measurement import Measurement
 from sharpscope.objective import Progress
 from sharpscope.objective.accumulate import MAX_CACHED_BYTES
-from sharpscope.objective.audit import float32_rounding
 from sharpscope.precision import available_device
 from sharpscope.problem import Problem
 from sharpscope.random_streams import stream
@@ -41,11 +40,8 @@ from sharpscope.sampling.importance_sample import (
     importance_samples,
     worthwhile,
 )
-from sharpscope.sampling.rounding_sample import rounding_sample
+from sharpscope.sampling.rounding_sample import float32_error
 from sharpscope.sampling.sampling_error import sampling_error
-
-# Safety factor on the float32 rounding error measured on some examples: on others it may be larger.
-FLOAT32_SAFETY = 4.0
 
 
 def top_eigenvalues(
@@ -259,10 +255,10 @@ def _float32_error(m: Measurement, pairs: Eigenpairs) -> float:
         seen = once_with_cost(
             m.objective,
             m.journal,
-            "rounding",
-            lambda: {"of": float32_rounding(m.objective, pairs.eigenvectors, rounding_sample(m.objective, source))},
+            "float32 error",
+            lambda: {"of": float32_error(m.objective, pairs.eigenvectors, source)},
         )
-        error += FLOAT32_SAFETY * seen["of"]
+        error += seen["of"]
     return error
 
 
