@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import processes
 import sharpscope
@@ -234,6 +234,11 @@ def test_the_command_resumed_after_a_kill_repeats_the_choice(tmp_path: Path, mon
     assert first == sharpness(whole)[0]
 
 
+class Cube(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x**3
+
+
 def test_subsets_without_loss_terms_do_not_decide_how_the_others_are_evaluated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -245,11 +250,11 @@ def test_subsets_without_loss_terms_do_not_decide_how_the_others_are_evaluated(
     for target in masked.values():
         # Batches, which keep their order: the first subsets are those of the first examples.
         batches = [(inputs[i : i + 32], target[i : i + 32]) for i in (0, 32)]
-        given = Problem(model=tiny_mlp(4, 3), loss=nn.CrossEntropyLoss(), data=batches)
+        given = Problem(model=nn.Sequential(tiny_mlp(4, 3), Cube()), loss=nn.CrossEntropyLoss(), data=batches)
         set_clocks(monkeypatch, 1000.0)
-        found, _ = sharpscope.measure_sharpness(given, m=1, rho=(0.05, 1e38)).measures  # the loss is infinite there
+        found, _ = sharpscope.measure_sharpness(given, m=1, rho=(0.05, 1e19)).measures  # the loss overflows there
         assert found.settings["side by side"]
         set_clocks(monkeypatch, 0.001)
-        alone, _ = sharpscope.measure_sharpness(given, m=1, rho=(0.05, 1e38)).measures
+        alone, _ = sharpscope.measure_sharpness(given, m=1, rho=(0.05, 1e19)).measures
         assert not alone.settings["side by side"]
         assert found.value == pytest.approx(alone.value, rel=1e-3)
