@@ -25,7 +25,7 @@ from sharpscope.objective import Objective
 from sharpscope.objective.micro_batches import as_batches, walk
 from sharpscope.random_streams import stream
 from sharpscope.version import __version__
-from sharpscope.weights.restore import preserved
+from sharpscope.weights.restore import preserved, strided
 
 # Examples that the probe evaluates.
 EXAMPLES = 32
@@ -242,6 +242,10 @@ def _add(digest: hashlib.blake2b, value: Any) -> None:
         text = repr(value).encode()
         _tag(digest, type(value).__name__, len(text))
         digest.update(text)
+    elif isinstance(value, Tensor) and value.layout != torch.strided:
+        _tag(digest, "sparse", value.layout, *value.shape)
+        for part in strided(value):
+            _add(digest, part)
     elif has_bytes(value):
         _tag(digest, "tensor" if isinstance(value, Tensor) else "array", value.dtype, *value.shape)
         if isinstance(value, Tensor):

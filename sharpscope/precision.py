@@ -153,7 +153,9 @@ def cast_model(
     try:
         # Without grad, since parameters of scripted modules would be copied as functions of the parameters copied.
         with torch.no_grad():
-            model, loss = copy.deepcopy((model, loss))
+            # torch copies no compressed sparse tensors.
+            memo = {id(t): t.clone() for t in tensors if t.layout not in (torch.strided, torch.sparse_coo)}
+            model, loss = copy.deepcopy((model, loss), memo)
         copies = [module for module in (model, loss) if isinstance(module, nn.Module)]
         for module, original in zip(copies, modules, strict=True):
             for parameter, given in zip(module.parameters(), original.parameters(), strict=True):

@@ -31,6 +31,7 @@ class Problem:
             ``DataLoader`` that neither shuffles nor augments; must be iterable repeatedly.
             A batch is ``(input, ..., target)``, passed as ``model(input, ...)``, or a dict, passed by keyword
             without its target (``target``, ``targets``, ``label``, ``labels`` or ``y``) unless ``model`` names it.
+            Inputs may be sparse, an example a row (COO, CSR or CSC); such batches are cut, but not joined.
         params: glob pattern, or several, of the names of the parameters that form ``w``; the others are constants,
             as are frozen parameters.
         mode: "eval", or "train" to measure with dropout and BatchNorm as in training.

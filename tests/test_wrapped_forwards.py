@@ -15,7 +15,7 @@ import sharpscope
 from command import each_class, printed, reference, saved
 from conftest import tiny_mlp
 from dense import dense_hessian, top
-from sharpscope import Problem, ProblemError
+from sharpscope import DataError, Problem, ProblemError
 
 COUNT = 24
 # Compiling warns of what torch itself no longer recommends, and scripting is deprecated.
@@ -271,3 +271,125 @@ def test_a_detached_target_of_the_same_network_is_refused_by_name(tmp_path: Path
             measure(paired_problem())
     path = saved(tmp_path, paired_problem)
     assert "detach" in printed("density", path, paired_problem, status=1)
+
+
+def mixing() -> Tensor:
+    return torch.eye(4) + torch.diag(torch.ones(3), 1)
+
+
+class Mixing(Net):
+    """The inputs are first multiplied with a constant matrix, a buffer in the given layout."""
+
+    def __init__(self, layout: torch.layout) -> None:
+        super().__init__()
+        self.register_buffer("mixing", mixing().to_sparse(layout=layout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.sparse.mm(self.mixing, x.T).T)
+
+
+class Sparse(Net):
+    """The first layer takes sparse rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.sparse.mm(x, self.first.weight.T) + self.first.bias
+        return self.last(self.drop(torch.tanh(self.norm(h))))
+
+
+def positive(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    x, y = data(dtype)
+    return x.clamp(min=0), y
+
+
+LAYOUTS = [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc]
+
+
+def with_buffer(layout: torch.layout) -> Problem:
+    torch.manual_seed(3)
+    return problem_of(Mixing(layout))
+
+
+def with_inputs(layout: torch.layout) -> Problem:
+    torch.manual_seed(3)
+    x, y = positive()
+    parts = [(x[i : i + 10].to_sparse(layout=layout), y[i : i + 10]) for i in range(0, COUNT, 10)]
+    return problem_of(Sparse(), data=parts)
+
+
+def sparse_hessian(kind: Callable[..., Problem]) -> Tensor:
+    x, y = data(torch.float64) if kind is with_buffer else positive(torch.float64)
+    x = x @ mixing().T.double() if kind is with_buffer else x
+    return dense_hessian(network(), lambda call: F.cross_entropy(call(x), y))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", [with_buffer, with_inputs])
+def test_sparse_buffers_and_inputs_are_measured(kind: Callable[..., Problem], layout: torch.layout) -> None:
+    """In each layout, cut too, eigenvalues, traces, monitor, sharpness and slices are the dense matrix's."""
+    problem, exact_hessian = kind(layout), sparse_hessian(kind)
+    for given in ({"dtype": torch.float64, "micro_batch": 7}, {}):
+        found = sharpscope.top_eigenvalues(problem, k=3, tol=1e-5, **given)
+        assert found.eigenvalues == pytest.approx(top(exact_hessian, 3).tolist(), rel=1e-4)
+    blocks = sharpscope.block_spectra(problem, probes=200, dtype=torch.float64)
+    assert blocks.traces.sum() == pytest.approx(float(exact_hessian.trace()), rel=1e-6)
+    record = sharpscope.SharpnessMonitor(problem, every=1, examples=None, tol=1e-4, max_products=30).step()
+    assert record is not None
+    assert record.lambda_max == pytest.approx(float(top(exact_hessian, 1)), rel=1e-3)
+    x, y = positive() if kind is with_inputs else (data()[0] @ mixing().T, data()[1])
+    parts = [(x[i : i + 10], y[i : i + 10]) for i in range(0, COUNT, 10)]
+    plain = problem_of(network(), data=parts if kind is with_inputs else (x, y))
+    double = {"dtype": torch.float64}
+    one, two = (
+        [m.value for m in sharpscope.measure_sharpness(p, rho=[0.05], **double).measures] for p in (problem, plain)
+    )
+    assert one == pytest.approx(two, rel=1e-6)
+    one, two = (sharpscope.loss_slice(p, points=3, **double).loss.ravel().tolist() for p in (problem, plain))
+    assert one == pytest.approx(two, rel=1e-6)
+
+
+class Unpacking(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to_dense())
+
+
+def test_blocks_of_sparse_inputs_are_refused_where_they_are_cut() -> None:
+    """Rows of a block layout are not selected; the sentence says in which layouts they are."""
+    x, y = positive()
+    model = Unpacking()
+    with pytest.raises(DataError, match="to_sparse_csr"):
+        sharpscope.trace(problem_of(model, data=(x.to_sparse_bsr((2, 2)), y)))
+
+
+def sparse_problem() -> Problem:
+    """Sparse inputs."""
+    return with_inputs(torch.sparse_csr)
+
+
+def test_sparse_inputs_are_measured_by_the_command(tmp_path: Path) -> None:
+    """``sharpscope eigen`` prints the dense matrix's eigenvalues, of all examples and of some of them."""
+    path = saved(tmp_path, sparse_problem, seed=3)
+    found = printed("eigen", path, sparse_problem, "--dtype", "float64", "--tol", "1e-8")
+    assert found["eigenvalues"] == pytest.approx(top(sparse_hessian(with_inputs)).tolist(), rel=1e-6)
+    assert printed("eigen", path, sparse_problem, "--examples", "12")["num_examples"] == 12
+
+
+@pytest.mark.parametrize("hook", ["tensor", "module", "retained"])
+def test_hooks_that_read_gradients_change_nothing(hook: str) -> None:
+    """A hook on an activation or a module, and ``retain_grad``, that only read: the network's own eigenvalues."""
+
+    class Watched(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.first(x))
+            if h.requires_grad and hook == "tensor":
+                h.register_hook(lambda grad: None)
+            if h.requires_grad and hook == "retained":
+                h.retain_grad()
+            return self.last(torch.tanh(h))
+
+    torch.manual_seed(3)
+    model = Watched()
+    if hook == "module":
+        model.last.register_full_backward_hook(lambda module, before, after: None)
+    for given in ({}, {"dtype": torch.float64}):
+        found = sharpscope.top_eigenvalues(problem_of(model), k=3, tol=1e-6, **given)
+        assert found.eigenvalues == pytest.approx(exact(), rel=1e-4)

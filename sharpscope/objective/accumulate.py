@@ -15,6 +15,7 @@ from sharpscope.objective.micro_batch_curvature import Graph
 from sharpscope.objective.micro_batches import MicroBatch, leaves
 from sharpscope.precision import CHUNK, wide
 from sharpscope.weights.parameters import views
+from sharpscope.weights.restore import strided
 
 # Limit for the bytes of cached graphs. The others are rebuilt for every block, at a cost of 1 gradient.
 MAX_CACHED_BYTES = 1 << 30
@@ -283,7 +284,8 @@ def locate_nonfinite(batches: Iterable[MicroBatch], sums: Callable[[MicroBatch],
     """
     for batch in batches:
         where = batch.where(0) if batch.size == 1 else f"batch {batch.sources[0][0]}"
-        if any(isinstance(leaf, Tensor) and not bool(torch.isfinite(leaf).all()) for leaf in leaves(batch.batch)):
+        parts = [part for leaf in leaves(batch.batch) if isinstance(leaf, Tensor) for part in strided(leaf)]
+        if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise DataError(f"The data must be finite, but {where} holds NaN or infinity. Drop or mend it.")
         result = sums(batch)
         for name, value in (("loss", result.loss), ("gradient", result.gradient), (products, result.products)):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.objective.micro_batches import MicroBatch
+from sharpscope.weights.restore import strided
 
 # Multiplies one vector with each of these micro-batches, and returns when the device has finished.
 Work = Callable[[Sequence[MicroBatch]], object]
@@ -89,12 +90,13 @@ def saved_bytes(build: Callable[[], object], excluded: Iterable[Tensor] = ()) ->
     This is what a kept graph holds. Temporary memory of operations is not counted: typically the inputs and outputs of
     the largest layer.
     """
-    known = {t.untyped_storage().data_ptr() for t in excluded}
+    known = {part.untyped_storage().data_ptr() for t in excluded for part in strided(t)}
     saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         # The tensor is held, so that no address is reused during the count.
-        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        for part in strided(tensor):
+            saved.setdefault(part.untyped_storage().data_ptr(), part)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

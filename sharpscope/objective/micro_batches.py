@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
@@ -68,7 +68,7 @@ class MicroBatch:
             if low < high:
                 sources.append((batch, first + low - position, high - low))
             position += count
-        cut = map_tensors(self.batch, lambda t: t[start:stop])
+        cut = map_tensors(self.batch, lambda t: _select(t, range(start, stop)) if _is_sparse(t) else t[start:stop])
         return MicroBatch(cut, stop - start, tuple(sources), self.scale)
 
     def split(self, size: int) -> list[MicroBatch]:
@@ -217,7 +217,29 @@ def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
 
 def rows(batch: Any, indices: Tensor) -> Any:
     """The examples of ``batch`` at ``indices`` (int64), as copies without autograd's graph."""
-    return map_tensors(batch, lambda t: t.detach()[indices.to(t.device)])
+    return map_tensors(
+        batch, lambda t: _select(t.detach(), indices.tolist()) if _is_sparse(t) else t.detach()[indices.to(t.device)]
+    )
+
+
+# Layouts of which rows can be selected, by way of the first, and others.
+SELECTABLE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
+IN_BLOCKS = (torch.sparse_bsr, torch.sparse_bsc)
+
+
+def _is_sparse(tensor: Tensor) -> bool:
+    return tensor.layout in SELECTABLE + IN_BLOCKS
+
+
+def _select(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Rows of a sparse tensor, in its layout. torch selects them in the coordinate layout only."""
+    if tensor.layout in (torch.sparse_bsr, torch.sparse_bsc):
+        raise DataError(
+            "Sparse inputs must have rows that can be selected, but these are in blocks. Use to_sparse_csr()."
+        )
+    indices = torch.tensor(list(rows), dtype=torch.long, device=tensor.device)
+    selected: Tensor = tensor.to_sparse(layout=torch.sparse_coo).index_select(0, indices)
+    return selected if tensor.layout == torch.sparse_coo else selected.to_sparse(layout=tensor.layout)
 
 
 def leaves(batch: Any) -> list[Any]:
@@ -263,7 +285,9 @@ def _flush(pending: list[MicroBatch]) -> Iterator[MicroBatch]:
 def _joinable(left: Any, right: Any) -> bool:
     """Whether two leaves can be concatenated, or are identical and no tensors."""
     if isinstance(left, Tensor) and left.dim():
-        return isinstance(right, Tensor) and left.shape[1:] == right.shape[1:] and left.dtype == right.dtype
+        if not isinstance(right, Tensor) or _is_sparse(left) or _is_sparse(right):
+            return False
+        return left.shape[1:] == right.shape[1:] and left.dtype == right.dtype
     return not isinstance(left, Tensor) and left is right
 
 

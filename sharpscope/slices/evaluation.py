@@ -22,6 +22,7 @@ from sharpscope.precision import wide
 from sharpscope.slices.directions import Direction
 from sharpscope.weights.parameters import views
 from sharpscope.weights.perturbation import Perturbation, require_kept
+from sharpscope.weights.restore import strided
 
 # Data up to this many bytes are kept on the device between points.
 KEPT = 1 << 31
@@ -142,7 +143,8 @@ class Evaluation:
             found = self._terms.forward_on(batch)
         if self._check_writes and not self._model_writes:
             # By value: not every write counts up a tensor's version.
-            pairs = zip(tensors(part.batch), tensors(batch), strict=True)
+            before, after = ([own for t in tensors(one) for own in strided(t)] for one in (part.batch, batch))
+            pairs = zip(before, after, strict=True)
             self._model_writes = not all(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)
         return found
 
