@@ -209,7 +209,12 @@ def test_a_gradient_of_zero_is_compared_with_the_loss(tmp_path: Path) -> None:
 
 def test_weights_hidden_in_part_are_refused() -> None:
     """A gradient that lacks the weights inside a foreign checkpoint is not the loss's derivative."""
-    for measure in (sharpscope.top_eigenvalues, sharpscope.measure_sharpness, sharpscope.SharpnessMonitor):
+    curved = partial(sharpscope.loss_slice, points=3, curvature=True)
+    measures: list[Callable[[Problem], Any]] = [
+        *(sharpscope.top_eigenvalues, sharpscope.measure_sharpness, sharpscope.SharpnessMonitor),
+        *(gradient_directions, curved),
+    ]
+    for measure in measures:
         with pytest.raises(ProblemError, match="gradient checkpointing"):
             measure(problem_of(rebuilt_first_layers))
 

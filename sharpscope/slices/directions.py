@@ -19,8 +19,10 @@ from sharpscope.atomic_io import atomic
 from sharpscope.errors import ArgumentError
 from sharpscope.measurement import seeded
 from sharpscope.objective import Objective
+from sharpscope.objective.audit import FLOAT64_EXAMPLES, require_slope
 from sharpscope.objective.fastest_micro_batch import DEFAULT
 from sharpscope.problem import Problem
+from sharpscope.random_streams import stream
 from sharpscope.results import EigenResult
 from sharpscope.results.serialization import UNREADABLE, jsonable
 from sharpscope.weights import parameters
@@ -375,9 +377,10 @@ def gradient_directions(
         rho: SAM's radius, > 0.
         dtype, device, micro_batch: as for ``top_eigenvalues``.
 
-    Cost: 2 gradients.
+    Cost: 2 gradients, and 15 over 32 examples, which show whether a gradient is cut off.
 
-    Raises: ArgumentError if the gradient is zero, or rho is not positive or so small that rounding takes it.
+    Raises: ArgumentError if the gradient is zero, or rho is not positive or so small that rounding takes it;
+    ProblemError if the gradient is not the slope of the loss.
 
     >>> import sharpscope
     >>> import torch
@@ -396,6 +399,8 @@ def gradient_directions(
     require_length("rho", rho, objective.dtype)
     if objective.micro_batch is None:
         objective.micro_batch = DEFAULT  # not timed: equal calls give equal bits, and two gradients are soon done
+    with objective.measuring():
+        require_slope(objective, objective.first_examples(FLOAT64_EXAMPLES), stream(0, "audit"))
     _, at_w = objective.loss_and_gradient()
     weights, ball = objective.terms.params, Ball()
     size = float(torch.linalg.vector_norm(at_w))

@@ -17,7 +17,9 @@ from sharpscope.errors import ArgumentError
 from sharpscope.fingerprint import key_of
 from sharpscope.measurement import Measurement
 from sharpscope.objective import Objective, Progress
+from sharpscope.objective.audit import FLOAT64_EXAMPLES, require_slope
 from sharpscope.problem import Problem
+from sharpscope.random_streams import stream
 from sharpscope.results import Cost, SliceResult
 from sharpscope.results.measured_alike import another_matrix
 from sharpscope.resume import Journal, PointLog, journaled_hvp
@@ -378,7 +380,10 @@ def slopes_and_curvatures(
 
     NaN unless ``wanted``; None means if a direction is an eigenvector.
 
-    Cost: 1 + 2 gradients per direction, in one pass; one that is in ``journal`` is not repeated.
+    Cost: 1 + 2 gradients per direction, in one pass; one that is in ``journal`` is not repeated. Before it 15 gradients
+    over 32 examples.
+
+    Raises: ProblemError if the gradient is cut off, and so is not the slope of the loss.
     """
     q = len(lines[0])
     if wanted is None:
@@ -388,6 +393,7 @@ def slopes_and_curvatures(
     d = torch.stack([torch.stack([direction.vector for direction in line]) for line in lines])
     rows = d.flatten(0, 1).to(objective.device, objective.dtype)
     with objective.measuring():
+        require_slope(objective, objective.first_examples(FLOAT64_EXAMPLES), stream(0, "audit"))
         images = journaled_hvp(objective, journal, progress)(rows).cpu().double().reshape(d.shape)
     assert objective.gradient is not None
     h = d @ images.transpose(1, 2)
