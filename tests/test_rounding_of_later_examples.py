@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::sharpscope.ConvergenceWarning")
 LOSS = nn.CrossEntropyLoss()
 
 
-def examples(saturated: slice) -> tuple[Tensor, Tensor]:
+def examples(saturated: slice) -> tuple[Tensor, ...]:
     """2,000 examples; the inputs of some are 1,000 along a direction that all logits share."""
     draw = torch.Generator().manual_seed(0)
     inputs, labels = torch.randn(2000, 7, generator=draw), torch.randint(3, (2000,), generator=draw)
@@ -39,7 +39,7 @@ def network(seed: int = 0) -> nn.Module:
     return model
 
 
-def truth(model: nn.Module, data: tuple[Tensor, Tensor], k: int) -> np.ndarray:
+def truth(model: nn.Module, data: tuple[Tensor, ...], k: int) -> np.ndarray:
     """The k largest eigenvalues of the dense Hessian in float64."""
     inputs, labels = data
     return top(dense_hessian(copy.deepcopy(model), lambda call: LOSS(call(inputs.double()), labels)), k).numpy()
@@ -90,6 +90,17 @@ def test_the_measured_rounding_repeats_and_costs_little() -> None:
     assert one.cost.passes == double.cost.passes
     # 224 examples by 1 + 2k gradients in two precisions, and a forward pass.
     assert one.cost.gradients - double.cost.gradients < 224 * 5 * 2 / 2000 + 1 / 3 + 0.01
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_of_more_examples_a_random_sample_is_measured(form: str) -> None:
+    """Of 6,000 examples, a third of which are saturated and come late, the intervals hold the float64 values."""
+    data = tuple(part.repeat_interleave(3, 0) for part in examples(slice(1333, None)))
+    problem = Problem(model=network(1), loss=LOSS, data=FORMS[form](*data))
+    result = top_eigenvalues(problem, 2, tol=1e-5)
+    true = truth(network(1), data, 2)
+    assert (result.lower <= true).all()
+    assert (true <= result.upper).all()
 
 
 def test_batches_that_are_kept_are_measured_whole() -> None:

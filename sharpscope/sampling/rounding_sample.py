@@ -13,7 +13,8 @@ from sharpscope.objective import Objective
 from sharpscope.objective.audit import ROUNDING_EXAMPLES, float32_rounding
 from sharpscope.objective.cost_and_out_of_memory import OOMHalving
 from sharpscope.objective.losses import output_tensor
-from sharpscope.objective.micro_batches import MicroBatch, micro_batches, rows
+from sharpscope.objective.micro_batches import MicroBatch, as_batches, micro_batches, rows
+from sharpscope.sampling.subsample import count_examples, random_subset
 
 # Random examples, and those of the largest outputs: with the forward pass they cost what 256 examples cost at k = 5.
 RANDOM, LARGEST = 176, 48
@@ -44,12 +45,16 @@ def rounding_sample(objective: Objective, generator: torch.Generator) -> list[li
     The first examples alone where there are no more than ROUNDING_EXAMPLES; where there are more than MAX_COMPARED,
     only the random ones. Where batches cannot be cut, one at random and the one of the largest output.
 
-    Cost: a walk over the data, and FORWARD_COST gradients of up to MAX_COMPARED examples.
+    Cost: FORWARD_COST gradients of up to MAX_COMPARED examples; a walk over larger data whose examples have no index.
     """
     total, first = objective.num_examples, objective.first_examples(ROUNDING_EXAMPLES)
     if total is not None and total <= ROUNDING_EXAMPLES:
         return [[first]]
     cut = first.splittable and not objective.keeps_batches
+    if cut and total is not None and total > MAX_COMPARED and count_examples(objective.problem.data) == total:
+        seed = int(torch.randint(2**62, (), generator=generator))
+        data = as_batches(random_subset(objective.problem.data, RANDOM, seed))
+        return [list(micro_batches(data, objective.choose_micro_batch()))]
     chosen, extreme = (_Highest(count if cut else 1, cut) for count in (RANDOM, LARGEST))
     compare, memory = total is not None and total <= MAX_COMPARED, OOMHalving(device=objective.device)
     for whole in micro_batches(objective.data, objective.choose_micro_batch()):
