@@ -32,8 +32,8 @@ nitpick_ignore_regex = [("py:.*", r"(?!sharpscope\.).*")]
 # Of the package itself, what signatures mention and no user makes.
 INNER = (
     "objective.micro_batches.MicroBatch",
-    "objective.micro_batch_curvature.Curvature",
-    "objective.micro_batch_curvature.Graph",
+    "objective.curvature_interface.Curvature",
+    "objective.curvature_interface.Graph",
 )
 INNER += ("objective.accumulate.PerBatch", "objective.accumulate.Sums", "optim.sam.Loss")
 INNER += ("linalg.missed_eigenvalues.MissedEigenvalueBound", "results.base.Self", "results.comparison.rows.Row")

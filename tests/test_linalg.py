@@ -14,7 +14,7 @@ from conftest import quadratic
 from sharpscope import ArgumentError
 from sharpscope.linalg import METHODS, top_eigenpairs
 from sharpscope.linalg.ritz import ritz_bounds
-from sharpscope.linalg.row_blocks import inner, orthonormalise, project_out, random_rows
+from sharpscope.linalg.vectors_as_rows import inner, orthonormalise, project_out, random_rows
 
 DTYPES = (torch.float64, torch.float32)
 

@@ -18,7 +18,7 @@ from sharpscope.linalg.ritz import (
     rayleigh_ritz,
     ritz_bounds,
 )
-from sharpscope.linalg.row_blocks import (
+from sharpscope.linalg.vectors_as_rows import (
     BREAKDOWN,
     Matmat,
     combine,

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg.ritz import rayleigh_ritz
-from sharpscope.linalg.row_blocks import Matmat, norms, rounding_error
 from sharpscope.linalg.top_eigenpairs import top_eigenpairs_rows
 from sharpscope.linalg.trace_and_frobenius import trace_and_frobenius_rows
+from sharpscope.linalg.vectors_as_rows import Matmat, norms, rounding_error
 from sharpscope.random_streams import stream_from
 
 # Maps ``{l: V_l}`` to ``{l: H_ll V_l}`` for the blocks l that still need products.

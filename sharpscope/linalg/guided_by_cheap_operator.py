@@ -21,7 +21,7 @@ from sharpscope.linalg.ritz import (
     residual_vectors,
     ritz_bounds,
 )
-from sharpscope.linalg.row_blocks import (
+from sharpscope.linalg.vectors_as_rows import (
     BREAKDOWN,
     Matmat,
     combine,

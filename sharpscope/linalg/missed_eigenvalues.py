@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg.ritz import SolverProgress, descending
-from sharpscope.linalg.row_blocks import (
+from sharpscope.linalg.vectors_as_rows import (
     BREAKDOWN,
     Matmat,
     combine,

@@ -13,7 +13,7 @@ from sharpscope.linalg.ritz import (
     rayleigh_ritz,
     residual_vectors,
 )
-from sharpscope.linalg.row_blocks import (
+from sharpscope.linalg.vectors_as_rows import (
     BREAKDOWN,
     Matmat,
     combine,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError
-from sharpscope.linalg.row_blocks import combine, inner, norms, require_symmetric, rounding_error
+from sharpscope.linalg.vectors_as_rows import combine, inner, norms, require_symmetric, rounding_error
 
 if TYPE_CHECKING:
     from sharpscope.linalg.missed_eigenvalues import MissedEigenvalueBound

@@ -17,7 +17,7 @@ from sharpscope.linalg.guided_by_cheap_operator import guided
 from sharpscope.linalg.missed_eigenvalues import STEPS, Certificate, MissedEigenvalueBound, certificate
 from sharpscope.linalg.power_iteration import power_iteration
 from sharpscope.linalg.ritz import ZERO, RitzPairs, SolverProgress, rayleigh_ritz, ritz_bounds, within_tolerance
-from sharpscope.linalg.row_blocks import Matmat, as_row_operator, combine, inner, require_dtype, rounding_error
+from sharpscope.linalg.vectors_as_rows import Matmat, as_row_operator, combine, inner, require_dtype, rounding_error
 from sharpscope.random_streams import stream_from
 
 METHODS: dict[str, Callable[..., RitzPairs]] = {"guided": guided, "lanczos": lanczos, "power": power_iteration}

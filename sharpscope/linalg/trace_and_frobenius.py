@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.linalg.quadrature import known_pairs, random_unit_rows, require_probes
-from sharpscope.linalg.row_blocks import (
+from sharpscope.linalg.vectors_as_rows import (
     BREAKDOWN,
     Matmat,
     as_row_operator,

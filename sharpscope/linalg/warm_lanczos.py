@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.linalg.ritz import descending
-from sharpscope.linalg.row_blocks import (
+from sharpscope.linalg.vectors_as_rows import (
     BREAKDOWN,
     Matmat,
     combine,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sharpscope.errors import AuditError, DataError
 from sharpscope.objective.cost_and_out_of_memory import OOMHalving
+from sharpscope.objective.curvature_interface import Graph
 from sharpscope.objective.forward_loss import ForwardLoss
-from sharpscope.objective.micro_batch_curvature import Graph
 from sharpscope.objective.micro_batches import MicroBatch, leaves
 from sharpscope.precision import CHUNK, wide
 from sharpscope.weights.parameters import views

@@ -1,7 +1,7 @@
 """Wrappers around a micro-batch's graph: error messages, cost counting, and recovery from out-of-memory errors.
 
-``guarded`` wraps a function ``graph(batch, keep) -> Graph``, so that ``hessian.py`` and the other operators need not
-know their guards; ``Objective.graph`` is the one place that applies it. ``OOMHalving`` runs all that uses a graph,
+``guarded`` wraps a function ``graph(batch, keep) -> Graph``, so that ``double_backprop.py`` and the other operators
+need not know their guards; ``Objective.graph`` is the one place that applies it. ``OOMHalving`` runs all that uses a graph,
 because the graph's memory is free only after the products. Two other guards are elsewhere: ``sharpscope.measurement``
 journals whole passes over the data, and ``forward_loss.py`` runs each forward pass in ``float64_mode``.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ProblemError, first_line, out_of_memory
-from sharpscope.objective.micro_batch_curvature import Graph
+from sharpscope.objective.curvature_interface import Graph
 from sharpscope.objective.micro_batches import MicroBatch
 
 T = TypeVar("T")

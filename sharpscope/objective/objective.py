@@ -23,9 +23,9 @@ from sharpscope.objective.accumulate import (
     require_same_loss,
 )
 from sharpscope.objective.cost_and_out_of_memory import CostCounter, OOMHalving, guarded
+from sharpscope.objective.curvature_interface import Curvature, Graph
+from sharpscope.objective.double_backprop import HESSIAN
 from sharpscope.objective.forward_loss import ForwardLoss
-from sharpscope.objective.hessian import HESSIAN
-from sharpscope.objective.micro_batch_curvature import Curvature, Graph
 from sharpscope.objective.micro_batches import MicroBatch, as_batches, micro_batches, num_examples_hint
 from sharpscope.precision import full_float32
 from sharpscope.problem import Problem
@@ -172,7 +172,7 @@ class Objective:
         """``H V`` (n, K) for a block ``V`` (n, K), H the Hessian of L at w; cost 1 + 2K gradients and one pass.
 
         H is another matrix, at another cost, where ``curvature`` says so. Each micro-batch's graph is built once and
-        every column is multiplied with it: see ``objective/hessian.py``.
+        every column is multiplied with it: see ``objective/double_backprop.py``.
 
         Raises: DataError when the products are not finite, AuditError when loss or gradient differ from the pass
         before, ProblemError when the model has no second derivative.

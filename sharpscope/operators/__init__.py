@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from sharpscope.errors import ArgumentError, nearest
-from sharpscope.objective.hessian import HESSIAN
-from sharpscope.objective.micro_batch_curvature import Curvature
+from sharpscope.objective.curvature_interface import Curvature
+from sharpscope.objective.double_backprop import HESSIAN
 from sharpscope.operators.finite_difference import FINITE_DIFFERENCE
 from sharpscope.operators.fisher import EMPIRICAL_FISHER, fisher
 from sharpscope.operators.gauss_newton import GAUSS_NEWTON

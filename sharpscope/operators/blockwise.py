@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ArgumentError, nearest
+from sharpscope.objective.curvature_interface import Curvature, Graph, zero_graph
+from sharpscope.objective.double_backprop import HESSIAN, differentiated
 from sharpscope.objective.forward_loss import ForwardLoss
-from sharpscope.objective.hessian import HESSIAN, differentiated
-from sharpscope.objective.micro_batch_curvature import Curvature, Graph, zero_graph
 from sharpscope.objective.micro_batches import MicroBatch
 
 BY = ("module", "parameter")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sharpscope.objective.curvature_interface import Curvature, Graph, zero_graph
 from sharpscope.objective.forward_loss import ForwardLoss
-from sharpscope.objective.micro_batch_curvature import Curvature, Graph, zero_graph
 from sharpscope.objective.micro_batches import MicroBatch
 from sharpscope.precision import wide
 from sharpscope.weights.parameters import padding_rows, views

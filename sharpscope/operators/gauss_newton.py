@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ProblemError
+from sharpscope.objective.curvature_interface import Curvature, Graph
 from sharpscope.objective.forward_loss import ForwardLoss
-from sharpscope.objective.micro_batch_curvature import Curvature, Graph
 from sharpscope.objective.micro_batches import MicroBatch
 from sharpscope.operators.jacobian import COST, OutputMatrix, Split, graph_through_output, tangent
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ProblemError
+from sharpscope.objective.curvature_interface import Graph, zero_graph
 from sharpscope.objective.forward_loss import ForwardLoss
 from sharpscope.objective.losses import find_logits, output_tensor
-from sharpscope.objective.micro_batch_curvature import Graph, zero_graph
 from sharpscope.objective.micro_batches import MicroBatch
 from sharpscope.weights.parameters import views
 

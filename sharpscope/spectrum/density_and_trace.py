@@ -14,8 +14,8 @@ from torch import Tensor
 from sharpscope.errors import ArgumentError
 from sharpscope.linalg.quadrature import Quadrature, lanczos_quadrature_rows, require_probes
 from sharpscope.linalg.ritz import residual_vectors
-from sharpscope.linalg.row_blocks import inner, norms, project_out, rounding_error
 from sharpscope.linalg.trace_and_frobenius import TraceEstimate, trace_and_frobenius_rows, trace_from_images
+from sharpscope.linalg.vectors_as_rows import inner, norms, project_out, rounding_error
 from sharpscope.measurement import Measurement
 from sharpscope.objective import Progress
 from sharpscope.objective.accumulate import PerBatch

@@ -1,4 +1,4 @@
-"""Kernels that can be differentiated twice, in place of torch's. The product H v itself is objective/hessian.py."""
+"""Kernels that can be differentiated twice, in place of torch's. H v itself is in objective/double_backprop.py."""
 
 from __future__ import annotations
 

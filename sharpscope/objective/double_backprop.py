@@ -7,7 +7,7 @@ The forward pass is in ``forward_loss.py``. ``accumulate.py`` sums over micro-ba
 weight ``sum_i a_i`` of all terms and adds weight decay, and ``cost_and_out_of_memory.py`` counts the cost and
 translates errors.
 The call path from the top:
-``top_eigenvalues -> Measurement.products -> Objective.products -> accumulate -> Objective.graph -> hessian``.
+``top_eigenvalues -> Measurement.products -> Objective.products -> accumulate -> Objective.graph -> products``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sharpscope.objective.curvature_interface import Curvature, Graph, Products, zero_graph
 from sharpscope.objective.forward_loss import ForwardLoss
-from sharpscope.objective.micro_batch_curvature import Curvature, Graph, Products, zero_graph
 from sharpscope.objective.micro_batches import MicroBatch
 from sharpscope.weights.parameters import views
 
