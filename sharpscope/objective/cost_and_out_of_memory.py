@@ -2,8 +2,9 @@
 
 ``guarded`` wraps a function ``graph(batch, keep) -> Graph``, so that ``double_backprop.py`` and the other operators
 need not know their guards; ``Objective.graph`` is the one place that applies it. ``OOMHalving`` runs all that uses a
-graph, because the graph's memory is free only after the products. Two other guards are elsewhere: ``sharpscope.measurement``
-journals whole passes over the data, and ``forward_loss.py`` runs each forward pass in ``float64_mode``.
+graph, because the graph's memory is free only after the products. Two other guards are elsewhere:
+``sharpscope.measurement`` journals whole passes over the data, and ``forward_loss.py`` runs each forward pass in
+``float64_mode``.
 """
 
 from __future__ import annotations
