@@ -415,11 +415,19 @@ def test_data_count_by_their_batches_and_no_random_state_moves() -> None:
 
 
 def test_what_has_no_fingerprint_is_refused() -> None:
-    """A generator, a shuffled loader, an object without bytes and a sparse tensor are named."""
+    """A generator, a shuffled loader and an object without bytes are named."""
     with pytest.raises(DataError, match="walked once"):
         fingerprint(iter([torch.zeros(1)]))
     with pytest.raises(DataError, match="shuffle"):
         fingerprint(DataLoader(TensorDataset(torch.zeros(4)), shuffle=True))
-    for value in (object(), torch.eye(2).to_sparse()):
-        with pytest.raises(ArgumentError, match="needs tensors"):
-            fingerprint(value)
+    with pytest.raises(ArgumentError, match="needs tensors"):
+        fingerprint(object())
+
+
+def test_sparse_tensors_count_by_their_indices_and_values() -> None:
+    """Equal ones have equal fingerprints; another value, place, layout or the dense tensor has another."""
+    eye = torch.eye(2)
+    others = (2 * eye, eye.flip(0), eye[:, :1])
+    assert fingerprint(eye.to_sparse()) == fingerprint(torch.eye(2).to_sparse())
+    forms = [eye, eye.to_sparse(), eye.to_sparse_csr(), *(other.to_sparse() for other in others)]
+    assert len({fingerprint(form) for form in forms}) == len(forms)

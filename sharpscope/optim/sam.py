@@ -711,9 +711,10 @@ class SAM(Optimizer):
     def _modules(self) -> list[nn.Module]:
         """The modules that hold the parameters: a closure may call a method of theirs, or a compiled function."""
         if self._owners is None:
-            # Once: it takes about 0.1 s. type(), since some objects lie about their class or raise.
+            # Once: it takes about 0.1 s. type(), since some objects lie about their class or raise; without _modules a
+            # module is half built.
             params = set(self._params())
-            modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module)]
+            modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module) and hasattr(m, "_modules")]
             self._owners = [weakref.ref(m) for m in modules if not params.isdisjoint(m.parameters())]
         return [module for reference in self._owners if (module := reference()) is not None]
 

@@ -256,7 +256,6 @@ def _measure(
         log = PointLog(s.journal, key, 1 + len(axes), 2 * len(objectives), name)
         stack.callback(log.close)
         slopes, curvatures = slopes_and_curvatures(objective, lines, s.curvature, Journal(s.journal, key), m.report)
-        _require_own_curvatures(lines, curvatures)
         stack.enter_context(m)  # the first of the objectives
         _, *others = objectives.items()
         for _, other in others:
@@ -268,6 +267,7 @@ def _measure(
         centre = grid.centre()
         if s.batchnorm != "recalibrate":
             _require_own_eigenvectors(m, lines, float(centre[0, 0]))
+        _require_own_curvatures(lines, curvatures)
         repeated = grid.num_logged()
 
         def result() -> SliceResult:
