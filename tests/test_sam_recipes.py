@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -470,6 +471,23 @@ def test_state_is_seen_where_the_module_itself_is_not_called(way: str) -> None:
         ends.append(model.state_dict())
     for name, value in ends[0].items():
         torch.testing.assert_close(value, ends[1][name], rtol=1e-12, atol=0)
+
+
+def test_a_model_that_another_thread_trains_keeps_its_updates() -> None:
+    """What another thread's model does to its buffers during a step of SAM is not undone."""
+    model, other, (x, y) = normalised().double(), nn.BatchNorm1d(5).double(), batches(1)[0]
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR)
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        thread = threading.Thread(target=lambda: other(x))
+        thread.start()
+        thread.join()
+        (model(x)[:, 0] - y).pow(2).mean().backward()
+
+    optimizer.step(closure)
+    assert int(other.num_batches_tracked) == 2  # once in each pass
+    assert int(model[1].num_batches_tracked) == 1
 
 
 # Steps that must not be skipped, or not be taken

@@ -237,6 +237,7 @@ class ModuleState:
         self._containers: list[tuple[Any, Any]] = []
         # Keyed by identity: two modules may share one buffer, and its first copy is the one to restore.
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._thread: int | None = None  # that records
 
     def save(self, module: nn.Module) -> None:
         """Copy the state of ``module`` and its children, except of modules that are saved already."""
@@ -292,8 +293,9 @@ class ModuleState:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Save each module that is called inside, before its first call."""
+        """Save each module that this thread calls inside, before its first call; another thread may train its own."""
         global _save_eagerly
+        self._thread = threading.get_ident()
         if _save_eagerly is _save:
             _save_eagerly = torch.compiler.disable(_save)  # type: ignore[no-untyped-call]
         _recording.append(self)
@@ -313,7 +315,8 @@ _recording: list[ModuleState] = []
 
 def _save(module: nn.Module) -> None:
     for state in _recording:
-        state.save(module)
+        if state._thread == threading.get_ident():
+            state.save(module)
 
 
 # ``_save``, not to be compiled; made by the first step, not on import, since it loads torch's compiler.
