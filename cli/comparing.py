@@ -13,6 +13,7 @@ from typing import Any
 
 from sharpscope.cli import options
 
+# The part of a path that tells one checkpoint of a run from another.
 _EPOCH = re.compile(r"(epoch|step|iter|iteration)s?[-_=.]?\d+", re.IGNORECASE)
 
 

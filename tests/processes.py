@@ -10,7 +10,11 @@ import os
 import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
+
+import torch
+import torch.multiprocessing
 
 METHOD = "spawn" if sys.platform == "win32" else "forkserver"
 _PRELOADED = ["torch", "torch.multiprocessing", "matplotlib.pyplot", "sharpscope.comparing", "sharpscope.training"]
@@ -60,3 +64,10 @@ def _main(argv: tuple[str, ...], page: bool, quick: Any) -> None:
     if quick is not None:
         LEVELS["quick"] = quick
     sys.exit(main(list(argv)))
+
+
+def saved_by_ranks(process: Callable[[int, str], None], ranks: int, folder: Path) -> list[dict[str, Any]]:
+    """What ``process(rank, folder)``, run in a process of its own for each rank, saved as ``<rank>.pt``."""
+    prepare()
+    torch.multiprocessing.start_processes(process, (str(folder),), ranks, start_method=METHOD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]

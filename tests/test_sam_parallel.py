@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,10 +106,7 @@ def process(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    processes.prepare()
-    torch.multiprocessing.start_processes(process, (str(folder),), RANKS, start_method=processes.METHOD)
-    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(RANKS)]
+    return processes.saved_by_ranks(process, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 def alone(name: str, m: int | None) -> Tensor:

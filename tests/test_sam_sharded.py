@@ -6,7 +6,6 @@ import copy
 import importlib.util
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -259,10 +258,7 @@ def descend(weights: list[Any], optimizer: SAM) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    processes.prepare()
-    torch.multiprocessing.start_processes(process, (str(folder),), RANKS, start_method=processes.METHOD)
-    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(RANKS)]
+    return processes.saved_by_ranks(process, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 def close(found: Tensor, expected: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sharpscope.errors import ArgumentError
 from sharpscope.weights.norm_ball import Ball, inner_of, norm_on_device, settled_norm, widened
 from sharpscope.weights.perturbation import Perturbation
-from sharpscope.weights.tensor_lists import multiply
+from sharpscope.weights.tensor_lists import is_distributed, multiply
 
 # Maps weights and their gradients to the direction of ascent.
 DirectionOf = Callable[[Sequence[Tensor], list[Tensor]], list[Tensor]]
@@ -116,7 +116,7 @@ class AscentSteps:
         """As ``Perturbation.rounding`` over ``<e, e>``, of weights of any precision; None for sharded ones."""
         perturbation = self._perturbation
         assert perturbation is not None
-        if any(hasattr(w, "placements") for w in perturbation.weights):
+        if any(map(is_distributed, perturbation.weights)):
             return None
         moved = [w - c for w, c in zip(perturbation.weights, perturbation.centre, strict=True)]
         size = inner_of(requested, requested)
