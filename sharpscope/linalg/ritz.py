@@ -94,9 +94,9 @@ def rayleigh_ritz(
     )
 
 
-# Rounding errors. Zeros have no gaps, so that their bounds are those of the group, ``||R||``: a larger pair, whose own
-# bound is quadratic in its residual, may leave a residual of a few rounding errors. With 2, of 1,440 operators of rank
-# 1 to 3 six had zeros that "did not converge".
+# Largest bound of an eigenvalue that counts as zero, in rounding errors. Zeros have no gap, so their bound is ``||R||``
+# of all k pairs, and a converged larger pair can have a residual of a few rounding errors. With 2 instead of 4, six of
+# 1,440 operators of rank 1 to 3 had zeros that were not reported as converged.
 ZERO = 4
 
 

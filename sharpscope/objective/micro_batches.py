@@ -222,7 +222,7 @@ def rows(batch: Any, indices: Tensor) -> Any:
     )
 
 
-# Layouts of which rows can be selected, by way of the first, and others.
+# Sparse layouts whose rows can be selected, by conversion to the first, and those whose rows cannot.
 SELECTABLE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
 IN_BLOCKS = (torch.sparse_bsr, torch.sparse_bsc)
 

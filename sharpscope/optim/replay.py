@@ -226,8 +226,8 @@ _OWN = frozenset(vars(nn.Module()))
 class ModuleState:
     """Copies of the buffers of modules in training mode, and of attributes that are tensors.
 
-    Those may be in tuples, lists and dicts, as the state of an LSTM. A tensor that requires gradients, which nobody
-    writes into, is not copied: the attribute is.
+    Tuples, lists and dicts of tensors count too, such as the state of an LSTM. Of a tensor that requires gradients only
+    the reference is saved, since autograd forbids most writes into it.
     """
 
     def __init__(self) -> None:

@@ -459,7 +459,7 @@ def _without_gradient_checkpointing() -> Iterator[None]:
 
 
 class _PlainCall:
-    """In place of the autograd function of reentrant checkpoints."""
+    """Replace the autograd function of reentrant checkpoints by a direct call."""
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
@@ -469,7 +469,7 @@ class _PlainCall:
 def _plain_call(
     function: Any, preserve_rng_state: Any, context_fn: Callable[[], Any], /, *options: Any, **kwargs: Any
 ) -> Iterator[None]:
-    """In place of the generator of other checkpoints, which runs up to its ``yield`` before the function's call."""
+    """Replace the generator of other checkpoints, which runs up to its ``yield`` before the call of the function."""
     with context_fn()[0]:
         yield
 
